@@ -1,0 +1,68 @@
+"""Every error that omni_sp raises on purpose.
+
+OmniSPError
+├── InvalidInputError (ValueError)      something the caller can put right
+│   ├── ConfigError                     degrees, devices, engine options
+│   ├── SamplingParamsError             a parameter this pipeline cannot take, or a value out of range
+│   ├── ModelNotFoundError              no such model, or a folder that is no diffusers pipeline
+│   ├── UnsupportedModelError           a transformer that no plan covers
+│   └── UnsupportedAttentionError       an attention that the core refuses rather than get wrong
+├── ShardingError (RuntimeError)        a sharded forward that could not be exact, or ranks that disagree
+└── EngineError (RuntimeError)          the rank processes
+    ├── RankFailedError                 a rank raised or died; carries its traceback
+    └── EngineClosedError               the engine was used after close(), or after a failure closed it
+"""
+
+
+class OmniSPError(Exception):
+    """The root of the tree; catch it to catch everything below."""
+
+
+class InvalidInputError(OmniSPError, ValueError):
+    """Bad input: the message says what was wrong, the values, and the way out."""
+
+
+class ConfigError(InvalidInputError):
+    """Degrees, devices or engine options that cannot be."""
+
+
+class SamplingParamsError(InvalidInputError):
+    """A sampling parameter that the chosen pipeline cannot take, or a value out of range."""
+
+
+class ModelNotFoundError(InvalidInputError):
+    """No such model, or a folder that holds no diffusers pipeline."""
+
+
+class UnsupportedModelError(InvalidInputError):
+    """A transformer that no sharding plan covers."""
+
+
+class UnsupportedAttentionError(InvalidInputError):
+    """An attention call that the core refuses, because it could not be exact or no kernel can serve it."""
+
+
+class ShardingError(OmniSPError, RuntimeError):
+    """A sharded forward that could not be exact, or ranks that hold different things."""
+
+
+class EngineError(OmniSPError, RuntimeError):
+    """Something went wrong with the rank processes."""
+
+
+class RankFailedError(EngineError):
+    """A rank raised or died.
+
+    Attributes:
+        rank: the number of the rank that failed first.
+        rank_traceback: its traceback as text; empty when the process died without one (killed, out of memory).
+    """
+
+    def __init__(self, message: str, *, rank: int, rank_traceback: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.rank_traceback = rank_traceback
+
+
+class EngineClosedError(EngineError):
+    """The engine was used after close(), or after a failure that ended it."""

@@ -1,0 +1,27 @@
+"""What comes back for a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+
+@dataclass
+class OmniRequestOutput:
+    """The pictures (or videos) of one prompt, and what they took.
+
+    Attributes:
+        request_id: unique within its Omni. prompt: the text it was made from.
+        images: PIL pictures, one for each output asked for; for other ``output_type``s, what the pipeline gave.
+        videos: one entry for each output: its frames, a list of PIL pictures.
+        metrics: seconds (``load_s``, ``text_encoder_s``, ``denoise_step_s``, ``vae_s``, ``total_s``), ``num_steps``,
+            ``tokens`` (stream name -> tokens in the last sharded forward), ``ranks``, ``seed``.
+    """
+
+    request_id: str
+    prompt: str
+    images: list[Image.Image] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
