@@ -1,0 +1,188 @@
+"""The one attention of this house: Ulysses inside, ring outside, any kernel at the bottom."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from omni_sp.attention.kernels import Kernel, KernelCall, attend, select_kernel
+from omni_sp.attention.layout import SequenceLayout, head_shares
+from omni_sp.attention.ring import ring_attention
+from omni_sp.attention.ulysses import UlyssesLayout, gather_heads, scatter_heads
+from omni_sp.collectives import gather_ints
+from omni_sp.errors import ShardingError, UnsupportedAttentionError
+from omni_sp.mesh import Axis, ParallelMesh
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FACTS = ("batch", "heads", "kv_heads", "head_dim", "dtype", "key_mask", "is_causal")
+
+
+def sequence_parallel_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mesh: ParallelMesh,
+    key_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    layout: SequenceLayout | None = None,
+    kernel: str = "auto",
+) -> torch.Tensor:
+    """Attention over tokens that lie in pieces on the ranks of ``mesh``, equal to attention over the whole row.
+
+    All ranks of ``mesh.sequence`` call it at the same point of the program; they may hold different numbers of tokens,
+    also none.
+
+    Args:
+        query: (batch, q_tokens, heads, head_dim), this rank's piece.
+        key, value: (batch, kv_tokens, kv_heads, head_dim), this rank's piece; heads = n × kv_heads.
+        mesh: the ranks.
+        key_mask: (batch, kv_tokens) bool, True = attend, this rank's piece. Passed by all ranks or by none. A query
+            that no key may attend gets output 0.
+        is_causal: each token attends to itself and to what lies before it; the pieces lie in rank order
+            (ring-major), and query and key are the same tokens.
+        scale: of the scores; None means 1/sqrt(head_dim).
+        layout: how many tokens each rank holds, where the caller knows. None asks the others with one small
+            exchange, which also finds out whether all ranks hold tensors that fit together.
+        kernel: "auto", or one of ``omni_sp.attention.kernel_names()``.
+
+    Returns:
+        (batch, q_tokens, heads, head_dim), contiguous, for this rank's queries.
+
+    Raises:
+        UnsupportedAttentionError: shapes or dtypes that do not fit together, gradients, or no able kernel.
+        ShardingError: the ranks hold tensors that do not fit together (looked at where ``layout`` is None, or
+            always with ``OMNI_SP_CHECK=1`` in the environment).
+    """
+    _check_inputs(query, key, value, key_mask)
+    axis = mesh.sequence
+    if layout is None or os.environ.get("OMNI_SP_CHECK") == "1":
+        agreed = agree_on_layout(query, key, key_mask=key_mask, is_causal=is_causal, axis=axis)
+        if layout is not None and layout != agreed:
+            raise ShardingError(f"the caller's layout is {layout}, but the ranks hold {agreed}")
+        layout = agreed
+    _check_layout(query, key, layout, axis, is_causal)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    able = _able(kernel, query, key_mask, is_causal)
+
+    degree, ring = mesh.ulysses.size, mesh.ring
+    row = slice(ring.rank * degree, (ring.rank + 1) * degree)
+    heads = head_shares(query.shape[2], key.shape[2], degree)
+    inner = UlyssesLayout(mesh.ulysses, heads, layout.query[row], layout.key[row])
+    query, key, value, key_mask = scatter_heads(query, key, value, key_mask, inner)
+    out = ring_attention(
+        query,
+        key,
+        value,
+        axis=ring,
+        key_lengths=[sum(layout.key[start : start + degree]) for start in range(0, axis.size, degree)],
+        key_mask=key_mask,
+        is_causal=is_causal,
+        scale=scale,
+        kernel=able,
+        key_of_query=inner.mine.key_of_query,
+    )
+    return gather_heads(out, inner)
+
+
+def local_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    key_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    kernel: str = "auto",
+) -> torch.Tensor:
+    """Attention to keys that are whole on this rank: nothing is exchanged. Arguments as above."""
+    _check_inputs(query, key, value, key_mask)
+    share = head_shares(query.shape[2], key.shape[2], 1)[0]
+    out, _ = attend(
+        _able(kernel, query, key_mask, is_causal),
+        query,
+        key,
+        value,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        key_of_query=share.key_of_query,
+    )
+    return out
+
+
+def _able(kernel: str, query: torch.Tensor, key_mask: torch.Tensor | None, is_causal: bool) -> Kernel:
+    call = KernelCall(query.device.type, query.dtype, query.shape[-1], key_mask is not None, is_causal)
+    return select_kernel(kernel, call)
+
+
+def agree_on_layout(
+    query: torch.Tensor, key: torch.Tensor, *, key_mask: torch.Tensor | None, is_causal: bool, axis: Axis
+) -> SequenceLayout:
+    """Ask all ranks what they hold.
+
+    Raises:
+        ShardingError: they hold tensors that do not fit together; names ranks and values.
+    """
+    facts = (
+        query.shape[0],
+        query.shape[2],
+        key.shape[2],
+        query.shape[3],
+        _DTYPES.index(query.dtype),
+        int(key_mask is not None),
+        int(is_causal),
+    )
+    rows = gather_ints((query.shape[1], key.shape[1], *facts), axis)
+    for index, name in enumerate(_FACTS):
+        values = [row[2 + index] for row in rows]
+        if len(set(values)) > 1:
+            shown = [str(_DTYPES[value]) for value in values] if name == "dtype" else [str(value) for value in values]
+            told = ", ".join(f"rank {rank}: {value}" for rank, value in zip(axis.ranks, shown, strict=True))
+            raise ShardingError(f"the ranks disagree about {name} of one attention: {told}")
+    return SequenceLayout(query=tuple(row[0] for row in rows), key=tuple(row[1] for row in rows))
+
+
+def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None) -> None:
+    """Refuse what could not be exact, before anything is sent."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+        raise UnsupportedAttentionError(
+            f"{shapes}: all three are (batch, tokens, heads, head_dim), key and value alike"
+        )
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise UnsupportedAttentionError(f"{shapes}: batch and head_dim must be the same")
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or query.dtype not in _DTYPES:
+        raise UnsupportedAttentionError(
+            f"query {query.dtype}, key {key.dtype}, value {value.dtype}: give float32, bfloat16 or "
+            "float16 for all three (float64 for reference)"
+        )
+    if len({query.device, key.device, value.device}) > 1:
+        raise UnsupportedAttentionError(f"query on {query.device}, key on {key.device}, value on {value.device}")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != key.shape[:2]):
+        raise UnsupportedAttentionError(
+            f"key_mask {tuple(key_mask.shape)} of {key_mask.dtype}: give bool of shape "
+            f"{tuple(key.shape[:2])}, True = attend"
+        )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        raise UnsupportedAttentionError(
+            "no gradients flow through sequence-parallel attention: run under torch.no_grad()"
+        )
+
+
+def _check_layout(query: torch.Tensor, key: torch.Tensor, layout: SequenceLayout, axis: Axis, is_causal: bool) -> None:
+    """A layout that is not this rank's own would send the wrong rows: refuse it."""
+    if len(layout.query) != axis.size or len(layout.key) != axis.size:
+        raise ShardingError(f"{layout} speaks of {len(layout.query)} ranks, the mesh has {axis.size}")
+    held = (query.shape[1], key.shape[1])
+    told = (layout.query[axis.rank], layout.key[axis.rank])
+    if held != told:
+        raise ShardingError(f"rank {axis.rank} holds {held} query and key tokens, its layout says {told}")
+    if is_causal and layout.query != layout.key:
+        raise UnsupportedAttentionError(
+            f"causal attention needs queries and keys of the same tokens; the ranks hold {layout.query} "
+            f"and {layout.key}"
+        )

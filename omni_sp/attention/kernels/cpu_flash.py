@@ -1,0 +1,40 @@
+"""torch's flash kernel for the CPU, which also gives the log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+
+from omni_sp.attention.kernels.base import Capabilities, Kernel, additive_mask
+
+
+def _run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = None
+    if key_mask is not None:
+        # The kernel takes no mask beside its causal flag: causality goes into the mask then.
+        mask, is_causal = additive_mask(key_mask, is_causal, query.shape[1], key), False
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    return out.transpose(1, 2), lse
+
+
+CPU_FLASH = Kernel(
+    "cpu_flash",
+    Capabilities(
+        devices=frozenset({"cpu"}),
+        dtypes=frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}),
+        key_mask=True,
+        causal=True,
+        causal_with_mask=True,
+        gqa=True,
+        max_head_dim=1024,
+    ),
+    _run,
+)

@@ -1,0 +1,87 @@
+"""torch's own CUDA kernels that also give the log-sum-exp: flash, cuDNN, and the memory-efficient one."""
+
+from __future__ import annotations
+
+import torch
+
+from omni_sp.attention.kernels.base import Capabilities, Kernel, additive_mask
+
+_CUDA = frozenset({"cuda"})
+_HALF = frozenset({torch.bfloat16, torch.float16})
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _no_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), 0.0, is_causal, False, scale=scale
+    )
+    return out.transpose(1, 2), lse
+
+
+def _cudnn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _no_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        None,
+        True,
+        0.0,
+        is_causal,
+        False,
+        scale=scale,
+    )
+    # cuDNN keeps a last dim of 1 behind the tokens.
+    return out.transpose(1, 2), lse.reshape(query.shape[0], query.shape[2], query.shape[1])
+
+
+def _efficient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bias = None
+    if key_mask is not None:
+        bias, is_causal = _bias(key_mask, is_causal, query, key), False
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, True, 0.0, is_causal, scale=scale
+    )
+    # The kernel pads its LSE to whole tiles of queries.
+    return out.transpose(1, 2), lse[:, :, : query.shape[1]]
+
+
+def _bias(key_mask: torch.Tensor, is_causal: bool, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The additive mask with a row stride that is a multiple of 8 elements, as the kernel's loads demand."""
+    mask = additive_mask(key_mask, is_causal, query.shape[1], key)
+    num_keys = mask.shape[-1]
+    padded = mask.new_zeros((*mask.shape[:-1], -(-num_keys // 8) * 8))
+    padded[..., :num_keys] = mask
+    return padded[..., :num_keys].expand(query.shape[0], query.shape[2], query.shape[1], num_keys)
+
+
+CUDA_FLASH = Kernel("cuda_flash", Capabilities(_CUDA, _HALF, causal=True, head_dim_multiple=8), _flash)
+CUDA_CUDNN = Kernel(
+    "cuda_cudnn", Capabilities(_CUDA, _HALF, causal=True, max_head_dim=128, head_dim_multiple=8), _cudnn
+)
+CUDA_EFFICIENT = Kernel(
+    "cuda_efficient",
+    Capabilities(
+        _CUDA, _HALF | {torch.float32}, key_mask=True, causal=True, causal_with_mask=True, head_dim_multiple=8
+    ),
+    _efficient,
+)

@@ -1,0 +1,116 @@
+"""The core on 1 to 4 ranks against float64 attention over the whole row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from omni_sp.attention import SequenceLayout, sequence_parallel_attention
+from omni_sp.mesh import ParallelMesh
+from tests.attention.reference import attention, pieces, relative_error
+from tests.ranks import RankPool
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3), (4, 1), (1, 4)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: what each of four ranks holds (fewer ranks take the first lengths), and the rest."""
+
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 32
+    batch: int = 1
+    masked: bool = False
+    causal: bool = False
+    scale: float | None = None
+    dtype: torch.dtype = torch.float32
+
+
+CASES = {
+    "even": Case((16, 16, 16, 16), (16, 16, 16, 16)),
+    "uneven": Case((17, 16, 16, 15), (17, 16, 16, 15), batch=2),
+    "6 heads": Case((9, 8, 8, 7), (9, 8, 8, 7), heads=6, kv_heads=6),
+    "5 heads, masked": Case((9, 8, 8, 7), (9, 8, 8, 7), heads=5, kv_heads=5, masked=True, batch=2),
+    "fewer heads than ranks": Case((5, 4, 4, 4), (5, 4, 4, 4), heads=1, kv_heads=1, batch=2),
+    "ranks without tokens": Case((3, 0, 2, 0), (3, 0, 2, 0), batch=2),
+    "ranks without keys": Case((3, 4, 2, 1), (0, 7, 0, 4), batch=2, masked=True),
+    "cross": Case((9, 8, 0, 7), (3, 4, 5, 0), heads=3, kv_heads=3, masked=True, batch=3),
+    "gqa": Case((9, 8, 8, 7), (9, 8, 8, 7), heads=8, kv_heads=2, masked=True, batch=2),
+    "gqa, uneven groups": Case((9, 8, 8, 7), (9, 8, 8, 7), heads=9, kv_heads=3),
+    "mqa": Case((9, 8, 8, 7), (5, 6, 0, 2), heads=7, kv_heads=1, batch=2),
+    "causal": Case((9, 8, 8, 7), (9, 8, 8, 7), causal=True, batch=2),
+    "causal, masked, gqa": Case((9, 0, 8, 7), (9, 0, 8, 7), heads=6, kv_heads=2, causal=True, masked=True, batch=3),
+    "scale": Case((9, 8, 8, 7), (9, 8, 8, 7), scale=0.3, head_dim=24),
+    "float64": Case((9, 8, 8, 7), (9, 8, 8, 7), dtype=torch.float64, masked=True),
+    "head_dim 256": Case((9, 8, 8, 7), (9, 8, 8, 7), head_dim=256),
+}
+
+
+def make(case: Case, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The whole row, the same in every process."""
+    generator = torch.Generator().manual_seed(5)
+    num_queries, num_keys = sum(case.query[:num_ranks]), sum(case.key[:num_ranks])
+
+    def draw(tokens: int, heads: int) -> torch.Tensor:
+        return torch.randn(case.batch, tokens, heads, case.head_dim, generator=generator, dtype=torch.float64)
+
+    query, key, value = draw(num_queries, case.heads), draw(num_keys, case.kv_heads), draw(num_keys, case.kv_heads)
+    mask = None
+    if case.masked:
+        mask = torch.rand(case.batch, num_keys, generator=generator) < 0.6
+        if case.batch > 1:
+            mask[0, : case.key[0]] = False  # one rank's keys, all masked for one sample
+        if case.batch > 2:
+            mask[2] = False  # a sample without any key
+    return query.to(case.dtype), key.to(case.dtype), value.to(case.dtype), mask
+
+
+def run_case(mesh: ParallelMesh, case: Case, known: bool) -> torch.Tensor:
+    """What one rank does."""
+    query, key, value, mask = make(case, mesh.world_size)
+    layout = SequenceLayout(case.query[: mesh.world_size], case.key[: mesh.world_size])
+    rank = mesh.sequence.rank
+    return sequence_parallel_attention(
+        pieces(query, layout.query)[rank],
+        pieces(key, layout.key)[rank],
+        pieces(value, layout.key)[rank],
+        mesh=mesh,
+        key_mask=None if mask is None else mask.split(list(layout.key), dim=1)[rank],
+        is_causal=case.causal,
+        scale=case.scale,
+        layout=layout if known else None,
+    )
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS, ids=lambda degree: str(degree))
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(ranks: RankPool, name: str, ulysses: int, ring: int) -> None:
+    case = CASES[name]
+    query, key, value, mask = make(case, ulysses * ring)
+    wanted = attention(query, key, value, key_mask=mask, is_causal=case.causal, scale=case.scale)
+    for known in (True, False):
+        got = torch.cat(ranks.run(run_case, case, known, ulysses=ulysses, ring=ring), dim=1)
+        assert got.shape == query.shape
+        assert got.dtype == case.dtype
+        assert not got.isnan().any()
+        assert relative_error(got, wanted) <= (1e-13 if case.dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS[1:], ids=lambda degree: str(degree))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_one_process(ranks: RankPool, dtype: torch.dtype, ulysses: int, ring: int) -> None:
+    case = Case((90, 80, 80, 70), (90, 80, 80, 70), heads=6, kv_heads=6, batch=2, masked=True, dtype=dtype)
+    query, key, value, mask = make(case, ulysses * ring)
+    wanted = attention(query, key, value, key_mask=mask)
+    assert mask is not None
+    alone = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask[:, None, None]
+    ).transpose(1, 2)
+    got = torch.cat(ranks.run(run_case, case, True, ulysses=ulysses, ring=ring), dim=1)
+    assert got.dtype == dtype
+    assert relative_error(got, wanted) <= 1.5 * relative_error(alone, wanted)
