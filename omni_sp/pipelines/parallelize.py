@@ -1,0 +1,96 @@
+"""One ordered recipe that makes a whole diffusers pipeline run on a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from omni_sp.attention import kernel_names
+from omni_sp.errors import UnsupportedAttentionError, UnsupportedModelError
+from omni_sp.mesh import ParallelMesh
+from omni_sp.sharding import ShardHandle, ShardingPlan, plan_for, shard
+
+_TRANSFORMERS = ("transformer", "transformer_2")
+
+
+class ParallelHandle:
+    """What ``parallelize`` put on; ``remove()`` takes it off again.
+
+    Attributes:
+        mesh: the ranks.
+    """
+
+    def __init__(self, mesh: ParallelMesh, shards: list[ShardHandle]) -> None:
+        self.mesh = mesh
+        self._shards = shards
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Stream name -> number of tokens, over all ranks, in the last forward."""
+        tokens: dict[str, int] = {}
+        for handle in self._shards:
+            tokens.update(handle.tokens)
+        return tokens
+
+    def remove(self) -> None:
+        """Give back the pipeline as it was. A second call does nothing."""
+        for handle in reversed(self._shards):
+            handle.remove()
+
+
+def parallelize(
+    pipe_or_transformer: Any,
+    mesh: ParallelMesh,
+    *,
+    attention_backend: str = "auto",
+    plan: ShardingPlan | None = None,
+) -> ParallelHandle:
+    """Spread the tokens of a pipeline's transformers (or of one transformer) over the ranks of ``mesh``.
+
+    Every rank calls it, and then runs the same, unmodified calls on the same inputs.
+
+    Args:
+        pipe_or_transformer: a diffusers pipeline, or a transformer alone.
+        mesh: the ranks. On one rank nothing is split, and any pipeline will do.
+        attention_backend: name of the attention kernel, one of ``omni_sp.attention.kernel_names()``.
+        plan: for a transformer that has no plan of its own.
+
+    Raises:
+        UnsupportedModelError: no transformer, or one without a plan.
+        UnsupportedAttentionError: no kernel of that name.
+        ShardingError: it is parallelized already.
+    """
+    if attention_backend not in kernel_names():
+        raise UnsupportedAttentionError(
+            f"no attention kernel is called {attention_backend!r}; choose from {', '.join(kernel_names())}"
+        )
+    models = _transformers(pipe_or_transformer)
+    if not models and mesh.sequence.size > 1:
+        raise UnsupportedModelError(
+            f"{type(pipe_or_transformer).__name__} has no transformer, so there are no tokens to split over "
+            f"{mesh.sequence.size} ranks: run it with degrees 1 x 1"
+        )
+    shards: list[ShardHandle] = []
+    try:
+        for model in models:
+            try:
+                chosen = plan if plan is not None else plan_for(model)
+                shards.append(shard(model, mesh, chosen, kernel=attention_backend))
+            except UnsupportedModelError:
+                # One rank runs what it is given; only a split needs a plan.
+                if mesh.sequence.size > 1 or plan is not None or attention_backend != "auto":
+                    raise
+    except BaseException:
+        for handle in shards:
+            handle.remove()
+        raise
+    return ParallelHandle(mesh, shards)
+
+
+def _transformers(pipe_or_transformer: Any) -> list[torch.nn.Module]:
+    """The transformer itself, or those among a pipeline's components."""
+    if isinstance(pipe_or_transformer, torch.nn.Module):
+        return [pipe_or_transformer]
+    found = (getattr(pipe_or_transformer, name, None) for name in _TRANSFORMERS)
+    return [model for model in found if isinstance(model, torch.nn.Module)]

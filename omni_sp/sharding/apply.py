@@ -1,0 +1,235 @@
+"""Put a plan on a transformer: hooks that cut and join, attention sent to the core; all of it comes off again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from omni_sp.errors import ShardingError, UnsupportedModelError
+from omni_sp.mesh import ParallelMesh
+from omni_sp.sharding.forward import Knowledge, ShardedForward, current_forward, entered, signature_of
+from omni_sp.sharding.plan import Gather, ModulePlan, ShardingPlan, matches
+from omni_sp.sharding.route import PARALLEL, backend_key
+
+_MARK = "_omni_sp_handle"
+
+
+class ShardHandle:
+    """A transformer that runs sharded, until ``remove()``.
+
+    Attributes:
+        model: the transformer. tokens: stream name -> global number of tokens in its last forward.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.tokens: dict[str, int] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def on_remove(self, undo: Callable[[], None]) -> None:
+        """Have ``undo`` called by ``remove()``, in reverse order."""
+        self._undo.append(undo)
+
+    def hook(self, hook: torch.utils.hooks.RemovableHandle) -> None:
+        """Take a torch hook off again in ``remove()``."""
+        self._undo.append(hook.remove)
+
+    def remove(self) -> None:
+        """Make the transformer what it was. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def shard(model: torch.nn.Module, mesh: ParallelMesh, plan: ShardingPlan, *, kernel: str = "auto") -> ShardHandle:
+    """Run ``model`` on tokens spread over ``mesh.sequence``. Instances are hooked, classes never.
+
+    Args:
+        model: a diffusers transformer. mesh: the ranks. plan: where its streams are cut and joined.
+        kernel: name of the attention kernel. With "auto" on one rank the model keeps its own attention.
+
+    Raises:
+        UnsupportedModelError: the plan names what the model has not, or an attention cannot be reached.
+        ShardingError: the model is sharded already.
+    """
+    if getattr(model, _MARK, None) is not None:
+        raise ShardingError(f"{type(model).__name__} is parallelized already: remove() its handle first")
+    resolved = _resolve(model, plan)
+    handle = ShardHandle(model)
+    try:
+        model.__dict__[_MARK] = handle
+        handle.on_remove(lambda: model.__dict__.pop(_MARK))
+        session = _Session(handle, mesh, plan, kernel)
+        handle.hook(model.register_forward_pre_hook(session.enter, with_kwargs=True))
+        for path, module, module_plan in resolved:
+            _hook_streams(module, path or type(model).__name__, module_plan, handle)
+        if mesh.sequence.size > 1 or kernel != "auto":
+            for path, module in _attentions(model):
+                _hook_attention(module, path, handle)
+                _route(module.processor, handle)
+        # Registered last, so that it runs after a join at the transformer itself.
+        handle.hook(model.register_forward_hook(session.leave, always_call=True))
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def _resolve(model: torch.nn.Module, plan: ShardingPlan) -> list[tuple[str, torch.nn.Module, ModulePlan]]:
+    """Find the modules that the plan speaks of, and see that they take what it names."""
+    name = type(model).__name__
+    resolved = []
+    for pattern, module_plan in plan.modules.items():
+        found = [(path, module) for path, module in model.named_modules() if matches(pattern, path)]
+        if not found:
+            raise UnsupportedModelError(f"the plan for {name} speaks of {pattern!r}, which it has not")
+        for path, module in found:
+            unknown = set(module_plan.inputs) - set(_parameters(module))
+            if unknown:
+                raise UnsupportedModelError(
+                    f"the plan for {name} cuts {sorted(unknown)} of {path or name!r}, whose forward takes "
+                    f"{_parameters(module)}"
+                )
+            resolved.append((path, module, module_plan))
+    return resolved
+
+
+def _parameters(module: torch.nn.Module) -> list[str]:
+    """Names that the module's class takes in ``forward``; the instance's may be wrapped by offloading hooks."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _attentions(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The attention modules, all of which must be reachable through diffusers' dispatcher."""
+    found: list[tuple[str, Any]] = [
+        (path, module) for path, module in model.named_modules() if getattr(module, "processor", None) is not None
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no attention processor, so its attention cannot be reached"
+        )
+    for path, module in found:
+        if not hasattr(module.processor, "_attention_backend"):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}.{path}: {type(module.processor).__name__} does not call diffusers' attention "
+                "dispatcher, so its attention cannot be reached"
+            )
+    return found
+
+
+class _Session:
+    """Opens a sharded forward when the transformer is called, and closes it when it returns or raises."""
+
+    def __init__(self, handle: ShardHandle, mesh: ParallelMesh, plan: ShardingPlan, kernel: str) -> None:
+        self._handle, self._mesh, self._kernel = handle, mesh, kernel
+        paths = [path for path, _ in handle.model.named_modules()]
+        self._whole_keys = frozenset(path for path in paths if any(matches(p, path) for p in plan.whole_keys))
+        self._knowledge = Knowledge()
+        self._open = ExitStack()
+
+    def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (
+            self._mesh.sequence.size > 1
+            and torch.is_grad_enabled()
+            and any(p.requires_grad for p in module.parameters())
+        ):
+            raise ShardingError(
+                f"{type(module).__name__} was called with gradients enabled; sharded forwards are for inference: "
+                "run under torch.no_grad()"
+            )
+        signature = signature_of((args, kwargs))
+        forward = ShardedForward(
+            mesh=self._mesh,
+            kernel=self._kernel,
+            whole_keys=self._whole_keys,
+            table=self._knowledge.table(signature),
+            until_left=self._open,
+        )
+        self._open.enter_context(entered(forward, signature))
+        self._handle.tokens = forward.tokens
+
+    def leave(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        self._open.close()
+
+
+def _running(path: str) -> ShardedForward:
+    forward = current_forward()
+    if forward is None:
+        raise ShardingError(
+            f"{path} was called on its own; call the transformer as a whole, or remove() its handle first"
+        )
+    return forward
+
+
+def _hook_streams(module: torch.nn.Module, path: str, plan: ModulePlan, handle: ShardHandle) -> None:
+    """Cut inputs before the module runs; cut or join outputs after it."""
+    names = _parameters(module)
+
+    def before(
+        _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        forward = _running(path)
+        positional = list(args)
+        for name, split in plan.inputs.items():
+            index = names.index(name)
+            if name in kwargs:
+                kwargs = {**kwargs, name: forward.cut(kwargs[name], split, f"{path}.{name}")}
+            elif index < len(positional):
+                positional[index] = forward.cut(positional[index], split, f"{path}.{name}")
+        return tuple(positional), kwargs
+
+    def after(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
+        forward = _running(path)
+        single = isinstance(output, torch.Tensor)
+        items = [output] if single else list(output)
+        for index, step in plan.outputs.items():
+            where = f"{path} output {index}"
+            if isinstance(step, Gather):
+                items[index] = forward.join(items[index], step.dim, where)
+            else:
+                items[index] = forward.cut(items[index], step, where)
+        return items[0] if single else type(output)(items)
+
+    if plan.inputs:
+        handle.hook(module.register_forward_pre_hook(before, with_kwargs=True))
+    if plan.outputs:
+        handle.hook(module.register_forward_hook(after))
+
+
+def _hook_attention(module: torch.nn.Module, path: str, handle: ShardHandle) -> None:
+    """Know which attention is running, and see that it went through the core: local attention is a silent error."""
+
+    def before(_module: torch.nn.Module, _args: Any) -> None:
+        _running(path).attentions.append((path, [0]))
+
+    def after(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        _, calls = _running(path).attentions.pop()
+        if calls[0] == 0:
+            raise ShardingError(
+                f"{path} did not pass through the parallel attention (its processor or attention backend was changed "
+                "after parallelize?): remove() the handle and parallelize again"
+            )
+
+    handle.hook(module.register_forward_pre_hook(before))
+    handle.hook(module.register_forward_hook(after))
+
+
+def _route(processor: Any, handle: ShardHandle) -> None:
+    """Point one processor instance at our attention backend."""
+    for name, value in (("_attention_backend", backend_key()), ("_parallel_config", PARALLEL)):
+        if not hasattr(processor, name):
+            continue
+        had = name in vars(processor)
+        before = vars(processor).get(name)
+        setattr(processor, name, value)
+
+        def undo(name: str = name, had: bool = had, before: Any = before) -> None:
+            if had:
+                setattr(processor, name, before)
+            else:
+                vars(processor).pop(name, None)
+
+        handle.on_remove(undo)

@@ -1,0 +1,159 @@
+"""One sharded forward under way: what was cut so far, which attention is running, and what the ranks agreed on.
+
+Lengths are learned once per shape and then known. What they are kept under is *global*: the uncut shapes of the
+transformer's inputs and the place in the program. A key made of this rank's own lengths would let one rank hit and
+another miss, and the one that missed would wait for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from omni_sp.attention import shares
+from omni_sp.collectives import gather, gather_ints
+from omni_sp.errors import ShardingError
+from omni_sp.mesh import ParallelMesh
+from omni_sp.sharding.empty import EmptyPieces
+from omni_sp.sharding.plan import Split
+
+T = TypeVar("T")
+MAX_SHAPES = 64
+"""Input shapes whose lengths are kept; the oldest goes first, on all ranks alike."""
+
+_CURRENT: ContextVar[ShardedForward | None] = ContextVar("omni_sp_sharded_forward", default=None)
+
+
+def current_forward() -> ShardedForward | None:
+    """The sharded forward that is running in this context."""
+    return _CURRENT.get()
+
+
+class Knowledge:
+    """What the ranks learned from each other, by input shape and place in the program."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[Hashable, dict[Hashable, Any]] = OrderedDict()
+
+    def table(self, signature: Hashable) -> dict[Hashable, Any]:
+        """What is known for this input shape."""
+        table = self._tables.setdefault(signature, {})
+        self._tables.move_to_end(signature)
+        while len(self._tables) > MAX_SHAPES:
+            self._tables.popitem(last=False)
+        return table
+
+
+@dataclass
+class ShardedForward:
+    """The state of one forward.
+
+    Attributes:
+        mesh: the ranks. kernel: name of the attention kernel.
+        whole_keys: paths of attentions whose keys are whole.
+        table: what the ranks know about this input shape.
+        tokens: stream name -> global number of tokens cut so far.
+        until_left: what is to be closed when the forward ends.
+        attentions: paths of the attention modules now running, innermost last, each with its calls of the core.
+    """
+
+    mesh: ParallelMesh
+    kernel: str
+    whole_keys: frozenset[str]
+    table: dict[Hashable, Any]
+    until_left: ExitStack
+    tokens: dict[str, int] = field(default_factory=dict)
+    attentions: list[tuple[str, list[int]]] = field(default_factory=list)
+    _empties: bool = False
+    _visits: defaultdict[Hashable, int] = field(default_factory=lambda: defaultdict(int))
+
+    def place(self, *name: Hashable) -> Hashable:
+        """A key for "the n-th time that the program comes by here"."""
+        self._visits[name] += 1
+        return (*name, self._visits[name])
+
+    def know(self, place: Hashable, ask: Callable[[], T]) -> T:
+        """What the ranks agreed on at this place; ``ask`` exchanges, on the first forward of a shape only."""
+        if place not in self.table:
+            self.table[place] = ask()
+        value: T = self.table[place]
+        return value
+
+    def cut(self, value: Any, split: Split, where: str) -> Any:
+        """This rank's piece of a tensor, or of each tensor of a list; None stays None."""
+        if value is None:
+            return None
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.cut(item, split, where) for item in value)
+        if not isinstance(value, torch.Tensor):
+            raise ShardingError(f"{where} is a {type(value).__name__}, its plan wants a tensor to cut")
+        if split.ndim is not None and value.ndim != split.ndim:
+            if split.whole_otherwise:
+                return value
+            raise ShardingError(f"{where} has shape {tuple(value.shape)}, its plan wants {split.ndim} dims")
+        axis = self.mesh.sequence
+        total = value.shape[split.dim]
+        if value.is_floating_point() and value.ndim == 3:
+            self.tokens[where.rsplit(".", 1)[-1]] = total
+        sizes = shares(total, axis.size)
+        if sizes[axis.rank] == 0 and total > 0 and not self._empties:
+            self._empties = True
+            self.until_left.enter_context(EmptyPieces())
+        return value.narrow(split.dim, sum(sizes[: axis.rank]), sizes[axis.rank]).contiguous()
+
+    def join(self, value: torch.Tensor, dim: int, where: str) -> torch.Tensor:
+        """The whole of a tensor whose pieces lie on the ranks."""
+        axis = self.mesh.sequence
+        place = self.place("join", where)
+        lengths = self.know(place, lambda: [row[0] for row in gather_ints([value.shape[dim]], axis)])
+        if lengths[axis.rank] != value.shape[dim]:
+            raise ShardingError(
+                f"{where}: this rank's piece is {value.shape[dim]} long, on the first forward of this shape it was "
+                f"{lengths[axis.rank]}"
+            )
+        return gather(value, lengths, dim, axis)
+
+
+@contextmanager
+def entered(forward: ShardedForward, signature: Hashable) -> Iterator[None]:
+    """Make ``forward`` the running one; nesting is refused."""
+    if _CURRENT.get() is not None:
+        raise ShardingError("a sharded transformer was called inside another sharded transformer's forward")
+    if os.environ.get("OMNI_SP_CHECK") == "1":
+        _check_same_call(signature, forward.mesh)
+    token = _CURRENT.set(forward)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def _check_same_call(signature: Hashable, mesh: ParallelMesh) -> None:
+    """Raise where the ranks call the transformer with inputs of different shapes."""
+    sums = [row[0] for row in gather_ints([zlib.crc32(repr(signature).encode())], mesh.sequence)]
+    if len(set(sums)) > 1:
+        raise ShardingError(
+            f"the ranks call the transformer with different inputs: rank {mesh.rank} with {signature}; every rank "
+            "must run the same program on the same inputs"
+        )
+
+
+def signature_of(value: Any) -> Hashable:
+    """Shapes and plain values of a call's arguments: equal on all ranks, since all run the same call."""
+    if isinstance(value, torch.Tensor):
+        return ("tensor", tuple(value.shape), value.dtype)
+    if isinstance(value, (list, tuple)):
+        return tuple(signature_of(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, signature_of(item)) for name, item in sorted(value.items(), key=lambda pair: str(pair[0])))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return type(value).__qualname__

@@ -1,0 +1,129 @@
+"""How a model's attention reaches the core: through diffusers' own registry of attention backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from omni_sp.attention import agree_on_layout, local_attention, sequence_parallel_attention
+from omni_sp.collectives import gather_ints
+from omni_sp.errors import ShardingError, UnsupportedAttentionError
+from omni_sp.mesh import Axis
+from omni_sp.sharding.forward import ShardedForward, current_forward
+
+BACKEND = "omni_sp"
+
+
+class _Parallel:
+    """Stands where diffusers' parallel configuration would: a model passes it on where an attention sees cut tokens."""
+
+
+PARALLEL = _Parallel()
+
+
+def backend_key() -> Any:
+    """Our key in diffusers' registry, entered there on first use.
+
+    The registry is keyed by an enum without room for us; a value of that type, which is no member of it, is looked up
+    like any other and changes nothing for anybody else.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    for name in _AttentionBackendRegistry._backends:
+        if name.value == BACKEND:
+            return name
+    key = str.__new__(AttentionBackendName, BACKEND)
+    key._name_, key._value_ = BACKEND.upper(), BACKEND
+    _AttentionBackendRegistry.register(key)(_attention)
+    return key
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> torch.Tensor:
+    """What diffusers' dispatcher calls: (batch, tokens, heads, head_dim) in and out, this rank's tokens."""
+    forward = current_forward()
+    if forward is None or not forward.attentions:
+        raise ShardingError(
+            "a part of a parallelized transformer was called on its own: call the transformer as a whole, or remove() "
+            "its handle first"
+        )
+    path, calls = forward.attentions[-1]
+    calls[0] += 1
+    if dropout_p:
+        raise UnsupportedAttentionError(f"{path}: dropout {dropout_p} in attention is for training; this is inference")
+    if key.shape[2] != query.shape[2] and not enable_gqa:
+        raise UnsupportedAttentionError(
+            f"{path}: {query.shape[2]} query heads, {key.shape[2]} key heads, no enable_gqa"
+        )
+    key_mask = _key_mask(attn_mask, key, path)
+    if path in forward.whole_keys or _parallel_config is not PARALLEL:
+        _check_whole(forward, path, key, value)
+        return local_attention(
+            query, key, value, key_mask=key_mask, is_causal=is_causal, scale=scale, kernel=forward.kernel
+        )
+    layout = forward.know(
+        forward.place("attention", path),
+        lambda: agree_on_layout(query, key, key_mask=key_mask, is_causal=is_causal, axis=forward.mesh.sequence),
+    )
+    return sequence_parallel_attention(
+        query,
+        key,
+        value,
+        mesh=forward.mesh,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        scale=scale,
+        layout=layout,
+        kernel=forward.kernel,
+    )
+
+
+def _key_mask(mask: torch.Tensor | None, key: torch.Tensor, path: str) -> torch.Tensor | None:
+    """(batch, kv_tokens) bool from diffusers' (batch, kv), (batch, 1, 1, kv) or (1, 1, 1, kv) bool mask."""
+    if mask is None:
+        return None
+    batch, tokens = key.shape[:2]
+    fits = mask.ndim in (2, 4) and mask.shape[-1] == tokens and mask.shape[0] in (1, batch)
+    if mask.ndim == 4:
+        fits = fits and mask.shape[1] == mask.shape[2] == 1
+    if not fits or mask.dtype != torch.bool:
+        raise UnsupportedAttentionError(
+            f"{path}: attention mask {tuple(mask.shape)} of {mask.dtype}: a mask under sequence parallelism is bool and "
+            f"says which keys may be attended, shape ({batch}, 1, 1, {tokens}) on this rank"
+        )
+    return mask.reshape(mask.shape[0], tokens).expand(batch, tokens)
+
+
+def _check_whole(forward: ShardedForward, path: str, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Keys that are attended to without an exchange must be the same on every rank; look once per shape.
+
+    Equal lengths would be no evidence: pieces of a stream that divides evenly have them too.
+    """
+
+    def ask() -> bool:
+        axis: Axis = forward.mesh.sequence
+        sums = torch.stack(
+            [key.double().sum(), value.double().sum(), key.double().abs().sum(), value.double().abs().sum()]
+        )
+        rows = gather_ints([key.shape[1], *sums.cpu().view(torch.int64).tolist()], axis)
+        lengths = [row[0] for row in rows]
+        seen = torch.tensor([row[1:] for row in rows]).view(torch.float64)
+        spread = (seen - seen[0]).abs()[:, :2]
+        if len(set(lengths)) > 1 or bool((spread > 1e-3 * seen[0, 2:]).any()):
+            raise ShardingError(
+                f"{path} attends to keys that differ between the ranks (tokens {lengths}) without passing through the "
+                "core: its keys are cut, so take it out of the plan's whole_keys, or let the model pass parallel_config on"
+            )
+        return True
+
+    forward.know(forward.place("whole", path), ask)
