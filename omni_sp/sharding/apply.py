@@ -90,7 +90,7 @@ def _resolve(model: torch.nn.Module, plan: ShardingPlan) -> list[tuple[str, torc
             unknown = set(module_plan.inputs) - set(_parameters(module))
             if unknown:
                 raise UnsupportedModelError(
-                    f"the plan for {name} cuts {sorted(unknown)} of {path or name!r}, whose forward takes "
+                    f"the plan for {name} cuts {sorted(unknown)} of {(path or name)!r}, whose forward takes "
                     f"{_parameters(module)}"
                 )
             resolved.append((path, module, module_plan))

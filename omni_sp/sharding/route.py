@@ -16,7 +16,18 @@ BACKEND = "omni_sp"
 
 
 class _Parallel:
-    """Stands where diffusers' parallel configuration would: a model passes it on where an attention sees cut tokens."""
+    """Stands where diffusers' parallel configuration would: a model passes it on where an attention sees cut tokens.
+
+    Only our own backend may receive it. Another one would look into it, and is stopped there.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ShardingError(
+            "an attention did not pass through the parallel attention: its backend was changed after parallelize (and "
+            f"asks for {name}). remove() the handle, and choose a kernel by parallelize(..., attention_backend=...)"
+        )
 
 
 PARALLEL = _Parallel()
@@ -98,8 +109,8 @@ def _key_mask(mask: torch.Tensor | None, key: torch.Tensor, path: str) -> torch.
         fits = fits and mask.shape[1] == mask.shape[2] == 1
     if not fits or mask.dtype != torch.bool:
         raise UnsupportedAttentionError(
-            f"{path}: attention mask {tuple(mask.shape)} of {mask.dtype}: a mask under sequence parallelism is bool and "
-            f"says which keys may be attended, shape ({batch}, 1, 1, {tokens}) on this rank"
+            f"{path}: attention mask {tuple(mask.shape)} of {mask.dtype}: under sequence parallelism a mask is bool "
+            f"and says which keys may be attended, shape ({batch}, 1, 1, {tokens}) on this rank"
         )
     return mask.reshape(mask.shape[0], tokens).expand(batch, tokens)
 
@@ -122,7 +133,8 @@ def _check_whole(forward: ShardedForward, path: str, key: torch.Tensor, value: t
         if len(set(lengths)) > 1 or bool((spread > 1e-3 * seen[0, 2:]).any()):
             raise ShardingError(
                 f"{path} attends to keys that differ between the ranks (tokens {lengths}) without passing through the "
-                "core: its keys are cut, so take it out of the plan's whole_keys, or let the model pass parallel_config on"
+                "core: its keys are cut, so take it out of the plan's whole_keys, or let the model pass "
+                "parallel_config on"
             )
         return True
 

@@ -1,0 +1,179 @@
+"""The core's refusals, and its account of what it sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from omni_sp import ConfigError, DiffusionParallelConfig, OmniSPError, ParallelMesh, UnsupportedAttentionError
+from omni_sp.attention import SequenceLayout, kernel_names, sequence_parallel_attention, shares
+from omni_sp.attention.kernels import KernelCall, select_kernel
+from omni_sp.attention.layout import head_shares
+from tests.ranks import RankPool
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """Class and message of the error of ours that a call raises."""
+    try:
+        call()
+    except OmniSPError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def disagreeing(mesh: ParallelMesh) -> list[str]:
+    rank = mesh.rank
+    fits = torch.zeros(2, 3, 4, 8)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    odd = [
+        (torch.zeros(2 + rank, 3, 4, 8), None, False),
+        (torch.zeros(2, 3, 4 + 4 * rank, 8), None, False),
+        (fits.bfloat16() if rank else fits, None, False),
+        (fits, mask if rank else None, False),
+        (fits, None, rank == 1),
+    ]
+    return [
+        error_of(lambda x=x, m=m, c=c: sequence_parallel_attention(x, x, x, mesh=mesh, key_mask=m, is_causal=c))  # type: ignore[misc]
+        for x, m, c in odd
+    ]
+
+
+def test_ranks_that_disagree_are_told_so(ranks: RankPool) -> None:
+    for told in ranks.run(disagreeing, ulysses=2):
+        assert told == [
+            "ShardingError: the ranks disagree about batch of one attention: rank 0: 2, rank 1: 3",
+            "ShardingError: the ranks disagree about heads of one attention: rank 0: 4, rank 1: 8",
+            "ShardingError: the ranks disagree about dtype of one attention: "
+            "rank 0: torch.float32, rank 1: torch.bfloat16",
+            "ShardingError: the ranks disagree about key_mask of one attention: rank 0: 0, rank 1: 1",
+            "ShardingError: the ranks disagree about is_causal of one attention: rank 0: 0, rank 1: 1",
+        ]
+
+
+MESH = ParallelMesh(DiffusionParallelConfig())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        (((1, 3, 4), (1, 3, 4), (1, 3, 4)), {}, "all three are"),
+        (((1, 3, 4, 8), (2, 3, 4, 8), (2, 3, 4, 8)), {}, "batch and head_dim"),
+        (((1, 3, 4, 8), (1, 3, 3, 8), (1, 3, 3, 8)), {}, "4 query heads over 3 key/value heads"),
+        (((1, 3, 4, 8), (1, 5, 4, 8), (1, 5, 4, 8)), {"is_causal": True}, "queries and keys of the same tokens"),
+        (((1, 3, 4, 8),) * 3, {"key_mask": torch.ones(1, 4, dtype=torch.bool)}, "give bool of shape (1, 3)"),
+        (((1, 3, 4, 8),) * 3, {"key_mask": torch.ones(1, 3)}, "give bool"),
+        (((1, 3, 4, 8),) * 3, {"kernel": "cuda_flash"}, "runs on cuda, not on cpu; able here: cpu_flash, math"),
+        (((1, 3, 4, 8),) * 3, {"kernel": "nonsense"}, "choose from auto, cpu_flash"),
+    ],
+)
+def test_bad_input(shapes: tuple[tuple[int, ...], ...], options: dict[str, Any], message: str) -> None:
+    query, key, value = (torch.zeros(shape) for shape in shapes)
+    told = error_of(lambda: sequence_parallel_attention(query, key, value, mesh=MESH, **options))
+    assert told.startswith("UnsupportedAttentionError")
+    assert message in told
+
+
+def test_dtypes_must_be_alike() -> None:
+    x = torch.zeros(1, 3, 4, 8)
+    assert "float16 for all three" in error_of(lambda: sequence_parallel_attention(x, x.half(), x, mesh=MESH))
+    assert "float16 for all three" in error_of(lambda: sequence_parallel_attention(*[x.int()] * 3, mesh=MESH))
+
+
+def test_gradients_are_refused() -> None:
+    x = torch.zeros(1, 3, 4, 8, requires_grad=True)
+    with pytest.raises(UnsupportedAttentionError, match="no_grad"):
+        sequence_parallel_attention(x, x, x, mesh=MESH)
+
+
+def test_a_wrong_layout_is_refused() -> None:
+    x = torch.zeros(1, 3, 4, 8)
+    told = error_of(lambda: sequence_parallel_attention(x, x, x, mesh=MESH, layout=SequenceLayout((4,), (3,))))
+    assert "holds (3, 3) query and key tokens, its layout says (4, 3)" in told
+    told = error_of(lambda: sequence_parallel_attention(x, x, x, mesh=MESH, layout=SequenceLayout((3, 3), (3, 3))))
+    assert "speaks of 2 ranks, the mesh has 1" in told
+
+
+def test_a_mesh_needs_its_ranks() -> None:
+    with pytest.raises(ConfigError, match=r"2 × ring_degree 2 = 4 ranks, but torch.distributed is not initialised"):
+        ParallelMesh(DiffusionParallelConfig(ulysses_degree=2, ring_degree=2))
+
+
+def places(mesh: ParallelMesh) -> tuple[tuple[int, ...], tuple[int, ...], int, int, str]:
+    told = error_of(lambda: ParallelMesh(DiffusionParallelConfig(ulysses_degree=3)))
+    return mesh.ulysses.ranks, mesh.ring.ranks, mesh.ulysses.rank, mesh.ring.rank, told
+
+
+def test_ulysses_ranks_are_neighbours(ranks: RankPool) -> None:
+    got = ranks.run(places, ulysses=2, ring=2)
+    assert [entry[:4] for entry in got] == [
+        ((0, 1), (0, 2), 0, 0),
+        ((0, 1), (1, 3), 1, 0),
+        ((2, 3), (0, 2), 0, 1),
+        ((2, 3), (1, 3), 1, 1),
+    ]
+    assert all("= 3 ranks, but torch.distributed runs 4" in entry[4] for entry in got)
+
+
+def sent(
+    mesh: ParallelMesh, lengths: tuple[int, ...], heads: int
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    x = torch.zeros(1, lengths[mesh.rank], heads, 8)
+    for axis in (mesh.ulysses, mesh.ring, mesh.sequence):
+        axis.traffic.reset()
+    sequence_parallel_attention(x, x, x, mesh=mesh, layout=SequenceLayout(lengths, lengths))
+    assert not mesh.sequence.traffic.calls, "a known layout needs no exchange"
+    return mesh.ulysses.traffic.calls, mesh.ulysses.traffic.bytes, mesh.ring.traffic.bytes
+
+
+def test_bytes_are_what_the_layout_says(ranks: RankPool) -> None:
+    lengths, heads, width = (5, 4, 4, 3), 3, 8 * 4
+    for rank, (calls, ulysses, ring) in enumerate(ranks.run(sent, lengths, heads, ulysses=2, ring=2)):
+        mine, other = (2, 1) if rank % 2 == 0 else (1, 2)
+        neighbour = rank ^ 1
+        assert calls == {"exchange": 2}
+        assert ulysses == {"exchange": (lengths[rank] * 3 * other + lengths[neighbour] * mine) * width}
+        assert ring == {"shift": (lengths[rank] + lengths[neighbour]) * 2 * mine * width}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
+def test_shares_are_tensor_splits(parts: int) -> None:
+    for total in (0, 1, 3, 12, 13):
+        assert shares(total, parts) == tuple(len(piece) for piece in torch.arange(total).tensor_split(parts))
+
+
+def test_head_shares_cover_every_head_once() -> None:
+    for heads, kv_heads, degree in [(6, 6, 4), (8, 2, 3), (9, 3, 2), (1, 1, 4), (32, 1, 5), (12, 4, 7)]:
+        got = head_shares(heads, kv_heads, degree)
+        owned = []
+        for share in got:
+            repeats = share.num_query // share.num_key if share.num_key else 0
+            index = share.key_of_query or tuple(n // repeats for n in range(share.num_query))
+            owned += [(share.query[0] + n, share.key[0] + kv) for n, kv in enumerate(index)]
+        assert owned == [(head, head // (heads // kv_heads)) for head in range(heads)]
+
+
+def test_auto_finds_a_kernel_for_every_device() -> None:
+    def chosen(device: str, dtype: torch.dtype, head_dim: int = 64, *, mask: bool = False) -> str:
+        return select_kernel("auto", KernelCall(device, dtype, head_dim, mask, False)).name
+
+    assert chosen("cpu", torch.float32, mask=True) == "cpu_flash"
+    assert chosen("cuda", torch.bfloat16) == "cuda_flash"
+    assert chosen("cuda", torch.bfloat16, mask=True) == "cuda_efficient"
+    assert chosen("cuda", torch.float32, 36) == "math"
+    assert kernel_names()[0] == "auto"
+    with pytest.raises(UnsupportedAttentionError, match="no kernel can serve"):
+        select_kernel("auto", KernelCall("meta", torch.float32, 64, False, False))
+
+
+@pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
+def test_kernels_agree_on_rows_without_a_key(kernel: str) -> None:
+    x = torch.randn(2, 5, 3, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 2:] = True
+    out = sequence_parallel_attention(x, x, x, mesh=MESH, key_mask=mask, is_causal=True, kernel=kernel)
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    assert torch.equal(out[1, :2], torch.zeros_like(out[1, :2]))
+    assert torch.allclose(out[1, 2], x[1, 2])

@@ -1,0 +1,191 @@
+"""What must raise instead of being wrong or hanging."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from omni_sp import OmniSPError, ParallelMesh, ShardingError, UnsupportedModelError, parallelize
+from omni_sp.sharding import ShardingPlan, plan_for, shard
+from tests.attention.reference import relative_error
+from tests.ranks import RankPool
+from tests.sharding.models import qwen_image, qwen_inputs, randomise, wan, wan_inputs
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """Class and message of the error of ours that a call raises."""
+    try:
+        with torch.no_grad():
+            call()
+    except OmniSPError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def replaced_processor(mesh: ParallelMesh) -> str:
+    model, inputs = randomise(qwen_image()), qwen_inputs()
+    parallelize(model, mesh)
+    attention = model.transformer_blocks[1].attn
+    attention.set_processor(type(attention.processor)())
+    return error_of(lambda: model(**inputs))
+
+
+def test_an_attention_that_bypasses_the_core_is_named(ranks: RankPool) -> None:
+    for told in ranks.run(replaced_processor, ulysses=2):
+        assert "transformer_blocks.1.attn did not pass through the parallel attention" in told
+
+
+def changed_backend(mesh: ParallelMesh) -> str:
+    model, inputs = randomise(qwen_image()), qwen_inputs()
+    parallelize(model, mesh)
+    model.set_attention_backend("native")
+    return error_of(lambda: model(**inputs))
+
+
+def test_changing_the_backend_afterwards_is_noticed(ranks: RankPool) -> None:
+    for told in ranks.run(changed_backend, ring=2):
+        assert "an attention did not pass through the parallel attention: its backend was changed" in told
+
+
+def cut_keys_called_whole(mesh: ParallelMesh) -> str:
+    model, inputs = randomise(wan()), wan_inputs()
+    plan = dataclasses.replace(plan_for(model), whole_keys=("blocks.*.attn1", "blocks.*.attn2"))
+    parallelize(model, mesh, plan=plan)
+    return error_of(lambda: model(**inputs))
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 3)])
+def test_cut_keys_that_a_plan_calls_whole_are_found(ranks: RankPool, ulysses: int, ring: int) -> None:
+    for told in ranks.run(cut_keys_called_whole, ulysses=ulysses, ring=ring):
+        assert told.startswith("ShardingError: blocks.0.attn1 attends to keys that differ between the ranks")
+
+
+def with_gradients(mesh: ParallelMesh) -> str:
+    model, inputs = randomise(qwen_image()), qwen_inputs()
+    parallelize(model, mesh)
+    try:
+        model(**inputs)
+    except ShardingError as error:
+        return str(error)
+    return "no error"
+
+
+def test_gradients_are_refused(ranks: RankPool) -> None:
+    assert all("torch.no_grad()" in told for told in ranks.run(with_gradients, ulysses=2))
+
+
+def recovers(mesh: ParallelMesh) -> tuple[str, float]:
+    """A forward that fails in the middle leaves nothing behind for the next."""
+    model, inputs = randomise(qwen_image()), qwen_inputs()
+    with torch.no_grad():
+        wanted = model(**inputs)[0]
+        parallelize(model, mesh)
+
+        def explode(*_: Any) -> None:
+            raise RuntimeError("in the middle")
+
+        hook = model.transformer_blocks[1].register_forward_pre_hook(explode)
+        try:
+            model(**inputs)
+            told = "no error"
+        except RuntimeError as error:
+            told = str(error)
+        hook.remove()
+        return told, relative_error(model(**inputs)[0], wanted)
+
+
+def test_a_failed_forward_leaves_nothing_behind(ranks: RankPool) -> None:
+    for told, error in ranks.run(recovers, ulysses=2, ring=2):
+        assert told == "in the middle"
+        assert error <= 1e-5
+
+
+def different_inputs(mesh: ParallelMesh) -> str:
+    os.environ["OMNI_SP_CHECK"] = "1"
+    try:
+        model = randomise(qwen_image())
+        parallelize(model, mesh)
+        return error_of(lambda: model(**qwen_inputs(text=13 + mesh.rank)))
+    finally:
+        del os.environ["OMNI_SP_CHECK"]
+
+
+def test_the_check_finds_ranks_with_different_inputs(ranks: RankPool) -> None:
+    for told in ranks.run(different_inputs, ulysses=2):
+        assert told.startswith("ShardingError: the ranks call the transformer with different inputs")
+
+
+def alone(mesh: ParallelMesh) -> list[str]:
+    """Refusals that need no exchange."""
+    model, inputs = randomise(qwen_image()), qwen_inputs()
+    told = []
+    handle = parallelize(model, mesh)
+    told.append(error_of(lambda: parallelize(model, mesh)))
+    told.append(error_of(lambda: model.pos_embed([(1, 5, 7)], max_txt_seq_len=3)))
+    told.append(error_of(lambda: model.transformer_blocks[0].attn(hidden_states=torch.zeros(1, 2, 48))))
+    handle.remove()
+    handle.remove()
+    told.append(error_of(lambda: model(**inputs)))
+    told.append(error_of(lambda: parallelize(torch.nn.Linear(2, 2), mesh)))
+    told.append(error_of(lambda: parallelize(object(), mesh)))
+    told.append(error_of(lambda: parallelize(model, mesh, attention_backend="flsh")))
+    wrong = plan_for(model).extended(
+        "proj_out", inputs={"nonsense": plan_for(model).modules["transformer_blocks.0"].inputs["hidden_states"]}
+    )
+    told.append(error_of(lambda: shard(model, mesh, wrong)))
+    told.append(error_of(lambda: shard(model, mesh, ShardingPlan(modules={"blocks": wrong.modules["proj_out"]}))))
+    told.append(error_of(lambda: model(**inputs)))
+    return told
+
+
+def test_refusals_name_what_is_wrong(ranks: RankPool) -> None:
+    wanted = [
+        "ShardingError: QwenImageTransformer2DModel is parallelized already",
+        "ShardingError: pos_embed was called on its own",
+        "ShardingError: transformer_blocks.0.attn was called on its own",
+        "no error",
+        "UnsupportedModelError: Linear has no sharding plan",
+        "UnsupportedModelError: object has no transformer",
+        "UnsupportedAttentionError: no attention kernel",
+        "UnsupportedModelError: the plan for QwenImageTransformer2DModel cuts ['nonsense'] of 'proj_out'",
+        "UnsupportedModelError: the plan for QwenImageTransformer2DModel speaks of 'blocks'",
+        "no error",
+    ]
+    for told in ranks.run(alone, ulysses=2):
+        assert len(told) == len(wanted)
+        for got, start in zip(told, wanted, strict=True):
+            assert got.startswith(start)
+
+
+def test_one_rank_runs_what_has_no_plan() -> None:
+    from omni_sp import DiffusionParallelConfig
+
+    model = torch.nn.Linear(2, 2)
+    parallelize(model, ParallelMesh(DiffusionParallelConfig())).remove()
+    assert not model._forward_pre_hooks
+    with pytest.raises(UnsupportedModelError):
+        plan_for(model)
+
+
+def untouched(mesh: ParallelMesh) -> bool:
+    """Only instances are changed, and they get back all of it."""
+    model, bystander = randomise(qwen_image()), qwen_image()
+    processor = model.transformer_blocks[0].attn.processor
+    before = dict(vars(processor))
+    handle = parallelize(model, mesh)
+    inside = (
+        processor._attention_backend is not None
+        and bystander.transformer_blocks[0].attn.processor._attention_backend is None
+    )
+    handle.remove()
+    hooks = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+    return inside and not hooks and dict(vars(processor)) == before and type(processor)._attention_backend is None
+
+
+def test_nothing_is_patched_on_classes(ranks: RankPool) -> None:
+    assert all(ranks.run(untouched, ulysses=2))
