@@ -41,8 +41,9 @@ def sequence_parallel_attention(
         mesh: the ranks.
         key_mask: (batch, kv_tokens) bool, True = attend, this rank's piece. Passed by all ranks or by none. A query
             that no key may attend gets output 0.
-        is_causal: each token attends to itself and to what lies before it; the pieces lie in rank order
-            (ring-major), and query and key are the same tokens.
+        is_causal: each token attends to itself and to what lies before it; query and key are the same tokens. Pieces
+            lie in rank order (ring-major), unless the layout is ``SequenceLayout.zigzag(...)``, which gives all ranks
+            the same work.
         scale: of the scores; None means 1/sqrt(head_dim).
         layout: how many tokens each rank holds, where the caller knows. None asks the others with one small
             exchange, which also finds out whether all ranks hold tensors that fit together.
@@ -60,10 +61,10 @@ def sequence_parallel_attention(
     axis = mesh.sequence
     if layout is None or os.environ.get("OMNI_SP_CHECK") == "1":
         agreed = agree_on_layout(query, key, key_mask=key_mask, is_causal=is_causal, axis=axis)
-        if layout is not None and layout != agreed:
+        if layout is not None and (layout.query, layout.key) != (agreed.query, agreed.key):
             raise ShardingError(f"the caller's layout is {layout}, but the ranks hold {agreed}")
-        layout = agreed
-    _check_layout(query, key, layout, axis, is_causal)
+        layout = layout or agreed
+    _check_layout(query, key, layout, mesh, is_causal)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     able = _able(kernel, query, key_mask, is_causal)
@@ -81,6 +82,7 @@ def sequence_parallel_attention(
         key_lengths=[sum(layout.key[start : start + degree]) for start in range(0, axis.size, degree)],
         key_mask=key_mask,
         is_causal=is_causal,
+        fronts=layout.fronts,
         scale=scale,
         kernel=able,
         key_of_query=inner.mine.key_of_query,
@@ -173,8 +175,13 @@ def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, k
         )
 
 
-def _check_layout(query: torch.Tensor, key: torch.Tensor, layout: SequenceLayout, axis: Axis, is_causal: bool) -> None:
+def _check_layout(
+    query: torch.Tensor, key: torch.Tensor, layout: SequenceLayout, mesh: ParallelMesh, is_causal: bool
+) -> None:
     """A layout that is not this rank's own would send the wrong rows: refuse it."""
+    axis = mesh.sequence
+    if layout.fronts is not None and len(layout.fronts) != mesh.ring.size:
+        raise ShardingError(f"{layout} is a zigzag over {len(layout.fronts)} ring ranks, the mesh has {mesh.ring.size}")
     if len(layout.query) != axis.size or len(layout.key) != axis.size:
         raise ShardingError(f"{layout} speaks of {len(layout.query)} ranks, the mesh has {axis.size}")
     held = (query.shape[1], key.shape[1])

@@ -20,12 +20,64 @@ class SequenceLayout:
 
     Attributes:
         query: query tokens of each rank. key: key/value tokens of each rank. Zeros are fine.
+        fronts: None where ranks hold consecutive pieces in rank order. Zigzag: for each ring rank, how many tokens of
+            its row belong to its first chunk.
 
-    Ranks hold consecutive pieces in rank order; only causal attention depends on that order.
+    Only causal attention depends on the order of tokens. Consecutive pieces leave the first ring rank with almost
+    nothing to do and the last with everything. Zigzag cuts the row into 2 × ring chunks and gives ring rank r chunk r
+    and chunk 2 × ring - 1 - r, so that all have the same work.
     """
 
     query: tuple[int, ...]
     key: tuple[int, ...]
+    fronts: tuple[int, ...] | None = None
+
+    @classmethod
+    def zigzag(cls, total: int, *, ring: int, ulysses: int) -> SequenceLayout:
+        """The balanced layout of ``total`` tokens for causal attention on ring × ulysses ranks."""
+        chunks = shares(total, 2 * ring)
+        rows = [chunks[r] + chunks[2 * ring - 1 - r] for r in range(ring)]
+        held = tuple(piece for row in rows for piece in shares(row, ulysses))
+        return cls(held, held, chunks[:ring])
+
+    def positions(self, rank: int) -> tuple[int, ...]:
+        """The global positions of the tokens that a rank holds, for cutting a row (queries and keys alike)."""
+        if self.fronts is None:
+            start = sum(self.query[:rank])
+            return tuple(range(start, start + self.query[rank]))
+        ring = len(self.fronts)
+        ulysses = len(self.query) // ring
+        row = rank // ulysses
+        rows = [sum(self.query[r * ulysses : (r + 1) * ulysses]) for r in range(ring)]
+        fronts, backs = self.fronts, [total - front for total, front in zip(rows, self.fronts, strict=True)]
+        first = sum(fronts[:row])
+        second = sum(fronts) + sum(backs[row + 1 :])
+        held = [*range(first, first + fronts[row]), *range(second, second + backs[row])]
+        start = sum(self.query[row * ulysses : rank])
+        return tuple(held[start : start + self.query[rank]])
+
+
+@dataclass(frozen=True)
+class CausalPart:
+    """What of one block of keys a ring rank attends to: queries from ``query_start`` on, keys up to ``key_stop``.
+
+    ``is_causal``: within that part each query sees only what lies before it; otherwise all of it.
+    """
+
+    query_start: int
+    key_stop: int | None
+    is_causal: bool
+
+
+def causal_part(fronts: tuple[int, ...] | None, rank: int, origin: int) -> CausalPart | None:
+    """The part of the block of ring rank ``origin`` that causality lets ``rank`` see; None where there is none."""
+    if origin == rank:
+        return CausalPart(0, None, True)
+    if fronts is None:
+        return CausalPart(0, None, False) if origin < rank else None
+    # An earlier rank's second chunk lies behind all that this one holds; of a later rank's block only this one's second
+    # chunk sees anything, and that all of it.
+    return CausalPart(0, fronts[origin], False) if origin < rank else CausalPart(fronts[rank], None, False)
 
 
 @dataclass(frozen=True)

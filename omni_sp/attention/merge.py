@@ -15,19 +15,26 @@ class Merger:
         self._out: torch.Tensor | None = None
         self._lse: torch.Tensor | None = None
 
-    def add(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Take in one part: ``out`` (batch, tokens, heads, head_dim) and ``lse`` (batch, heads, tokens) in fp32."""
+    def add(self, out: torch.Tensor, lse: torch.Tensor, start: int = 0) -> None:
+        """Take in one part: ``out`` (batch, tokens, heads, head_dim) and ``lse`` (batch, heads, tokens) in fp32.
+
+        The tensors become this object's own. The first part is of all tokens; a later one may be of those from
+        ``start`` on.
+        """
         if self._out is None or self._lse is None:
             # A single part stays as it is, bit for bit.
             self._out, self._lse = out, lse
             return
-        together = torch.logaddexp(self._lse, lse)
+        if self._out.dtype != lse.dtype:
+            self._out = self._out.to(lse.dtype)
+        so_far, so_far_lse = self._out[:, start:], self._lse[:, :, start:]
+        together = torch.logaddexp(so_far_lse, lse)
         # -inf - -inf is nan: rows that nothing attended keep weight 0.
         nothing = together == -torch.inf
-        before = (self._lse - together).masked_fill_(nothing, -torch.inf).exp_()
+        before = (so_far_lse - together).masked_fill_(nothing, -torch.inf).exp_()
         now = (lse - together).masked_fill_(nothing, -torch.inf).exp_()
-        self._out = self._out.to(together.dtype) * _per_row(before) + out.to(together.dtype) * _per_row(now)
-        self._lse = together
+        so_far.mul_(_per_row(before)).addcmul_(out.to(lse.dtype), _per_row(now))
+        so_far_lse.copy_(together)
 
     def result(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything added so far, the output rounded once to ``dtype``."""

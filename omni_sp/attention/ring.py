@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from omni_sp.attention.kernels import Kernel, attend
+from omni_sp.attention.layout import CausalPart, causal_part
 from omni_sp.attention.merge import Merger
 from omni_sp.attention.packing import mask_elements, pack_mask, unpack_mask
 from omni_sp.collectives import shift
@@ -49,6 +50,7 @@ def ring_attention(
     key_lengths: Sequence[int],
     key_mask: torch.Tensor | None,
     is_causal: bool,
+    fronts: tuple[int, ...] | None,
     scale: float,
     kernel: Kernel,
     key_of_query: tuple[int, ...] | None,
@@ -59,20 +61,32 @@ def ring_attention(
         query: (batch, q_tokens, heads, head_dim). key, value: (batch, kv_tokens, kv_heads, head_dim); this rank's.
         key_lengths: kv_tokens of every rank; zeros are fine.
         key_mask: (batch, kv_tokens) of this rank's keys; all ranks pass one, or none does.
-        is_causal: queries and keys are the same tokens, in rank order.
+        is_causal: queries and keys are the same tokens, in the order that ``fronts`` says (see SequenceLayout).
 
     Returns:
         (batch, q_tokens, heads, head_dim).
     """
     merger = Merger()
 
-    def add(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, causal: bool) -> None:
-        merger.add(
-            *attend(kernel, query, key, value, key_mask=mask, is_causal=causal, scale=scale, key_of_query=key_of_query)
+    def add(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, origin: int) -> None:
+        part = causal_part(fronts, axis.rank, origin) if is_causal else CausalPart(0, None, False)
+        if part is None:
+            return
+        keys = slice(0, part.key_stop)
+        out, lse = attend(
+            kernel,
+            query[:, part.query_start :],
+            key[:, keys],
+            value[:, keys],
+            key_mask=None if mask is None else mask[:, keys],
+            is_causal=part.is_causal,
+            scale=scale,
+            key_of_query=key_of_query,
         )
+        merger.add(out, lse, part.query_start)
 
     if axis.size == 1:
-        add(key, value, key_mask, causal=is_causal)
+        add(key, value, key_mask, 0)
         return merger.result(query.dtype)[0]
 
     shape = _BlockShape(key.shape[0], key.shape[2], key.shape[3], key.dtype, key_mask is not None)
@@ -84,11 +98,10 @@ def ring_attention(
         origin = (axis.rank - step) % axis.size
         pending = None
         if step < axis.size - 1:
-            # The next block is on its way while this one is attended to; both ends know every length.
+            # The next block is on its way while this one is attended to; both ends know every length. Under causality a
+            # block may hold nothing for this rank's queries; it is passed on all the same.
             pending = shift(block, shape.numel(key_lengths[(origin - 1) % axis.size]), axis)
-        # Under causality later blocks hold nothing for this rank's queries; they are only passed on.
-        if not is_causal or origin <= axis.rank:
-            add(*shape.unpack(block, key_lengths[origin]), causal=is_causal and origin == axis.rank)
+        add(*shape.unpack(block, key_lengths[origin]), origin)
         if pending is not None:
             block = pending.wait()
     return merger.result(query.dtype)[0]

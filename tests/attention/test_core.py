@@ -114,3 +114,49 @@ def test_half_precision_is_as_good_as_one_process(ranks: RankPool, dtype: torch.
     got = torch.cat(ranks.run(run_case, case, True, ulysses=ulysses, ring=ring), dim=1)
     assert got.dtype == dtype
     assert relative_error(got, wanted) <= 1.5 * relative_error(alone, wanted)
+
+
+def run_zigzag(mesh: ParallelMesh, case: Case, total: int) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Causal attention with the tokens dealt out in zigzag; gives the rank's positions and its output."""
+    query, key, value, mask = make(case, 1)
+    layout = SequenceLayout.zigzag(total, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
+    held = list(layout.positions(mesh.sequence.rank))
+    out = sequence_parallel_attention(
+        query[:, held],
+        key[:, held],
+        value[:, held],
+        mesh=mesh,
+        key_mask=None if mask is None else mask[:, held],
+        is_causal=True,
+        layout=layout,
+    )
+    return tuple(held), out
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS, ids=lambda degree: str(degree))
+@pytest.mark.parametrize(("total", "masked"), [(37, False), (37, True), (5, True), (2, False)])
+def test_zigzag_equals_one_process(ranks: RankPool, total: int, masked: bool, ulysses: int, ring: int) -> None:
+    case = Case((total,), (total,), heads=6, kv_heads=3, batch=2, masked=masked, causal=True)
+    query, key, value, mask = make(case, 1)
+    if mask is not None:
+        assert not mask[0].any()
+    wanted = attention(query, key, value, key_mask=mask, is_causal=True)
+    got = torch.full_like(query, torch.nan)
+    for held, out in ranks.run(run_zigzag, case, total, ulysses=ulysses, ring=ring):
+        got[:, list(held)] = out
+    assert not got.isnan().any(), "every position is held by one rank"
+    assert relative_error(got, wanted) <= 2e-6
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (3, 2), (2, 3), (4, 4)])
+@pytest.mark.parametrize("total", [0, 1, 7, 64, 101])
+def test_zigzag_deals_out_every_token_once(total: int, ring: int, ulysses: int) -> None:
+    layout = SequenceLayout.zigzag(total, ring=ring, ulysses=ulysses)
+    held = [layout.positions(rank) for rank in range(ring * ulysses)]
+    assert [len(positions) for positions in held] == list(layout.query)
+    assert sorted(position for positions in held for position in positions) == list(range(total))
+    rows = [[p for u in range(ulysses) for p in held[r * ulysses + u]] for r in range(ring)]
+    assert all(row == sorted(row) for row in rows)
+    if total >= 64:
+        work = [sum(position + 1 for position in row) for row in rows]
+        assert max(work) <= 1.2 * min(work)
