@@ -81,7 +81,8 @@ class RankPool:
                 try:
                     ok, value = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    ok, value = False, "the process died"
+                    self._processes[rank].join(5)
+                    ok, value = False, f"the process died, exit code {self._processes[rank].exitcode}"
                 if ok:
                     results[rank] = value
                     continue
@@ -120,10 +121,11 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     warnings.simplefilter("error")
     while True:
         try:
-            wanted, config, function, args = pickle.loads(pipe.recv_bytes())
+            job = pipe.recv_bytes()
         except (EOFError, OSError):
             return
         try:
+            wanted, config, function, args = pickle.loads(job)
             if wanted != generation:
                 _join(rank, config.world_size, PrefixStore(str(wanted), store))
                 meshes.clear()

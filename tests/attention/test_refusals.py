@@ -53,7 +53,10 @@ def test_ranks_that_disagree_are_told_so(ranks: RankPool) -> None:
         ]
 
 
-MESH = ParallelMesh(DiffusionParallelConfig())
+@pytest.fixture
+def mesh() -> ParallelMesh:
+    """One rank: this process."""
+    return ParallelMesh(DiffusionParallelConfig())
 
 
 @pytest.mark.parametrize(
@@ -69,30 +72,32 @@ MESH = ParallelMesh(DiffusionParallelConfig())
         (((1, 3, 4, 8),) * 3, {"kernel": "nonsense"}, "choose from auto, cpu_flash"),
     ],
 )
-def test_bad_input(shapes: tuple[tuple[int, ...], ...], options: dict[str, Any], message: str) -> None:
+def test_bad_input(
+    mesh: ParallelMesh, shapes: tuple[tuple[int, ...], ...], options: dict[str, Any], message: str
+) -> None:
     query, key, value = (torch.zeros(shape) for shape in shapes)
-    told = error_of(lambda: sequence_parallel_attention(query, key, value, mesh=MESH, **options))
+    told = error_of(lambda: sequence_parallel_attention(query, key, value, mesh=mesh, **options))
     assert told.startswith("UnsupportedAttentionError")
     assert message in told
 
 
-def test_dtypes_must_be_alike() -> None:
+def test_dtypes_must_be_alike(mesh: ParallelMesh) -> None:
     x = torch.zeros(1, 3, 4, 8)
-    assert "float16 for all three" in error_of(lambda: sequence_parallel_attention(x, x.half(), x, mesh=MESH))
-    assert "float16 for all three" in error_of(lambda: sequence_parallel_attention(*[x.int()] * 3, mesh=MESH))
+    assert "float16 for all three" in error_of(lambda: sequence_parallel_attention(x, x.half(), x, mesh=mesh))
+    assert "float16 for all three" in error_of(lambda: sequence_parallel_attention(*[x.int()] * 3, mesh=mesh))
 
 
-def test_gradients_are_refused() -> None:
+def test_gradients_are_refused(mesh: ParallelMesh) -> None:
     x = torch.zeros(1, 3, 4, 8, requires_grad=True)
     with pytest.raises(UnsupportedAttentionError, match="no_grad"):
-        sequence_parallel_attention(x, x, x, mesh=MESH)
+        sequence_parallel_attention(x, x, x, mesh=mesh)
 
 
-def test_a_wrong_layout_is_refused() -> None:
+def test_a_wrong_layout_is_refused(mesh: ParallelMesh) -> None:
     x = torch.zeros(1, 3, 4, 8)
-    told = error_of(lambda: sequence_parallel_attention(x, x, x, mesh=MESH, layout=SequenceLayout((4,), (3,))))
+    told = error_of(lambda: sequence_parallel_attention(x, x, x, mesh=mesh, layout=SequenceLayout((4,), (3,))))
     assert "holds (3, 3) query and key tokens, its layout says (4, 3)" in told
-    told = error_of(lambda: sequence_parallel_attention(x, x, x, mesh=MESH, layout=SequenceLayout((3, 3), (3, 3))))
+    told = error_of(lambda: sequence_parallel_attention(x, x, x, mesh=mesh, layout=SequenceLayout((3, 3), (3, 3))))
     assert "speaks of 2 ranks, the mesh has 1" in told
 
 
@@ -169,11 +174,11 @@ def test_auto_finds_a_kernel_for_every_device() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
-def test_kernels_agree_on_rows_without_a_key(kernel: str) -> None:
+def test_kernels_agree_on_rows_without_a_key(mesh: ParallelMesh, kernel: str) -> None:
     x = torch.randn(2, 5, 3, 16, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[1, 2:] = True
-    out = sequence_parallel_attention(x, x, x, mesh=MESH, key_mask=mask, is_causal=True, kernel=kernel)
+    out = sequence_parallel_attention(x, x, x, mesh=mesh, key_mask=mask, is_causal=True, kernel=kernel)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert torch.equal(out[1, :2], torch.zeros_like(out[1, :2]))
     assert torch.allclose(out[1, 2], x[1, 2])
