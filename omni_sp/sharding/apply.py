@@ -11,9 +11,17 @@ import torch
 
 from omni_sp.errors import ShardingError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding.forward import Knowledge, ShardedForward, current_forward, entered, signature_of
+from omni_sp.sharding.forward import (
+    Knowledge,
+    OnCut,
+    ShardedForward,
+    current_forward,
+    cut,
+    entered,
+    signature_of,
+)
 from omni_sp.sharding.plan import Gather, ModulePlan, ShardingPlan, matches
-from omni_sp.sharding.route import PARALLEL, backend_key
+from omni_sp.sharding.route import Route, backend_key
 
 _MARK = "_omni_sp_handle"
 
@@ -62,14 +70,15 @@ def shard(model: torch.nn.Module, mesh: ParallelMesh, plan: ShardingPlan, *, ker
     try:
         model.__dict__[_MARK] = handle
         handle.on_remove(lambda: model.__dict__.pop(_MARK))
-        session = _Session(handle, mesh, plan, kernel)
+        session = _Session(handle, mesh, kernel)
         handle.hook(model.register_forward_pre_hook(session.enter, with_kwargs=True))
         for path, module, module_plan in resolved:
-            _hook_streams(module, path or type(model).__name__, module_plan, handle)
+            _hook_streams(module, path or type(model).__name__, module_plan, mesh, handle)
         if mesh.sequence.size > 1 or kernel != "auto":
             for path, module in _attentions(model):
                 _hook_attention(module, path, handle)
-                _route(module.processor, handle)
+                whole = any(matches(pattern, path) for pattern in plan.whole_keys)
+                _route(module.processor, Route(path, whole_keys=whole), handle)
         # Registered last, so that it runs after a join at the transformer itself.
         handle.hook(model.register_forward_hook(session.leave, always_call=True))
     except BaseException:
@@ -123,19 +132,14 @@ def _attentions(model: torch.nn.Module) -> list[tuple[str, Any]]:
 class _Session:
     """Opens a sharded forward when the transformer is called, and closes it when it returns or raises."""
 
-    def __init__(self, handle: ShardHandle, mesh: ParallelMesh, plan: ShardingPlan, kernel: str) -> None:
+    def __init__(self, handle: ShardHandle, mesh: ParallelMesh, kernel: str) -> None:
         self._handle, self._mesh, self._kernel = handle, mesh, kernel
-        paths = [path for path, _ in handle.model.named_modules()]
-        self._whole_keys = frozenset(path for path in paths if any(matches(p, path) for p in plan.whole_keys))
         self._knowledge = Knowledge()
         self._open = ExitStack()
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (
-            self._mesh.sequence.size > 1
-            and torch.is_grad_enabled()
-            and any(p.requires_grad for p in module.parameters())
-        ):
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+        if self._mesh.sequence.size > 1 and trains:
             raise ShardingError(
                 f"{type(module).__name__} was called with gradients enabled; sharded forwards are for inference: "
                 "run under torch.no_grad()"
@@ -144,7 +148,6 @@ class _Session:
         forward = ShardedForward(
             mesh=self._mesh,
             kernel=self._kernel,
-            whole_keys=self._whole_keys,
             table=self._knowledge.table(signature),
             until_left=self._open,
         )
@@ -164,33 +167,37 @@ def _running(path: str) -> ShardedForward:
     return forward
 
 
-def _hook_streams(module: torch.nn.Module, path: str, plan: ModulePlan, handle: ShardHandle) -> None:
+def _hook_streams(
+    module: torch.nn.Module, path: str, plan: ModulePlan, mesh: ParallelMesh, handle: ShardHandle
+) -> None:
     """Cut inputs before the module runs; cut or join outputs after it."""
     names = _parameters(module)
+
+    def on_cut() -> OnCut | None:
+        # A compiled graph holds the cut alone: what is noted besides is Python's business.
+        return None if torch.compiler.is_compiling() else _running(path).note_cut
 
     def before(
         _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        forward = _running(path)
         positional = list(args)
         for name, split in plan.inputs.items():
             index = names.index(name)
             if name in kwargs:
-                kwargs = {**kwargs, name: forward.cut(kwargs[name], split, f"{path}.{name}")}
+                kwargs = {**kwargs, name: cut(kwargs[name], split, mesh, f"{path}.{name}", on_cut())}
             elif index < len(positional):
-                positional[index] = forward.cut(positional[index], split, f"{path}.{name}")
+                positional[index] = cut(positional[index], split, mesh, f"{path}.{name}", on_cut())
         return tuple(positional), kwargs
 
     def after(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
-        forward = _running(path)
         single = isinstance(output, torch.Tensor)
         items = [output] if single else list(output)
         for index, step in plan.outputs.items():
             where = f"{path} output {index}"
             if isinstance(step, Gather):
-                items[index] = forward.join(items[index], step.dim, where)
+                items[index] = _running(path).join(items[index], step.dim, where)
             else:
-                items[index] = forward.cut(items[index], step, where)
+                items[index] = cut(items[index], step, mesh, where, on_cut())
         return items[0] if single else type(output)(items)
 
     if plan.inputs:
@@ -200,14 +207,17 @@ def _hook_streams(module: torch.nn.Module, path: str, plan: ModulePlan, handle: 
 
 
 def _hook_attention(module: torch.nn.Module, path: str, handle: ShardHandle) -> None:
-    """Know which attention is running, and see that it went through the core: local attention is a silent error."""
+    """See that an attention went through the core: local attention is a silent error.
+
+    Inside a compiled graph nothing is counted: there the route was fixed, and guarded, when the graph was made.
+    """
 
     def before(_module: torch.nn.Module, _args: Any) -> None:
-        _running(path).attentions.append((path, [0]))
+        if not torch.compiler.is_compiling():
+            _running(path).attentions.append(0)
 
     def after(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
-        _, calls = _running(path).attentions.pop()
-        if calls[0] == 0:
+        if not torch.compiler.is_compiling() and _running(path).attentions.pop() == 0:
             raise ShardingError(
                 f"{path} did not pass through the parallel attention (its processor or attention backend was changed "
                 "after parallelize?): remove() the handle and parallelize again"
@@ -217,9 +227,9 @@ def _hook_attention(module: torch.nn.Module, path: str, handle: ShardHandle) -> 
     handle.hook(module.register_forward_hook(after))
 
 
-def _route(processor: Any, handle: ShardHandle) -> None:
+def _route(processor: Any, route: Route, handle: ShardHandle) -> None:
     """Point one processor instance at our attention backend."""
-    for name, value in (("_attention_backend", backend_key()), ("_parallel_config", PARALLEL)):
+    for name, value in (("_attention_backend", backend_key()), ("_parallel_config", route)):
         if not hasattr(processor, name):
             continue
         had = name in vars(processor)

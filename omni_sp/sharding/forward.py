@@ -58,22 +58,25 @@ class ShardedForward:
 
     Attributes:
         mesh: the ranks. kernel: name of the attention kernel.
-        whole_keys: paths of attentions whose keys are whole.
         table: what the ranks know about this input shape.
-        tokens: stream name -> global number of tokens cut so far.
         until_left: what is to be closed when the forward ends.
-        attentions: paths of the attention modules now running, innermost last, each with its calls of the core.
+        tokens: stream name -> global number of tokens cut so far.
+        attentions: for each attention module now running, innermost last, how often it came to the core.
     """
 
     mesh: ParallelMesh
     kernel: str
-    whole_keys: frozenset[str]
     table: dict[Hashable, Any]
     until_left: ExitStack
     tokens: dict[str, int] = field(default_factory=dict)
-    attentions: list[tuple[str, list[int]]] = field(default_factory=list)
+    attentions: list[int] = field(default_factory=list)
     _empties: bool = False
     _visits: defaultdict[Hashable, int] = field(default_factory=lambda: defaultdict(int))
+
+    def count_attention(self) -> None:
+        """Note that the innermost running attention module came to the core."""
+        if self.attentions:
+            self.attentions[-1] += 1
 
     def place(self, *name: Hashable) -> Hashable:
         """A key for "the n-th time that the program comes by here"."""
@@ -87,27 +90,13 @@ class ShardedForward:
         value: T = self.table[place]
         return value
 
-    def cut(self, value: Any, split: Split, where: str) -> Any:
-        """This rank's piece of a tensor, or of each tensor of a list; None stays None."""
-        if value is None:
-            return None
-        if isinstance(value, (list, tuple)):
-            return type(value)(self.cut(item, split, where) for item in value)
-        if not isinstance(value, torch.Tensor):
-            raise ShardingError(f"{where} is a {type(value).__name__}, its plan wants a tensor to cut")
-        if split.ndim is not None and value.ndim != split.ndim:
-            if split.whole_otherwise:
-                return value
-            raise ShardingError(f"{where} has shape {tuple(value.shape)}, its plan wants {split.ndim} dims")
-        axis = self.mesh.sequence
-        total = value.shape[split.dim]
-        if value.is_floating_point() and value.ndim == 3:
-            self.tokens[where.rsplit(".", 1)[-1]] = total
-        sizes = shares(total, axis.size)
-        if sizes[axis.rank] == 0 and total > 0 and not self._empties:
+    def note_cut(self, where: str, whole: torch.Tensor, num_tokens: int, num_own: int) -> None:
+        """Remember how long a stream is, and let the model's code run where this rank has none of it."""
+        if whole.is_floating_point() and whole.ndim == 3:
+            self.tokens[where.rsplit(".", 1)[-1]] = num_tokens
+        if num_own == 0 and num_tokens > 0 and not self._empties:
             self._empties = True
             self.until_left.enter_context(EmptyPieces())
-        return value.narrow(split.dim, sum(sizes[: axis.rank]), sizes[axis.rank]).contiguous()
 
     def join(self, value: torch.Tensor, dim: int, where: str) -> torch.Tensor:
         """The whole of a tensor whose pieces lie on the ranks."""
@@ -120,6 +109,30 @@ class ShardedForward:
                 f"{lengths[axis.rank]}"
             )
         return gather(value, lengths, dim, axis)
+
+
+OnCut = Callable[[str, torch.Tensor, int, int], None]
+"""Told of every cut: where, the whole tensor, its tokens, and this rank's."""
+
+
+def cut(value: Any, split: Split, mesh: ParallelMesh, where: str, on_cut: OnCut | None) -> Any:
+    """This rank's piece of a tensor, or of each tensor of a list; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return type(value)([cut(item, split, mesh, where, on_cut) for item in value])
+    if not isinstance(value, torch.Tensor):
+        raise ShardingError(f"{where} is a {type(value).__name__}, its plan wants a tensor to cut")
+    if split.ndim is not None and value.ndim != split.ndim:
+        if split.whole_otherwise:
+            return value
+        raise ShardingError(f"{where} has shape {tuple(value.shape)}, its plan wants {split.ndim} dims")
+    axis = mesh.sequence
+    sizes = shares(value.shape[split.dim], axis.size)
+    own = sizes[axis.rank]
+    if on_cut is not None:
+        on_cut(where, value, value.shape[split.dim], own)
+    return value.narrow(split.dim, sum(sizes[: axis.rank]), own).contiguous()
 
 
 @contextmanager

@@ -15,22 +15,26 @@ from omni_sp.sharding.forward import ShardedForward, current_forward
 BACKEND = "omni_sp"
 
 
-class _Parallel:
+class Route:
     """Stands where diffusers' parallel configuration would: a model passes it on where an attention sees cut tokens.
 
     Only our own backend may receive it. Another one would look into it, and is stopped there.
+
+    Args:
+        path: of the attention module, for messages. whole_keys: the plan says that its keys are whole on every rank.
     """
+
+    def __init__(self, path: str, *, whole_keys: bool) -> None:
+        self.path = path
+        self.whole_keys = whole_keys
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         raise ShardingError(
-            "an attention did not pass through the parallel attention: its backend was changed after parallelize (and "
+            f"{self.path} did not pass through the parallel attention: its backend was changed after parallelize (and "
             f"asks for {name}). remove() the handle, and choose a kernel by parallelize(..., attention_backend=...)"
         )
-
-
-PARALLEL = _Parallel()
 
 
 def backend_key() -> Any:
@@ -62,14 +66,10 @@ def _attention(
     _parallel_config: Any = None,
 ) -> torch.Tensor:
     """What diffusers' dispatcher calls: (batch, tokens, heads, head_dim) in and out, this rank's tokens."""
-    forward = current_forward()
-    if forward is None or not forward.attentions:
-        raise ShardingError(
-            "a part of a parallelized transformer was called on its own: call the transformer as a whole, or remove() "
-            "its handle first"
-        )
-    path, calls = forward.attentions[-1]
-    calls[0] += 1
+    # A model that passes no parallel configuration says thereby that this attention's keys are whole.
+    route = _parallel_config if isinstance(_parallel_config, Route) else None
+    path = route.path if route is not None else "an attention without parallel_config"
+    whole = route is None or route.whole_keys
     if dropout_p:
         raise UnsupportedAttentionError(f"{path}: dropout {dropout_p} in attention is for training; this is inference")
     if key.shape[2] != query.shape[2] and not enable_gqa:
@@ -77,7 +77,31 @@ def _attention(
             f"{path}: {query.shape[2]} query heads, {key.shape[2]} key heads, no enable_gqa"
         )
     key_mask = _key_mask(attn_mask, key, path)
-    if path in forward.whole_keys or _parallel_config is not PARALLEL:
+    if torch.compiler.is_compiling():
+        compiled: torch.Tensor = _opaque_attend(query, key, value, key_mask, is_causal, scale, path, whole)
+        return compiled
+    return _attend(query, key, value, key_mask, is_causal, scale, path, whole)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    path: str,
+    whole: bool,
+) -> torch.Tensor:
+    """Attention of the running forward, with what its ranks know of each other's lengths."""
+    forward = current_forward()
+    if forward is None:
+        raise ShardingError(
+            "a part of a parallelized transformer was called on its own: call the transformer as a whole, or remove() "
+            "its handle first"
+        )
+    forward.count_attention()
+    if whole:
         _check_whole(forward, path, key, value)
         return local_attention(
             query, key, value, key_mask=key_mask, is_causal=is_causal, scale=scale, kernel=forward.kernel
@@ -97,6 +121,26 @@ def _attention(
         layout=layout,
         kernel=forward.kernel,
     )
+
+
+@torch.library.custom_op("omni_sp::attention", mutates_args=())
+def _opaque_attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    path: str,
+    whole: bool,
+) -> torch.Tensor:
+    """The same as one opaque operation, so that torch.compile sees neither exchanges nor Python state."""
+    return _attend(query, key, value, key_mask, is_causal, scale, path, whole).contiguous()
+
+
+@_opaque_attend.register_fake
+def _(query: torch.Tensor, *_others: Any) -> torch.Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 def _key_mask(mask: torch.Tensor | None, key: torch.Tensor, path: str) -> torch.Tensor | None:
