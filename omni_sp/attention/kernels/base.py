@@ -40,6 +40,11 @@ class KernelCall:
     causal: bool
 
 
+Run = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool, float], tuple[torch.Tensor, torch.Tensor]
+]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One attention kernel.
@@ -53,13 +58,13 @@ class Kernel:
             bool, True = attend, or None. ``out`` is shaped like query; ``lse`` is the natural log-sum-exp
             (batch, heads, q_tokens) in fp32 (fp64 for fp64). What they hold for rows that no key may attend does not
             matter: ``attend`` overrides it.
+        lossy: it approximates. Such a kernel runs where it is named, never by "auto".
     """
 
     name: str
     capabilities: Capabilities
-    run: Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool, float], tuple[torch.Tensor, torch.Tensor]
-    ]
+    run: Run
+    lossy: bool = False
 
 
 def refusal(kernel: Kernel, call: KernelCall) -> str | None:

@@ -7,23 +7,44 @@ import importlib
 from omni_sp.attention.kernels.base import Kernel, KernelCall, refusal
 from omni_sp.errors import UnsupportedAttentionError
 
-# In order of preference: module and name. A module is imported when one of its kernels is first looked at, so that
-# optional packages stay optional.
+# Module and name of each kernel; "auto" takes the first that can serve a call. A module is imported when one of its
+# kernels is first looked at, and a package that it wraps when that kernel first runs.
 _PLACES: dict[str, tuple[str, str]] = {
     "cpu_flash": ("omni_sp.attention.kernels.cpu_flash", "CPU_FLASH"),
     "cuda_flash": ("omni_sp.attention.kernels.cuda_torch", "CUDA_FLASH"),
     "cuda_cudnn": ("omni_sp.attention.kernels.cuda_torch", "CUDA_CUDNN"),
     "cuda_efficient": ("omni_sp.attention.kernels.cuda_torch", "CUDA_EFFICIENT"),
     "math": ("omni_sp.attention.kernels.math", "MATH"),
+    "flash_attn_2": ("omni_sp.attention.kernels.flash_attn", "FLASH_ATTN_2"),
+    "flash_attn_3": ("omni_sp.attention.kernels.flash_attn", "FLASH_ATTN_3"),
+    "flash_attn_4": ("omni_sp.attention.kernels.flash_attn", "FLASH_ATTN_4"),
+    "sage_lossy": ("omni_sp.attention.kernels.sage", "SAGE_LOSSY"),
 }
+_AUTO = ("cpu_flash", "cuda_flash", "cuda_cudnn", "cuda_efficient", "math")
+_REGISTERED: dict[str, Kernel] = {}
 
 
 def kernel_names() -> tuple[str, ...]:
     """All names that ``kernel=`` takes, "auto" first."""
-    return ("auto", *_PLACES)
+    return ("auto", *_PLACES, *_REGISTERED)
+
+
+def register_kernel(kernel: Kernel) -> None:
+    """Make a kernel of your own known by its name, in this process. It runs where it is named, never by "auto".
+
+    Raises:
+        UnsupportedAttentionError: the name is taken.
+    """
+    if kernel.name in kernel_names():
+        raise UnsupportedAttentionError(
+            f"there is an attention kernel {kernel.name!r} already: give yours another name"
+        )
+    _REGISTERED[kernel.name] = kernel
 
 
 def _load(name: str) -> Kernel:
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     module, attribute = _PLACES[name]
     kernel: Kernel = getattr(importlib.import_module(module), attribute)
     return kernel
@@ -36,15 +57,17 @@ def select_kernel(name: str, call: KernelCall) -> Kernel:
         UnsupportedAttentionError: no such name, or it cannot serve the call; says why, and which kernels can.
     """
     if name == "auto":
-        for candidate in map(_load, _PLACES):
+        for candidate in map(_load, _AUTO):
             if refusal(candidate, call) is None:
                 return candidate
-        raise UnsupportedAttentionError(f"no kernel can serve {call}; there are {', '.join(_PLACES)}")
-    if name not in _PLACES:
-        raise UnsupportedAttentionError(f"no attention kernel {name!r}; choose from {', '.join(kernel_names())}")
+        raise UnsupportedAttentionError(f"no kernel can serve {call}; there are {', '.join(_AUTO)}")
+    if name not in kernel_names():
+        raise UnsupportedAttentionError(
+            f"no attention kernel is called {name!r}; choose from {', '.join(kernel_names())}"
+        )
     kernel = _load(name)
     why = refusal(kernel, call)
     if why is not None:
-        able = [other for other in _PLACES if refusal(_load(other), call) is None]
+        able = [other for other in kernel_names()[1:] if refusal(_load(other), call) is None]
         raise UnsupportedAttentionError(f"kernel {name!r} {why}; able here: {', '.join(able) or 'none'}")
     return kernel
