@@ -8,7 +8,6 @@ through host memory. Process-group timeouts bound every wait.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -24,32 +23,45 @@ def _stages(tensor: torch.Tensor, axis: Axis) -> bool:
     return tensor.device.type != "cpu" and library not in _DIRECT.get(tensor.device.type, ())
 
 
-def exchange(send: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int], axis: Axis) -> torch.Tensor:
-    """All-to-all with a share of its own for every pair of ranks.
+class Exchange:
+    """An all-to-all under way, in which every pair of ranks has a share of its own.
 
     Args:
         send: flat, contiguous; the pieces for rank 0, 1, … one behind the other.
         send_sizes: elements for each rank. recv_sizes: elements from each rank. Zeros are fine.
-
-    Returns:
-        Flat tensor of sum(recv_sizes) elements: the pieces from rank 0, 1, … one behind the other.
+        axis: the ranks.
     """
-    if axis.size == 1:
-        return send
-    axis.traffic.add("exchange", (sum(send_sizes) - send_sizes[axis.rank]) * send.element_size())
-    staged = _stages(send, axis)
-    source = send.cpu() if staged else send
-    received = torch.empty(sum(recv_sizes), dtype=source.dtype, device=source.device)
-    # Bytes, so that no library has to know the dtype (gloo does not know bfloat16 everywhere).
-    width = source.element_size()
-    dist.all_to_all_single(
-        received.view(torch.uint8),
-        source.view(torch.uint8),
-        [size * width for size in recv_sizes],
-        [size * width for size in send_sizes],
-        group=axis.group,
-    )
-    return received.to(send.device) if staged else received
+
+    def __init__(self, send: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int], axis: Axis) -> None:
+        self._device = send.device
+        self._work: dist.Work | None = None
+        self._received = send
+        if axis.size == 1:
+            return
+        axis.traffic.add("exchange", (sum(send_sizes) - send_sizes[axis.rank]) * send.element_size())
+        # Kept until wait(): a buffer freed earlier would be sent as garbage.
+        self._send = send.cpu() if _stages(send, axis) else send
+        self._received = torch.empty(sum(recv_sizes), dtype=send.dtype, device=self._send.device)
+        # Bytes, so that no library has to know the dtype (gloo does not know bfloat16 everywhere).
+        width = send.element_size()
+        self._work = dist.all_to_all_single(
+            self._received.view(torch.uint8),
+            self._send.view(torch.uint8),
+            [size * width for size in recv_sizes],
+            [size * width for size in send_sizes],
+            group=axis.group,
+            async_op=True,
+        )
+
+    def wait(self) -> torch.Tensor:
+        """What came in: flat, the pieces from rank 0, 1, … one behind the other.
+
+        On CUDA only the current stream waits, not the host.
+        """
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._received.to(self._device)
 
 
 class Shift:
@@ -119,8 +131,3 @@ def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:
     axis.traffic.add("gather_ints", mine.numel() * 8 * (axis.size - 1))
     dist.all_gather(rows, mine, group=axis.group)
     return [tuple(row.tolist()) for row in rows]
-
-
-def starts(sizes: Sequence[int]) -> list[int]:
-    """Where each piece begins when pieces of these sizes lie one behind the other; the last entry is the total."""
-    return [0, *accumulate(sizes)]

@@ -7,9 +7,10 @@ import os
 import torch
 
 from omni_sp.attention.kernels import Kernel, KernelCall, attend, select_kernel
-from omni_sp.attention.layout import SequenceLayout, head_shares
+from omni_sp.attention.layout import HeadShare, SequenceLayout, head_shares
+from omni_sp.attention.overlap import choose_head_groups, pipelined
 from omni_sp.attention.ring import ring_attention
-from omni_sp.attention.ulysses import UlyssesLayout, gather_heads, scatter_heads
+from omni_sp.attention.ulysses import UlyssesLayout
 from omni_sp.collectives import gather_ints
 from omni_sp.errors import ShardingError, UnsupportedAttentionError
 from omni_sp.mesh import Axis, ParallelMesh
@@ -29,6 +30,7 @@ def sequence_parallel_attention(
     scale: float | None = None,
     layout: SequenceLayout | None = None,
     kernel: str = "auto",
+    head_groups: int | None = None,
 ) -> torch.Tensor:
     """Attention over tokens that lie in pieces on the ranks of ``mesh``, equal to attention over the whole row.
 
@@ -48,6 +50,8 @@ def sequence_parallel_attention(
         layout: how many tokens each rank holds, where the caller knows. None asks the others with one small
             exchange, which also finds out whether all ranks hold tensors that fit together.
         kernel: "auto", or one of ``omni_sp.attention.kernel_names()``.
+        head_groups: into how many groups Ulysses cuts each rank's heads, so that one group's exchange hides behind
+            another's attention; 1 is the plain path. None chooses by shape and device. The same on all ranks.
 
     Returns:
         (batch, q_tokens, heads, head_dim), contiguous, for this rank's queries.
@@ -69,25 +73,40 @@ def sequence_parallel_attention(
         scale = query.shape[-1] ** -0.5
     able = _able(kernel, query, key_mask, is_causal)
 
+    # Everything below is the same on all ranks: it follows from the layout and the head counts.
     degree, ring = mesh.ulysses.size, mesh.ring
     row = slice(ring.rank * degree, (ring.rank + 1) * degree)
-    heads = head_shares(query.shape[2], key.shape[2], degree)
-    inner = UlyssesLayout(mesh.ulysses, heads, layout.query[row], layout.key[row])
-    query, key, value, key_mask = scatter_heads(query, key, value, key_mask, inner)
-    out = ring_attention(
-        query,
-        key,
-        value,
-        axis=ring,
-        key_lengths=[sum(layout.key[start : start + degree]) for start in range(0, axis.size, degree)],
-        key_mask=key_mask,
-        is_causal=is_causal,
-        fronts=layout.fronts,
-        scale=scale,
-        kernel=able,
-        key_of_query=inner.mine.key_of_query,
-    )
-    return gather_heads(out, inner)
+    row_lengths = layout.query[row], layout.key[row]
+    key_lengths = [sum(layout.key[start : start + degree]) for start in range(0, axis.size, degree)]
+
+    def attend_row(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, share: HeadShare
+    ) -> torch.Tensor:
+        return ring_attention(
+            query,
+            key,
+            value,
+            axis=ring,
+            key_lengths=key_lengths,
+            key_mask=mask,
+            is_causal=is_causal,
+            fronts=layout.fronts,
+            scale=scale,
+            kernel=able,
+            key_of_query=share.key_of_query,
+        )
+
+    num_heads, num_kv_heads = query.shape[2], key.shape[2]
+    if degree == 1:
+        return attend_row(query, key, value, key_mask, head_shares(num_heads, num_kv_heads, 1)[0][0]).contiguous()
+    if head_groups is None:
+        row_bytes = sum(layout.query[row]) * query.shape[0] * query.shape[3] * query.element_size()
+        head_groups = choose_head_groups(query.device.type, num_heads, degree, row_bytes)
+    groups = [
+        UlyssesLayout(mesh.ulysses, heads, *row_lengths)
+        for heads in head_shares(num_heads, num_kv_heads, degree, head_groups)
+    ]
+    return pipelined(query, key, value, key_mask, groups, attend_row)
 
 
 def local_attention(
@@ -102,7 +121,7 @@ def local_attention(
 ) -> torch.Tensor:
     """Attention to keys that are whole on this rank: nothing is exchanged. Arguments as above."""
     _check_inputs(query, key, value, key_mask)
-    share = head_shares(query.shape[2], key.shape[2], 1)[0]
+    share = head_shares(query.shape[2], key.shape[2], 1)[0][0]
     out, _ = attend(
         _able(kernel, query, key_mask, is_causal),
         query,

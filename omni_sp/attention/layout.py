@@ -107,8 +107,14 @@ class HeadShare:
 
 
 @lru_cache(maxsize=256)
-def head_shares(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadShare, ...]:
+def head_shares(num_heads: int, num_kv_heads: int, degree: int, groups: int = 1) -> tuple[tuple[HeadShare, ...], ...]:
     """Give each of ``degree`` ranks its query heads, and the key/value heads that they need.
+
+    Args:
+        groups: into how many runs of heads each rank's share is cut, for exchanging one while another is computed.
+
+    Returns:
+        For each group, each rank's heads.
 
     Raises:
         UnsupportedAttentionError: the query heads are no multiple of the key/value heads.
@@ -118,18 +124,22 @@ def head_shares(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadSha
             f"{num_heads} query heads over {num_kv_heads} key/value heads: grouped-query attention needs "
             "query heads = n × key/value heads"
         )
-    group = num_heads // num_kv_heads
-    result = []
+    repeats = num_heads // num_kv_heads
+    result: list[list[HeadShare]] = [[] for _ in range(groups)]
     start = 0
     for count in shares(num_heads, degree):
-        stop = start + count
-        first, last = start // group, (stop - 1) // group + 1
-        if count == 0:
-            result.append(HeadShare((start, start), (first, first), None))
-            continue
-        of_query = tuple(head // group - first for head in range(start, stop))
-        run = count // (last - first)
-        even = of_query == tuple(index // run for index in range(count))
-        result.append(HeadShare((start, stop), (first, last), None if even else of_query))
-        start = stop
-    return tuple(result)
+        for group, part in zip(result, shares(count, groups), strict=True):
+            group.append(_head_share(start, start + part, repeats))
+            start += part
+    return tuple(tuple(group) for group in result)
+
+
+def _head_share(start: int, stop: int, repeats: int) -> HeadShare:
+    """The query heads from ``start`` to ``stop``, each key/value head serving ``repeats`` of them."""
+    if start == stop:
+        return HeadShare((start, start), (start // repeats, start // repeats), None)
+    first, last = start // repeats, (stop - 1) // repeats + 1
+    of_query = tuple(head // repeats - first for head in range(start, stop))
+    run = (stop - start) // (last - first)
+    even = of_query == tuple(index // run for index in range(stop - start))
+    return HeadShare((start, stop), (first, last), None if even else of_query)

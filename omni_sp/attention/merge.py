@@ -28,13 +28,16 @@ class Merger:
         if self._out.dtype != lse.dtype:
             self._out = self._out.to(lse.dtype)
         so_far, so_far_lse = self._out[:, start:], self._lse[:, :, start:]
-        together = torch.logaddexp(so_far_lse, lse)
-        # -inf - -inf is nan: rows that nothing attended keep weight 0.
-        nothing = together == -torch.inf
-        before = (so_far_lse - together).masked_fill_(nothing, -torch.inf).exp_()
-        now = (lse - together).masked_fill_(nothing, -torch.inf).exp_()
-        so_far.mul_(_per_row(before)).addcmul_(out.to(lse.dtype), _per_row(now))
-        so_far_lse.copy_(together)
+        # A row that neither part attended has the maximum -inf; taken as 0 there, its weights come out 0, its LSE -inf.
+        # Every step here rounds alike wherever an element lies (unlike logaddexp and addcmul, whose vectorised and
+        # scalar loops differ), so how heads are grouped changes no bit.
+        top = torch.maximum(so_far_lse, lse)
+        level = top.masked_fill(top == -torch.inf, 0)
+        before, now = (so_far_lse - level).exp_(), (lse - level).exp_()
+        total = before + now
+        total.masked_fill_(total == 0, 1)
+        so_far.mul_(_per_row(before.div_(total))).add_(out.to(lse.dtype) * _per_row(now.div_(total)))
+        so_far_lse.copy_(top + total.log_())
 
     def result(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything added so far, the output rounded once to ``dtype``."""

@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 
 from omni_sp.attention.layout import HeadShare
 from omni_sp.attention.packing import mask_elements, pack_mask, unpack_mask
-from omni_sp.collectives import exchange, starts
+from omni_sp.collectives import Exchange
 from omni_sp.mesh import Axis
 
 
@@ -95,43 +96,54 @@ def _bundles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout
     ]
 
 
-def scatter_heads(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    layout: UlyssesLayout,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Give up heads, gain tokens: (batch, own tokens, all heads, …) -> (batch, the row's tokens, own heads, …)."""
-    axis = layout.axis
-    if axis.size == 1:
-        return query, key, value, key_mask
-    batch, me = query.shape[0], axis.rank
-    bundles = _bundles(query, key, value, layout)
-    mask = None if key_mask is None else pack_mask(key_mask, query.dtype)
+class ScatterHeads:
+    """Give up heads, gain tokens: (batch, own tokens, all heads, …) -> (batch, the row's tokens, own heads, …).
 
-    def mask_size(source: int) -> int:
-        return 0 if mask is None else mask_elements(layout.key[source] * batch, query.dtype)
+    The exchange is under way once this is made.
 
-    def segments(source: int, target: int) -> list[int]:
-        return [*(bundle.numel(source, target) for bundle in bundles), mask_size(source)]
+    Args:
+        query, key, value: (batch, tokens, heads, head_dim), this rank's tokens. key_mask: (batch, kv_tokens) or None.
+        layout: who holds what, and which heads go where.
+    """
 
-    outgoing = [segments(me, target) for target in range(axis.size)]
-    incoming = [segments(source, me) for source in range(axis.size)]
-    send_sizes, recv_sizes = [sum(sizes) for sizes in outgoing], [sum(sizes) for sizes in incoming]
-    send = query.new_empty(sum(send_sizes))
-    for target, (part, sizes) in enumerate(zip(send.split(send_sizes), outgoing, strict=True)):
-        *places, mask_place = part.split(sizes)
-        for bundle, place in zip(bundles, places, strict=True):
-            bundle.write(target, place)
-        if mask is not None:
-            mask_place.copy_(mask)
-    received = exchange(send, send_sizes, recv_sizes, axis)
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        layout: UlyssesLayout,
+    ) -> None:
+        self._layout = layout
+        axis, me, self._batch = layout.axis, layout.axis.rank, query.shape[0]
+        self._bundles = _bundles(query, key, value, layout)
+        self._masked = key_mask is not None
+        mask = None if key_mask is None else pack_mask(key_mask, query.dtype)
+        outgoing = [self._segments(me, target) for target in range(axis.size)]
+        self._incoming = [self._segments(source, me) for source in range(axis.size)]
+        send_sizes, recv_sizes = [sum(sizes) for sizes in outgoing], [sum(sizes) for sizes in self._incoming]
+        send = query.new_empty(sum(send_sizes))
+        for target, (part, sizes) in enumerate(zip(send.split(send_sizes), outgoing, strict=True)):
+            *places, mask_place = part.split(sizes)
+            for bundle, place in zip(self._bundles, places, strict=True):
+                bundle.write(target, place)
+            if mask is not None:
+                mask_place.copy_(mask)
+        self._exchange = Exchange(send, send_sizes, recv_sizes, axis)
 
-    if len(bundles) == 1 and mask is None:
-        tensors = bundles[0].read(received.view(sum(layout.query), batch, bundles[0].width(me)), me)
-        return tensors[0], tensors[1], tensors[2], None
-    return _sort(received, incoming, bundles, layout, batch, mask is not None)
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Query, key, value and mask of the row's tokens, for this rank's heads."""
+        received, layout, me = self._exchange.wait(), self._layout, self._layout.axis.rank
+        if len(self._bundles) == 1 and not self._masked:
+            bundle = self._bundles[0]
+            query, key, value = bundle.read(received.view(sum(layout.query), self._batch, bundle.width(me)), me)
+            return query, key, value, None
+        return _sort(received, self._incoming, self._bundles, layout, self._batch, self._masked)
+
+    def _segments(self, source: int, target: int) -> list[int]:
+        """Elements of each part of what travels from one rank to another; the mask is the last."""
+        mask = mask_elements(self._layout.key[source] * self._batch, self._bundles[0].tensors[0].dtype)
+        return [*(bundle.numel(source, target) for bundle in self._bundles), mask if self._masked else 0]
 
 
 def _sort(
@@ -156,19 +168,23 @@ def _sort(
     return tensors[0], tensors[1], tensors[2], mask
 
 
-def gather_heads(out: torch.Tensor, layout: UlyssesLayout) -> torch.Tensor:
-    """The way back: (batch, the row's tokens, own heads, head_dim) -> (batch, own tokens, all heads, head_dim)."""
-    axis = layout.axis
-    if axis.size == 1:
-        return out
-    batch, _, _, head_dim = out.shape
-    tokens = layout.query[axis.rank]
-    send_sizes = [length * batch * layout.mine.num_query * head_dim for length in layout.query]
-    recv_sizes = [tokens * batch * share.num_query * head_dim for share in layout.heads]
-    received = exchange(out.transpose(0, 1).reshape(-1), send_sizes, recv_sizes, axis)
-    result = out.new_empty(batch, tokens, layout.heads[-1].query[1], head_dim)
-    places = starts(recv_sizes)
-    for index, share in enumerate(layout.heads):
-        piece = received[places[index] : places[index + 1]].view(tokens, batch, share.num_query, head_dim)
-        result[:, :, share.query[0] : share.query[1]] = piece.transpose(0, 1)
-    return result
+class GatherHeads:
+    """The way back: (batch, the row's tokens, own heads, head_dim) -> (batch, own tokens, all heads, head_dim).
+
+    The exchange is under way once this is made.
+    """
+
+    def __init__(self, out: torch.Tensor, layout: UlyssesLayout) -> None:
+        self._layout = layout
+        batch, _, _, head_dim = out.shape
+        tokens = layout.query[layout.axis.rank]
+        self._shapes = [(tokens, batch, share.num_query, head_dim) for share in layout.heads]
+        self._sizes = [math.prod(shape) for shape in self._shapes]
+        send_sizes = [length * batch * layout.mine.num_query * head_dim for length in layout.query]
+        self._exchange = Exchange(out.transpose(0, 1).reshape(-1), send_sizes, self._sizes, layout.axis)
+
+    def write(self, result: torch.Tensor) -> None:
+        """Wait, and put these heads into their places in (batch, own tokens, all heads, head_dim)."""
+        pieces = self._exchange.wait().split(self._sizes)
+        for share, piece, shape in zip(self._layout.heads, pieces, self._shapes, strict=True):
+            result[:, :, share.query[0] : share.query[1]] = piece.view(shape).transpose(0, 1)

@@ -70,7 +70,7 @@ def make(case: Case, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return query.to(case.dtype), key.to(case.dtype), value.to(case.dtype), mask
 
 
-def run_case(mesh: ParallelMesh, case: Case, known: bool) -> torch.Tensor:
+def run_case(mesh: ParallelMesh, case: Case, known: bool, head_groups: int | None = None) -> torch.Tensor:
     """What one rank does."""
     query, key, value, mask = make(case, mesh.world_size)
     layout = SequenceLayout(case.query[: mesh.world_size], case.key[: mesh.world_size])
@@ -84,6 +84,7 @@ def run_case(mesh: ParallelMesh, case: Case, known: bool) -> torch.Tensor:
         is_causal=case.causal,
         scale=case.scale,
         layout=layout if known else None,
+        head_groups=head_groups,
     )
 
 
@@ -160,3 +161,13 @@ def test_zigzag_deals_out_every_token_once(total: int, ring: int, ulysses: int) 
     if total >= 64:
         work = [sum(position + 1 for position in row) for row in rows]
         assert max(work) <= 1.2 * min(work)
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (2, 2), (3, 1)], ids=lambda degree: str(degree))
+@pytest.mark.parametrize("name", ["6 heads", "5 heads, masked", "gqa", "gqa, uneven groups", "mqa", "cross"])
+def test_head_groups_change_no_bit(ranks: RankPool, name: str, ulysses: int, ring: int) -> None:
+    """Overlapped or not, each head is the same computation."""
+    plain = ranks.run(run_case, CASES[name], True, 1, ulysses=ulysses, ring=ring)
+    for head_groups in (2, 3):
+        grouped = ranks.run(run_case, CASES[name], True, head_groups, ulysses=ulysses, ring=ring)
+        assert all(torch.equal(one, other) for one, other in zip(plain, grouped, strict=True))
