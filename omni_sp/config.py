@@ -45,7 +45,8 @@ class DiffusionParallelConfig:
     @property
     def equation(self) -> str:
         """``ulysses_degree × ring_degree = ranks`` with the values, for messages."""
-        return f"ulysses_degree {self.ulysses_degree} × ring_degree {self.ring_degree} = {self.world_size} ranks"
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        return f"ulysses_degree {self.ulysses_degree} × ring_degree {self.ring_degree} = {ranks}"
 
 
 _POSITIVE_INTS = (
@@ -68,7 +69,8 @@ class OmniDiffusionSamplingParams:
         height, width: pixels. num_frames, fps: for video.
         num_inference_steps: denoising steps.
         guidance_scale: the pipeline's own ``guidance_scale``. true_cfg_scale: classifier-free guidance with a
-            negative prompt, for pipelines that know both (Qwen-Image, FLUX).
+            negative prompt, for pipelines that know both (Qwen-Image, FLUX); above 1, a missing negative prompt
+            is taken as " ".
         negative_prompt: for every prompt that brings none of its own.
         num_outputs_per_prompt: pictures (or videos) for each prompt.
         seed: 0 … 2**63-1; the same seed gives the same picture as the plain diffusers pipeline with a CPU generator

@@ -16,8 +16,10 @@ class OmniRequestOutput:
         request_id: unique within its Omni. prompt: the text it was made from.
         images: PIL pictures, one for each output asked for; for other ``output_type``s, what the pipeline gave.
         videos: one entry for each output: its frames, a list of PIL pictures.
-        metrics: seconds (``load_s``, ``text_encoder_s``, ``denoise_step_s``, ``vae_s``, ``total_s``), ``num_steps``,
-            ``tokens`` (stream name -> tokens in the last sharded forward), ``ranks``, ``seed``.
+        metrics: seconds (``startup_s`` until ready, of which ``load_s`` to load the model; ``text_encoder_s``,
+            ``denoise_s``, ``denoise_step_s`` on average, ``vae_s``, ``total_s``), ``num_steps``, ``tokens`` (stream
+            name -> tokens in the last sharded forward), ``ranks``, ``seed`` (None where the pipeline takes no
+            generator), and ``fps`` where it was given.
     """
 
     request_id: str

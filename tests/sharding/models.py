@@ -10,7 +10,7 @@ import torch
 Inputs = dict[str, Any]
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomise(model: Any, seed: int = 0) -> Any:
     """Random weights everywhere: layers that start at zero would hide every error behind them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -28,10 +28,10 @@ def _draw(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-def qwen_image(heads: int = 3) -> torch.nn.Module:
+def qwen_image(heads: int = 3) -> Any:
     from diffusers import QwenImageTransformer2DModel
 
-    model: torch.nn.Module = QwenImageTransformer2DModel(
+    return QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=4,
@@ -41,7 +41,6 @@ def qwen_image(heads: int = 3) -> torch.nn.Module:
         joint_attention_dim=24,
         axes_dims_rope=(4, 6, 6),
     )
-    return model
 
 
 def qwen_inputs(
@@ -63,10 +62,10 @@ def qwen_inputs(
     }
 
 
-def flux() -> torch.nn.Module:
+def flux() -> Any:
     from diffusers import FluxTransformer2DModel
 
-    model: torch.nn.Module = FluxTransformer2DModel(
+    return FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=2,
@@ -78,7 +77,6 @@ def flux() -> torch.nn.Module:
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    return model
 
 
 def flux_inputs(*, height: int = 5, width: int = 7, text: int = 13, batch: int = 2, ids_ndim: int = 2) -> Inputs:
@@ -113,10 +111,10 @@ def qwen_controlnet_inputs() -> Inputs:
     return inputs
 
 
-def wan(image: bool = False) -> torch.nn.Module:
+def wan(image: bool = False) -> Any:
     from diffusers import WanTransformer3DModel
 
-    model: torch.nn.Module = WanTransformer3DModel(
+    return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=3,
         attention_head_dim=24,
@@ -130,7 +128,6 @@ def wan(image: bool = False) -> torch.nn.Module:
         added_kv_proj_dim=72 if image else None,
         rope_max_seq_len=32,
     )
-    return model
 
 
 def wan_inputs(*, frames: int = 3, height: int = 6, width: int = 10, text: int = 13, batch: int = 2) -> Inputs:
@@ -156,7 +153,7 @@ def wan_i2v_inputs() -> Inputs:
     return inputs
 
 
-CASES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Inputs]]] = {
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], Inputs]]] = {
     "qwen, 13 text tokens": (qwen_image, qwen_inputs),
     "qwen, 3 text tokens": (qwen_image, lambda: qwen_inputs(text=3)),
     "qwen, two prompts": (qwen_image, lambda: qwen_inputs(lengths=(13, 5))),

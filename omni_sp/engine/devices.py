@@ -1,0 +1,90 @@
+"""Which device each rank gets."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from omni_sp.config import DiffusionParallelConfig
+from omni_sp.errors import ConfigError
+
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+_ON_CPU = 'run on the CPU with device="cpu" (--device cpu)'
+
+
+def check_device_name(device: str | None) -> None:
+    """Refuse what is no device, before torch is imported."""
+    if device is not None and not (isinstance(device, str) and _DEVICE.fullmatch(device)):
+        raise ConfigError(f'device={device!r}: give "cpu", "cuda", "cuda:0" and so on, or None to choose')
+
+
+def rank_devices(device: str | None, config: DiffusionParallelConfig) -> list[str]:
+    """One device for each rank on this machine.
+
+    None and "cuda" give every rank a GPU of its own (None: the CPU where there is no GPU). "cuda:N" puts all ranks on
+    that one GPU, where they talk through host memory: exact, for trying things out, not fast.
+
+    Raises:
+        ConfigError: fewer GPUs than ranks, or no such GPU.
+    """
+    import torch
+
+    check_device_name(device)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device is None and num_gpus == 0):
+        return ["cpu"] * config.world_size
+    if device is not None and ":" in device:
+        if int(device.split(":")[1]) >= num_gpus:
+            raise ConfigError(f"no device {device}: this machine has {_gpus(num_gpus)}; {_ON_CPU}")
+        return [device] * config.world_size
+    if num_gpus < config.world_size:
+        raise ConfigError(
+            f"{config.equation} need {_gpus(config.world_size)}, one each, and this machine has {num_gpus}: lower the "
+            f"degrees, or {_ON_CPU}"
+        )
+    return [f"cuda:{index}" for index in range(config.world_size)]
+
+
+def joined_device(device: str | None, config: DiffusionParallelConfig) -> str:
+    """The device of this rank in a program that torchrun started: the GPU of its LOCAL_RANK, or the CPU.
+
+    Raises:
+        ConfigError: fewer GPUs on this machine than ranks on it, or no such GPU.
+    """
+    import torch
+
+    check_device_name(device)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device is None and num_gpus == 0):
+        return "cpu"
+    if device is not None and ":" in device:
+        if int(device.split(":")[1]) >= num_gpus:
+            raise ConfigError(f"no device {device}: this machine has {_gpus(num_gpus)}; {_ON_CPU}")
+        return device
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(config.world_size)))
+    if local_rank >= num_gpus:
+        raise ConfigError(
+            f"{config.equation}, {local_size} of them on this machine, which has {_gpus(num_gpus)}: start fewer "
+            f"ranks on it, or {_ON_CPU}"
+        )
+    return f"cuda:{local_rank}"
+
+
+def group_backend(devices: list[str]) -> str:
+    """What moves tensors between ranks on these devices. NCCL refuses two ranks on one GPU; gloo then serves both."""
+    if devices[0].startswith("cuda") and len(set(devices)) == len(devices):
+        return "cpu:gloo,cuda:nccl"
+    return "gloo"
+
+
+def threads_per_rank(world_size: int) -> int:
+    """CPU cores of this process, shared among the ranks on them; 0, torch's choice, where OMP_NUM_THREADS decides."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // world_size)
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"

@@ -1,0 +1,249 @@
+"""An engine answers calls of one pipeline. Here: the choice of engine, and the one that starts processes of its own."""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
+
+from omni_sp import errors
+from omni_sp.engine.launch import Launcher
+from omni_sp.engine.launch.spawn import SpawnLauncher
+from omni_sp.engine.launch.torchrun import inside_distributed_program
+from omni_sp.engine.messages import Call, Done, EngineOptions, Failed, Gone, Join, Loaded, Progress, Ready
+from omni_sp.engine.team import Team
+from omni_sp.errors import EngineClosedError, InvalidInputError, RankFailedError, SamplingParamsError
+
+OnStep = Callable[[int, int], None]
+OnNews = Callable[[str], None]
+Failures = dict[int, Failed | Gone]
+
+_STOP_S = 5.0
+_NEW_SEED = 2**31
+# After a failure, how long to wait for the others' word. A refusal is expected of all of them; behind an echo there is
+# a cause; a rank that raised on its own account needs no witness, and the rest may be waiting for it in an exchange.
+_REFUSAL_S = 10.0
+_ECHO_S = 3.0
+_GONE_S = 0.3
+
+
+class Engine(Protocol):
+    """What Omni needs of its ranks, wherever they are."""
+
+    @property
+    def ready(self) -> Ready:
+        """What is loaded, where."""
+
+    @property
+    def speaks(self) -> bool:
+        """True in the one process that shows progress to people."""
+
+    def fresh_seed(self) -> int:
+        """A seed at random, the same on every rank."""
+
+    def run(self, call: Call, on_step: OnStep | None) -> Done:
+        """Run one call. Raises as Omni.generate does."""
+
+    def close(self) -> None:
+        """End it, and every process that it started. Idempotent."""
+
+
+def open_engine(options: EngineOptions, on_news: OnNews, launcher: Launcher | None = None) -> Engine:
+    """Join the ranks of the program around; else run one rank in place; else start processes."""
+    joined = inside_distributed_program()
+    if options.config.world_size > 1 and not joined:
+        return RankEngine(options, on_news, launcher or SpawnLauncher())
+    from omni_sp.engine.inplace import InPlaceEngine  # imports diffusers, which a front of other processes never needs
+
+    return InPlaceEngine(options, on_news, joined=joined)
+
+
+class RankEngine:
+    """The front of several rank processes. Requests go to all of them; one failure ends them all.
+
+    Ranks that are idle wait for their pipe, never inside an exchange. The front waits with a bound, and hears at once
+    of a rank that ended.
+
+    Raises:
+        InvalidInputError: whatever class of ours the ranks refuse the model with.
+        RankFailedError: a rank raised or died while starting.
+    """
+
+    def __init__(self, options: EngineOptions, on_news: OnNews, launcher: Launcher) -> None:
+        self._options = options
+        self._closed: str | None = None
+        self._lock = threading.Lock()
+        on_news(f"starting {options.config.world_size} ranks")
+        self._team = Team(options, launcher)
+        # An abandoned engine, and the end of the interpreter, end the ranks too.
+        self._finalizer = weakref.finalize(self, Team.end, self._team)
+        try:
+            self._ready = self._start(on_news)
+        except BaseException as error:
+            self._shut(f"it did not start: {error}")
+            raise
+
+    @property
+    def ready(self) -> Ready:
+        """What is loaded, where."""
+        return self._ready
+
+    @property
+    def speaks(self) -> bool:
+        """True: the front speaks for its ranks."""
+        return True
+
+    def fresh_seed(self) -> int:
+        """A seed at random."""
+        return secrets.randbelow(_NEW_SEED)
+
+    def run(self, call: Call, on_step: OnStep | None) -> Done:
+        """Run one call on all ranks.
+
+        Raises:
+            InvalidInputError: every rank refused the call alike; the engine goes on.
+            RankFailedError: a rank raised, died, or fell silent; the engine is closed.
+            EngineClosedError: it had been closed before.
+        """
+        try:
+            payload = pickle.dumps(call, pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            raise SamplingParamsError(f"an argument cannot be sent to the rank processes: {error}") from error
+        with self._lock:
+            self._require_open()
+            try:
+                self._team.send(payload)
+                answers = self._collect(Done, self._options.rank_timeout_s, on_step=on_step)
+            except InvalidInputError:
+                raise
+            except BaseException as error:
+                if self._closed is not None:  # close() in another thread
+                    raise EngineClosedError(f"the engine was closed during a call: {self._closed}") from error
+                self._shut(f"an earlier call failed: {str(error) or type(error).__name__}")
+                raise
+        done: Done = answers[0]
+        return done
+
+    def close(self) -> None:
+        """End the ranks. Idempotent."""
+        if self._closed is None:
+            self._closed = "close() was called"
+            self._finalizer.detach()
+            # Ranks in the middle of a call would not hear a Stop; its caller gets EngineClosedError.
+            self._team.end(patience_s=0.0 if self._lock.locked() else _STOP_S)
+
+    def _start(self, on_news: OnNews) -> Ready:
+        """Loading, then joining; each in lockstep, so that no rank waits in the rendezvous for a slow one."""
+        silence = self._options.startup_timeout_s
+        size, name = self._team.size, self._options.source.name
+        self._collect(Loaded, silence, on_count=lambda n: on_news(f"{name} is loaded on {n} of {size} ranks"))
+        self._team.send(pickle.dumps(Join()))
+        on_news("joining the ranks")
+        answers = self._collect(Ready, silence)
+        ready: Ready = answers[0]
+        return ready
+
+    def _collect(
+        self,
+        kind: type,
+        silence_s: float,
+        on_step: OnStep | None = None,
+        on_count: Callable[[int], None] | None = None,
+    ) -> dict[int, Any]:
+        """One answer of this kind from every rank, or the error that their failures amount to."""
+        answers: dict[int, Any] = {}
+        failures: Failures = {}
+        until = time.monotonic() + silence_s
+        while len(answers) + len(failures) < self._team.size:
+            heard = self._team.listen(until)
+            if not heard:
+                break
+            for rank, message in heard:
+                if isinstance(message, (Failed, Gone)):
+                    failures.setdefault(rank, message)
+                    until = min(until, time.monotonic() + _patience(message))
+                    continue
+                if not failures:
+                    until = time.monotonic() + silence_s
+                if isinstance(message, kind):
+                    answers[rank] = message
+                    if on_count is not None:
+                        on_count(len(answers))
+                elif isinstance(message, Progress) and on_step is not None:
+                    on_step(message.done, message.total)
+        if failures:
+            _raise_for(failures, self._team.size)
+        if len(answers) < self._team.size:
+            silent = [rank for rank in range(self._team.size) if rank not in answers]
+            raise RankFailedError(
+                f"no word from rank {', '.join(map(str, silent))} for {silence_s:g} s: raise the timeout if "
+                "the work takes longer than that",
+                rank=silent[0],
+            )
+        return answers
+
+    def _require_open(self) -> None:
+        if self._closed is not None:
+            raise EngineClosedError(f"this Omni is closed: {self._closed}; make a new one")
+
+    def _shut(self, reason: str) -> None:
+        """End the ranks without ceremony: they may stand anywhere."""
+        if self._closed is None:
+            self._closed = reason
+        self._finalizer.detach()
+        self._team.end()
+
+
+class RankTraceback(Exception):  # noqa: N818  (a text that Python prints above the error it caused)
+    """Another process's traceback, as the cause of an error here."""
+
+    def __init__(self, rank: int, text: str) -> None:
+        super().__init__(f"on rank {rank}:\n\n{text}")
+
+
+def _patience(message: Failed | Gone) -> float:
+    if isinstance(message, Gone):
+        return _GONE_S
+    if message.is_input_error:
+        return _REFUSAL_S
+    return _ECHO_S if message.is_echo else 0.0
+
+
+def _raise_for(failures: Failures, size: int) -> NoReturn:
+    """Raise what the ranks' failures amount to.
+
+    All ranks refuse alike: their error, of its own class. Otherwise the root cause: a rank that raised on its own
+    account before one that died, and that before one that only lost its peers.
+    """
+    failed = {rank: message for rank, message in failures.items() if isinstance(message, Failed)}
+    refusals = {(message.kind, message.message) for message in failed.values() if message.is_input_error}
+    if len(failed) == size and len(refusals) == 1 and all(message.is_input_error for message in failed.values()):
+        rank, message = min(failed.items())
+        error_class = getattr(errors, message.kind, InvalidInputError)
+        raise error_class(message.message) from RankTraceback(rank, message.traceback)
+    rank, cause = min(failures.items(), key=lambda item: (_depth(item[1]), item[0]))
+    if isinstance(cause, Gone):
+        raise RankFailedError(f"rank {rank} of {size} {_end(cause.exitcode)}", rank=rank)
+    text = cause.message.strip() or "no message"
+    raise RankFailedError(
+        f"rank {rank} of {size} raised {cause.kind}: {text}", rank=rank, rank_traceback=cause.traceback
+    ) from RankTraceback(rank, cause.traceback)
+
+
+def _depth(message: Failed | Gone) -> int:
+    if isinstance(message, Gone):
+        return 1
+    return 2 if message.is_echo else 0
+
+
+def _end(exitcode: int | None) -> str:
+    if exitcode is None:
+        return "closed its connection"
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}"
+    hint = " (out of memory?)" if exitcode == -9 else ""
+    return f"was killed by signal {-exitcode}{hint}"

@@ -1,0 +1,120 @@
+"""The engine whose one rank is this very process: alone, or as a rank of the user's own distributed program."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import traceback
+import zlib
+
+from omni_sp.collectives import gather_ints
+from omni_sp.engine.devices import rank_devices
+from omni_sp.engine.engine import OnNews, OnStep
+from omni_sp.engine.launch.torchrun import join
+from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
+from omni_sp.engine.runner import Runner
+from omni_sp.errors import EngineClosedError, InvalidInputError, OmniSPError, RankFailedError, ShardingError
+from omni_sp.mesh import ParallelMesh
+
+_NEW_SEED = 2**31
+
+
+class InPlaceEngine:
+    """Runs every call here. Joined to other ranks, each of them makes the same calls in the same order.
+
+    Raises:
+        ConfigError: the degrees are not those of the program around, or there are too few GPUs.
+    """
+
+    def __init__(self, options: EngineOptions, on_news: OnNews, *, joined: bool) -> None:
+        self._closed: str | None = None
+        self._lock = threading.Lock()
+        if joined:
+            device = join(options.config, options.device, options.rank_timeout_s)
+        else:
+            device = rank_devices(options.device, options.config)[0]
+        self._mesh = ParallelMesh(options.config)
+        on_news(f"loading {options.source.name}")
+        self._runner = Runner(options, device)
+        self._ready = self._runner.spread(self._mesh)
+
+    @property
+    def ready(self) -> Ready:
+        """What is loaded, where."""
+        return self._ready
+
+    @property
+    def speaks(self) -> bool:
+        """True on rank 0."""
+        return self._mesh.rank == 0
+
+    def fresh_seed(self) -> int:
+        """A seed at random; all ranks get the one that rank 0 drew."""
+        self._require_open()
+        return self._everybodys(secrets.randbelow(_NEW_SEED))[0]
+
+    def run(self, call: Call, on_step: OnStep | None) -> Done:
+        """Run one call here.
+
+        Raises:
+            InvalidInputError: the pipeline refused the call.
+            ShardingError: the ranks around make different calls.
+            RankFailedError: anything else that the pipeline raised, which is its cause.
+            EngineClosedError: it had been closed before.
+        """
+        with self._lock:
+            self._require_open()
+            return self._run(call, on_step)
+
+    def _run(self, call: Call, on_step: OnStep | None) -> Done:
+        try:
+            self._require_same(call)
+            return self._runner.run(call, on_step)
+        except Exception as error:
+            self._note(error)
+            if isinstance(error, OmniSPError):
+                raise
+            rank, size = self._mesh.rank, self._mesh.world_size
+            raise RankFailedError(
+                f"rank {rank} of {size} raised {type(error).__name__}: {error}",
+                rank=rank,
+                rank_traceback=traceback.format_exc(),
+            ) from error
+        except BaseException as error:
+            self._note(error)
+            raise
+
+    def close(self) -> None:
+        """Give the pipeline's memory back. Idempotent. A joined group lives on: the program may use it elsewhere."""
+        if self._closed is None:
+            self._closed = "close() was called"
+            self._runner.close()
+
+    def _require_open(self) -> None:
+        if self._closed is not None:
+            raise EngineClosedError(f"this Omni is closed: {self._closed}; make a new one")
+
+    def _note(self, error: BaseException) -> None:
+        """Ranks that stopped in the middle may stand at different points; another call could hang.
+
+        A refusal is different: it comes before any exchange, to all ranks alike.
+        """
+        if self._mesh.world_size > 1 and self._closed is None and not isinstance(error, InvalidInputError):
+            self._closed = f"an earlier call failed: {str(error) or type(error).__name__}"
+
+    def _everybodys(self, number: int) -> list[int]:
+        """Every rank's number, in rank order; along one axis, then along the other."""
+        row = [entry[0] for entry in gather_ints([number], self._mesh.sequence)]
+        return [entry for rows in gather_ints(row, self._mesh.cfg) for entry in rows]
+
+    def _require_same(self, call: Call) -> None:
+        """Refuse calls that differ between ranks, in what can be compared cheaply, on all ranks alike."""
+        plain = {name: value for name, value in call.arguments.items() if isinstance(value, (int, float, str))}
+        mine = zlib.crc32(repr((sorted(plain.items()), call.seed)).encode())
+        everybodys = self._everybodys(mine)
+        odd = [rank for rank, theirs in enumerate(everybodys) if theirs != everybodys[0]]
+        if odd:
+            raise ShardingError(
+                f"ranks {odd} were asked for something else than rank 0: every rank of the program makes the same "
+                "calls in the same order"
+            )

@@ -1,0 +1,134 @@
+"""What the front and the rank processes say to each other. Everything here is small, frozen and picklable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omni_sp.config import DiffusionParallelConfig
+from omni_sp.pipelines.call import CallResult, PipelineFacts
+from omni_sp.pipelines.load import ModelSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What an engine is to run.
+
+    Attributes:
+        source: the model. config: the degrees.
+        device: "cpu", "cuda", "cuda:N", or None for CUDA where there is one. dtype: a torch dtype's name, or None.
+        attention_backend: a kernel's name, or "auto".
+        rank_timeout_s: the longest silence of ranks that are at work. startup_timeout_s: the same while they load.
+    """
+
+    source: ModelSource
+    config: DiffusionParallelConfig
+    device: str | None
+    dtype: str | None
+    attention_backend: str
+    rank_timeout_s: float
+    startup_timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings:
+    """Front -> rank, the first message: who the rank is.
+
+    Attributes:
+        device: this rank's own. backend: what moves tensors, in torch.distributed's words.
+        store_port: where the front's store listens on this machine's loopback.
+        num_threads: for the CPU's kernels; 0 leaves torch's choice. front_pid: the process that must outlive the rank;
+            0 where the kernel cannot watch it.
+    """
+
+    rank: int
+    options: EngineOptions
+    device: str
+    backend: str
+    store_port: int
+    num_threads: int
+    front_pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join:
+    """Front -> ranks: all have loaded their pipeline; form the process group. Nobody waits in it for a slow loader."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Front -> ranks: one call of the pipeline; the seed also makes ranks agree where a pipeline takes no generator."""
+
+    request_id: str
+    arguments: Mapping[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Front -> ranks: leave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Rank -> front: the pipeline is in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """Rank -> front: waiting for calls.
+
+    Attributes:
+        rank: who says so. ranks: how many there are. layout: who sits where, for people.
+        facts: what the pipeline can be asked for. device, dtype: this rank's. load_s: seconds to load and parallelize.
+    """
+
+    rank: int
+    ranks: int
+    layout: str
+    facts: PipelineFacts
+    device: str
+    dtype: str
+    load_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Rank 0 -> front: denoising steps done, of so many."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """Rank -> front: the call is over. Only rank 0 sends a result."""
+
+    request_id: str
+    result: CallResult | None
+    tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """Rank -> front: it raised.
+
+    Attributes:
+        kind: the class of the error. message: its text. traceback: as Python prints it.
+        is_input_error: the class is one of our own InvalidInputErrors.
+        is_echo: the error tells of another rank's end (a broken connection), not of its own cause.
+    """
+
+    kind: str
+    message: str
+    traceback: str
+    is_input_error: bool
+    is_echo: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gone:
+    """What the front notes when a rank's process has ended. ``exitcode``: negative for a signal; None: unknown."""
+
+    exitcode: int | None

@@ -1,0 +1,174 @@
+"""A rank process: who it is, what it runs, and how it ends. The front started it and is all it lives for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from omni_sp.engine.messages import Call, Failed, Loaded, Progress, RankSettings, Stop
+from omni_sp.errors import InvalidInputError, SamplingParamsError
+
+if TYPE_CHECKING:
+    from omni_sp.engine.runner import Runner
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_ECHOES = ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl", "broken pipe")
+
+Inbox = queue.SimpleQueue[Any]
+Tell = Callable[[Any], None]
+
+
+def rank_main(connection: Connection) -> None:
+    """Run one rank until the front says Stop or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front: it ends the ranks
+    settings = pickle.loads(connection.recv_bytes())
+    assert isinstance(settings, RankSettings)
+    _die_with(settings.front_pid)
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+
+    def tell(message: Any) -> None:
+        connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+    try:
+        _live(settings, inbox, tell)
+    except (BrokenPipeError, ConnectionResetError):
+        _leave(1)
+    except Exception as error:
+        # Told, not raised: the process stays until the front ends it, so that peers see no broken connection and the
+        # front sees the cause before its echoes.
+        tell(failure(error))
+        inbox.get()
+        _leave(1)
+    _leave(0)
+
+
+def failure(error: BaseException) -> Failed:
+    """An error as a message; the traceback goes along as text."""
+    text = str(error)
+    return Failed(
+        kind=type(error).__name__,
+        message=text,
+        traceback="".join(traceback.format_exception(error)),
+        is_input_error=isinstance(error, InvalidInputError),
+        is_echo=_is_echo(error, text),
+    )
+
+
+def _live(settings: RankSettings, inbox: Inbox, tell: Tell) -> None:
+    """Load, join, and answer calls until Stop."""
+    runner = _load(settings)
+    tell(Loaded())
+    if isinstance(inbox.get(), Stop):
+        return
+    mesh = _join(settings)
+    tell(runner.spread(mesh))
+    on_step = (lambda done, total: tell(Progress(done=done, total=total))) if settings.rank == 0 else None
+    while not isinstance(message := inbox.get(), Stop):
+        try:
+            if isinstance(message, Exception):
+                raise message
+            assert isinstance(message, Call)
+            done = runner.run(message, on_step)
+        except Exception as error:
+            tell(failure(error))
+            continue
+        tell(done if settings.rank == 0 else type(done)(request_id=done.request_id, result=None, tokens=done.tokens))
+
+
+def _load(settings: RankSettings) -> Runner:
+    """Import torch and diffusers and load the pipeline, quietly: rank 0 speaks for all."""
+    if settings.rank > 0:
+        warnings.simplefilter("ignore")
+    import torch
+
+    from omni_sp.engine.runner import Runner
+    from omni_sp.pipelines.load import silence_libraries
+
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    runner = Runner(settings.options, settings.device)
+    if settings.rank > 0:
+        silence_libraries()
+    return runner
+
+
+def _join(settings: RankSettings) -> Any:
+    """Form the process group over the front's store, and the mesh on it."""
+    import torch.distributed as dist
+
+    from omni_sp.mesh import ParallelMesh
+
+    # Ranks of one machine meet on its loopback, whatever its name resolves to.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    timeout = timedelta(seconds=settings.options.rank_timeout_s)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", settings.store_port, is_master=False, timeout=timeout
+    )
+    dist.init_process_group(
+        settings.backend,
+        store=store,
+        rank=settings.rank,
+        world_size=settings.options.config.world_size,
+        timeout=timeout,
+    )
+    return ParallelMesh(settings.options.config)
+
+
+def _listen(connection: Connection, inbox: Inbox) -> None:
+    """Hand on messages; when the front is gone, end this process, whatever its main thread is doing."""
+    while True:
+        try:
+            payload = connection.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(1)
+        try:
+            inbox.put(pickle.loads(payload))
+        except Exception as error:
+            inbox.put(SamplingParamsError(f"an argument cannot be read in the rank processes: {error}"))
+
+
+def _die_with(front_pid: int) -> None:
+    """Ask Linux to kill this process when the front dies, also while something holds the interpreter."""
+    if not front_pid or sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != front_pid:
+        os._exit(1)
+
+
+def _leave(exitcode: int) -> None:
+    """End the process at once; threads of torch and of the listener need no farewell."""
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if exitcode == 0 and dist.is_initialized():
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exitcode)
+
+
+def _is_echo(error: BaseException, text: str) -> bool:
+    """True for what a rank raises because another one is gone: c10d's own errors, and what gloo and NCCL say."""
+    if "torch.distributed" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in text.lower() for word in _ECHOES)

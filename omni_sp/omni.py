@@ -1,0 +1,289 @@
+"""Omni, the one front door: a model's name and the degrees in, pictures out."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.engine.devices import check_device_name
+from omni_sp.engine.engine import open_engine
+from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
+from omni_sp.errors import ConfigError, SamplingParamsError
+from omni_sp.outputs import OmniRequestOutput
+from omni_sp.pipelines.call import Prompt, call_arguments, rounded_size
+from omni_sp.pipelines.load import resolve_model
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_PROMPT_KEYS = ("prompt", "negative_prompt", "image")
+_NEWS_AFTER_S = 3.0
+
+PromptInput = str | Mapping[str, Any]
+
+
+class Omni:
+    """A diffusers pipeline, spread over ranks, ready for prompts.
+
+    With degrees 1 × 1 the pipeline runs in this process. Otherwise rank processes are started; inside a program that
+    is already distributed (torchrun), its ranks are joined instead, and each of them makes the same calls and gets the
+    same outputs. ``close()``, the end of a ``with`` block, an abandoned object and the end of the program leave no
+    process.
+
+    Args:
+        model: a hub id, a folder that a diffusers pipeline was saved to, or "omni-sp/shapes", the embedded demo model.
+        parallel_config: the degrees; by default one rank.
+        device: "cpu"; "cuda" for one GPU per rank; "cuda:N" to let all ranks share that GPU (exact, for trying out);
+            None for "cuda" where there is a GPU, else "cpu".
+        dtype: "float32", "bfloat16", "float16" or the torch dtype; None for bfloat16 on CUDA and float32 on the CPU.
+        attention_backend: name of the attention kernel, or "auto".
+        rank_timeout_s: longest silence of working ranks before they count as failed. One denoising step, or the VAE's
+            work, must fit into it.
+        startup_timeout_s: the same while ranks load the model.
+        show_progress: a bar over the denoising steps, and news while starting takes long, on stderr; None for where
+            stderr is a terminal.
+
+    Raises:
+        ConfigError: an option that cannot be, an unknown one, or fewer GPUs than ranks.
+        ModelNotFoundError: no such model, or no diffusers pipeline.
+        UnsupportedModelError: a transformer that no plan covers, on several ranks.
+        RankFailedError: a rank failed while starting.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        parallel_config: DiffusionParallelConfig | None = None,
+        *,
+        device: str | None = None,
+        dtype: Any = None,
+        attention_backend: str = "auto",
+        rank_timeout_s: float = 600.0,
+        startup_timeout_s: float = 3600.0,
+        show_progress: bool | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise _unknown_option(next(iter(unknown)))
+        if parallel_config is not None and not isinstance(parallel_config, DiffusionParallelConfig):
+            raise ConfigError(f"parallel_config={parallel_config!r}: give a DiffusionParallelConfig")
+        check_device_name(device)
+        began = time.perf_counter()
+        self._show_progress = _is_terminal() if show_progress is None else show_progress
+        options = EngineOptions(
+            source=resolve_model(model),
+            config=parallel_config or DiffusionParallelConfig(),
+            device=device,
+            dtype=_dtype_name(dtype),
+            attention_backend=attention_backend,
+            rank_timeout_s=_seconds("rank_timeout_s", rank_timeout_s),
+            startup_timeout_s=_seconds("startup_timeout_s", startup_timeout_s),
+        )
+        self._engine = open_engine(options, _narrator(self._show_progress))
+        self._startup_s = time.perf_counter() - began
+        self._numbers = itertools.count()
+
+    @property
+    def info(self) -> Ready:
+        """What is loaded and where: ``facts`` of the pipeline, ``layout`` of the ranks, ``device``, ``dtype``."""
+        return self._engine.ready
+
+    @property
+    def speaks(self) -> bool:
+        """True in the one process that talks to people: everywhere but on ranks above 0 of a joined program."""
+        return self._engine.speaks
+
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: OmniDiffusionSamplingParams | None = None,
+    ) -> list[OmniRequestOutput]:
+        """Draw every prompt.
+
+        Args:
+            prompts: one prompt or a list of them. A prompt is a string, or a dict with ``prompt``, ``negative_prompt``,
+                ``image`` (a PIL picture or a list of them).
+            sampling_params: for all prompts alike; what is None is the model's own default.
+
+        Returns:
+            One output for each prompt, in their order.
+
+        Raises:
+            SamplingParamsError: no prompts, or something that the pipeline cannot take. Nothing has run then, except
+                where only the pipeline itself could tell.
+            RankFailedError: a rank raised or died; this Omni is closed (with one rank in this process it stays open).
+            EngineClosedError: it had been closed before.
+        """
+        return list(self.generate_each(prompts, sampling_params))
+
+    def generate_each(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: OmniDiffusionSamplingParams | None = None,
+    ) -> Iterator[OmniRequestOutput]:
+        """As generate(), one output at a time, as soon as it is finished. All prompts are checked first."""
+        params = sampling_params if sampling_params is not None else OmniDiffusionSamplingParams()
+        if not isinstance(params, OmniDiffusionSamplingParams):
+            raise SamplingParamsError(f"sampling_params={params!r}: give an OmniDiffusionSamplingParams")
+        facts = self._engine.ready.facts
+        parsed = [_parse_prompt(prompt) for prompt in _prompt_list(prompts)]
+        calls = [call_arguments(facts, prompt, params) for prompt in parsed]
+        drawn = rounded_size(facts, calls[0])
+        if drawn is not None:
+            warnings.warn(
+                f"{facts.name} draws whole tokens: {calls[0]['width']} x {calls[0]['height']} pixels become "
+                f"{drawn[1]} x {drawn[0]}, as on one process",
+                stacklevel=3,
+            )
+        return self._run_each(list(zip(parsed, calls, strict=True)), params)
+
+    def close(self) -> None:
+        """End the rank processes and give memory back. Idempotent."""
+        self._engine.close()
+
+    def __enter__(self) -> Omni:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run_each(
+        self, requests: list[tuple[Prompt, dict[str, Any]]], params: OmniDiffusionSamplingParams
+    ) -> Iterator[OmniRequestOutput]:
+        for place, (prompt, arguments) in enumerate(requests, start=1):
+            seed = self._engine.fresh_seed() if params.seed is None else params.seed
+            call = Call(request_id=f"request-{next(self._numbers)}", arguments=arguments, seed=seed)
+            with _StepsOnScreen(self._show_progress and self._engine.speaks, place, len(requests)) as screen:
+                done = self._engine.run(call, screen.show)
+            yield self._output(call, prompt, done, params)
+
+    def _output(self, call: Call, prompt: Prompt, done: Done, params: OmniDiffusionSamplingParams) -> OmniRequestOutput:
+        assert done.result is not None, "rank 0 answers with a result"
+        ready = self._engine.ready
+        metrics: dict[str, Any] = {
+            **done.result.timings,
+            "load_s": ready.load_s,
+            "startup_s": self._startup_s,
+            "tokens": dict(done.tokens),
+            "ranks": ready.ranks,
+            "seed": call.seed if ready.facts.taken_as("generator") is not None else None,
+        }
+        if params.fps is not None:
+            metrics["fps"] = params.fps
+        return OmniRequestOutput(
+            request_id=call.request_id,
+            prompt=prompt.text or "",
+            images=done.result.images,
+            videos=done.result.videos,
+            metrics=metrics,
+        )
+
+
+class _StepsOnScreen:
+    """A bar over the denoising steps of one prompt, on stderr; or nothing."""
+
+    def __init__(self, shown: bool, place: int, num_prompts: int) -> None:
+        self._shown = shown
+        self._caption = f"prompt {place}/{num_prompts}" if num_prompts > 1 else "denoising"
+        self._bar: Any = None
+
+    def show(self, done: int, total: int) -> None:
+        """Draw ``done`` of ``total`` steps."""
+        if not self._shown:
+            return
+        if self._bar is None or done < self._bar.n:
+            self._end()
+            self._bar = tqdm(total=total, desc=self._caption, unit="step", file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _StepsOnScreen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _unknown_option(name: str) -> ConfigError:
+    """Options are the constructor's own keyword arguments; degrees live in the parallel config."""
+    known = [name for name in inspect.signature(Omni).parameters if name != "unknown"]
+    degrees = list(inspect.signature(DiffusionParallelConfig).parameters)
+    if name in degrees:
+        return ConfigError(f"{name} belongs into parallel_config=DiffusionParallelConfig({name}=...)")
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+    return ConfigError(f"Omni has no option {name!r}; {hint}")
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: give one of {', '.join(_DTYPES)}, or None to choose")
+    return name
+
+
+def _seconds(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise ConfigError(f"{name}={value!r}: give a number of seconds above 0")
+    return float(value)
+
+
+def _prompt_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise SamplingParamsError(f"prompts={prompts!r}: give a prompt (a string or a dict), or a list of them")
+    if not prompts:
+        raise SamplingParamsError("the list of prompts is empty: give at least one")
+    return list(prompts)
+
+
+def _parse_prompt(prompt: Any) -> Prompt:
+    """A prompt as the user writes it, in full."""
+    if isinstance(prompt, str):
+        return Prompt(text=prompt)
+    if not isinstance(prompt, Mapping):
+        raise SamplingParamsError(f"prompt {prompt!r}: give a string, or a dict with {', '.join(_PROMPT_KEYS)}")
+    for key in prompt:
+        if key not in _PROMPT_KEYS:
+            near = difflib.get_close_matches(str(key), _PROMPT_KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"a prompt has {', '.join(_PROMPT_KEYS)}"
+            raise SamplingParamsError(f"unknown key {key!r} in a prompt; {hint}")
+    for key in ("prompt", "negative_prompt"):
+        if prompt.get(key) is not None and not isinstance(prompt[key], str):
+            raise SamplingParamsError(f"{key}={prompt[key]!r}: give a string")
+    if prompt.get("prompt") is None and prompt.get("image") is None:
+        raise SamplingParamsError("a prompt dict has neither prompt nor image: give at least one of them")
+    return Prompt(text=prompt.get("prompt"), negative_text=prompt.get("negative_prompt"), image=prompt.get("image"))
+
+
+def _narrator(shown: bool) -> Callable[[str], None]:
+    """News of the start, on stderr, once it has taken a while; quick starts stay silent."""
+    began = time.monotonic()
+
+    def tell(news: str) -> None:
+        if shown and time.monotonic() - began > _NEWS_AFTER_S:
+            print(f"omni-sp: {news}", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()

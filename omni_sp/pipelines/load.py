@@ -1,0 +1,178 @@
+"""From a model's name to a loaded diffusers pipeline. Importing this module and resolving a name need no torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omni_sp.errors import ModelNotFoundError
+from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL, shapes_folder
+
+_INDEX = "model_index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WAY_OUT = (
+    f"give a hub id such as Qwen/Qwen-Image, a folder that a diffusers pipeline was saved to, or {SHAPES_MODEL} "
+    "(the embedded demo model)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: as the user gave it. location: the folder or hub id that diffusers loads.
+        sampling_defaults: what this model draws with where the user says nothing, named as in
+            OmniDiffusionSamplingParams; empty for all but the demo model, whose class was made for larger ones.
+    """
+
+    name: str
+    location: str
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
+    """Find a model before anything is started for it: the embedded demo model, a local folder, or a hub id.
+
+    Of a hub id only ``model_index.json`` is fetched here (from the cache where there is no network).
+
+    Raises:
+        ModelNotFoundError: there is no such model, or it is no diffusers pipeline.
+    """
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise ModelNotFoundError(f"model={model!r} is no model name: {_WAY_OUT}")
+    name = os.fspath(model)
+    if name == SHAPES_MODEL:
+        return replace(_local_source(name, shapes_folder()), sampling_defaults=dict(SHAPES_CALL))
+    path = Path(name).expanduser()
+    if path.exists():
+        return _local_source(name, path)
+    if isinstance(model, os.PathLike) or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise ModelNotFoundError(f"no folder {name!r}: {_WAY_OUT}")
+    if difflib.get_close_matches(name, [SHAPES_MODEL], cutoff=0.8):
+        raise ModelNotFoundError(f"unknown model {name!r}: did you mean {SHAPES_MODEL}?")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelNotFoundError(f"unknown model {name!r}: {_WAY_OUT}")
+    _require_on_hub(name)
+    return ModelSource(name=name, location=name)
+
+
+def load_pipeline(source: ModelSource, *, dtype: str | None = None, device: str = "cpu") -> Any:
+    """Load a pipeline with diffusers' own loader and move it to a device.
+
+    Args:
+        source: what resolve_model() found.
+        dtype: "float32", "bfloat16" or "float16"; None is bfloat16 on CUDA and float32 on the CPU.
+        device: "cpu", "cuda:0", …
+
+    Returns:
+        The diffusers pipeline, of whatever class the model names.
+
+    Raises:
+        ModelNotFoundError: files are missing or damaged, or diffusers does not know a class that the model names.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    name = dtype or default_dtype(device)
+    with quiet_libraries():
+        try:
+            pipe = DiffusionPipeline.from_pretrained(source.location, dtype=getattr(torch, name))
+        except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelNotFoundError(f"{source.name} cannot be loaded ({type(error).__name__}): {reason}") from error
+        return pipe.to(device)
+
+
+def default_dtype(device: str) -> str:
+    """The dtype of a model when the user names none."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def silence_libraries() -> None:
+    """Let diffusers and transformers say only errors, and draw no bars."""
+    for library in _library_logs():
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """As silence_libraries(), until the block ends."""
+    libraries = _library_logs()
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    try:
+        silence_libraries()
+        yield
+    finally:
+        for library, (verbosity, has_bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if has_bars:
+                library.enable_progress_bar()
+
+
+def _library_logs() -> tuple[Any, ...]:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    return diffusers_logging, transformers_logging
+
+
+def _local_source(name: str, folder: Path) -> ModelSource:
+    """A folder that holds a pipeline, or an error that says what it holds instead."""
+    if not folder.is_dir():
+        if name == SHAPES_MODEL:
+            raise ModelNotFoundError(f"the weights of {name} are not part of this installation: reinstall omni-sp")
+        raise ModelNotFoundError(f"{name!r} is a file, not a folder: {_WAY_OUT}")
+    index = folder / _INDEX
+    if not index.is_file():
+        single = (folder / "config.json").is_file()
+        reason = "it holds a single model, not a pipeline" if single else f"it has no {_INDEX}"
+        raise ModelNotFoundError(f"{str(folder)!r} is no diffusers pipeline ({reason}): {_WAY_OUT}")
+    if "_class_name" not in _read_json(index):
+        raise ModelNotFoundError(f"{str(index)!r} names no pipeline class (_class_name): {_WAY_OUT}")
+    return ModelSource(name=name, location=str(folder))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"{str(file)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelNotFoundError(f"{str(file)!r} holds no JSON object")
+    return content
+
+
+def _require_on_hub(repo: str) -> None:
+    """Refuse a hub id that does not exist, is closed to the user, or is no pipeline. One question, without retries."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(repo, _INDEX), str):
+            return
+        get_hf_file_metadata(hf_hub_url(repo, _INDEX), timeout=10)
+    except errors.HFValidationError as error:
+        raise ModelNotFoundError(f"unknown model {repo!r}: {_WAY_OUT}") from error
+    except errors.GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"{repo} is gated: ask for access at https://huggingface.co/{repo}, then log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"no model {repo!r} on the hub (or it is private: log in with `hf auth login`): {_WAY_OUT}"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise ModelNotFoundError(f"{repo} on the hub is no diffusers pipeline (no {_INDEX}): {_WAY_OUT}") from error
+    except Exception as error:  # which class says "no network" depends on the hub client's version
+        raise ModelNotFoundError(
+            f"unknown model {repo!r}: no folder here, not in the hub's cache, and the hub cannot be reached "
+            f"({' '.join(str(error).split())}); {_WAY_OUT}"
+        ) from error

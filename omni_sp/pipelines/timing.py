@@ -1,0 +1,156 @@
+"""Where a pipeline call's seconds go, and how far its denoising is, for any diffusers pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+OnStep = Callable[[int, int], None]
+"""Called with (steps done, steps in all) when denoising starts and after every step."""
+
+
+class StageClock:
+    """Times one call of a pipeline, stage by stage, while the block lasts.
+
+    Instance attributes of the pipeline and its parts are replaced for that long: ``progress_bar`` (every diffusers
+    pipeline steps it in its denoising loop), ``encode_prompt`` (or, where there is none, the text encoders' forward),
+    and the VAE's ``encode`` and ``decode``. Classes are left alone, and leaving the block puts everything back.
+
+    Args:
+        pipe: a diffusers pipeline. device: where it runs; a CUDA device is synchronised at the borders of stages, and
+            nowhere else, so that the clock costs nothing.
+        on_step: see OnStep.
+
+    Attributes:
+        seconds: "text_encoder", "denoise" and "vae" -> seconds. num_steps: denoising steps done.
+    """
+
+    def __init__(self, pipe: Any, device: torch.device, on_step: OnStep | None = None) -> None:
+        self._pipe = pipe
+        self._device = device
+        self._on_step = on_step
+        self._undo = ExitStack()
+        self._inside: set[str] = set()
+        self.seconds = {"text_encoder": 0.0, "denoise": 0.0, "vae": 0.0}
+        self.num_steps = 0
+
+    @property
+    def denoising_began(self) -> bool:
+        """True once the pipeline has accepted its arguments and stands in its denoising loop."""
+        return self._denoising_began
+
+    _denoising_began = False
+
+    def __enter__(self) -> StageClock:
+        if callable(getattr(self._pipe, "encode_prompt", None)):
+            self._time_method(self._pipe, "encode_prompt", "text_encoder")
+        else:
+            for name, part in getattr(self._pipe, "components", {}).items():
+                if name.startswith("text_encoder") and isinstance(part, torch.nn.Module):
+                    self._time_method(part, "forward", "text_encoder")
+        vae = getattr(self._pipe, "vae", None)
+        for method in ("encode", "decode"):
+            if callable(getattr(vae, method, None)):
+                self._time_method(vae, method, "vae")
+        self._replace(self._pipe, "progress_bar", self._steps)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def now(self) -> float:
+        """Seconds on a steady clock, once the device has done what it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to a stage. A stage inside itself is counted once."""
+        if name in self._inside:
+            yield
+            return
+        self._inside.add(name)
+        began = self.now()
+        try:
+            yield
+        finally:
+            self._inside.discard(name)
+            self.seconds[name] += self.now() - began
+
+    def _time_method(self, owner: Any, method: str, stage: str) -> None:
+        original = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.stage(stage):
+                return original(*args, **kwargs)
+
+        self._replace(owner, method, timed)
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute on this instance until the block ends."""
+        own = vars(owner)
+        if name in own:
+            self._undo.callback(setattr, owner, name, own[name])
+        else:
+            self._undo.callback(delattr, owner, name)
+        setattr(owner, name, value)
+
+    def _steps(self, iterable: Any = None, total: int | None = None) -> StepBar:
+        """Stand in for DiffusionPipeline.progress_bar."""
+        self._denoising_began = True
+        if total is None:
+            total = len(iterable) if hasattr(iterable, "__len__") else 0
+        return StepBar(self, iterable, total, self._on_step)
+
+
+class StepBar:
+    """What pipelines know of a tqdm bar: update(), iteration, ``with``. Its life is the denoise stage."""
+
+    def __init__(self, clock: StageClock, iterable: Any, total: int, on_step: OnStep | None) -> None:
+        self._clock = clock
+        self._iterable = iterable
+        self._on_step = on_step
+        self._began: float | None = clock.now()
+        self.total = total
+        self.n = 0
+        self._tell()
+
+    def update(self, n: int = 1) -> None:
+        """Say that n more steps are done."""
+        self.n += n
+        self._clock.num_steps += n
+        self._tell()
+        if self.n >= self.total:
+            self.close()
+
+    def close(self) -> None:
+        """End the stage; the second time, do nothing."""
+        if self._began is not None:
+            self._clock.seconds["denoise"] += self._clock.now() - self._began
+            self._began = None
+
+    def __enter__(self) -> StepBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._iterable:
+            yield item
+            self.update()
+        self.close()
+
+    def set_description(self, *_: Any, **__: Any) -> None:
+        """A bar's caption; there is no bar here."""
+
+    set_postfix = set_postfix_str = set_description_str = refresh = set_description
+
+    def _tell(self) -> None:
+        if self._on_step is not None:
+            self._on_step(self.n, self.total)

@@ -1,0 +1,149 @@
+"""Ranks that follow a script instead of running a model: they start at once, and fail in every way on demand.
+
+Each function is what one kind of rank runs on its end of the pipe. All say that they have loaded and are ready, unless
+the failure comes before.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from omni_sp.engine.messages import Call, Done, Failed, Join, Loaded, Progress, RankSettings, Ready, Stop
+from omni_sp.pipelines.call import CallResult, PipelineFacts
+
+FOREVER_S = 600.0
+
+
+def obeys(front: Connection) -> None:
+    """Answers every call with its arguments."""
+    rank = _start(front)
+    for call in _calls(front):
+        _answer(front, rank, call)
+
+
+def raises_on_rank_1(front: Connection) -> None:
+    """Rank 1 raises in a call; the others wait for it, as in an exchange."""
+    rank = _start(front)
+    for _ in _calls(front):
+        if rank == 1:
+            _tell(front, _failed("RuntimeError", "boom"))
+        time.sleep(FOREVER_S)
+
+
+def echoes_before_the_cause(front: Connection) -> None:
+    """Rank 0 loses its connection to rank 1 at once; rank 1's own error is told a little later."""
+    rank = _start(front)
+    for _ in _calls(front):
+        if rank == 1:
+            time.sleep(0.3)
+            _tell(front, _failed("KeyError", "the cause"))
+        else:
+            _tell(front, _failed("RuntimeError", "Connection closed by peer", is_echo=True))
+        time.sleep(FOREVER_S)
+
+
+def refuses_on_demand(front: Connection) -> None:
+    """All ranks refuse the calls that say so; with {"refuse": "rank 0"} only rank 0 does."""
+    rank = _start(front)
+    for call in _calls(front):
+        who = call.arguments.get("refuse")
+        if who == "all" or (who == "rank 0" and rank == 0):
+            _tell(front, _failed("SamplingParamsError", "not this", is_input_error=True))
+        else:
+            _answer(front, rank, call)
+
+
+def is_killed_on_rank_1(front: Connection) -> None:
+    """Rank 1 is killed in a call, as by the kernel when memory runs out."""
+    rank = _start(front)
+    for _ in _calls(front):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(FOREVER_S)
+
+
+def falls_silent(front: Connection) -> None:
+    """Rank 0 tells one step and no more."""
+    rank = _start(front)
+    for _ in _calls(front):
+        if rank == 0:
+            _tell(front, Progress(done=1, total=9))
+        time.sleep(FOREVER_S)
+
+
+def is_stubborn(front: Connection) -> None:
+    """Hears neither Stop nor SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _start(front)
+    time.sleep(FOREVER_S)
+
+
+def refuses_the_model(front: Connection) -> None:
+    """Every rank finds, while loading, that no plan covers the transformer."""
+    _receive(front)
+    _tell(front, _failed("UnsupportedModelError", "no plan for Nothing", is_input_error=True))
+    time.sleep(FOREVER_S)
+
+
+def dies_loading(front: Connection) -> None:
+    """Rank 1 ends while loading."""
+    settings = _receive(front)
+    if settings.rank == 1:
+        sys.exit(3)
+    time.sleep(FOREVER_S)
+
+
+def _start(front: Connection) -> int:
+    settings = _receive(front)
+    assert isinstance(settings, RankSettings)
+    _tell(front, Loaded())
+    assert isinstance(_receive(front), Join)
+    facts = PipelineFacts(name="ScriptedPipeline", parameters={"prompt": None})
+    rank = settings.rank
+    _tell(front, Ready(rank=rank, ranks=2, layout="scripted", facts=facts, device="cpu", dtype="float32", load_s=0.0))
+    return rank
+
+
+def _calls(front: Connection) -> Any:
+    """Calls until Stop, or until the front is gone."""
+    while True:
+        try:
+            message = _receive(front)
+        except EOFError:
+            return
+        if isinstance(message, Stop):
+            return
+        assert isinstance(message, Call)
+        yield message
+
+
+def _answer(front: Connection, rank: int, call: Call) -> None:
+    if rank == 0:
+        for done in range(3):
+            _tell(front, Progress(done=done, total=2))
+    result = CallResult(images=[dict(call.arguments)], videos=[], timings={}) if rank == 0 else None
+    _tell(front, Done(request_id=call.request_id, result=result, tokens={}))
+
+
+def _failed(kind: str, message: str, *, is_input_error: bool = False, is_echo: bool = False) -> Failed:
+    return Failed(
+        kind=kind,
+        message=message,
+        traceback=f"Traceback of {kind}",
+        is_input_error=is_input_error,
+        is_echo=is_echo,
+    )
+
+
+def _tell(front: Connection, message: Any) -> None:
+    front.send_bytes(pickle.dumps(message))
+
+
+def _receive(front: Connection) -> Any:
+    return pickle.loads(front.recv_bytes())

@@ -1,0 +1,206 @@
+"""The front's part: whatever its ranks do, it ends with an answer or the right error, and leaves no process."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from omni_sp import DiffusionParallelConfig
+from omni_sp.engine.engine import RankEngine
+from omni_sp.engine.launch.spawn import SpawnLauncher
+from omni_sp.engine.messages import Call, EngineOptions
+from omni_sp.errors import (
+    EngineClosedError,
+    RankFailedError,
+    SamplingParamsError,
+    UnsupportedModelError,
+)
+from omni_sp.pipelines.load import ModelSource
+from tests.engine.processes import alive, becomes_true, children
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT))
+    before = children()
+    yield
+    gc.collect()
+    assert becomes_true(lambda: children() <= before, 5.0)
+
+
+def start(script: str, *, silence_s: float = 60.0) -> RankEngine:
+    options = EngineOptions(
+        source=ModelSource(name="scripted", location=""),
+        config=DiffusionParallelConfig(ulysses_degree=2),
+        device="cpu",
+        dtype=None,
+        attention_backend="auto",
+        rank_timeout_s=silence_s,
+        startup_timeout_s=30.0,
+    )
+    return RankEngine(options, lambda news: None, SpawnLauncher("tests.engine.scripted", script))
+
+
+def call(**arguments: object) -> Call:
+    return Call(request_id="request-0", arguments=arguments, seed=0)
+
+
+def test_answers_calls_and_reports_steps() -> None:
+    engine = start("obeys")
+    steps: list[tuple[int, int]] = []
+    for number in range(3):
+        done = engine.run(call(number=number), lambda done, total: steps.append((done, total)))
+        assert done.result is not None
+        assert done.result.images == [{"number": number}]
+    assert steps == [(0, 2), (1, 2), (2, 2)] * 3
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineClosedError, match=r"close\(\) was called"):
+        engine.run(call(), None)
+
+
+def test_a_rank_that_raises_ends_the_call_with_its_traceback() -> None:
+    engine = start("raises_on_rank_1")
+    began = time.monotonic()
+    with pytest.raises(RankFailedError, match="rank 1 of 2 raised RuntimeError: boom") as caught:
+        engine.run(call(), None)
+    assert time.monotonic() - began < 5.0
+    assert caught.value.rank == 1
+    assert caught.value.rank_traceback == "Traceback of RuntimeError"
+    assert "Traceback of RuntimeError" in str(caught.value.__cause__)
+    with pytest.raises(EngineClosedError, match="boom"):
+        engine.run(call(), None)
+
+
+def test_the_cause_is_reported_not_its_echo() -> None:
+    engine = start("echoes_before_the_cause")
+    with pytest.raises(RankFailedError, match="rank 1 of 2 raised KeyError: the cause"):
+        engine.run(call(), None)
+
+
+def test_a_refusal_by_all_ranks_leaves_the_engine_open() -> None:
+    engine = start("refuses_on_demand")
+    with pytest.raises(SamplingParamsError, match=r"^not this$"):
+        engine.run(call(refuse="all"), None)
+    assert engine.run(call(number=1), None).result is not None
+    engine.close()
+
+
+def test_a_refusal_by_one_rank_is_a_failure() -> None:
+    engine = start("refuses_on_demand")
+    with pytest.raises(RankFailedError, match="rank 0 of 2 raised SamplingParamsError: not this"):
+        engine.run(call(refuse="rank 0"), None)
+
+
+def test_what_cannot_be_pickled_is_refused_and_nothing_is_lost() -> None:
+    engine = start("obeys")
+    with pytest.raises(SamplingParamsError, match="cannot be sent"):
+        engine.run(call(number=lambda: 1), None)
+    assert engine.run(call(number=2), None).result is not None
+    engine.close()
+
+
+def test_a_killed_rank_is_named_within_seconds() -> None:
+    engine = start("is_killed_on_rank_1")
+    began = time.monotonic()
+    with pytest.raises(RankFailedError, match="rank 1 of 2 was killed by signal 9") as caught:
+        engine.run(call(), None)
+    assert time.monotonic() - began < 5.0
+    assert caught.value.rank_traceback == ""
+
+
+def test_a_rank_killed_between_calls_is_noticed_at_the_next() -> None:
+    before = children()
+    engine = start("obeys")
+    victim = min(children() - before)
+    subprocess.run(["kill", "-9", str(victim)], check=True)
+    with pytest.raises(RankFailedError, match="rank 0 of 2 was killed by signal 9"):
+        engine.run(call(), None)
+
+
+def test_silence_is_bounded() -> None:
+    engine = start("falls_silent", silence_s=1.0)
+    with pytest.raises(RankFailedError, match="no word from rank 0, 1 for 1 s"):
+        engine.run(call(), None)
+
+
+def test_ranks_that_obey_nothing_are_killed() -> None:
+    engine = start("is_stubborn")
+    began = time.monotonic()
+    engine.close()
+    assert time.monotonic() - began < 15.0
+
+
+def test_a_model_that_the_ranks_refuse_is_refused_in_its_own_class() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"^no plan for Nothing$"):
+        start("refuses_the_model")
+
+
+def test_a_rank_that_dies_loading_ends_the_start() -> None:
+    with pytest.raises(RankFailedError, match="rank 1 of 2 ended with exit code 3"):
+        start("dies_loading")
+
+
+def test_an_abandoned_engine_ends_its_ranks() -> None:
+    before = children()
+    engine = start("obeys")
+    assert len(children() - before) == 2
+    del engine
+    gc.collect()
+    assert children() == before
+
+
+def test_an_error_in_the_callers_progress_ends_the_ranks() -> None:
+    engine = start("obeys")
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(call(), interrupt)
+    with pytest.raises(EngineClosedError, match="KeyboardInterrupt"):
+        engine.run(call(), None)
+
+
+def test_close_from_another_thread_ends_a_call() -> None:
+    engine = start("falls_silent")
+    threading.Timer(0.5, engine.close).start()
+    with pytest.raises(EngineClosedError, match="closed during a call"):
+        engine.run(call(), None)
+
+
+def test_ranks_watch_the_process_only_from_its_main_thread() -> None:
+    launcher = SpawnLauncher()
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(launcher.front_pid()))
+    thread.start()
+    thread.join()
+    assert seen == [0]
+    assert launcher.front_pid() > 0
+
+
+def test_a_front_that_ends_without_a_word_leaves_no_rank(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, time\n"
+        "from tests.engine.test_rank_engine import start\n"
+        "from tests.engine.processes import children\n"
+        "engine = start('obeys')\n"
+        "print(*children(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    front = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    ranks = [int(word) for word in front.stdout.split()]
+    assert front.returncode == -9
+    assert len(ranks) == 2
+    assert becomes_true(lambda: not any(alive(rank) for rank in ranks), 5.0)

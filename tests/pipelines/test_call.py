@@ -1,0 +1,261 @@
+"""One request on one pipeline: nothing is dropped, and the result is the plain pipeline's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omni_sp import OmniDiffusionSamplingParams, SamplingParamsError
+from omni_sp.pipelines.call import PipelineFacts, Prompt, call_arguments, pipeline_facts, rounded_size, run_call
+from omni_sp.pipelines.load import load_pipeline, resolve_model
+from omni_sp.pipelines.shapes import SHAPES_MODEL
+
+IMAGE = PipelineFacts(
+    name="ImagePipeline",
+    parameters={
+        "prompt": None, "negative_prompt": None, "true_cfg_scale": 4.0, "height": None, "width": None,
+        "num_inference_steps": 50, "num_images_per_prompt": 1, "generator": None, "output_type": "pil",
+        "guidance_scale": None, "max_sequence_length": 512, "sigmas": None,
+    },
+    vae_multiple=8,
+    height_multiple=16,
+    width_multiple=32,
+)  # fmt: skip
+VIDEO = PipelineFacts(
+    name="VideoPipeline",
+    parameters={"prompt": None, "num_frames": 81, "num_videos_per_prompt": 1, "guidance_scale": 5.0, "generator": None},
+    makes_videos=True,
+    frames_multiple=4,
+)
+CAT = Prompt(text="a cat")
+
+
+def params(**values: Any) -> OmniDiffusionSamplingParams:
+    return OmniDiffusionSamplingParams(**values)
+
+
+def refusal(facts: PipelineFacts, prompt: Prompt = CAT, **values: Any) -> str:
+    with pytest.raises(SamplingParamsError) as caught:
+        call_arguments(facts, prompt, params(**values))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_names_are_those_of_the_pipeline() -> None:
+    arguments = call_arguments(
+        IMAGE,
+        Prompt(text="a cat", negative_text="a dog"),
+        params(height=16, width=64, num_inference_steps=3, num_outputs_per_prompt=2, max_sequence_length=9, seed=1),
+    )
+    assert arguments == {
+        "prompt": "a cat", "negative_prompt": "a dog", "height": 16, "width": 64, "num_inference_steps": 3,
+        "num_images_per_prompt": 2, "max_sequence_length": 9, "output_type": "pil",
+    }  # fmt: skip
+    assert call_arguments(VIDEO, CAT, params(num_outputs_per_prompt=2, num_frames=5)) == {
+        "prompt": "a cat", "num_videos_per_prompt": 2, "num_frames": 5,
+    }  # fmt: skip
+
+
+def test_what_a_pipeline_does_not_take_is_named_with_what_it_takes() -> None:
+    told = refusal(VIDEO, height=480)
+    assert told == (
+        "VideoPipeline does not take height (given: 480); it takes prompt, num_frames, guidance_scale, "
+        "num_outputs_per_prompt, seed"
+    )
+    assert "does not take num_frames" in refusal(IMAGE, num_frames=5)
+    assert "does not take negative_prompt" in refusal(VIDEO, negative_prompt="a dog")
+    assert "does not take image" in refusal(IMAGE, Prompt(text="a cat", image=[1]))
+    assert "does not take fps" in refusal(IMAGE, fps=24)
+    bare = PipelineFacts(name="Bare", parameters={"prompt": None})
+    assert "does not take seed" in refusal(bare, seed=3)
+    assert "does not take num_outputs_per_prompt" in refusal(bare, num_outputs_per_prompt=2)
+    assert call_arguments(bare, CAT, params(num_outputs_per_prompt=1)) == {"prompt": "a cat"}
+
+
+def test_frames_per_second_are_for_the_file_where_the_pipeline_asks_for_none() -> None:
+    assert "fps" not in call_arguments(VIDEO, CAT, params(fps=24))
+    rated = PipelineFacts(name="Rated", parameters={"prompt": None, "frame_rate": 25}, makes_videos=True)
+    assert call_arguments(rated, CAT, params(fps=24))["frame_rate"] == 24
+
+
+def test_sizes_that_the_vae_cannot_make_are_refused() -> None:
+    assert refusal(IMAGE, height=1001) == (
+        "height=1001: ImagePipeline needs a multiple of 8, and draws multiples of 16; nearest: 992 or 1008"
+    )
+    assert refusal(IMAGE, width=16) == "width=16: ImagePipeline draws 32 pixels or more"
+    assert "nearest: 5 or 9" in refusal(VIDEO, num_frames=8)
+    assert "multiple of 8" in refusal(IMAGE, extra_args={"width": 41})
+
+
+def test_sizes_that_diffusers_rounds_are_known() -> None:
+    assert rounded_size(IMAGE, {"height": 1000, "width": 1016}) == (992, 992)
+    assert rounded_size(IMAGE, {"height": 992, "width": 1024}) is None
+    assert rounded_size(IMAGE, {"height": 1000}) is None
+
+
+def test_guidance_that_would_be_ignored_is_refused() -> None:
+    assert call_arguments(IMAGE, CAT, params(true_cfg_scale=2.0))["negative_prompt"] == " "
+    assert "negative_prompt" not in call_arguments(IMAGE, CAT, params())
+    assert "would ignore the negative prompt" in refusal(IMAGE, negative_prompt="a dog", true_cfg_scale=1.0)
+    undistilled = PipelineFacts(name="Undistilled", parameters=IMAGE.parameters, ignores_guidance_scale=True)
+    assert "use true_cfg_scale" in refusal(undistilled, guidance_scale=3.0)
+
+
+def test_a_prompts_own_negative_prompt_goes_first() -> None:
+    both = call_arguments(IMAGE, Prompt(text="a cat", negative_text="a dog"), params(negative_prompt="a bird"))
+    assert both["negative_prompt"] == "a dog"
+
+
+def test_sampling_defaults_fill_what_nobody_said() -> None:
+    facts = PipelineFacts(
+        name="Tuned",
+        parameters=IMAGE.parameters,
+        sampling_defaults={"width": 256, "true_cfg_scale": 2.0, "negative_prompt": "blurred", "num_frames": 5},
+    )
+    said_nothing = call_arguments(facts, CAT, params())
+    assert (said_nothing["width"], said_nothing["true_cfg_scale"]) == (256, 2.0)
+    assert said_nothing["negative_prompt"] == "blurred"
+    assert "num_frames" not in said_nothing
+    said = call_arguments(facts, CAT, params(width=64, true_cfg_scale=1.0))
+    assert (said["width"], said["true_cfg_scale"]) == (64, 1.0)
+    assert "negative_prompt" not in said
+
+
+def test_extra_args_are_the_pipelines_own() -> None:
+    assert call_arguments(IMAGE, CAT, params(extra_args={"sigmas": [1.0]}))["sigmas"] == [1.0]
+    assert "did you mean sigmas?" in refusal(IMAGE, extra_args={"sigma": [1.0]})
+    assert "given twice" in refusal(IMAGE, width=64, extra_args={"width": 32})
+    assert "cannot set 'generator'" in refusal(IMAGE, extra_args={"generator": None})
+    anything = PipelineFacts(name="Anything", parameters={"prompt": None}, takes_anything=True)
+    assert call_arguments(anything, CAT, params(extra_args={"odd": 1})) == {"prompt": "a cat", "odd": 1}
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Any:
+    pipe = load_pipeline(resolve_model(SHAPES_MODEL), device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+SMALL = {"prompt": "a red circle", "height": 64, "width": 80, "num_inference_steps": 3, "output_type": "pil"}
+
+
+def test_facts_of_the_demo_pipeline(shapes: Any) -> None:
+    facts = pipeline_facts(shapes)
+    assert facts.name == "QwenImagePipeline"
+    assert (facts.vae_multiple, facts.height_multiple, facts.width_multiple) == (8, 16, 16)
+    assert facts.frames_multiple == 1
+    assert not facts.makes_videos
+    assert facts.ignores_guidance_scale
+    assert facts.parameters["true_cfg_scale"] == 4.0
+
+
+def test_the_result_is_the_plain_pipelines(shapes: Any) -> None:
+    call: dict[str, Any] = SMALL | {"negative_prompt": " ", "true_cfg_scale": 2.0, "num_images_per_prompt": 2}
+    plain = shapes(**call, generator=torch.Generator("cpu").manual_seed(7)).images
+    steps: list[tuple[int, int]] = []
+    ours = run_call(shapes, call, seed=7, device="cpu", on_step=lambda done, total: steps.append((done, total)))
+    assert [image.size for image in ours.images] == [(80, 64)] * 2
+    for one, other in zip(plain, ours.images, strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    assert not np.array_equal(np.asarray(ours.images[0]), np.asarray(ours.images[1]))
+    assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_seconds_of_every_stage(shapes: Any) -> None:
+    took = run_call(shapes, SMALL, seed=7, device="cpu").timings
+    assert took["num_steps"] == 3
+    stages = [took["text_encoder_s"], took["denoise_s"], took["vae_s"]]
+    assert min(stages) > 0
+    assert took["total_s"] * 0.5 < sum(stages) <= took["total_s"]
+    assert took["denoise_step_s"] == pytest.approx(took["denoise_s"] / 3)
+
+
+def test_latents_come_as_they_are(shapes: Any) -> None:
+    result = run_call(shapes, SMALL | {"output_type": "latent"}, seed=7, device="cpu")
+    assert [tuple(latent.shape) for latent in result.images] == [(20, 32)]
+    assert result.timings["vae_s"] == 0.0
+
+
+def instance_attributes(pipe: Any) -> list[set[str]]:
+    return [set(vars(part)) for part in (pipe, pipe.vae, pipe.text_encoder)]
+
+
+def test_the_pipeline_is_as_it_was(shapes: Any) -> None:
+    before = instance_attributes(shapes)
+    run_call(shapes, SMALL, seed=7, device="cpu")
+    assert instance_attributes(shapes) == before
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run_call(shapes, SMALL | {"callback_on_step_end": fail}, seed=7, device="cpu")
+    assert instance_attributes(shapes) == before
+
+
+def test_the_pipelines_own_refusal_is_told_as_ours(shapes: Any) -> None:
+    with pytest.raises(SamplingParamsError, match="QwenImagePipeline refused the call: `max_sequence_length`"):
+        run_call(shapes, SMALL | {"max_sequence_length": 5000}, seed=7, device="cpu")
+
+
+def test_an_error_in_the_middle_stays_what_it_is(shapes: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("no refusal")
+
+    with pytest.raises(ValueError, match=r"^no refusal$"):
+        run_call(shapes, SMALL | {"callback_on_step_end": fail}, seed=7, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def wan() -> Any:
+    """A tiny video pipeline; text embeddings are given, so it needs no text encoder."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+        text_dim=32, freq_dim=32, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
+
+
+def test_facts_of_a_video_pipeline(wan: Any) -> None:
+    facts = pipeline_facts(wan)
+    assert facts.makes_videos
+    assert (facts.height_multiple, facts.width_multiple, facts.frames_multiple) == (16, 16, 4)
+
+
+def test_videos_come_as_lists_of_pictures(wan: Any) -> None:
+    asked = params(
+        height=16, width=32, num_frames=5, num_inference_steps=2, guidance_scale=1.0,
+        extra_args={"prompt_embeds": torch.randn(2, 7, 32)},
+    )  # fmt: skip
+    arguments = call_arguments(pipeline_facts(wan), Prompt(), asked)
+    result = run_call(wan, arguments, seed=7, device="cpu")
+    assert result.images == []
+    assert [[frame.size for frame in video] for video in result.videos] == [[(32, 16)] * 5] * 2
+    assert result.timings["num_steps"] == 2
+
+
+def test_sizes_of_other_families() -> None:
+    from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+
+    vae = AutoencoderKL(block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4)  # fmt: skip
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=1,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+    )  # fmt: skip
+    flux = FluxPipeline(
+        scheduler=None, vae=vae, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+        transformer=transformer,
+    )  # fmt: skip
+    facts = pipeline_facts(flux)
+    assert (facts.height_multiple, facts.width_multiple) == (16, 16)
+    assert not facts.ignores_guidance_scale

@@ -1,0 +1,137 @@
+"""From a name to a pipeline, and the ways in which a name can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors
+
+from omni_sp import ModelNotFoundError
+from omni_sp.pipelines.load import load_pipeline, resolve_model
+from omni_sp.pipelines.shapes import SHAPES_MODEL, shapes_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refusal(model: Any) -> str:
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve_model(model)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_demo_model_is_a_folder_of_the_package() -> None:
+    source = resolve_model(SHAPES_MODEL)
+    assert source.name == SHAPES_MODEL
+    assert Path(source.location) == shapes_folder()
+
+
+def test_the_demo_model_says_what_to_draw_with() -> None:
+    defaults = resolve_model(SHAPES_MODEL).sampling_defaults
+    assert (defaults["height"], defaults["width"]) == (256, 256)
+    assert defaults["num_inference_steps"] < 50
+    assert defaults["true_cfg_scale"] > 1
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    for model in (tmp_path, str(tmp_path)):
+        source = resolve_model(model)
+        assert source.location == str(tmp_path)
+        assert source.sampling_defaults == {}
+
+
+def test_folders_that_are_no_pipeline(tmp_path: Path) -> None:
+    assert "no model_index.json" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "a single model, not a pipeline" in refusal(tmp_path)
+    (tmp_path / "model_index.json").write_text("{")
+    assert "cannot be read as JSON" in refusal(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "names no pipeline class" in refusal(tmp_path)
+    assert "is a file, not a folder" in refusal(tmp_path / "config.json")
+    assert "no folder" in refusal(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("model", ["", None, 7, "cat", "./nowhere", "/nowhere", "~/no/where", "a/b/c", "-a/b"])
+def test_names_that_are_none(model: Any) -> None:
+    assert SHAPES_MODEL in refusal(model)
+
+
+def test_a_slip_in_the_demo_models_name_is_pointed_at() -> None:
+    assert refusal("omni-sp/shape") == f"unknown model 'omni-sp/shape': did you mean {SHAPES_MODEL}?"
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    error = kind.__new__(kind)
+    Exception.__init__(error, "refused by the hub\nwith details")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (errors.GatedRepoError, "is gated: ask for access at https://huggingface.co/owner/model"),
+        (errors.RepositoryNotFoundError, "no model 'owner/model' on the hub"),
+        (errors.RemoteEntryNotFoundError, "is no diffusers pipeline"),
+        (errors.OfflineModeIsEnabled, "the hub cannot be reached"),
+        (ConnectionError, "the hub cannot be reached (refused by the hub with details)"),
+    ],
+)
+def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, error: type[Exception], told: str) -> None:
+    def answer(*_: object, **__: object) -> None:
+        raise hub_error(error)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answer)
+    assert told in refusal("owner/model")
+
+
+def test_a_cached_hub_model_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/cache/model_index.json")
+    source = resolve_model("owner/model")
+    assert (source.name, source.location) == ("owner/model", "owner/model")
+
+
+def test_resolving_imports_no_torch() -> None:
+    program = (
+        "import sys; from omni_sp.pipelines.load import resolve_model; "
+        f"resolve_model({SHAPES_MODEL!r}); print('torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout == "False\n"
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_loads_with_the_right_dtype_and_quietly(
+    dtype: str | None, expected: torch.dtype, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers.utils import logging as diffusers_logging
+
+    verbosity = diffusers_logging.get_verbosity()
+    pipe = load_pipeline(resolve_model(SHAPES_MODEL), dtype=dtype)
+    assert type(pipe).__name__ == "QwenImagePipeline"
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {expected}
+    assert capfd.readouterr() == ("", "")
+    assert diffusers_logging.get_verbosity() == verbosity
+
+
+def test_damaged_pipelines_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(shapes_folder(), folder, ignore=shutil.ignore_patterns("transformer"))
+    with pytest.raises(ModelNotFoundError, match="cannot be loaded") as caught:
+        load_pipeline(resolve_model(folder))
+    assert "\n" not in str(caught.value)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "NoSuchPipeline"}))
+    with pytest.raises(ModelNotFoundError, match="NoSuchPipeline"):
+        load_pipeline(resolve_model(folder))

@@ -1,0 +1,238 @@
+"""The front door, with the demo model: in this process, and on ranks of its own."""
+
+from __future__ import annotations
+
+import sys
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omni_sp import (
+    ConfigError,
+    DiffusionParallelConfig,
+    EngineClosedError,
+    ModelNotFoundError,
+    Omni,
+    OmniDiffusionSamplingParams,
+    OmniRequestOutput,
+    RankFailedError,
+    SamplingParamsError,
+)
+from omni_sp.omni import PromptInput
+from omni_sp.pipelines.shapes import SHAPES_MODEL
+from tests.engine.accidents import KillRank, RaiseOnRank
+from tests.engine.processes import becomes_true, children
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "a red circle on a blue background"
+
+
+def small(**values: Any) -> OmniDiffusionSamplingParams:
+    return OmniDiffusionSamplingParams(**({"height": 64, "width": 80, "num_inference_steps": 3} | values))
+
+
+def pixels(output: OmniRequestOutput) -> Any:
+    return np.stack([np.asarray(image, dtype=np.int16) for image in output.images])
+
+
+def start_two() -> Omni:
+    return Omni(SHAPES_MODEL, DiffusionParallelConfig(ulysses_degree=2), device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_left() -> Iterator[None]:
+    sys.path.insert(0, str(ROOT))  # ranks import the accidents from here
+    before = children()
+    yield
+    sys.path.remove(str(ROOT))
+    assert becomes_true(lambda: children() <= before, 5.0)
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Omni]:
+    with Omni(SHAPES_MODEL, device="cpu") as omni:
+        yield omni
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Omni]:
+    with start_two() as omni:
+        yield omni
+
+
+def test_one_rank_starts_no_process(one: Omni) -> None:
+    before = children()
+    with Omni(SHAPES_MODEL, device="cpu") as omni:
+        omni.generate(PROMPT, small())
+        assert children() == before
+
+
+def test_one_rank_draws_what_the_plain_pipeline_draws(one: Omni) -> None:
+    from diffusers import DiffusionPipeline
+
+    from omni_sp.pipelines.shapes import shapes_folder
+
+    pipe = DiffusionPipeline.from_pretrained(shapes_folder(), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    plain = pipe(
+        PROMPT, negative_prompt=" ", true_cfg_scale=2.0, height=64, width=80, num_inference_steps=3,
+        generator=torch.Generator("cpu").manual_seed(7),
+    ).images[0]  # fmt: skip
+    ours = one.generate(PROMPT, small(seed=7, true_cfg_scale=2.0))[0]
+    assert np.array_equal(pixels(ours)[0], np.asarray(plain))
+
+
+def test_two_ranks_draw_what_one_draws(one: Omni, two: Omni) -> None:
+    prompts: list[PromptInput] = [PROMPT, {"prompt": "a small green star", "negative_prompt": "red"}]
+    asked = small(seed=7, num_outputs_per_prompt=2)
+    for alone, shared in zip(one.generate(prompts, asked), two.generate(prompts, asked), strict=True):
+        assert alone.prompt == shared.prompt
+        assert pixels(alone).shape == (2, 64, 80, 3)
+        assert np.abs(pixels(alone) - pixels(shared)).max() <= 1
+        assert pixels(alone).std() > 1
+
+
+def test_metrics(two: Omni) -> None:
+    first, second = two.generate([PROMPT, "a star"], small(seed=7))
+    assert first.request_id != second.request_id
+    took = first.metrics
+    assert (took["ranks"], took["seed"], took["num_steps"]) == (2, 7, 3)
+    assert took["tokens"]["hidden_states"] == 4 * 5
+    for name in ("load_s", "startup_s", "text_encoder_s", "denoise_s", "denoise_step_s", "vae_s", "total_s"):
+        assert took[name] > 0, name
+    assert "2 ranks" in two.info.layout
+
+
+def test_a_fresh_seed_is_named_and_draws_the_same_again(two: Omni) -> None:
+    fresh, other = two.generate([PROMPT, PROMPT], small())
+    again = two.generate(PROMPT, small(seed=fresh.metrics["seed"]))[0]
+    assert fresh.metrics["seed"] != other.metrics["seed"]
+    assert np.array_equal(pixels(fresh), pixels(again))
+
+
+def test_outputs_come_one_by_one(two: Omni) -> None:
+    outputs = two.generate_each([PROMPT, PROMPT], small(seed=7))
+    assert next(outputs).prompt == PROMPT
+    assert two.generate("a star", small(seed=7))[0].prompt == "a star"
+    assert next(outputs).prompt == PROMPT
+
+
+def test_what_ranks_refuse_leaves_them_running(two: Omni) -> None:
+    with pytest.raises(SamplingParamsError, match="width=70: QwenImagePipeline needs a multiple of 8"):
+        two.generate(PROMPT, small(width=70))
+    with pytest.raises(SamplingParamsError, match="QwenImagePipeline refused the call: `max_sequence_length`"):
+        two.generate(PROMPT, small(max_sequence_length=5000))
+    assert two.generate(PROMPT, small())[0].images
+
+
+def test_arguments_that_ranks_cannot_import_are_refused(two: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("only_here")
+    exec("class Callback: pass", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    with pytest.raises(SamplingParamsError, match="cannot be read in the rank processes: No module named 'only_here'"):
+        two.generate(PROMPT, small(extra_args={"callback_on_step_end": module.Callback()}))
+    assert two.generate(PROMPT, small())[0].images
+
+
+def test_a_rank_that_raises_in_the_middle() -> None:
+    before = children()
+    omni = start_two()
+    began = time.monotonic()
+    with pytest.raises(RankFailedError, match="rank 1 of 2 raised RuntimeError: an accident in the middle") as caught:
+        omni.generate(PROMPT, small(extra_args={"callback_on_step_end": RaiseOnRank(1)}))
+    assert time.monotonic() - began < 10.0
+    assert caught.value.rank == 1
+    assert "accidents.py" in caught.value.rank_traceback
+    assert children() == before
+    with pytest.raises(EngineClosedError, match="an accident in the middle"):
+        omni.generate(PROMPT)
+
+
+def test_a_rank_that_is_killed_in_the_middle() -> None:
+    before = children()
+    omni = start_two()
+    began = time.monotonic()
+    with pytest.raises(RankFailedError, match="rank 1 of 2 was killed by signal 9"):
+        omni.generate(PROMPT, small(extra_args={"callback_on_step_end": KillRank(1)}))
+    assert time.monotonic() - began < 10.0
+    assert children() == before
+
+
+def test_an_error_in_this_process_leaves_it_open(one: Omni) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("here")
+
+    with pytest.raises(RankFailedError, match="rank 0 of 1 raised RuntimeError: here") as caught:
+        one.generate(PROMPT, small(extra_args={"callback_on_step_end": fail}))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert one.generate(PROMPT, small())[0].images
+
+
+def test_closed_is_closed() -> None:
+    omni = Omni(SHAPES_MODEL, device="cpu")
+    omni.close()
+    omni.close()
+    with pytest.raises(EngineClosedError, match="make a new one"):
+        omni.generate(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        ([], "the list of prompts is empty"),
+        (7, "give a prompt"),
+        ([7], "give a string, or a dict"),
+        ({"prmpt": "a cat"}, "did you mean prompt?"),
+        ({"prompt": 7}, "prompt=7: give a string"),
+        ({"negative_prompt": "a dog"}, "neither prompt nor image"),
+        ({"prompt": "a cat", "image": [1]}, "does not take image"),
+    ],
+)
+def test_prompts_that_are_none(one: Omni, prompts: Any, told: str) -> None:
+    with pytest.raises(SamplingParamsError) as caught:
+        one.generate(prompts)
+    assert told in str(caught.value)
+
+
+def test_sampling_params_are_of_their_class(one: Omni) -> None:
+    with pytest.raises(SamplingParamsError, match="give an OmniDiffusionSamplingParams"):
+        one.generate(PROMPT, {"width": 64})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"devise": "cpu"}, "did you mean device?"),
+        ({"ulysses_degree": 2}, r"belongs into parallel_config=DiffusionParallelConfig\(ulysses_degree=...\)"),
+        ({"quite_something": 2}, "it takes model, parallel_config"),
+        ({"device": "tpu"}, 'give "cpu", "cuda"'),
+        ({"dtype": "int8"}, "give one of float32, bfloat16, float16"),
+        ({"rank_timeout_s": 0}, "a number of seconds above 0"),
+        ({"parallel_config": 4}, "give a DiffusionParallelConfig"),
+        ({"device": "cuda:99"}, "no device cuda:99"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Omni(SHAPES_MODEL, **options)
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = DiffusionParallelConfig(ulysses_degree=2, ring_degree=2)
+    with pytest.raises(ConfigError, match=r"4 ranks need 4 GPUs, one each, and this machine has 2: .*--device cpu"):
+        Omni(SHAPES_MODEL, config)
+
+
+def test_an_unknown_model_is_refused_before_anything_is_started() -> None:
+    before = children()
+    with pytest.raises(ModelNotFoundError):
+        Omni("no such model", DiffusionParallelConfig(ulysses_degree=2))
+    assert children() == before
