@@ -196,7 +196,7 @@ def _run(parser: _Parser, arguments: Sequence[str] | None) -> int:
         options.parser.refuse(unknown[0])
     command: Callable[[argparse.Namespace], int] = options.run
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = _show_warning  # type: ignore[assignment]  # the rest of its arguments is not looked at
         return _ended(command, options)
 
 
