@@ -76,6 +76,7 @@ def generate(options: argparse.Namespace) -> int:
         device=None if options.device == "auto" else options.device,
         dtype=None if options.dtype == "auto" else options.dtype,
         attention_backend=options.attention_backend,
+        attention_strategy=options.attention_strategy,
     ) as omni:
         if omni.info.facts.makes_videos:
             raise ConfigError(f"{omni.info.facts.name} makes videos; omni-sp generate writes pictures: use Omni(...)")
@@ -182,6 +183,12 @@ def _add_generate_options(parser: _Parser) -> None:
         help="auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
     )
     add("--attention-backend", default="auto", metavar="NAME", help="attention kernel (%(default)s)")
+    add(
+        "--attention-strategy",
+        default="omni_sp",
+        metavar="NAME",
+        help="whose parallel attention (%(default)s, yunchang)",
+    )
     add("--debug", action="store_true", help="show the traceback of an error")
 
 

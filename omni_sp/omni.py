@@ -46,6 +46,8 @@ class Omni:
             None for "cuda" where there is a GPU, else "cpu".
         dtype: "float32", "bfloat16", "float16" or the torch dtype; None for bfloat16 on CUDA and float32 on the CPU.
         attention_backend: name of the attention kernel, or "auto".
+        attention_strategy: "omni_sp", or "yunchang" to have that library carry out the attention, for comparing; it
+            refuses most shapes.
         rank_timeout_s: longest silence of working ranks before they count as failed. One denoising step, or the VAE's
             work, must fit into it.
         startup_timeout_s: the same while ranks load the model.
@@ -67,6 +69,7 @@ class Omni:
         device: str | None = None,
         dtype: Any = None,
         attention_backend: str = "auto",
+        attention_strategy: str = "omni_sp",
         rank_timeout_s: float = 600.0,
         startup_timeout_s: float = 3600.0,
         show_progress: bool | None = None,
@@ -85,6 +88,7 @@ class Omni:
             device=device,
             dtype=_dtype_name(dtype),
             attention_backend=attention_backend,
+            attention_strategy=attention_strategy,
             rank_timeout_s=_seconds("rank_timeout_s", rank_timeout_s),
             startup_timeout_s=_seconds("startup_timeout_s", startup_timeout_s),
         )

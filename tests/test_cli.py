@@ -82,6 +82,7 @@ def test_bad_input_is_one_line(words: list[str], told: str, capsys: pytest.Captu
         ),
         (["--guidance-scale", "3"], "QwenImagePipeline would ignore guidance_scale=3.0"),
         (["--attention-backend", "nothing"], "no attention kernel is called 'nothing'"),
+        (["--attention-strategy", "nothing"], "no attention strategy is called 'nothing'"),
     ],
 )
 def test_what_the_pipeline_refuses_is_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,15 +3,20 @@
 from omni_sp.attention.entry import agree_on_layout, local_attention, sequence_parallel_attention
 from omni_sp.attention.kernels import Capabilities, Kernel, kernel_names, register_kernel
 from omni_sp.attention.layout import SequenceLayout, shares
+from omni_sp.attention.strategy import STRATEGIES, Strategy, check_strategy, select_strategy
 
 __all__ = [
+    "STRATEGIES",
     "Capabilities",
     "Kernel",
     "SequenceLayout",
+    "Strategy",
     "agree_on_layout",
+    "check_strategy",
     "kernel_names",
     "local_attention",
     "register_kernel",
+    "select_strategy",
     "sequence_parallel_attention",
     "shares",
 ]

@@ -18,7 +18,7 @@ class EngineOptions:
     Attributes:
         source: the model. config: the degrees.
         device: "cpu", "cuda", "cuda:N", or None for CUDA where there is one. dtype: a torch dtype's name, or None.
-        attention_backend: a kernel's name, or "auto".
+        attention_backend: a kernel's name, or "auto". attention_strategy: whose sequence-parallel attention it is.
         rank_timeout_s: the longest silence of ranks that are at work. startup_timeout_s: the same while they load.
     """
 
@@ -27,6 +27,7 @@ class EngineOptions:
     device: str | None
     dtype: str | None
     attention_backend: str
+    attention_strategy: str
     rank_timeout_s: float
     startup_timeout_s: float
 

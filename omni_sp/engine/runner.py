@@ -39,7 +39,12 @@ class Runner:
         began = time.perf_counter()
         facts = pipeline_facts(self._pipe, self._options.source.sampling_defaults)
         self._takes_generator = facts.taken_as("generator") is not None
-        self._handle = parallelize(self._pipe, mesh, attention_backend=self._options.attention_backend)
+        self._handle = parallelize(
+            self._pipe,
+            mesh,
+            attention_backend=self._options.attention_backend,
+            attention_strategy=self._options.attention_strategy,
+        )
         self._load_s += time.perf_counter() - began
         return Ready(
             rank=mesh.rank,

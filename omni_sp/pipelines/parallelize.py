@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from omni_sp.attention import kernel_names
+from omni_sp.attention import check_strategy, kernel_names, select_strategy
 from omni_sp.errors import UnsupportedAttentionError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding import ShardHandle, ShardingPlan, plan_for, shard
@@ -44,6 +44,7 @@ def parallelize(
     mesh: ParallelMesh,
     *,
     attention_backend: str = "auto",
+    attention_strategy: str = "omni_sp",
     plan: ShardingPlan | None = None,
 ) -> ParallelHandle:
     """Spread the tokens of a pipeline's transformers (or of one transformer) over the ranks of ``mesh``.
@@ -54,29 +55,33 @@ def parallelize(
         pipe_or_transformer: a diffusers pipeline, or a transformer alone.
         mesh: the ranks. On one rank nothing is split, and any pipeline will do.
         attention_backend: name of the attention kernel, one of ``omni_sp.attention.kernel_names()``.
+        attention_strategy: "omni_sp", or "yunchang" to have that library carry out the attention (for comparing; it
+            refuses most shapes).
         plan: for a transformer that has no plan of its own.
 
     Raises:
         UnsupportedModelError: no transformer, or one without a plan.
-        UnsupportedAttentionError: no kernel of that name.
+        UnsupportedAttentionError: no kernel or strategy of that name, or its package is missing.
         ShardingError: it is parallelized already.
     """
     if attention_backend not in kernel_names():
         raise UnsupportedAttentionError(
             f"no attention kernel is called {attention_backend!r}; choose from {', '.join(kernel_names())}"
         )
+    check_strategy(attention_strategy)
     models = _transformers(pipe_or_transformer)
     if not models and mesh.sequence.size > 1:
         raise UnsupportedModelError(
             f"{type(pipe_or_transformer).__name__} has no transformer, so there are no tokens to split over "
             f"{mesh.sequence.size} ranks: run it with degrees 1 x 1"
         )
+    strategy = select_strategy(attention_strategy, mesh, attention_backend)
     shards: list[ShardHandle] = []
     try:
         for model in models:
             try:
                 chosen = plan if plan is not None else plan_for(model)
-                shards.append(shard(model, mesh, chosen, kernel=attention_backend))
+                shards.append(shard(model, mesh, chosen, strategy=strategy, kernel=attention_backend))
             except UnsupportedModelError:
                 # One rank runs what it is given; only a split needs a plan.
                 if mesh.sequence.size > 1 or plan is not None or attention_backend != "auto":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from omni_sp.attention import Strategy
 from omni_sp.errors import ShardingError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.forward import (
@@ -52,11 +53,14 @@ class ShardHandle:
             self._undo.pop()()
 
 
-def shard(model: torch.nn.Module, mesh: ParallelMesh, plan: ShardingPlan, *, kernel: str = "auto") -> ShardHandle:
+def shard(
+    model: torch.nn.Module, mesh: ParallelMesh, plan: ShardingPlan, *, strategy: Strategy, kernel: str = "auto"
+) -> ShardHandle:
     """Run ``model`` on tokens spread over ``mesh.sequence``. Instances are hooked, classes never.
 
     Args:
         model: a diffusers transformer. mesh: the ranks. plan: where its streams are cut and joined.
+        strategy: carries out attention over all ranks (``omni_sp.attention.select_strategy``).
         kernel: name of the attention kernel. With "auto" on one rank the model keeps its own attention.
 
     Raises:
@@ -70,7 +74,7 @@ def shard(model: torch.nn.Module, mesh: ParallelMesh, plan: ShardingPlan, *, ker
     try:
         model.__dict__[_MARK] = handle
         handle.on_remove(lambda: model.__dict__.pop(_MARK))
-        session = _Session(handle, mesh, kernel)
+        session = _Session(handle, mesh, strategy, kernel)
         handle.hook(model.register_forward_pre_hook(session.enter, with_kwargs=True))
         for path, module, module_plan in resolved:
             _hook_streams(module, path or type(model).__name__, module_plan, mesh, handle)
@@ -132,8 +136,8 @@ def _attentions(model: torch.nn.Module) -> list[tuple[str, Any]]:
 class _Session:
     """Opens a sharded forward when the transformer is called, and closes it when it returns or raises."""
 
-    def __init__(self, handle: ShardHandle, mesh: ParallelMesh, kernel: str) -> None:
-        self._handle, self._mesh, self._kernel = handle, mesh, kernel
+    def __init__(self, handle: ShardHandle, mesh: ParallelMesh, strategy: Strategy, kernel: str) -> None:
+        self._handle, self._mesh, self._strategy, self._kernel = handle, mesh, strategy, kernel
         self._knowledge = Knowledge()
         self._open = ExitStack()
 
@@ -147,6 +151,7 @@ class _Session:
         signature = signature_of((args, kwargs))
         forward = ShardedForward(
             mesh=self._mesh,
+            strategy=self._strategy,
             kernel=self._kernel,
             table=self._knowledge.table(signature),
             until_left=self._open,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from omni_sp.attention import shares
+from omni_sp.attention import Strategy, shares
 from omni_sp.collectives import gather, gather_ints
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
@@ -57,7 +57,7 @@ class ShardedForward:
     """The state of one forward.
 
     Attributes:
-        mesh: the ranks. kernel: name of the attention kernel.
+        mesh: the ranks. strategy: carries out attention over all ranks. kernel: name of the kernel for whole keys.
         table: what the ranks know about this input shape.
         until_left: what is to be closed when the forward ends.
         tokens: stream name -> global number of tokens cut so far.
@@ -65,6 +65,7 @@ class ShardedForward:
     """
 
     mesh: ParallelMesh
+    strategy: Strategy
     kernel: str
     table: dict[Hashable, Any]
     until_left: ExitStack

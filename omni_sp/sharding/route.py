@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from omni_sp.attention import agree_on_layout, local_attention, sequence_parallel_attention
+from omni_sp.attention import agree_on_layout, local_attention
 from omni_sp.collectives import gather_ints
 from omni_sp.errors import ShardingError, UnsupportedAttentionError
 from omni_sp.mesh import Axis
@@ -110,17 +110,7 @@ def _attend(
         forward.place("attention", path),
         lambda: agree_on_layout(query, key, key_mask=key_mask, is_causal=is_causal, axis=forward.mesh.sequence),
     )
-    return sequence_parallel_attention(
-        query,
-        key,
-        value,
-        mesh=forward.mesh,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        scale=scale,
-        layout=layout,
-        kernel=forward.kernel,
-    )
+    return forward.strategy(query, key, value, key_mask=key_mask, is_causal=is_causal, scale=scale, layout=layout)
 
 
 @torch.library.custom_op("omni_sp::attention", mutates_args=())

@@ -44,6 +44,7 @@ def start(script: str, *, silence_s: float = 60.0) -> RankEngine:
         device="cpu",
         dtype=None,
         attention_backend="auto",
+        attention_strategy="omni_sp",
         rank_timeout_s=silence_s,
         startup_timeout_s=30.0,
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from omni_sp import OmniSPError, ParallelMesh, ShardingError, UnsupportedModelError, parallelize
-from omni_sp.sharding import ShardingPlan, plan_for, shard
+from omni_sp.sharding import ShardingPlan, plan_for
 from tests.attention.reference import relative_error
 from tests.ranks import RankPool
 from tests.sharding.models import qwen_image, qwen_inputs, randomise, wan, wan_inputs
@@ -137,8 +137,9 @@ def alone(mesh: ParallelMesh) -> list[str]:
     wrong = plan_for(model).extended(
         "proj_out", inputs={"nonsense": plan_for(model).modules["transformer_blocks.0"].inputs["hidden_states"]}
     )
-    told.append(error_of(lambda: shard(model, mesh, wrong)))
-    told.append(error_of(lambda: shard(model, mesh, ShardingPlan(modules={"blocks": wrong.modules["proj_out"]}))))
+    told.append(error_of(lambda: parallelize(model, mesh, plan=wrong)))
+    unknown = ShardingPlan(modules={"blocks": wrong.modules["proj_out"]})
+    told.append(error_of(lambda: parallelize(model, mesh, plan=unknown)))
     told.append(error_of(lambda: model(**inputs)))
     return told
 

@@ -1,0 +1,86 @@
+"""yunchang as a strategy: the same result where it can, a refusal where it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from omni_sp import OmniSPError, ParallelMesh, UnsupportedAttentionError, parallelize
+from omni_sp.attention import SequenceLayout, select_strategy
+from tests.attention.reference import relative_error
+from tests.ranks import RankPool
+from tests.sharding.models import qwen_image, qwen_inputs, randomise
+
+pytest.importorskip("yunchang", reason="yunchang is not installed: pip install 'omni-sp[yunchang]'")
+
+
+def with_yunchang(mesh: ParallelMesh, heads: int, inputs: dict[str, Any]) -> float | str:
+    model, arguments = randomise(qwen_image(heads)), qwen_inputs(**inputs)
+    with torch.no_grad():
+        wanted = model(**arguments)[0]
+        try:
+            handle = parallelize(model, mesh, attention_strategy="yunchang")
+            got = model(**arguments)[0]
+        except OmniSPError as error:
+            return str(error)
+        handle.remove()
+    return relative_error(got, wanted)
+
+
+def test_it_equals_one_process_where_it_can(ranks: RankPool) -> None:
+    for error in ranks.run(with_yunchang, 4, {"height": 6, "width": 8, "text": 12, "batch": 2}, ulysses=2):
+        assert isinstance(error, float)
+        assert error <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("heads", "inputs", "ulysses", "ring", "told"),
+    [
+        (4, {"height": 5, "width": 7}, 2, 1, "needs the same number of tokens on every rank"),
+        (3, {"height": 6, "width": 8, "text": 12}, 2, 1, "needs heads that ulysses_degree divides"),
+        (4, {"height": 6, "width": 8, "text": 12, "lengths": (12, 5)}, 2, 1, "takes no mask"),
+        (4, {"height": 6, "width": 8, "text": 12}, 1, 2, "gives wrong results in its plain torch ring"),
+    ],
+)
+def test_what_it_gets_wrong_is_refused(
+    ranks: RankPool, heads: int, inputs: dict[str, Any], ulysses: int, ring: int, told: str
+) -> None:
+    for error in ranks.run(with_yunchang, heads, inputs, ulysses=ulysses, ring=ring):
+        assert isinstance(error, str)
+        assert error.startswith(f"yunchang {told}")
+        assert 'use attention_strategy="omni_sp"' in error
+
+
+def other_refusals(mesh: ParallelMesh) -> list[str]:
+    told = []
+    for name, kernel in (("yunchang", "math"), ("nonsense", "auto")):
+        try:
+            select_strategy(name, mesh, kernel)
+        except UnsupportedAttentionError as error:
+            told.append(str(error))
+    attend = select_strategy("yunchang", mesh, "auto")
+    x = torch.zeros(1, 3, 4, 8)
+    for key, causal, layout in (
+        (x[:, :, :2], False, SequenceLayout((3, 3), (3, 3))),
+        (x, True, SequenceLayout((3, 3), (3, 3))),
+        (x, True, SequenceLayout((3, 3), (3, 3), fronts=(6,))),
+        (x[:, :0], False, SequenceLayout((0, 0), (0, 0))),
+    ):
+        try:
+            attend(x, key, key, key_mask=None, is_causal=causal, scale=None, layout=layout)
+        except UnsupportedAttentionError as error:
+            told.append(str(error))
+    return told
+
+
+def test_other_refusals(ranks: RankPool) -> None:
+    for told in ranks.run(other_refusals, ulysses=2):
+        assert len(told) == 6
+        assert "brings its own kernels" in told[0]
+        assert "choose from omni_sp, yunchang" in told[1]
+        assert "grouped heads (4 and 2)" in told[2]
+        assert "not used for causal attention without flash-attn" in told[3]
+        assert "zigzag" in told[4]
+        assert "needs tokens on every rank" in told[5]
