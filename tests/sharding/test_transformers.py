@@ -9,7 +9,7 @@ from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
 from tests.attention.reference import relative_error
 from tests.ranks import RankPool
-from tests.sharding.models import CASES, randomise
+from tests.sharding.models import CASES, qwen_image, qwen_inputs, randomise
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]
 
@@ -57,3 +57,19 @@ def test_bf16_is_as_good_as_one_process(ranks: RankPool, name: str, ulysses: int
 def test_tokens_are_told(ranks: RankPool) -> None:
     for *_, tokens in ranks.run(compare, "qwen, two prompts", torch.float32, ulysses=2):
         assert tokens == {"hidden_states": 35, "encoder_hidden_states": 13}
+
+
+def changing(mesh: ParallelMesh) -> list[float]:
+    """A model called with token counts that leave some ranks' pieces as long as before."""
+    model = randomise(qwen_image())
+    calls = [qwen_inputs(height=5, width=7, text=text) for text in (8, 7, 8, 6)]
+    with torch.no_grad():
+        wanted = [model(**inputs)[0] for inputs in calls]
+        parallelize(model, mesh)
+        return [relative_error(model(**inputs)[0], one) for inputs, one in zip(calls, wanted, strict=True)]
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), [(4, 1), (2, 2)], ids=lambda degree: str(degree))
+def test_lengths_that_change_on_other_ranks_only(ranks: RankPool, ulysses: int, ring: int) -> None:
+    for errors in ranks.run(changing, ulysses=ulysses, ring=ring):
+        assert max(errors) <= 1e-5
