@@ -18,7 +18,7 @@ class OmniRequestOutput:
         videos: one entry for each output: its frames, a list of PIL pictures.
         metrics: seconds (``startup_s`` until ready, of which ``load_s`` to load the model; ``text_encoder_s``,
             ``denoise_s``, ``denoise_step_s`` on average, ``vae_s``, ``total_s``), ``num_steps``, ``tokens`` (stream
-            name -> tokens in the last sharded forward), ``ranks``, ``seed`` (None where the pipeline takes no
+            name -> the most tokens that one forward had), ``ranks``, ``seed`` (None where the pipeline takes no
             generator), and ``fps`` where it was given.
     """
 

@@ -56,9 +56,18 @@ class Runner:
             load_s=self._load_s,
         )
 
-    def run(self, call: Call, on_step: OnStep | None = None) -> Done:
-        """Call the pipeline. Every rank runs the same calls in the same order."""
+    def run(self, call: Call, on_step: OnStep | None = None, *, answers: bool = True) -> Done:
+        """Call the pipeline. Every rank runs the same calls in the same order.
+
+        Args:
+            answers: False where nobody will look at this rank's pictures: it stops at the latent, which all ranks
+                share, and leaves the VAE to the rank that answers. On a CPU they would only take each other's cores.
+        """
         assert self._handle is not None, "spread() comes before run()"
+        self._handle.forget_tokens()
+        arguments = dict(call.arguments)
+        if not answers and "output_type" in arguments:
+            arguments["output_type"] = "latent"
         with ExitStack() as stack:
             if self._handle.mesh.world_size > 1:
                 # A pipeline may also draw from the global generators; ranks must not diverge there.
@@ -66,7 +75,7 @@ class Runner:
                 stack.enter_context(torch.random.fork_rng(devices=devices))
                 torch.manual_seed(call.seed)
             seed = call.seed if self._takes_generator else None
-            result = run_call(self._pipe, call.arguments, seed=seed, device=self._device, on_step=on_step)
+            result = run_call(self._pipe, arguments, seed=seed, device=self._device, on_step=on_step)
         return Done(request_id=call.request_id, result=result, tokens=dict(self._handle.tokens))
 
     def close(self) -> None:

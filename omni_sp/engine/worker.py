@@ -80,7 +80,7 @@ def _live(settings: RankSettings, inbox: Inbox, tell: Tell) -> None:
             if isinstance(message, Exception):
                 raise message
             assert isinstance(message, Call)
-            done = runner.run(message, on_step)
+            done = runner.run(message, on_step, answers=settings.rank == 0)
         except Exception as error:
             tell(failure(error))
             continue

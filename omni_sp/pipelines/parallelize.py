@@ -27,11 +27,17 @@ class ParallelHandle:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Stream name -> number of tokens, over all ranks, in the last forward."""
+        """Stream name -> number of tokens, over all ranks: the most that one forward had since forget_tokens()."""
         tokens: dict[str, int] = {}
         for handle in self._shards:
-            tokens.update(handle.tokens)
+            for stream, count in handle.tokens.items():
+                tokens[stream] = max(count, tokens.get(stream, 0))
         return tokens
+
+    def forget_tokens(self) -> None:
+        """Begin to count anew."""
+        for handle in self._shards:
+            handle.tokens.clear()
 
     def remove(self) -> None:
         """Give back the pipeline as it was. A second call does nothing."""

@@ -31,7 +31,8 @@ class ShardHandle:
     """A transformer that runs sharded, until ``remove()``.
 
     Attributes:
-        model: the transformer. tokens: stream name -> global number of tokens in its last forward.
+        model: the transformer. tokens: stream name -> global number of tokens, the most that one forward had since
+            ``tokens.clear()`` (with guidance a picture takes forwards of two texts).
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -155,9 +156,9 @@ class _Session:
             kernel=self._kernel,
             table=self._knowledge.table(signature),
             until_left=self._open,
+            tokens=self._handle.tokens,
         )
         self._open.enter_context(entered(forward, signature))
-        self._handle.tokens = forward.tokens
 
     def leave(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
         self._open.close()

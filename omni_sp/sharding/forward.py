@@ -60,7 +60,7 @@ class ShardedForward:
         mesh: the ranks. strategy: carries out attention over all ranks. kernel: name of the kernel for whole keys.
         table: what the ranks know about this input shape.
         until_left: what is to be closed when the forward ends.
-        tokens: stream name -> global number of tokens cut so far.
+        tokens: stream name -> the most tokens that it had, over all ranks.
         attentions: for each attention module now running, innermost last, how often it came to the core.
     """
 
@@ -69,7 +69,7 @@ class ShardedForward:
     kernel: str
     table: dict[Hashable, Any]
     until_left: ExitStack
-    tokens: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int]
     attentions: list[int] = field(default_factory=list)
     _empties: bool = False
     _visits: defaultdict[Hashable, int] = field(default_factory=lambda: defaultdict(int))
@@ -94,7 +94,8 @@ class ShardedForward:
     def note_cut(self, where: str, whole: torch.Tensor, num_tokens: int, num_own: int) -> None:
         """Remember how long a stream is, and let the model's code run where this rank has none of it."""
         if whole.is_floating_point() and whole.ndim == 3:
-            self.tokens[where.rsplit(".", 1)[-1]] = num_tokens
+            stream = where.rsplit(".", 1)[-1]
+            self.tokens[stream] = max(num_tokens, self.tokens.get(stream, 0))
         if num_own == 0 and num_tokens > 0 and not self._empties:
             self._empties = True
             self.until_left.enter_context(EmptyPieces())
