@@ -6,6 +6,8 @@ import torch
 
 from omni_sp.attention.kernels.base import Capabilities, Kernel, additive_mask
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 def _run(
     query: torch.Tensor,
@@ -15,6 +17,10 @@ def _run(
     is_causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if query.dtype in _HALF:
+        # Keys and values are read once for every block of queries. In 16 bit the kernel is about a tenth faster, the
+        # copy included, where the tokens of a head lie side by side; in fp32 it makes no difference.
+        key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value))
     mask = None
     if key_mask is not None:
         # The kernel takes no mask beside its causal flag: causality goes into the mask then.

@@ -1,0 +1,185 @@
+"""A Qwen-Image transformer forward: ours, one process, and every peer that runs here, in turns.
+
+python -m benchmarks.transformer --ranks 2 --height 64 --width 64 --text-tokens 128
+
+Peers are diffusers' `enable_parallelism` and cache-dit's, each with one patch so that it starts without an accelerator:
+`torch.accelerator.device_count` answers 1 while it sets itself up. Each peer has processes of its own, in which
+ours and one process take turns with it: cache-dit replaces attention backends of diffusers, which then no longer runs
+beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.interleaved import Timing, plot, save, slowest, table, take_turns
+from omni_sp import parallelize
+from omni_sp.mesh import ParallelMesh
+from tests.attention.reference import relative_error
+from tests.ranks import RankPool
+from tests.sharding.models import randomise
+
+BASE = "one process"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The shape."""
+
+    height: int
+    width: int
+    text: int
+    heads: int
+    head_dim: int
+    layers: int
+    dtype: str
+    rounds: int
+
+
+def build(settings: Settings) -> Any:
+    """A Qwen-Image transformer with random weights, the same on all ranks."""
+    from diffusers import QwenImageTransformer2DModel
+
+    third = settings.head_dim // 4 // 2 * 2
+    model = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=64,
+        out_channels=16,
+        num_layers=settings.layers,
+        attention_head_dim=settings.head_dim,
+        num_attention_heads=settings.heads,
+        joint_attention_dim=128,
+        axes_dims_rope=(settings.head_dim - 2 * third, third, third),
+    )
+    return randomise(model).to(getattr(torch, settings.dtype))
+
+
+def make_inputs(settings: Settings) -> dict[str, Any]:
+    """One picture and its text."""
+    generator = torch.Generator().manual_seed(1)
+    dtype = getattr(torch, settings.dtype)
+    tokens = settings.height * settings.width
+    return {
+        "hidden_states": torch.randn(1, tokens, 64, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(1, settings.text, 128, generator=generator).to(dtype),
+        "encoder_hidden_states_mask": None,
+        "timestep": torch.full((1,), 0.6, dtype=dtype),
+        "img_shapes": [[(1, settings.height, settings.width)]],
+        "return_dict": False,
+    }
+
+
+def diffusers_peer(mesh: ParallelMesh, model: Any) -> None:
+    """Diffusers' context parallelism on the model."""
+    from diffusers import ContextParallelConfig
+
+    with patch("torch.accelerator.device_count", return_value=1):
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=mesh.world_size))
+
+
+def cache_dit_peer(mesh: ParallelMesh, model: Any) -> None:
+    """cache-dit's context parallelism on the model."""
+    from cache_dit import ParallelismConfig
+    from cache_dit.distributed import enable_parallelism
+
+    with patch("torch.accelerator.device_count", return_value=1):
+        enable_parallelism(model, ParallelismConfig(ulysses_size=mesh.world_size))
+
+
+PEERS: dict[str, Callable[[ParallelMesh, Any], None]] = {"diffusers": diffusers_peer, "cache-dit": cache_dit_peer}
+
+
+def run(
+    mesh: ParallelMesh, settings: Settings, peer: str | None
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, str]]:
+    """On one rank: seconds of every contender, errors against one process, and who refused."""
+    warnings.simplefilter("ignore")  # the peers' own
+    inputs = make_inputs(settings)
+    alone = build(settings)
+    scheme = "ulysses" if mesh.ring.size == 1 else "ring"
+    candidates: dict[str, Callable[[Any], object]] = {f"ours, {scheme}": lambda model: parallelize(model, mesh)}
+    if peer is not None:
+        candidates[f"{peer}, {scheme}"] = lambda model: PEERS[peer](mesh, model)
+    contenders: dict[str, Callable[[], Any]] = {BASE: lambda: alone(**inputs)[0] if mesh.rank == 0 else None}
+    errors: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    with torch.no_grad():
+        wanted = alone(**inputs)[0]
+        for name, apply in candidates.items():
+            model = build(settings)
+            try:
+                apply(model)
+                out = model(**inputs)[0]
+            except Exception as error:  # whatever a peer raises is its result here
+                refused[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+                continue
+            errors[name] = relative_error(out, wanted)
+            contenders[name] = lambda model=model: model(**inputs)[0]  # type: ignore[misc]
+        return take_turns(contenders, settings.rounds), errors, refused
+
+
+def main() -> None:
+    """Parse, run, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--scheme", choices=("ulysses", "ring"), default="ulysses")
+    parser.add_argument("--height", type=int, default=64, help="picture tokens down")
+    parser.add_argument("--width", type=int, default=64, help="picture tokens across")
+    parser.add_argument("--text-tokens", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    settings = Settings(
+        options.height,
+        options.width,
+        options.text_tokens,
+        options.heads,
+        options.head_dim,
+        options.layers,
+        options.dtype,
+        options.rounds,
+    )
+    tokens = options.height * options.width
+    shape = f"{options.layers} layers, {tokens}+{options.text_tokens} tokens"
+    title = f"Qwen-Image, {shape}, {options.dtype} x {options.ranks}"
+    print(title)
+    peers: list[str | None] = list(PEERS) if options.scheme == "ulysses" else [None]
+    for peer in peers:
+        timings = turns(settings, peer, options)
+        print(table(timings, BASE, options.ranks))
+        beside = f"-{peer}" if peer is not None else ""
+        name = f"transformer-{options.scheme}{options.ranks}-{tokens}+{options.text_tokens}-{options.dtype}{beside}"
+        path = save(name, vars(options), timings)
+        saved = [path, plot(path, title, timings)]
+        print("saved", ", ".join(f"benchmarks/results/{file.name}" for file in saved if file is not None))
+
+
+def turns(settings: Settings, peer: str | None, options: argparse.Namespace) -> dict[str, Timing]:
+    """One process, ours and one peer, in turns."""
+    pool = RankPool()
+    try:
+        degrees = {"ulysses": options.ranks} if options.scheme == "ulysses" else {"ring": options.ranks}
+        answers = pool.run(run, settings, peer, **degrees, timeout=1800)
+    finally:
+        pool.close()
+    timings = {name: Timing(seconds) for name, seconds in slowest([answer[0] for answer in answers]).items()}
+    for name, why in answers[0][2].items():
+        timings[name] = Timing(refused=why)
+    for name, timing in timings.items():
+        found = [answer[1][name] for answer in answers if name in answer[1]]
+        timing.error = max(found) if found else None
+    return timings
+
+
+if __name__ == "__main__":
+    main()
