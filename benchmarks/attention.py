@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.interleaved import Timing, plot, save, slowest, table, take_turns
+from benchmarks.interleaved import plot, save, summary, table, take_turns
 from omni_sp.attention import SequenceLayout, local_attention, select_strategy, sequence_parallel_attention, shares
 from omni_sp.errors import OmniSPError
 from omni_sp.mesh import ParallelMesh
@@ -123,12 +123,7 @@ def main() -> None:
         answers = pool.run(run, settings, **degrees, timeout=1800)
     finally:
         pool.close()
-    timings = {name: Timing(seconds) for name, seconds in slowest([answer[0] for answer in answers]).items()}
-    for name, why in answers[0][2].items():
-        timings[name] = Timing(refused=why)
-    for name, timing in timings.items():
-        found = [answer[1][name] for answer in answers if name in answer[1]]
-        timing.error = max(found) if found else None
+    timings = summary(answers)
     timings[f"ours, {options.scheme}"].facts["bytes_sent_per_rank"] = [answer[1]["bytes"] for answer in answers]
     title = f"B{options.batch} S{options.tokens} H{options.heads} D{options.head_dim} {options.dtype} x {options.ranks}"
     print(title)

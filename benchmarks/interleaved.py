@@ -59,12 +59,22 @@ def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, warmup:
     return seconds
 
 
-def slowest(per_rank: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """For each contender and round the slowest rank's seconds: nobody is done before all are."""
-    return {
-        name: [max(rank[name][i] for rank in per_rank) for i in range(len(seconds))]
-        for name, seconds in per_rank[0].items()
+Answer = tuple[dict[str, list[float]], dict[str, Any], dict[str, str]]
+"""What one rank tells: seconds of each contender's rounds, errors, and why somebody did not run."""
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, Timing]:
+    """All ranks' answers as one: of each round the slowest rank's seconds, since nobody is done before all are."""
+    timings = {
+        name: Timing([max(answer[0][name][i] for answer in answers) for i in range(len(seconds))])
+        for name, seconds in answers[0][0].items()
     }
+    for name, why in answers[0][2].items():
+        timings[name] = Timing(refused=why)
+    for name, timing in timings.items():
+        found = [answer[1][name] for answer in answers if name in answer[1]]
+        timing.error = max(found) if found else None
+    return timings
 
 
 def machine() -> dict[str, str]:

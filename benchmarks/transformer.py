@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.interleaved import Timing, plot, save, slowest, table, take_turns
+from benchmarks.interleaved import Timing, plot, save, summary, table, take_turns
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
 from tests.attention.reference import relative_error
@@ -172,13 +172,7 @@ def turns(settings: Settings, peer: str | None, options: argparse.Namespace) -> 
         answers = pool.run(run, settings, peer, **degrees, timeout=1800)
     finally:
         pool.close()
-    timings = {name: Timing(seconds) for name, seconds in slowest([answer[0] for answer in answers]).items()}
-    for name, why in answers[0][2].items():
-        timings[name] = Timing(refused=why)
-    for name, timing in timings.items():
-        found = [answer[1][name] for answer in answers if name in answer[1]]
-        timing.error = max(found) if found else None
-    return timings
+    return summary(answers)
 
 
 if __name__ == "__main__":

@@ -73,11 +73,26 @@ def sequence_parallel_attention(
         scale = query.shape[-1] ** -0.5
     able = _able(kernel, query, key_mask, is_causal)
 
-    # Everything below is the same on all ranks: it follows from the layout and the head counts.
+    return _over_ranks(query, key, value, key_mask, mesh, layout, is_causal, scale, able, head_groups)
+
+
+def _over_ranks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    mesh: ParallelMesh,
+    layout: SequenceLayout,
+    is_causal: bool,
+    scale: float,
+    kernel: Kernel,
+    head_groups: int | None,
+) -> torch.Tensor:
+    """Ulysses inside, ring outside. Every decision follows from layout and head counts: all ranks decide alike."""
     degree, ring = mesh.ulysses.size, mesh.ring
     row = slice(ring.rank * degree, (ring.rank + 1) * degree)
     row_lengths = layout.query[row], layout.key[row]
-    key_lengths = [sum(layout.key[start : start + degree]) for start in range(0, axis.size, degree)]
+    key_lengths = [sum(layout.key[start : start + degree]) for start in range(0, mesh.sequence.size, degree)]
 
     def attend_row(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, share: HeadShare
@@ -92,7 +107,7 @@ def sequence_parallel_attention(
             is_causal=is_causal,
             fronts=layout.fronts,
             scale=scale,
-            kernel=able,
+            kernel=kernel,
             key_of_query=share.key_of_query,
         )
 
