@@ -115,7 +115,10 @@ def _over_ranks(
     if degree == 1:
         return attend_row(query, key, value, key_mask, head_shares(num_heads, num_kv_heads, 1)[0][0]).contiguous()
     if head_groups is None:
-        row_bytes = sum(layout.query[row]) * query.shape[0] * query.shape[3] * query.element_size()
+        # Of the average row, not of this one: rows of different length must not choose differently, or their ring
+        # ranks would pass each other blocks of different groups.
+        row_tokens = sum(layout.query) // ring.size
+        row_bytes = row_tokens * query.shape[0] * query.shape[3] * query.element_size()
         head_groups = choose_head_groups(query.device.type, num_heads, degree, row_bytes)
     groups = [
         UlyssesLayout(mesh.ulysses, heads, *row_lengths)

@@ -20,7 +20,7 @@ def choose_head_groups(device: str, num_heads: int, degree: int, row_bytes: int)
     """How many groups pay.
 
     Args:
-        row_bytes: bytes of one head of the row's queries.
+        row_bytes: bytes of one head of an average row's queries; the same on all ranks, as the others are.
 
     On a CPU the exchange takes the cores that the attention runs on, so nothing can hide behind anything: 1.
     """

@@ -76,6 +76,7 @@ def shard(
         model.__dict__[_MARK] = handle
         handle.on_remove(lambda: model.__dict__.pop(_MARK))
         session = _Session(handle, mesh, strategy, kernel)
+        handle.on_remove(lambda: session.leave(model, None, None))
         handle.hook(model.register_forward_pre_hook(session.enter, with_kwargs=True))
         for path, module, module_plan in resolved:
             _hook_streams(module, path or type(model).__name__, module_plan, mesh, handle)
@@ -149,6 +150,9 @@ class _Session:
                 f"{type(module).__name__} was called with gradients enabled; sharded forwards are for inference: "
                 "run under torch.no_grad()"
             )
+        # Ctrl-C in the middle of a forward skips torch's hooks, also those that always run: what it left open ends
+        # here.
+        self._open.close()
         signature = signature_of((args, kwargs))
         forward = ShardedForward(
             mesh=self._mesh,

@@ -141,7 +141,10 @@ def cut(value: Any, split: Split, mesh: ParallelMesh, where: str, on_cut: OnCut 
 def entered(forward: ShardedForward, signature: Hashable) -> Iterator[None]:
     """Make ``forward`` the running one; nesting is refused."""
     if _CURRENT.get() is not None:
-        raise ShardingError("a sharded transformer was called inside another sharded transformer's forward")
+        raise ShardingError(
+            "a sharded transformer was called inside another sharded transformer's forward; if that one was "
+            "interrupted, remove() its handle"
+        )
     if os.environ.get("OMNI_SP_CHECK") == "1":
         _check_same_call(signature, forward.mesh)
     token = _CURRENT.set(forward)

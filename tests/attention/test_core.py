@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -171,3 +172,24 @@ def test_head_groups_change_no_bit(ranks: RankPool, name: str, ulysses: int, rin
     for head_groups in (2, 3):
         grouped = ranks.run(run_case, CASES[name], True, head_groups, ulysses=ulysses, ring=ring)
         assert all(torch.equal(one, other) for one, other in zip(plain, grouped, strict=True))
+
+
+def chosen_groups(mesh: ParallelMesh) -> list[tuple[object, ...]]:
+    """What the number of head groups is decided from, on this rank."""
+    seen: list[tuple[object, ...]] = []
+
+    def choose(*facts: object) -> int:
+        seen.append(facts)
+        return 2
+
+    with patch("omni_sp.attention.entry.choose_head_groups", choose):
+        run_case(mesh, CASES["uneven"], known=True)
+    return seen
+
+
+def test_rows_of_different_length_choose_the_same_groups(ranks: RankPool) -> None:
+    """Else ring ranks would pass each other blocks of different groups of heads."""
+    assert sum(CASES["uneven"].query[:2]) != sum(CASES["uneven"].query[2:])
+    got = ranks.run(chosen_groups, ulysses=2, ring=2)
+    assert len(got[0]) == 1
+    assert all(facts == got[0] for facts in got)

@@ -29,7 +29,7 @@ def compiled(mesh: ParallelMesh, name: str, backend: str) -> float:
     return relative_error(got, wanted)
 
 
-@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2)], ids=lambda degree: str(degree))
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2), (2, 2)], ids=lambda degree: str(degree))
 @pytest.mark.parametrize("name", ["qwen, two prompts", "wan"])
 def test_blocks_compile_into_one_graph(ranks: RankPool, name: str, ulysses: int, ring: int) -> None:
     """The "eager" backend runs the graph as it was traced, without generating code."""

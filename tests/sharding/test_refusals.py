@@ -105,6 +105,38 @@ def test_a_failed_forward_leaves_nothing_behind(ranks: RankPool) -> None:
         assert error <= 1e-5
 
 
+def interrupted(mesh: ParallelMesh) -> tuple[float, str, float]:
+    """Ctrl-C in the middle, on every rank at the same place: the next forward works, and so does another model's."""
+    model, other, inputs = randomise(qwen_image()), randomise(qwen_image()), qwen_inputs(text=3)
+    with torch.no_grad():
+        wanted = model(**inputs)[0]
+        handle = parallelize(model, mesh)
+        parallelize(other, mesh)
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        def break_off() -> None:
+            hook = model.transformer_blocks[1].register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(**inputs)
+            hook.remove()
+
+        break_off()
+        error = relative_error(model(**inputs)[0], wanted)
+        break_off()
+        told = error_of(lambda: other(**inputs))
+        handle.remove()
+        return error, told, relative_error(other(**inputs)[0], wanted)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind(ranks: RankPool) -> None:
+    for error, told, others in ranks.run(interrupted, ulysses=2, ring=2):
+        assert error <= 1e-5
+        assert "if that one was interrupted, remove() its handle" in told
+        assert others <= 1e-5
+
+
 def different_inputs(mesh: ParallelMesh) -> str:
     os.environ["OMNI_SP_CHECK"] = "1"
     try:
