@@ -1,80 +1,163 @@
 """The only room that moves tensors between ranks: all-to-all, ring shift, uneven gather.
 
 Every function is called by all ranks of the axis at the same point of the program. On an axis of size 1 nothing is
-sent. Where no library moves tensors of the given device (several ranks sharing one GPU over gloo), they are staged
-through host memory. Process-group timeouts bound every wait.
+sent. CPU tensors cross between ranks of one machine through shared memory. Where no library moves tensors of the
+given device (several ranks sharing one GPU over gloo), they are staged through host memory. Process-group timeouts
+bound every wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from omni_sp.mesh import Axis
+from omni_sp.shared_memory import Outbox
 
 _DIRECT = {"cpu": ("gloo", "mpi", "fake"), "cuda": ("nccl", "fake")}
 
 
-def _stages(tensor: torch.Tensor, axis: Axis) -> bool:
+def _stages(device: torch.device, axis: Axis) -> bool:
     """True where tensors of this device must cross through host memory."""
-    library = axis.backends.get(tensor.device.type, "")
-    return tensor.device.type != "cpu" and library not in _DIRECT.get(tensor.device.type, ())
+    library = axis.backends.get(device.type, "")
+    return device.type != "cpu" and library not in _DIRECT.get(device.type, ())
 
 
-class Exchange:
-    """An all-to-all under way, in which every pair of ranks has a share of its own.
+class Exchange(Protocol):
+    """An all-to-all in which every pair of ranks has a share of its own: fill ``places``, ``start``, ``wait``.
 
-    Args:
-        send: flat, contiguous; the pieces for rank 0, 1, … one behind the other.
-        send_sizes: elements for each rank. recv_sizes: elements from each rank. Zeros are fine.
-        axis: the ranks.
+    Attributes:
+        places: for each rank a flat tensor, to be filled with what goes there before :meth:`start`.
     """
 
-    def __init__(self, send: torch.Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int], axis: Axis) -> None:
-        self._device = send.device
-        self._work: dist.Work | None = None
-        self._received = send
-        if axis.size == 1:
-            return
-        axis.traffic.add("exchange", (sum(send_sizes) - send_sizes[axis.rank]) * send.element_size())
-        # Kept until wait(): a buffer freed earlier would be sent as garbage.
-        self._send = send.cpu() if _stages(send, axis) else send
-        self._received = torch.empty(sum(recv_sizes), dtype=send.dtype, device=self._send.device)
-        # Bytes, so that no library has to know the dtype (gloo does not know bfloat16 everywhere).
-        width = send.element_size()
-        self._work = dist.all_to_all_single(
-            self._received.view(torch.uint8),
-            self._send.view(torch.uint8),
-            [size * width for size in recv_sizes],
-            [size * width for size in send_sizes],
-            group=axis.group,
-            async_op=True,
-        )
+    places: tuple[torch.Tensor, ...]
+
+    def start(self) -> None:
+        """Send what is in ``places``, which must not be touched afterwards."""
 
     def wait(self) -> torch.Tensor:
         """What came in: flat, the pieces from rank 0, 1, … one behind the other.
 
         On CUDA only the current stream waits, not the host.
         """
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+
+
+def exchange(
+    send_sizes: Sequence[int], recv_sizes: Sequence[int], dtype: torch.dtype, device: torch.device, axis: Axis
+) -> Exchange:
+    """Prepare an all-to-all: through shared memory where the ranks have it, else through the group's library.
+
+    Args:
+        send_sizes: elements for each rank. recv_sizes: elements from each rank. Zeros are fine; this rank's own entry
+            is the same in both.
+        dtype, device: of what is sent. axis: the ranks, more than one.
+    """
+    if device.type == "cpu" and axis.outbox is not None:
+        return _MemoryExchange(send_sizes, recv_sizes, dtype, axis, axis.outbox, "exchange")
+    return _GroupExchange(send_sizes, recv_sizes, dtype, device, axis)
+
+
+class _MemoryExchange:
+    """Each rank writes into memory of its own, and copies what is for it out of the others'."""
+
+    def __init__(
+        self,
+        send_sizes: Sequence[int],
+        recv_sizes: Sequence[int],
+        dtype: torch.dtype,
+        axis: Axis,
+        outbox: Outbox,
+        kind: str,
+    ) -> None:
+        self._axis, self._kind = axis, kind
+        self._received = torch.empty(sum(recv_sizes), dtype=dtype)
+        self._into = list(self._received.split(list(recv_sizes)))
+        leaving = [0 if rank == axis.rank else size * dtype.itemsize for rank, size in enumerate(send_sizes)]
+        self._parcel = outbox.start(leaving)
+        places = [place.view(dtype) for place in self._parcel.places]
+        # What this rank keeps is written where it is wanted, and not copied again.
+        places[axis.rank], self._into[axis.rank] = self._into[axis.rank], places[axis.rank]
+        self.places = tuple(places)
+
+    def start(self) -> None:
+        self._axis.traffic.add(self._kind, sum(place.nbytes for place in self._parcel.places))
+        self._parcel.send()
+
+    def wait(self) -> torch.Tensor:
+        self._parcel.receive([place.view(torch.uint8) for place in self._into])
+        return self._received
+
+
+class _GroupExchange:
+    """One ``all_to_all_single`` of the process group."""
+
+    def __init__(
+        self,
+        send_sizes: Sequence[int],
+        recv_sizes: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        axis: Axis,
+    ) -> None:
+        self._axis, self._device = axis, device
+        self._send = torch.empty(sum(send_sizes), dtype=dtype, device=device)
+        self._received = torch.empty(sum(recv_sizes), dtype=dtype, device="cpu" if _stages(device, axis) else device)
+        self._sizes = [[size * dtype.itemsize for size in sizes] for sizes in (send_sizes, recv_sizes)]
+        self.places = tuple(self._send.split(list(send_sizes)))
+        self._work: dist.Work | None = None
+
+    def start(self) -> None:
+        send_sizes, recv_sizes = self._sizes
+        self._axis.traffic.add("exchange", sum(send_sizes) - send_sizes[self._axis.rank])
+        # Kept until wait(): a buffer freed earlier would be sent as garbage.
+        self._send = self._send.to(self._received.device)
+        # Bytes, so that no library has to know the dtype (gloo does not know bfloat16 everywhere).
+        self._work = dist.all_to_all_single(
+            self._received.view(torch.uint8),
+            self._send.view(torch.uint8),
+            recv_sizes,
+            send_sizes,
+            group=self._axis.group,
+            async_op=True,
+        )
+
+    def wait(self) -> torch.Tensor:
+        assert self._work is not None, "start() comes first"
+        self._work.wait()
         return self._received.to(self._device)
 
 
-class Shift:
+class Shift(Protocol):
     """A ring shift under way: this rank's block goes to the next rank, the previous rank's block comes in."""
 
-    def __init__(self, send: torch.Tensor, received: torch.Tensor, axis: Axis) -> None:
-        self._received = received
-        staged = _stages(send, axis)
+    def wait(self) -> torch.Tensor:
+        """The previous rank's block, once it is here and this rank's own may be touched again."""
+
+
+def shift(send: torch.Tensor, recv_size: int, axis: Axis) -> Shift:
+    """Start to pass ``send`` (flat, contiguous) to the next rank and take ``recv_size`` elements from the previous."""
+    following, previous = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    if send.device.type == "cpu" and axis.outbox is not None:
+        send_sizes, recv_sizes = [0] * axis.size, [0] * axis.size
+        send_sizes[following], recv_sizes[previous] = send.numel(), recv_size
+        through_memory = _MemoryExchange(send_sizes, recv_sizes, send.dtype, axis, axis.outbox, "shift")
+        through_memory.places[following].copy_(send)
+        through_memory.start()
+        return through_memory
+    return _GroupShift(send, recv_size, axis.ranks[following], axis.ranks[previous], axis)
+
+
+class _GroupShift:
+    """A send and a receive of the process group, by global rank."""
+
+    def __init__(self, send: torch.Tensor, recv_size: int, following: int, previous: int, axis: Axis) -> None:
+        self._device = send.device
         # Kept until wait(): a send buffer that were freed earlier would be sent as garbage.
-        self._send = send.cpu() if staged else send
-        self._landing = torch.empty_like(received, device="cpu") if staged else received
-        following = axis.ranks[(axis.rank + 1) % axis.size]
-        previous = axis.ranks[(axis.rank - 1) % axis.size]
+        self._send = send.cpu() if _stages(send.device, axis) else send
+        self._landing = self._send.new_empty(recv_size)
         # Both ends know the lengths, so an empty block is skipped by sender and receiver alike.
         operations = []
         if self._send.numel():
@@ -85,17 +168,9 @@ class Shift:
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> torch.Tensor:
-        """The previous rank's block, once it is here and this rank's own has left."""
         for work in self._works:
             work.wait()
-        if self._landing is not self._received:
-            self._received.copy_(self._landing)
-        return self._received
-
-
-def shift(send: torch.Tensor, recv_size: int, axis: Axis) -> Shift:
-    """Start to pass ``send`` (flat, contiguous) to the next rank and take ``recv_size`` elements from the previous."""
-    return Shift(send, torch.empty(recv_size, dtype=send.dtype, device=send.device), axis)
+        return self._landing.to(self._device)
 
 
 def gather(tensor: torch.Tensor, lengths: Sequence[int], dim: int, axis: Axis) -> torch.Tensor:
@@ -111,7 +186,7 @@ def gather(tensor: torch.Tensor, lengths: Sequence[int], dim: int, axis: Axis) -
     # The collective wants equal pieces; the rows added here are cut off again below and never seen.
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
-    staged = _stages(padded, axis)
+    staged = _stages(padded.device, axis)
     source = padded.cpu() if staged else padded
     whole = source.new_empty((axis.size, *source.shape))
     axis.traffic.add("gather", source.numel() * source.element_size() * (axis.size - 1))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
+from omni_sp.shared_memory import Outbox
 
 _AXES = ("cfg", "ring", "ulysses")
 
@@ -42,6 +43,7 @@ class Axis:
         rank: this rank's index in ``ranks``.
         group: their process group; None where the axis has size 1 and nothing is ever sent.
         backends: which library moves tensors of which device type, such as ``{"cpu": "gloo", "cuda": "nccl"}``.
+        outbox: this rank's shared memory, where all ranks along the axis sit on one machine; else None.
         traffic: what this rank has sent along it so far.
     """
 
@@ -50,6 +52,7 @@ class Axis:
     rank: int
     group: dist.ProcessGroup | None
     backends: dict[str, str]
+    outbox: Outbox | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
@@ -114,7 +117,11 @@ class ParallelMesh:
                 candidate = dist.new_group(ranks)
             if self.rank in ranks:
                 mine, group = tuple(ranks), candidate
-        return Axis(name, mine, mine.index(self.rank), group, _backends(group))
+        backends = _backends(group)
+        # What travels along "sequence" is gathered, not exchanged.
+        passes = group is not None and name in ("ring", "ulysses") and backends.get("cpu") == "gloo"
+        outbox = Outbox.open(group) if group is not None and passes else None
+        return Axis(name, mine, mine.index(self.rank), group, backends, outbox)
 
     def describe(self) -> str:
         """One line for people: the equation, and who sits where."""

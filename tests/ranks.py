@@ -6,6 +6,7 @@ Importing torch costs seconds; a test that started its own processes would take 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import sys
 import traceback
@@ -15,6 +16,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -55,17 +57,19 @@ class RankPool:
         *args: Any,
         ulysses: int = 1,
         ring: int = 1,
+        shared_memory: bool = True,
         timeout: float = 120.0,
     ) -> list[Any]:
         """``function(mesh, *args)`` on ulysses × ring ranks; returns what each rank returned.
 
-        The function is a module-level one. Raises RankError with the failing ranks' tracebacks.
+        The function is a module-level one. Without ``shared_memory`` all goes through gloo. Raises RankError with the
+        failing ranks' tracebacks.
         """
         config = DiffusionParallelConfig(ulysses_degree=ulysses, ring_degree=ring)
         if config.world_size != self._world_size:
             # A rank that sat out a smaller job still has the group before it: a number tells the groups apart.
             self._generation, self._world_size = self._generation + 1, config.world_size
-        job = pickle.dumps((self._generation, config, function, args))
+        job = pickle.dumps((self._generation, config, shared_memory, function, args))
         pipes = self._pipes[: config.world_size]
         for pipe in pipes:
             pipe.send_bytes(job)
@@ -116,7 +120,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
-    meshes: dict[DiffusionParallelConfig, ParallelMesh] = {}
+    meshes: dict[tuple[DiffusionParallelConfig, bool], ParallelMesh] = {}
     generation = 0
     warnings.simplefilter("error")
     while True:
@@ -125,14 +129,15 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
         except (EOFError, OSError):
             return
         try:
-            wanted, config, function, args = pickle.loads(job)
+            wanted, config, shared_memory, function, args = pickle.loads(job)
             if wanted != generation:
                 _join(rank, config.world_size, PrefixStore(str(wanted), store))
                 meshes.clear()
                 generation = wanted
-            if config not in meshes:
-                meshes[config] = ParallelMesh(config)
-            answer = (True, function(meshes[config], *args))
+            if (config, shared_memory) not in meshes:
+                with patch.dict(os.environ, {} if shared_memory else {"OMNI_SP_SHARED_MEMORY": "0"}):
+                    meshes[config, shared_memory] = ParallelMesh(config)
+            answer = (True, function(meshes[config, shared_memory], *args))
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))

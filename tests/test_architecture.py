@@ -14,6 +14,7 @@ LEVELS = {
     "errors": 0,
     "config": 1,
     "outputs": 1,
+    "shared_memory": 1,
     "mesh": 2,
     "collectives": 3,
     "attention": 4,

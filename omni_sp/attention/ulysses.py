@@ -8,7 +8,6 @@ again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 
 from omni_sp.attention.layout import HeadShare
 from omni_sp.attention.packing import mask_elements, pack_mask, unpack_mask
-from omni_sp.collectives import Exchange
+from omni_sp.collectives import exchange
 from omni_sp.mesh import Axis
 
 
@@ -122,14 +121,14 @@ class ScatterHeads:
         outgoing = [self._segments(me, target) for target in range(axis.size)]
         self._incoming = [self._segments(source, me) for source in range(axis.size)]
         send_sizes, recv_sizes = [sum(sizes) for sizes in outgoing], [sum(sizes) for sizes in self._incoming]
-        send = query.new_empty(sum(send_sizes))
-        for target, (part, sizes) in enumerate(zip(send.split(send_sizes), outgoing, strict=True)):
+        self._exchange = exchange(send_sizes, recv_sizes, query.dtype, query.device, axis)
+        for target, (part, sizes) in enumerate(zip(self._exchange.places, outgoing, strict=True)):
             *places, mask_place = part.split(sizes)
             for bundle, place in zip(self._bundles, places, strict=True):
                 bundle.write(target, place)
             if mask is not None:
                 mask_place.copy_(mask)
-        self._exchange = Exchange(send, send_sizes, recv_sizes, axis)
+        self._exchange.start()
 
     def wait(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Query, key, value and mask of the row's tokens, for this rank's heads."""
@@ -175,16 +174,27 @@ class GatherHeads:
     """
 
     def __init__(self, out: torch.Tensor, layout: UlyssesLayout) -> None:
-        self._layout = layout
+        self._layout, self._out = layout, out
         batch, _, _, head_dim = out.shape
-        tokens = layout.query[layout.axis.rank]
-        self._shapes = [(tokens, batch, share.num_query, head_dim) for share in layout.heads]
-        self._sizes = [math.prod(shape) for shape in self._shapes]
-        send_sizes = [length * batch * layout.mine.num_query * head_dim for length in layout.query]
-        self._exchange = Exchange(out.transpose(0, 1).reshape(-1), send_sizes, self._sizes, layout.axis)
+        me, mine = layout.axis.rank, layout.mine.num_query
+        numbers = [batch * share.num_query * head_dim for share in layout.heads]
+        # What stays here is not sent.
+        send_sizes = [0 if rank == me else tokens * numbers[me] for rank, tokens in enumerate(layout.query)]
+        self._sizes = [0 if rank == me else layout.query[me] * number for rank, number in enumerate(numbers)]
+        self._exchange = exchange(send_sizes, self._sizes, out.dtype, out.device, layout.axis)
+        for place, rows in zip(self._exchange.places, out.split(list(layout.query), dim=1), strict=True):
+            if place.numel():
+                place.view(-1, batch, mine, head_dim).copy_(rows.transpose(0, 1))
+        self._exchange.start()
 
     def write(self, result: torch.Tensor) -> None:
         """Wait, and put these heads into their places in (batch, own tokens, all heads, head_dim)."""
+        layout, me = self._layout, self._layout.axis.rank
+        batch, tokens, _, head_dim = result.shape
         pieces = self._exchange.wait().split(self._sizes)
-        for share, piece, shape in zip(self._layout.heads, pieces, self._shapes, strict=True):
-            result[:, :, share.query[0] : share.query[1]] = piece.view(shape).transpose(0, 1)
+        for rank, (share, piece) in enumerate(zip(layout.heads, pieces, strict=True)):
+            if rank == me:
+                rows = self._out.split(list(layout.query), dim=1)[me]
+            else:
+                rows = piece.view(tokens, batch, share.num_query, head_dim).transpose(0, 1)
+            result[:, :, share.query[0] : share.query[1]] = rows

@@ -15,8 +15,8 @@ LENGTH = st.one_of(st.just(0), st.integers(1, 3), st.integers(1, 40))
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Case, tuple[int, int], int | None]:
-    """An attention, the degrees, and the number of head groups."""
+def cases(draw: st.DrawFn) -> tuple[Case, tuple[int, int], int | None, bool]:
+    """An attention, the degrees, the number of head groups, and whether it crosses through shared memory."""
     ulysses, ring = draw(st.sampled_from(DEGREES))
     num_ranks = ulysses * ring
     query = tuple(draw(st.lists(LENGTH, min_size=num_ranks, max_size=num_ranks)))
@@ -36,7 +36,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, tuple[int, int], int | None]:
         scale=draw(st.sampled_from([None, 0.05, 0.5])),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
     )
-    return case, (ulysses, ring), draw(st.sampled_from([None, None, 2, 3]))
+    return case, (ulysses, ring), draw(st.sampled_from([None, None, 2, 3])), draw(st.booleans())
 
 
 @settings(
@@ -47,11 +47,13 @@ def cases(draw: st.DrawFn) -> tuple[Case, tuple[int, int], int | None]:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(drawn=cases())
-def test_any_shape_equals_one_process(ranks: RankPool, drawn: tuple[Case, tuple[int, int], int | None]) -> None:
-    case, (ulysses, ring), head_groups = drawn
+def test_any_shape_equals_one_process(ranks: RankPool, drawn: tuple[Case, tuple[int, int], int | None, bool]) -> None:
+    case, (ulysses, ring), head_groups, shared_memory = drawn
+    degrees = {"ulysses": ulysses, "ring": ring}
     query, key, value, mask = make(case, ulysses * ring)
     wanted = attention(query, key, value, key_mask=mask, is_causal=case.causal, scale=case.scale)
-    got = torch.cat(ranks.run(run_case, case, True, head_groups, ulysses=ulysses, ring=ring), dim=1)
+    answers = ranks.run(run_case, case, True, head_groups, **degrees, shared_memory=shared_memory)
+    got = torch.cat(answers, dim=1)
     assert got.shape == query.shape
     assert got.dtype == case.dtype
     assert not got.isnan().any()

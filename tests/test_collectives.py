@@ -1,0 +1,151 @@
+"""What moves between ranks arrives as it was, through shared memory and through gloo."""
+
+from __future__ import annotations
+
+import os
+import random
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from omni_sp.collectives import Exchange, exchange, shift
+from omni_sp.errors import ShardingError
+from omni_sp.mesh import ParallelMesh
+from tests.ranks import RankPool
+
+WAYS = pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "gloo"])
+
+
+def piece(number: int, source: int, target: int, size: int) -> torch.Tensor:
+    """What one rank sends another in an exchange: told apart from every other piece."""
+    return torch.arange(size, dtype=torch.float32) + 1e6 * number + 1e4 * source + 1e3 * target
+
+
+def sizes_of(number: int, num_ranks: int) -> dict[tuple[int, int], int]:
+    """(source, target) -> elements: uneven, often none, growing with the exchanges."""
+    draw = random.Random(number)
+    pairs = [(source, target) for source in range(num_ranks) for target in range(num_ranks)]
+    return {pair: draw.choice([0, 1, 3, draw.randrange(20 + 40 * number)]) for pair in pairs}
+
+
+def run_exchanges(mesh: ParallelMesh, program: list[int], dtype: torch.dtype) -> list[int]:
+    """Start (n >= 0) and wait for (-1 - n) exchanges; returns the numbers of those that brought anything wrong."""
+    axis, num_ranks = mesh.ulysses, mesh.world_size
+    under_way: dict[int, Exchange] = {}
+    wrong = []
+    for step in program:
+        number = step if step >= 0 else -1 - step
+        sizes = sizes_of(number, num_ranks)
+        send_sizes = [sizes[axis.rank, target] for target in range(num_ranks)]
+        recv_sizes = [sizes[source, axis.rank] for source in range(num_ranks)]
+        if step >= 0:
+            coming = exchange(send_sizes, recv_sizes, dtype, torch.device("cpu"), axis)
+            for target, place in enumerate(coming.places):
+                place.copy_(piece(number, axis.rank, target, send_sizes[target]))
+            coming.start()
+            under_way[number] = coming
+            continue
+        pieces = [piece(number, source, axis.rank, recv_sizes[source]) for source in range(num_ranks)]
+        if not torch.equal(under_way.pop(number).wait(), torch.cat(pieces).to(dtype)):
+            wrong.append(number)
+    return wrong
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_exchanges_that_overlap_bring_everything(
+    ranks: RankPool, num_ranks: int, dtype: torch.dtype, shared_memory: bool
+) -> None:
+    # One after the other; then a pipeline of groups that wait for their returns only at the end; then all at once.
+    program = [step for number in range(12) for step in (number, -1 - number)]
+    program += [12, -13, 13, 14, -14, 15, 16, -16, 17, -15, -17, -18]
+    program += [*range(18, 26), *(-1 - number for number in reversed(range(18, 26)))]
+    wrong = ranks.run(run_exchanges, program, dtype, ulysses=num_ranks, shared_memory=shared_memory)
+    assert wrong == [[]] * num_ranks
+
+
+def run_shifts(mesh: ParallelMesh, lengths: list[int]) -> bool:
+    """Pass every rank's block around the whole ring, twice."""
+    axis = mesh.ring
+    block = torch.full((lengths[axis.rank],), float(axis.rank))
+    right = True
+    for step in range(2 * axis.size):
+        origin = (axis.rank - step - 1) % axis.size
+        block = shift(block, lengths[origin], axis).wait()
+        right &= torch.equal(block, torch.full((lengths[origin],), float(origin)))
+    return right
+
+
+@WAYS
+@pytest.mark.parametrize("lengths", [[5, 7], [0, 3, 0], [4, 0, 9, 1]])
+def test_a_ring_passes_every_block_on(ranks: RankPool, lengths: list[int], shared_memory: bool) -> None:
+    assert all(ranks.run(run_shifts, lengths, ring=len(lengths), shared_memory=shared_memory))
+
+
+def run_steadily(mesh: ParallelMesh) -> tuple[int, int, int]:
+    """File descriptors before, after many exchanges of a new mesh, and after it has gone."""
+
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = count()
+    own = ParallelMesh(mesh.config)
+    for number in range(40):
+        assert run_exchanges(own, [number % 5, -1 - number % 5], torch.float32) == []
+    during = count()
+    del own
+    return before, during, count()
+
+
+def test_two_segments_take_turns_and_nothing_is_left(ranks: RankPool) -> None:
+    for before, during, after in ranks.run(run_steadily, ulysses=2):
+        # Two of this rank's and two of its peer's; each is held by a mapping (which has a descriptor of its own), and
+        # this rank's also by the descriptor that the peer opens.
+        assert during - before == 6
+        assert after == before
+
+
+def run_out_of_step(mesh: ParallelMesh) -> str:
+    """Rank 1 has started one exchange more."""
+    own = ParallelMesh(mesh.config)
+    assert own.ulysses.outbox is not None
+    if own.rank == 1:
+        own.ulysses.outbox.start([0, 0])
+    try:
+        run_exchanges(own, [0, -1], torch.float32)
+    except ShardingError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_ranks_out_of_step_are_found_out(ranks: RankPool) -> None:
+    for told in ranks.run(run_out_of_step, ulysses=2):
+        assert "out of step" in told
+        assert "same order" in told
+
+
+def has_outboxes(mesh: ParallelMesh, unwilling: int) -> list[bool]:
+    """Whether the axes have shared memory where one rank wants none."""
+    with patch.dict(os.environ, {"OMNI_SP_SHARED_MEMORY": "0"} if mesh.rank == unwilling else {}):
+        own = ParallelMesh(mesh.config)
+    return [axis.outbox is not None for axis in (own.ulysses, own.ring)]
+
+
+def test_a_row_shares_memory_wholly_or_not_at_all(ranks: RankPool) -> None:
+    assert ranks.run(has_outboxes, 3, ulysses=2, ring=2) == [[True, True], [True, False], [False, True], [False, False]]
+
+
+def holds_foreign_memory(mesh: ParallelMesh) -> bool:
+    """What another machine's process of the same number would look like: readable, but not the one meant."""
+    from omni_sp.shared_memory import _holds, _Segment
+
+    segment = _Segment(0, 8)
+    segment.bytes.view(torch.int64)[0] = 7
+    assert _holds(os.getpid(), segment.descriptor, 7)
+    return _holds(os.getpid(), segment.descriptor, 8) or _holds(2**22 + 1, segment.descriptor, 7)
+
+
+def test_only_the_memory_meant_is_taken(ranks: RankPool) -> None:
+    assert not any(ranks.run(holds_foreign_memory))
