@@ -1,6 +1,7 @@
 """One attention: ours, one process, the floor, and every peer that runs here, in turns.
 
 python -m benchmarks.attention --ranks 2 --tokens 4096 --heads 8 --head-dim 64 --dtype float32
+python -m benchmarks.attention --ranks 2 4 --tokens 1024 4096 16384     # growth: one run for each, and a plot over all
 
 The *floor* is a rank's share of the heads over all tokens without any exchange: what no Ulysses can beat. Peers are
 diffusers' context parallelism (its configuration is set up by hand, because its own start-up divides by the number of
@@ -10,6 +11,8 @@ accelerators) and yunchang (its math kernel, the one that it has for a CPU).
 from __future__ import annotations
 
 import argparse
+import os
+import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +20,26 @@ from typing import Any
 
 import torch
 
-from benchmarks.interleaved import plot, save, summary, table, take_turns
+from benchmarks.anatomy import exchange_share, peak_memory
+from benchmarks.interleaved import (
+    Answer,
+    Timing,
+    paired,
+    plot,
+    plot_growth,
+    report,
+    save,
+    summary,
+    table,
+    take_turns,
+)
 from omni_sp.attention import SequenceLayout, local_attention, select_strategy, sequence_parallel_attention, shares
 from omni_sp.errors import OmniSPError
 from omni_sp.mesh import ParallelMesh
 from tests.attention.reference import attention, relative_error
 from tests.ranks import RankPool
 
-BASE = "one process"
+BASE, FLOOR, OURS = "one process", "floor (no exchange)", "ours"
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,7 @@ class Settings:
     heads: int
     head_dim: int
     dtype: str
+    peers: tuple[str, ...]
     rounds: int
 
 
@@ -62,8 +78,8 @@ def diffusers_peer(mesh: ParallelMesh, own: tuple[torch.Tensor, ...], scheme: st
     return lambda: dispatch_attention_fn(*own, backend=AttentionBackendName.NATIVE, parallel_config=config)
 
 
-def run(mesh: ParallelMesh, settings: Settings) -> tuple[dict[str, list[float]], dict[str, Any], dict[str, str]]:
-    """On one rank: seconds of every contender, their outputs' errors and facts, and who refused."""
+def run(mesh: ParallelMesh, settings: Settings) -> Answer:
+    """On one rank: every contender's rounds, and what else is told of them."""
     warnings.simplefilter("ignore")  # the peers' own
     whole = whole_row(settings)
     lengths = shares(settings.tokens, mesh.world_size)
@@ -72,18 +88,15 @@ def run(mesh: ParallelMesh, settings: Settings) -> tuple[dict[str, list[float]],
     fewer = [x[:, :, : -(-settings.heads // mesh.world_size)].contiguous() for x in whole]
     scheme = "ulysses" if mesh.ring.size == 1 else "ring"
     candidates: dict[str, Callable[[], Callable[[], Any]]] = {
-        "floor (no exchange)": lambda: lambda: local_attention(fewer[0], fewer[1], fewer[2]),
-        f"ours, {scheme}": lambda: lambda: sequence_parallel_attention(query, key, value, mesh=mesh, layout=layout),
-        f"diffusers, {scheme}": lambda: diffusers_peer(mesh, (query, key, value), scheme),
+        FLOOR: lambda: lambda: local_attention(fewer[0], fewer[1], fewer[2]),
+        OURS: lambda: lambda: sequence_parallel_attention(query, key, value, mesh=mesh, layout=layout),
     }
-    if scheme == "ulysses":
-        yunchang = select_strategy("yunchang", mesh, "auto")
-        candidates["yunchang, ulysses (math)"] = lambda: (
-            lambda: yunchang(query, key, value, key_mask=None, is_causal=False, scale=None, layout=layout)
-        )
+    if "diffusers" in settings.peers:
+        candidates["diffusers"] = lambda: diffusers_peer(mesh, (query, key, value), scheme)
+    if "yunchang" in settings.peers and scheme == "ulysses":
+        candidates["yunchang (math kernel)"] = lambda: yunchang_peer(mesh, (query, key, value), layout)
     contenders: dict[str, Callable[[], Any]] = {BASE: lambda: local_attention(*whole) if mesh.rank == 0 else None}
-    refused: dict[str, str] = {}
-    errors: dict[str, Any] = {}
+    answer = Answer()
     sample = slice(0, 64)
     wanted = attention(query[:, sample], whole[1], whole[2])
     with torch.no_grad():
@@ -93,47 +106,84 @@ def run(mesh: ParallelMesh, settings: Settings) -> tuple[dict[str, list[float]],
                 out = contenders[name]()
             except (OmniSPError, ValueError, RuntimeError, AssertionError) as error:
                 contenders.pop(name, None)
-                refused[name] = " ".join(str(error).split())[:120]
+                answer.refused[name] = " ".join(str(error).split())[:120]
                 continue
-            if not name.startswith("floor"):
-                errors[name] = relative_error(out[:, sample], wanted)
+            if name != FLOOR:
+                answer.errors[name] = relative_error(out[:, sample], wanted)
         for axis in (mesh.ulysses, mesh.ring):
             axis.traffic.reset()
-        contenders[f"ours, {scheme}"]()
-        errors["bytes"] = sum(sum(axis.traffic.bytes.values()) for axis in (mesh.ulysses, mesh.ring))
-        return take_turns(contenders, settings.rounds), errors, refused
+        contenders[OURS]()
+        answer.facts["bytes_sent"] = sum(sum(axis.traffic.bytes.values()) for axis in (mesh.ulysses, mesh.ring))
+        answer.memory = {name: peak_memory(call) for name, call in contenders.items()}
+        answer.seconds = take_turns(contenders, settings.rounds)
+        answer.exchange[OURS] = statistics.median(exchange_share(contenders[OURS]) for _ in range(5))
+    return answer
+
+
+def yunchang_peer(
+    mesh: ParallelMesh, own: tuple[torch.Tensor, torch.Tensor, torch.Tensor], layout: SequenceLayout
+) -> Callable[[], torch.Tensor]:
+    """Yunchang's LongContextAttention, with the kernel that it has for a CPU."""
+    attend = select_strategy("yunchang", mesh, "auto")
+    return lambda: attend(*own, key_mask=None, is_causal=False, scale=None, layout=layout)
+
+
+def compare(settings: Settings, ranks: int, scheme: str, command: dict[str, Any]) -> dict[str, Timing]:
+    """One shape: run, print and save."""
+    pool = RankPool()
+    try:
+        degrees = (ranks, 1) if scheme == "ulysses" else (1, ranks)
+        answers = pool.run(run, settings, ulysses=degrees[0], ring=degrees[1], timeout=1800)
+    finally:
+        pool.close()
+    timings = summary(answers)
+    timings[OURS].facts["bytes_sent_per_rank"] = [answer.facts["bytes_sent"] for answer in answers]
+    crowd = ", ranks share cores" if ranks > (os.cpu_count() or 1) else ""
+    title = (
+        f"{scheme} x {ranks}{crowd}: B{settings.batch} S{settings.tokens} H{settings.heads} D{settings.head_dim} "
+        f"{settings.dtype}"
+    )
+    print(title)
+    print(table(timings, BASE, OURS, ranks))
+    print(f"ours / floor: {paired(timings, OURS, FLOOR):.3f}")
+    name = f"attention-{scheme}{ranks}-{settings.tokens}-{settings.dtype}"
+    path = save(name, command, timings)
+    report(path, plot(path, title, timings))
+    return timings
 
 
 def main() -> None:
     """Parse, run, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--scheme", choices=("ulysses", "ring"), default="ulysses")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--peers", nargs="*", choices=("diffusers", "yunchang"), default=["diffusers", "yunchang"])
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    settings = Settings(options.batch, options.tokens, options.heads, options.head_dim, options.dtype, options.rounds)
-    pool = RankPool()
-    try:
-        degrees = {"ulysses": options.ranks} if options.scheme == "ulysses" else {"ring": options.ranks}
-        answers = pool.run(run, settings, **degrees, timeout=1800)
-    finally:
-        pool.close()
-    timings = summary(answers)
-    timings[f"ours, {options.scheme}"].facts["bytes_sent_per_rank"] = [answer[1]["bytes"] for answer in answers]
-    title = f"B{options.batch} S{options.tokens} H{options.heads} D{options.head_dim} {options.dtype} x {options.ranks}"
-    print(title)
-    print(table(timings, BASE, options.ranks))
-    floor, ours = timings["floor (no exchange)"].median, timings[f"ours, {options.scheme}"].median
-    print(f"ours / floor: {ours / floor:.3f}")
-    name = f"attention-{options.scheme}{options.ranks}-{options.tokens}-{options.dtype}"
-    path = save(name, vars(options), timings)
-    saved = [path, plot(path, title, timings)]
-    print("saved", ", ".join(f"benchmarks/results/{file.name}" for file in saved if file is not None))
+    lines: dict[str, dict[int, float]] = {}
+    for ranks in options.ranks:
+        for tokens in options.tokens:
+            settings = Settings(
+                options.batch,
+                tokens,
+                options.heads,
+                options.head_dim,
+                options.dtype,
+                tuple(options.peers),
+                options.rounds,
+            )
+            timings = compare(settings, ranks, options.scheme, vars(options))
+            for name in timings:
+                if name != BASE and timings[name].seconds:
+                    speedup = 1 / paired(timings, name, BASE)
+                    lines.setdefault(f"{name} x {ranks}", {})[tokens] = speedup
+    if len(options.tokens) > 1:
+        report(plot_growth(f"attention-{options.scheme}-growth-{options.dtype}", lines, "tokens"))
 
 
 if __name__ == "__main__":

@@ -24,11 +24,15 @@ class Timing:
 
     Attributes:
         seconds: of each round, the slowest rank's. error: relative to float64, where it was looked at.
+        memory: bytes at its peak beyond what was there before, the greediest rank's.
+        exchange: part of its time that exchanges take, of the rank where it is least: the others wait for that one.
         refused: why it did not run. facts: whatever else is told of it.
     """
 
     seconds: list[float] = field(default_factory=list)
     error: float | None = None
+    memory: int | None = None
+    exchange: float | None = None
     refused: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -59,22 +63,40 @@ def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, warmup:
     return seconds
 
 
-Answer = tuple[dict[str, list[float]], dict[str, Any], dict[str, str]]
-"""What one rank tells: seconds of each contender's rounds, errors, and why somebody did not run."""
+@dataclass
+class Answer:
+    """What one rank tells, each by contender: seconds of the rounds, errors, memory, exchanges, why it did not run."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int | None] = field(default_factory=dict)
+    exchange: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, Timing]:
     """All ranks' answers as one: of each round the slowest rank's seconds, since nobody is done before all are."""
     timings = {
-        name: Timing([max(answer[0][name][i] for answer in answers) for i in range(len(seconds))])
-        for name, seconds in answers[0][0].items()
+        name: Timing([max(answer.seconds[name][i] for answer in answers) for i in range(len(seconds))])
+        for name, seconds in answers[0].seconds.items()
     }
-    for name, why in answers[0][2].items():
+    for name, why in answers[0].refused.items():
         timings[name] = Timing(refused=why)
     for name, timing in timings.items():
-        found = [answer[1][name] for answer in answers if name in answer[1]]
-        timing.error = max(found) if found else None
+        timing.error = max((answer.errors[name] for answer in answers if name in answer.errors), default=None)
+        timing.memory = max((size for answer in answers if (size := answer.memory.get(name)) is not None), default=None)
+        timing.exchange = min((answer.exchange[name] for answer in answers if name in answer.exchange), default=None)
     return timings
+
+
+def paired(timings: dict[str, Timing], name: str, other: str) -> float:
+    """How many times as long as ``other`` it takes: the median over the rounds of their ratio in the same round.
+
+    What slows the machine for a while slows both, so this is steadier than the ratio of two medians.
+    """
+    pairs = zip(timings[name].seconds, timings[other].seconds, strict=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 def machine() -> dict[str, str]:
@@ -104,8 +126,34 @@ def save(name: str, settings: dict[str, Any], timings: dict[str, Timing]) -> Pat
     return path
 
 
-def plot(path: Path, title: str, timings: dict[str, Timing]) -> Path | None:
-    """A bar for every contender's median, with the spread of its rounds, beside the JSON; None without matplotlib."""
+def report(*files: Path | None) -> None:
+    """Say what was written."""
+    print("saved", ", ".join(f"benchmarks/results/{file.name}" for file in files if file is not None), flush=True)
+
+
+def plot_growth(name: str, lines: dict[str, dict[int, float]], across: str) -> Path | None:
+    """Speed-up over one process, a line a contender, over a size that grows; None without matplotlib."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return None
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for label, points in lines.items():
+        style = {"linewidth": 2.5} if label.startswith("ours") else {"linestyle": "--"}
+        axes.plot(list(points), list(points.values()), marker="o", label=label, **style)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({size for points in lines.values() for size in points})
+    axes.set_xticks(ticks, [str(size) for size in ticks])
+    axes.set_xlabel(across)
+    axes.set_ylabel("speed-up over one process")
+    axes.legend(fontsize=8)
+    target = RESULTS / f"{name}.png"
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+    return target
+
+
+def _pyplot() -> Any:
+    """Matplotlib's pyplot, drawing to files; None where it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -114,6 +162,14 @@ def plot(path: Path, title: str, timings: dict[str, Timing]) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(path: Path, title: str, timings: dict[str, Timing]) -> Path | None:
+    """A bar for every contender's median, with the spread of its rounds, beside the JSON; None without matplotlib."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return None
     ran = {name: timing for name, timing in timings.items() if timing.seconds}
     medians = [timing.median * 1e3 for timing in ran.values()]
     spread = [
@@ -132,16 +188,21 @@ def plot(path: Path, title: str, timings: dict[str, Timing]) -> Path | None:
     return target
 
 
-def table(timings: dict[str, Timing], base: str, num_ranks: int) -> str:
+def table(timings: dict[str, Timing], base: str, ours: str, num_ranks: int) -> str:
     """Medians, ratios and efficiencies, as text. ``base``: the contender that is one process."""
-    alone = timings[base].median
-    lines = [f"{'':28}{'median ms':>10}{'speed-up':>10}{'efficiency':>12}{'error':>10}"]
+    lines = [
+        f"{'':26}{'median ms':>10}{'/ ours':>8}{'efficiency':>12}{'exchange':>10}{'memory MiB':>12}{'error':>8}",
+    ]
     for name, timing in timings.items():
         if timing.refused:
-            lines.append(f"{name:28}{'-':>10}   {timing.refused}")
+            lines.append(f"{name:26}{'-':>10}   {timing.refused}")
             continue
-        speedup = alone / timing.median
-        efficiency = "" if name == base else f"{speedup / num_ranks:.2f}"
+        efficiency = "" if name == base else f"{paired(timings, base, name) / num_ranks:.2f}"
+        exchange = "" if timing.exchange is None else f"{timing.exchange:.1%}"
+        memory = "" if timing.memory is None else f"{timing.memory / 2**20:.0f}"
         error = "" if timing.error is None else f"{timing.error:.0e}"
-        lines.append(f"{name:28}{timing.median * 1e3:>10.1f}{speedup:>10.2f}{efficiency:>12}{error:>10}")
+        lines.append(
+            f"{name:26}{timing.median * 1e3:>10.1f}{paired(timings, name, ours):>8.3f}{efficiency:>12}{exchange:>10}"
+            f"{memory:>12}{error:>8}"
+        )
     return "\n".join(lines)

@@ -11,6 +11,7 @@ beside it.
 from __future__ import annotations
 
 import argparse
+import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +20,15 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.interleaved import Timing, plot, save, summary, table, take_turns
+from benchmarks.anatomy import exchange_share, peak_memory
+from benchmarks.interleaved import Answer, Timing, plot, report, save, summary, table, take_turns
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
 from tests.attention.reference import relative_error
 from tests.ranks import RankPool
 from tests.sharding.models import randomise
 
-BASE = "one process"
+BASE, OURS = "one process", "ours"
 
 
 @dataclass(frozen=True)
@@ -96,20 +98,16 @@ def cache_dit_peer(mesh: ParallelMesh, model: Any) -> None:
 PEERS: dict[str, Callable[[ParallelMesh, Any], None]] = {"diffusers": diffusers_peer, "cache-dit": cache_dit_peer}
 
 
-def run(
-    mesh: ParallelMesh, settings: Settings, peer: str | None
-) -> tuple[dict[str, list[float]], dict[str, float], dict[str, str]]:
-    """On one rank: seconds of every contender, errors against one process, and who refused."""
+def run(mesh: ParallelMesh, settings: Settings, peer: str | None) -> Answer:
+    """On one rank: every contender's rounds, and what else is told of them."""
     warnings.simplefilter("ignore")  # the peers' own
     inputs = make_inputs(settings)
     alone = build(settings)
-    scheme = "ulysses" if mesh.ring.size == 1 else "ring"
-    candidates: dict[str, Callable[[Any], object]] = {f"ours, {scheme}": lambda model: parallelize(model, mesh)}
+    candidates: dict[str, Callable[[Any], object]] = {OURS: lambda model: parallelize(model, mesh)}
     if peer is not None:
-        candidates[f"{peer}, {scheme}"] = lambda model: PEERS[peer](mesh, model)
+        candidates[peer] = lambda model: PEERS[peer](mesh, model)
     contenders: dict[str, Callable[[], Any]] = {BASE: lambda: alone(**inputs)[0] if mesh.rank == 0 else None}
-    errors: dict[str, float] = {}
-    refused: dict[str, str] = {}
+    answer = Answer()
     with torch.no_grad():
         wanted = alone(**inputs)[0]
         for name, apply in candidates.items():
@@ -118,11 +116,14 @@ def run(
                 apply(model)
                 out = model(**inputs)[0]
             except Exception as error:  # whatever a peer raises is its result here
-                refused[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+                answer.refused[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
                 continue
-            errors[name] = relative_error(out, wanted)
+            answer.errors[name] = relative_error(out, wanted)
             contenders[name] = lambda model=model: model(**inputs)[0]  # type: ignore[misc]
-        return take_turns(contenders, settings.rounds), errors, refused
+        answer.memory = {name: peak_memory(call) for name, call in contenders.items()}
+        answer.seconds = take_turns(contenders, settings.rounds)
+        answer.exchange[OURS] = statistics.median(exchange_share(contenders[OURS]) for _ in range(3))
+    return answer
 
 
 def main() -> None:
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     settings = Settings(
@@ -151,28 +153,26 @@ def main() -> None:
     )
     tokens = options.height * options.width
     shape = f"{options.layers} layers, {tokens}+{options.text_tokens} tokens"
-    title = f"Qwen-Image, {shape}, {options.dtype} x {options.ranks}"
+    title = f"Qwen-Image, {shape}, {options.dtype}, {options.scheme} x {options.ranks}"
     print(title)
-    peers: list[str | None] = list(PEERS) if options.scheme == "ulysses" else [None]
-    for peer in peers:
+    # No peer has a ring that runs on a CPU.
+    peers: list[str | None] = list(options.peers) if options.scheme == "ulysses" else []
+    for peer in peers or [None]:
         timings = turns(settings, peer, options)
-        print(table(timings, BASE, options.ranks))
+        print(table(timings, BASE, OURS, options.ranks))
         beside = f"-{peer}" if peer is not None else ""
         name = f"transformer-{options.scheme}{options.ranks}-{tokens}+{options.text_tokens}-{options.dtype}{beside}"
         path = save(name, vars(options), timings)
-        saved = [path, plot(path, title, timings)]
-        print("saved", ", ".join(f"benchmarks/results/{file.name}" for file in saved if file is not None))
+        report(path, plot(path, title, timings))
 
 
 def turns(settings: Settings, peer: str | None, options: argparse.Namespace) -> dict[str, Timing]:
     """One process, ours and one peer, in turns."""
     pool = RankPool()
     try:
-        degrees = {"ulysses": options.ranks} if options.scheme == "ulysses" else {"ring": options.ranks}
-        answers = pool.run(run, settings, peer, **degrees, timeout=1800)
+        return summary(pool.run(run, settings, peer, **{options.scheme: options.ranks}, timeout=1800))
     finally:
         pool.close()
-    return summary(answers)
 
 
 if __name__ == "__main__":
