@@ -196,6 +196,17 @@ def gather(tensor: torch.Tensor, lengths: Sequence[int], dim: int, axis: Axis) -
     return (joined.to(tensor.device) if staged else joined).movedim(0, dim)
 
 
+def add_up(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The sum over all ranks of tensors of one shape; every rank gets the same."""
+    if axis.size == 1:
+        return tensor
+    staged = _stages(tensor.device, axis)
+    total = tensor.to("cpu" if staged else tensor.device, copy=True, memory_format=torch.contiguous_format)
+    axis.traffic.add("add_up", total.nbytes)
+    dist.all_reduce(total, group=axis.group)
+    return total.to(tensor.device)
+
+
 def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:
     """Everybody's row of whole numbers, in rank order. All rows have the same number of entries."""
     if axis.size == 1:

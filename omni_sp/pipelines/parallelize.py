@@ -9,7 +9,7 @@ import torch
 from omni_sp.attention import check_strategy, kernel_names, select_strategy
 from omni_sp.errors import UnsupportedAttentionError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding import ShardHandle, ShardingPlan, plan_for, shard
+from omni_sp.sharding import ShardHandle, ShardingPlan, TrackedPlan, plan_for, shard
 
 _TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -51,7 +51,7 @@ def parallelize(
     *,
     attention_backend: str = "auto",
     attention_strategy: str = "omni_sp",
-    plan: ShardingPlan | None = None,
+    plan: ShardingPlan | TrackedPlan | None = None,
 ) -> ParallelHandle:
     """Spread the tokens of a pipeline's transformers (or of one transformer) over the ranks of ``mesh``.
 

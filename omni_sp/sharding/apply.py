@@ -17,12 +17,13 @@ from omni_sp.sharding.forward import (
     OnCut,
     ShardedForward,
     current_forward,
-    cut,
+    cut_piece,
     entered,
     signature_of,
 )
-from omni_sp.sharding.plan import Gather, ModulePlan, ShardingPlan, matches
+from omni_sp.sharding.plan import Gather, ModulePlan, ShardingPlan, Split, TrackedPlan, matches
 from omni_sp.sharding.route import Route, backend_key
+from omni_sp.sharding.tracked import TokenTensor, cut, dealt_evenly, unwrapped
 
 _MARK = "_omni_sp_handle"
 
@@ -55,7 +56,12 @@ class ShardHandle:
 
 
 def shard(
-    model: torch.nn.Module, mesh: ParallelMesh, plan: ShardingPlan, *, strategy: Strategy, kernel: str = "auto"
+    model: torch.nn.Module,
+    mesh: ParallelMesh,
+    plan: ShardingPlan | TrackedPlan,
+    *,
+    strategy: Strategy,
+    kernel: str = "auto",
 ) -> ShardHandle:
     """Run ``model`` on tokens spread over ``mesh.sequence``. Instances are hooked, classes never.
 
@@ -70,27 +76,49 @@ def shard(
     """
     if getattr(model, _MARK, None) is not None:
         raise ShardingError(f"{type(model).__name__} is parallelized already: remove() its handle first")
-    resolved = _resolve(model, plan)
+    tracked = isinstance(plan, TrackedPlan)
+    resolved = _resolve(model, _as_modules(plan) if isinstance(plan, TrackedPlan) else plan)
     handle = ShardHandle(model)
     try:
         model.__dict__[_MARK] = handle
         handle.on_remove(lambda: model.__dict__.pop(_MARK))
-        session = _Session(handle, mesh, strategy, kernel)
+        session = _Session(handle, mesh, strategy, kernel, tracked)
         handle.on_remove(lambda: session.leave(model, None, None))
         handle.hook(model.register_forward_pre_hook(session.enter, with_kwargs=True))
         for path, module, module_plan in resolved:
-            _hook_streams(module, path or type(model).__name__, module_plan, mesh, handle)
-        if mesh.sequence.size > 1 or kernel != "auto":
+            _hook_streams(module, path or type(model).__name__, module_plan, mesh, handle, tracked)
+        if isinstance(plan, ShardingPlan) and (mesh.sequence.size > 1 or kernel != "auto"):
             for path, module in _attentions(model):
                 _hook_attention(module, path, handle)
                 whole = any(matches(pattern, path) for pattern in plan.whole_keys)
                 _route(module.processor, Route(path, whole_keys=whole), handle)
+        if tracked:
+            for path, module in model.named_modules():
+                if hasattr(getattr(module, "processor", None), "_attention_backend"):
+                    _route(module.processor, Route(path, whole_keys=False), handle)
+            handle.hook(model.register_forward_hook(_made_whole))
         # Registered last, so that it runs after a join at the transformer itself.
         handle.hook(model.register_forward_hook(session.leave, always_call=True))
     except BaseException:
         handle.remove()
         raise
     return handle
+
+
+def _made_whole(model: torch.nn.Module, _args: Any, output: Any) -> Any:
+    """What a tracked forward gives back."""
+    name = type(model).__name__
+    if not _running(name).has_cut:
+        raise ShardingError(
+            f"no tensor of {name} was cut, so every rank would compute everything: its plan has to name a tensor of "
+            "tokens; give parallelize(..., plan=TrackedPlan(...))"
+        )
+    return unwrapped(output)
+
+
+def _as_modules(plan: TrackedPlan) -> ShardingPlan:
+    """The same cuts in the words of a plan."""
+    return ShardingPlan({path: ModulePlan(inputs) for path, inputs in plan.cuts.items()})
 
 
 def _resolve(model: torch.nn.Module, plan: ShardingPlan) -> list[tuple[str, torch.nn.Module, ModulePlan]]:
@@ -138,8 +166,9 @@ def _attentions(model: torch.nn.Module) -> list[tuple[str, Any]]:
 class _Session:
     """Opens a sharded forward when the transformer is called, and closes it when it returns or raises."""
 
-    def __init__(self, handle: ShardHandle, mesh: ParallelMesh, strategy: Strategy, kernel: str) -> None:
+    def __init__(self, handle: ShardHandle, mesh: ParallelMesh, strategy: Strategy, kernel: str, tracked: bool) -> None:
         self._handle, self._mesh, self._strategy, self._kernel = handle, mesh, strategy, kernel
+        self._tracked = tracked
         self._knowledge = Knowledge()
         self._open = ExitStack()
 
@@ -161,6 +190,7 @@ class _Session:
             table=self._knowledge.table(signature),
             until_left=self._open,
             tokens=self._handle.tokens,
+            tracked=self._tracked,
         )
         self._open.enter_context(entered(forward, signature))
 
@@ -178,10 +208,11 @@ def _running(path: str) -> ShardedForward:
 
 
 def _hook_streams(
-    module: torch.nn.Module, path: str, plan: ModulePlan, mesh: ParallelMesh, handle: ShardHandle
+    module: torch.nn.Module, path: str, plan: ModulePlan, mesh: ParallelMesh, handle: ShardHandle, tracked: bool
 ) -> None:
     """Cut inputs before the module runs; cut or join outputs after it."""
     names = _parameters(module)
+    cut = cut_tracked if tracked else cut_piece
 
     def on_cut() -> OnCut | None:
         # A compiled graph holds the cut alone: what is noted besides is Python's business.
@@ -214,6 +245,24 @@ def _hook_streams(
         handle.hook(module.register_forward_pre_hook(before, with_kwargs=True))
     if plan.outputs:
         handle.hook(module.register_forward_hook(after))
+
+
+def cut_tracked(value: Any, split: Split, mesh: ParallelMesh, where: str, on_cut: OnCut | None) -> Any:
+    """A tensor (or list of them) in pieces that still looks whole. What is in pieces already stays so."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([cut_tracked(item, split, mesh, where, on_cut) for item in value])
+    if (
+        not isinstance(value, torch.Tensor)
+        or isinstance(value, TokenTensor)
+        or value.ndim != (split.ndim or value.ndim)
+    ):
+        return value
+    axis = mesh.sequence
+    spans = dealt_evenly(value.shape[split.dim], axis.size)
+    if on_cut is not None:
+        on_cut(where, value, value.shape[split.dim], spans.lengths[axis.rank])
+    # A copy: the model may write to its piece, and the caller's tensor would then differ from rank to rank.
+    return TokenTensor(cut(value, split.dim, spans, axis).clone(), split.dim, spans, axis)
 
 
 def _hook_attention(module: torch.nn.Module, path: str, handle: ShardHandle) -> None:

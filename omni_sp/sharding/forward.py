@@ -59,9 +59,12 @@ class ShardedForward:
     Attributes:
         mesh: the ranks. strategy: carries out attention over all ranks. kernel: name of the kernel for whole keys.
         table: what the ranks know about this input shape.
+        tracked: streams are tensors in pieces that look whole (see ``tracked``).
         until_left: what is to be closed when the forward ends.
         tokens: stream name -> the most tokens that it had, over all ranks.
         attentions: for each attention module now running, innermost last, how often it came to the core.
+        has_cut: whether anything was cut yet.
+        masks: what was found out about masks in this forward.
     """
 
     mesh: ParallelMesh
@@ -70,7 +73,10 @@ class ShardedForward:
     table: dict[Hashable, Any]
     until_left: ExitStack
     tokens: dict[str, int]
+    tracked: bool = False
     attentions: list[int] = field(default_factory=list)
+    has_cut: bool = False
+    masks: dict[Hashable, Any] = field(default_factory=dict)
     _empties: bool = False
     _visits: defaultdict[Hashable, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -93,10 +99,11 @@ class ShardedForward:
 
     def note_cut(self, where: str, whole: torch.Tensor, num_tokens: int, num_own: int) -> None:
         """Remember how long a stream is, and let the model's code run where this rank has none of it."""
+        self.has_cut = True
         if whole.is_floating_point() and whole.ndim == 3:
             stream = where.rsplit(".", 1)[-1]
             self.tokens[stream] = max(num_tokens, self.tokens.get(stream, 0))
-        if num_own == 0 and num_tokens > 0 and not self._empties:
+        if num_own == 0 and num_tokens > 0 and not self._empties and not self.tracked:
             self._empties = True
             self.until_left.enter_context(EmptyPieces())
 
@@ -117,12 +124,12 @@ OnCut = Callable[[str, torch.Tensor, int, int], None]
 """Told of every cut: where, the whole tensor, its tokens, and this rank's."""
 
 
-def cut(value: Any, split: Split, mesh: ParallelMesh, where: str, on_cut: OnCut | None) -> Any:
+def cut_piece(value: Any, split: Split, mesh: ParallelMesh, where: str, on_cut: OnCut | None) -> Any:
     """This rank's piece of a tensor, or of each tensor of a list; None stays None."""
     if value is None:
         return None
     if isinstance(value, (list, tuple)):
-        return type(value)([cut(item, split, mesh, where, on_cut) for item in value])
+        return type(value)([cut_piece(item, split, mesh, where, on_cut) for item in value])
     if not isinstance(value, torch.Tensor):
         raise ShardingError(f"{where} is a {type(value).__name__}, its plan wants a tensor to cut")
     if split.ndim is not None and value.ndim != split.ndim:

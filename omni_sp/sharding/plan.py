@@ -69,6 +69,19 @@ class ShardingPlan:
         return dataclasses.replace(self, modules={**self.modules, path: changed})
 
 
+@dataclass(frozen=True)
+class TrackedPlan:
+    """Where a transformer's rows of tokens begin; what becomes of the pieces is followed through its own code.
+
+    Attributes:
+        cuts: module path (with ``*``) -> parameter name of its ``forward`` -> Split. What is in pieces already stays
+            so, and everything else stays whole until it meets a piece. What is cut decides how fast a model is, never
+            whether it is exact.
+    """
+
+    cuts: Mapping[str, Mapping[str, Split]]
+
+
 def matches(pattern: str, path: str) -> bool:
     """True where ``path`` is what ``pattern`` says; ``*`` stands for exactly one component."""
     wanted, found = pattern.split("."), path.split(".")

@@ -11,6 +11,7 @@ from omni_sp.collectives import gather_ints
 from omni_sp.errors import ShardingError, UnsupportedAttentionError
 from omni_sp.mesh import Axis
 from omni_sp.sharding.forward import ShardedForward, current_forward
+from omni_sp.sharding.tracked import TokenTensor, tracked_attention
 
 BACKEND = "omni_sp"
 
@@ -66,6 +67,20 @@ def _attention(
     _parallel_config: Any = None,
 ) -> torch.Tensor:
     """What diffusers' dispatcher calls: (batch, tokens, heads, head_dim) in and out, this rank's tokens."""
+    if any(isinstance(x, TokenTensor) for x in (query, key, value)):
+        in_pieces: torch.Tensor = tracked_attention(
+            query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return in_pieces
+    forward = current_forward()
+    if forward is not None and forward.tracked:
+        # Nothing of it is in pieces: a text refiner, for one.
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[:, None, None]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return out.transpose(1, 2)
     # A model that passes no parallel configuration says thereby that this attention's keys are whole.
     route = _parallel_config if isinstance(_parallel_config, Route) else None
     path = route.path if route is not None else "an attention without parallel_config"

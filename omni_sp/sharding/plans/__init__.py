@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 
 import torch
 
 from omni_sp.errors import UnsupportedModelError
-from omni_sp.sharding.plan import ShardingPlan, from_diffusers
+from omni_sp.sharding.plan import ShardingPlan, Split, TrackedPlan, from_diffusers
 from omni_sp.sharding.plans import flux, qwen_image, wan
 
 _CORRECTIONS: dict[str, Callable[[ShardingPlan], ShardingPlan]] = {
@@ -16,25 +17,42 @@ _CORRECTIONS: dict[str, Callable[[ShardingPlan], ShardingPlan]] = {
     "WanTransformer3DModel": wan.correct,
 }
 
+ROWS: dict[str, Mapping[str, Mapping[str, Split]]] = {}
+"""Classes whose rows do not begin at the first input of their first blocks."""
+
 
 def planned_models() -> tuple[str, ...]:
     """Names of the transformer classes that are proven exact."""
     return tuple(sorted(_CORRECTIONS))
 
 
-def plan_for(model: torch.nn.Module) -> ShardingPlan:
-    """The plan for a transformer.
+def plan_for(model: torch.nn.Module) -> ShardingPlan | TrackedPlan:
+    """The plan for a transformer: its own, corrected, or where its rows begin.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: it has neither a plan nor a list of blocks.
     """
     name = type(model).__name__
     own = getattr(model, "_cp_plan", None)
-    if own is None:
+    if name in _CORRECTIONS:
+        return _CORRECTIONS[name](from_diffusers(own or {}))
+    if name in ROWS:
+        return TrackedPlan(ROWS[name])
+    return TrackedPlan(rows_of(model))
+
+
+def rows_of(model: torch.nn.Module) -> Mapping[str, Mapping[str, Split]]:
+    """Where the rows of an unknown model begin: the first input of the first block of each of its lists of blocks."""
+    cuts = {}
+    for path, blocks in model.named_children():
+        if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) == 0:
+            continue
+        parameters = list(inspect.signature(type(blocks[0]).forward).parameters)[1:]
+        if parameters:
+            cuts[f"{path}.0"] = {parameters[0]: Split(dim=1, ndim=3, whole_otherwise=True)}
+    if not cuts:
         raise UnsupportedModelError(
-            f"{name} has no sharding plan, so its tokens cannot be split over ranks: run it with degrees 1 x 1, or "
-            f"give parallelize(..., plan=ShardingPlan(...)); planned are {', '.join(planned_models())}, and any class "
-            "that carries a _cp_plan"
+            f"{type(model).__name__} has no sharding plan and no list of blocks at its top, so it is not known where "
+            "its tokens are: run it with degrees 1 x 1, or give parallelize(..., plan=TrackedPlan(...))"
         )
-    plan = from_diffusers(own)
-    return _CORRECTIONS[name](plan) if name in _CORRECTIONS else plan
+    return cuts

@@ -1,0 +1,177 @@
+"""Rules for operators that compute: on the pieces, wherever tokens do not see each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from omni_sp.collectives import add_up
+from omni_sp.errors import ShardingError
+from omni_sp.sharding.tracked.shapes import _positive, rule
+from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, OPERATOR_RULES, TokenTensor
+
+aten = torch.ops.aten
+F = torch.nn.functional
+
+
+def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Element by element, with broadcasting. What is whole is cut to fit the pieces."""
+    flat, spec = tree_flatten((args, kwargs))
+    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+    ndim = max(x.ndim for x in tensors)
+    lead: TokenTensor | None = None
+    for x in tensors:
+        if isinstance(x, TokenTensor) and (lead is None or x.spans.size > lead.spans.size):
+            lead = x
+    assert lead is not None
+    place = lead.cut_dim - lead.ndim  # counted from the end, as broadcasting does
+    size = max(x.shape[place] for x in tensors if x.ndim >= -place)
+    if size != lead.spans.size:
+        return NotImplemented
+    pieces = []
+    for x in flat:
+        if not isinstance(x, torch.Tensor):
+            pieces.append(x)
+        elif isinstance(x, TokenTensor):
+            if (x.cut_dim - x.ndim, x.spans) == (place, lead.spans):
+                pieces.append(x.local)
+            else:
+                pieces.append(_fitted(x.whole(), place, lead))
+        else:
+            pieces.append(_fitted(x, place, lead))
+    written = _written(func)
+    if written is not None:
+        target = args[written]
+        if not isinstance(target, TokenTensor) or (target.cut_dim - target.ndim, target.spans) != (place, lead.spans):
+            return NotImplemented
+        if target.copied:
+            raise ShardingError(
+                f"{func} writes to a view of a tensor in pieces whose piece had to be copied: it would be lost"
+            )
+    args, kwargs = tree_unflatten(pieces, spec)
+    result = func(*args, **kwargs)
+    if written is not None:
+        return tree_unflatten(flat, spec)[0][written]
+    if isinstance(result, torch.Tensor):
+        return lead.like(result, ndim + place)
+    return type(result)(lead.like(part, ndim + place) for part in result)
+
+
+def _fitted(x: torch.Tensor, place: int, lead: TokenTensor) -> torch.Tensor:
+    """A whole tensor as it broadcasts against the pieces."""
+    if x.ndim < -place or x.shape[place] == 1:
+        return x
+    return lead.cut_alike(x, x.ndim + place)
+
+
+def _written(func: Any) -> int | None:
+    """Index of the argument that an operator changes in place."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return index
+    return None
+
+
+OPERATOR_RULES["pointwise"] = _pointwise
+for _operator in (aten.copy_, aten.masked_fill, aten.masked_fill_, aten.where, aten.fill_, aten.zero_, aten.lerp):
+    OPERATOR_RULES[_operator] = _pointwise
+
+
+@rule(aten._softmax, aten._log_softmax, aten.softmax, aten.cumsum, aten.sort, aten.topk, aten.glu)
+def _along_another_dim(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> Any:
+    """The result has the same dims; the dim in question must not be the cut one."""
+    index = 1 if func.overloadpacket is aten.topk else 0
+    dim = kwargs.get("dim", args[index] if len(args) > index else -1)
+    if not isinstance(x, TokenTensor) or not isinstance(dim, int) or _positive(dim, x.ndim) == x.cut_dim:
+        return NotImplemented
+    result = func(x.local, *args, **kwargs)
+    return x.like(result) if isinstance(result, torch.Tensor) else tuple(x.like(part) for part in result)
+
+
+@rule(
+    aten.sum, aten.mean, aten.amax, aten.amin, aten.max, aten.min, aten.argmax, aten.argmin, aten.var, aten.std,
+    aten.var_mean, aten.any, aten.all, aten.linalg_vector_norm, aten.norm, aten.prod, aten.logsumexp,
+)  # fmt: skip
+def _reduced(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> Any:
+    """Reductions over other dims than the cut one."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names[1:], args, strict=False)), **kwargs}
+    dims = given.get("dim")
+    if dims is None or not isinstance(x, TokenTensor) or dims == []:
+        return NotImplemented
+    gone = {_positive(dim, x.ndim) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    if x.cut_dim in gone:
+        return NotImplemented
+    dim = x.cut_dim if given.get("keepdim", False) else x.cut_dim - sum(d < x.cut_dim for d in gone)
+    result = func(x.local, *args, **kwargs)
+    return x.like(result, dim) if isinstance(result, torch.Tensor) else tuple(x.like(part, dim) for part in result)
+
+
+@rule(aten.mm, aten.bmm)
+def _matmul(func: Any, a: Any, b: Any) -> Any:
+    """(…, n, k) x (…, k, m). Rows of the first, columns of the second and batches are independent."""
+    last, batched = a.ndim - 1, a.ndim == 3
+    if isinstance(a, TokenTensor) and a.cut_dim != last:
+        if batched and a.cut_dim == 0:
+            if isinstance(b, TokenTensor) and (b.cut_dim, b.spans) != (0, a.spans):
+                return NotImplemented
+            return a.like(func(a.local, b.local if isinstance(b, TokenTensor) else a.cut_alike(b, 0)))
+        return a.like(func(a.local, b.whole() if isinstance(b, TokenTensor) else b))
+    if isinstance(a, TokenTensor):
+        # The sum runs over the cut dim: linear attention's state. Each rank has a part of it.
+        if isinstance(b, TokenTensor) and (b.cut_dim, b.spans) != (last - 1, a.spans):
+            return NotImplemented
+        return add_up(func(a.local, b.local if isinstance(b, TokenTensor) else a.cut_alike(b, last - 1)), a.axis)
+    if b.cut_dim == last:
+        return b.like(func(a, b.local))
+    return NotImplemented
+
+
+@rule(aten.addmm)
+def _addmm(func: Any, bias: Any, a: Any, b: Any, **kwargs: Any) -> Any:
+    if kwargs or not isinstance(a, TokenTensor) or a.cut_dim != 0 or isinstance(bias, TokenTensor) or bias.ndim != 1:
+        return NotImplemented
+    return a.like(func(bias, a.local, b.whole() if isinstance(b, TokenTensor) else b))
+
+
+@rule(aten.baddbmm)
+def _baddbmm(_func: Any, base: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    product = torch.bmm(a, b) * alpha
+    return product if beta == 0 else product + base * beta
+
+
+def _on_last_dims(first_argument: str, dims_of: Any) -> Any:
+    """A function that works on the last dims of its first argument alone; its other arguments are whole."""
+
+    def apply(function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else kwargs[first_argument]
+            others, _ = tree_flatten((args[1:], {k: v for k, v in kwargs.items() if k != first_argument}))
+            if not isinstance(x, TokenTensor) or any(isinstance(other, TokenTensor) for other in others):
+                return NotImplemented
+            if x.cut_dim >= x.ndim - dims_of(*args[1:2], **kwargs):
+                return NotImplemented
+            if args:
+                return x.like(function(x.local, *args[1:], **kwargs))
+            return x.like(function(**{**kwargs, first_argument: x.local}))
+
+        return run
+
+    return apply
+
+
+def _one(*_args: Any, **_kwargs: Any) -> int:
+    return 1
+
+
+def _normalized(shape: Any = None, **kwargs: Any) -> int:
+    shape = kwargs.get("normalized_shape", shape)
+    return 1 if isinstance(shape, int) else len(shape)
+
+
+FUNCTION_RULES[F.linear] = _on_last_dims("input", _one)(F.linear)
+FUNCTION_RULES[F.layer_norm] = _on_last_dims("input", _normalized)(F.layer_norm)
+FUNCTION_RULES[F.rms_norm] = _on_last_dims("input", _normalized)(F.rms_norm)
+FUNCTION_RULES[torch.rms_norm] = _on_last_dims("input", _normalized)(torch.rms_norm)

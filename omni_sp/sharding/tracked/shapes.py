@@ -1,0 +1,275 @@
+"""Rules for operators that move numbers without changing them: views, slices, joins, permutations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from omni_sp.sharding.tracked.spans import Spans, dealt_evenly, joined
+from omni_sp.sharding.tracked.tensor import OPERATOR_RULES, Rule, TokenTensor, cut
+
+aten = torch.ops.aten
+
+
+def rule(*operators: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for operators (all of their overloads)."""
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            OPERATOR_RULES[operator] = function
+        return function
+
+    return register
+
+
+def _positive(dim: int, ndim: int) -> int:
+    return dim % ndim if ndim else 0
+
+
+def reshaped(x: TokenTensor, size: Sequence[int]) -> tuple[int, Spans] | None:
+    """Where the cut dim goes in a reshape, and who holds what of it then; None where the pieces do not fit."""
+    before, after = list(x.shape), list(size)
+    i = j = 0
+    while i < len(before) or j < len(after):
+        # The shortest run of old dims and of new dims with the same number of elements.
+        first_old, first_new = i, j
+        old = new = 1
+        while True:
+            if i > first_old and j > first_new and old == new:
+                break
+            if (old <= new and i < len(before)) or j >= len(after):
+                if i >= len(before):
+                    break
+                old *= before[i]
+                i += 1
+            else:
+                new *= after[j]
+                j += 1
+        if not first_old <= x.cut_dim < i:
+            continue
+        flat = x.spans.merged(math.prod(before[first_old : x.cut_dim]), math.prod(before[x.cut_dim + 1 : i]))
+        # Of several dims that fit, one with the cut dim's own size is the most natural.
+        for dim in sorted(range(first_new, j), key=lambda dim: after[dim] != x.spans.size):
+            spans = flat.unmerged(math.prod(after[first_new:dim]), after[dim], math.prod(after[dim + 1 : j]))
+            if spans is not None and (after[dim] != 1 or flat.size == 1):
+                return dim, spans
+        return None
+    return None
+
+
+@rule(aten.view, aten._unsafe_view, aten.reshape)
+def _view(_func: Any, x: Any, size: Any) -> Any:
+    if not isinstance(x, TokenTensor) or isinstance(size, torch.dtype) or 0 in x.shape:
+        return NotImplemented
+    size = list(size)
+    if -1 in size:
+        size[size.index(-1)] = x.numel() // -math.prod(size)
+    found = reshaped(x, size)
+    if found is None:
+        return NotImplemented
+    dim, spans = found
+    size[dim] = spans.lengths[x.axis.rank]
+    local = x.local.reshape(size)
+    view = x.seen_as(local, dim, spans)
+    view.copied |= local.numel() > 0 and local.untyped_storage().data_ptr() != x.local.untyped_storage().data_ptr()
+    return view
+
+
+@rule(aten.permute)
+def _permute(_func: Any, x: TokenTensor, dims: Sequence[int]) -> Any:
+    dims = [_positive(dim, x.ndim) for dim in dims]
+    return x.seen_as(x.local.permute(dims), dims.index(x.cut_dim))
+
+
+@rule(aten.transpose, aten.t)
+def _transpose(_func: Any, x: TokenTensor, first: int = 0, second: int = 1) -> Any:
+    if x.ndim < 2:
+        return x
+    a, b = _positive(first, x.ndim), _positive(second, x.ndim)
+    dim = b if x.cut_dim == a else a if x.cut_dim == b else x.cut_dim
+    return x.seen_as(x.local.transpose(a, b), dim)
+
+
+@rule(aten.unsqueeze)
+def _unsqueeze(_func: Any, x: TokenTensor, dim: int) -> Any:
+    dim = _positive(dim, x.ndim + 1)
+    return x.seen_as(x.local.unsqueeze(dim), x.cut_dim + (dim <= x.cut_dim))
+
+
+@rule(aten.squeeze)
+def _squeeze(_func: Any, x: TokenTensor, dim: Any = None) -> Any:
+    if dim is None or x.spans.size == 1:
+        return NotImplemented
+    asked = [_positive(d, x.ndim) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+    gone = [d for d in asked if x.shape[d] == 1 and d != x.cut_dim]
+    return x.seen_as(x.local.squeeze(gone), x.cut_dim - sum(d < x.cut_dim for d in gone)) if gone else x
+
+
+@rule(aten.expand)
+def _expand(_func: Any, x: TokenTensor, size: Sequence[int], **_kwargs: Any) -> Any:
+    size = list(size)
+    dim = x.cut_dim + len(size) - x.ndim
+    if size[dim] not in (-1, x.spans.size) or (x.spans.size == 1 and size[dim] != 1):
+        return NotImplemented
+    size[dim] = x.local.shape[x.cut_dim]
+    return x.seen_as(x.local.expand(size), dim)
+
+
+@rule(aten.slice)
+def _slice(func: Any, x: TokenTensor, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> Any:
+    if not isinstance(x, TokenTensor):
+        return NotImplemented
+    dim = _positive(dim, x.ndim)
+    if dim != x.cut_dim:
+        return x.seen_as(func(x.local, dim, start, stop, step))
+    if step != 1:
+        return NotImplemented
+    first, last, _ = slice(start, stop).indices(x.spans.size)
+    return _narrowed(x, first, max(first, last))
+
+
+def _narrowed(x: TokenTensor, start: int, stop: int) -> TokenTensor:
+    me = x.axis.rank
+    first, last = x.spans.before(me, start), x.spans.before(me, stop)
+    return x.seen_as(x.local.narrow(x.cut_dim, first, last - first), spans=x.spans.narrowed(start, stop))
+
+
+@rule(aten.narrow)
+def _narrow(_func: Any, x: TokenTensor, dim: int, start: int, length: int) -> Any:
+    return _slice(aten.slice, x, dim, start, start + length)
+
+
+@rule(aten.select)
+def _select(_func: Any, x: TokenTensor, dim: int, index: int) -> Any:
+    dim = _positive(dim, x.ndim)
+    if dim == x.cut_dim:
+        return NotImplemented
+    return x.seen_as(x.local.select(dim, index), x.cut_dim - (dim < x.cut_dim))
+
+
+@rule(aten.unbind)
+def _unbind(_func: Any, x: TokenTensor, dim: int = 0) -> Any:
+    dim = _positive(dim, x.ndim)
+    if dim == x.cut_dim:
+        return NotImplemented
+    return [x.seen_as(part, x.cut_dim - (dim < x.cut_dim)) for part in x.local.unbind(dim)]
+
+
+@rule(aten.split, aten.split_with_sizes, aten.unsafe_split, aten.chunk)
+def _split(func: Any, x: TokenTensor, size: Any, dim: int = 0) -> Any:
+    dim = _positive(dim, x.ndim)
+    if dim != x.cut_dim:
+        return [x.seen_as(part) for part in func(x.local, size, dim)]
+    if isinstance(size, int):
+        step = -(-x.spans.size // size) if func.overloadpacket is aten.chunk else size
+        bounds = [*range(0, x.spans.size, step), x.spans.size] if x.spans.size else [0, 0]
+    else:
+        bounds = [0]
+        for length in size:
+            bounds.append(bounds[-1] + length)
+    return [_narrowed(x, start, stop) for start, stop in pairwise(bounds)]
+
+
+@rule(aten.cat)
+def _cat(_func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
+    tensors = [x for x in tensors if x.ndim > 1 or x.numel()] if len({x.ndim for x in tensors}) > 1 else tensors
+    first = next((x for x in tensors if isinstance(x, TokenTensor)), None)
+    if first is None:
+        return NotImplemented
+    dim = _positive(dim, first.ndim)
+    if any(isinstance(x, TokenTensor) and x.cut_dim != first.cut_dim for x in tensors):
+        return NotImplemented
+    if dim != first.cut_dim:
+        if any(isinstance(x, TokenTensor) and x.spans != first.spans for x in tensors):
+            return NotImplemented
+        pieces = [x.local if isinstance(x, TokenTensor) else first.cut_alike(x, first.cut_dim) for x in tensors]
+        return first.like(torch.cat(pieces, dim))
+    # What is whole so far (a text beside a picture's pieces) is dealt out: nobody may hold a token that others hold.
+    parts = [x if isinstance(x, TokenTensor) else _dealt(x, dim, first) for x in tensors]
+    return first.like(torch.cat([part.local for part in parts], dim), dim, joined([part.spans for part in parts]))
+
+
+def _dealt(value: torch.Tensor, dim: int, beside: TokenTensor) -> TokenTensor:
+    spans = dealt_evenly(value.shape[dim], beside.axis.size)
+    return TokenTensor(cut(value, dim, spans, beside.axis), dim, spans, beside.axis)
+
+
+@rule(aten.stack)
+def _stack(_func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
+    first = next((x for x in tensors if isinstance(x, TokenTensor)), None)
+    if first is None or any(
+        isinstance(x, TokenTensor) and (x.cut_dim, x.spans) != (first.cut_dim, first.spans) for x in tensors
+    ):
+        return NotImplemented
+    dim = _positive(dim, first.ndim + 1)
+    pieces = [x.local if isinstance(x, TokenTensor) else first.cut_alike(x, first.cut_dim) for x in tensors]
+    return first.like(torch.stack(pieces, dim), first.cut_dim + (dim <= first.cut_dim))
+
+
+@rule(aten.repeat)
+def _repeat(_func: Any, x: TokenTensor, repeats: Sequence[int]) -> Any:
+    dim = x.cut_dim + len(repeats) - x.ndim
+    return x.like(x.local.repeat(repeats), dim) if repeats[dim] == 1 else NotImplemented
+
+
+@rule(aten.repeat_interleave)
+def _repeat_interleave(_func: Any, x: Any, repeats: Any, dim: Any = None, **_kwargs: Any) -> Any:
+    if not isinstance(x, TokenTensor) or dim is None or not isinstance(repeats, int):
+        return NotImplemented
+    dim = _positive(dim, x.ndim)
+    return NotImplemented if dim == x.cut_dim else x.like(x.local.repeat_interleave(repeats, dim))
+
+
+@rule(aten.flip, aten.roll)
+def _flip(func: Any, x: TokenTensor, *args: Any) -> Any:
+    dims = args[-1] if args else []
+    if not dims or x.cut_dim in [_positive(dim, x.ndim) for dim in dims]:
+        return NotImplemented
+    return x.like(func(x.local, *args))
+
+
+@rule(aten.constant_pad_nd)
+def _pad(func: Any, x: TokenTensor, pad: Sequence[int], value: Any = 0) -> Any:
+    touched = [x.ndim - 1 - i // 2 for i, amount in enumerate(pad) if amount]
+    return NotImplemented if x.cut_dim in touched else x.like(func(x.local, pad, value))
+
+
+@rule(aten.view_as_complex)
+def _view_as_complex(_func: Any, x: TokenTensor) -> Any:
+    # A piece cut out of another may have strides that this view refuses.
+    return x.like(torch.view_as_complex(x.local.contiguous())) if x.cut_dim < x.ndim - 1 else NotImplemented
+
+
+@rule(aten.view_as_real)
+def _view_as_real(_func: Any, x: TokenTensor) -> Any:
+    return x.seen_as(torch.view_as_real(x.local))
+
+
+@rule(aten.clone, aten.detach, aten.alias, aten._to_copy, aten.contiguous, aten.lift_fresh)
+def _same(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, TokenTensor):
+        return NotImplemented
+    kwargs.pop("memory_format", None)
+    return x.like(func(x.local, *args, **kwargs))
+
+
+@rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
+def _filled_like(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop("memory_format", None)
+    return x.like(func(x.local, *args, **kwargs))
+
+
+@rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
+def _new(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> Any:
+    return func(x.local, *args, **kwargs)
+
+
+@rule(aten.index_select)
+def _index_select(func: Any, x: Any, dim: int, index: Any) -> Any:
+    if not isinstance(x, TokenTensor) or isinstance(index, TokenTensor) or _positive(dim, x.ndim) == x.cut_dim:
+        return NotImplemented
+    return x.like(func(x.local, dim, index))

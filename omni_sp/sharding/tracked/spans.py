@@ -1,0 +1,119 @@
+"""Which indices of one dim each rank holds: arithmetic that every rank does alike, so nobody has to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
+import torch
+
+from omni_sp.attention import shares
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A dim of ``size`` indices, dealt out to ranks.
+
+    Attributes:
+        size: of the dim. held: for each rank the half-open spans that it holds, ascending. Together they cover the dim
+            exactly once; a rank may hold none. In memory a rank's indices lie in this order.
+    """
+
+    size: int
+    held: tuple[tuple[Span, ...], ...]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of indices that each rank holds."""
+        return tuple(sum(stop - start for start, stop in spans) for spans in self.held)
+
+    @cached_property
+    def in_rank_order(self) -> bool:
+        """True where the ranks' pieces, one behind the other, are the whole."""
+        ends = [span for spans in self.held for span in spans]
+        return all(before[1] == after[0] for before, after in pairwise(ends))
+
+    def narrowed(self, start: int, stop: int) -> Spans:
+        """The indices from ``start`` to ``stop``, counted from ``start``."""
+        return _dealt(
+            stop - start,
+            [[(max(a, start) - start, min(b, stop) - start) for a, b in spans] for spans in self.held],
+        )
+
+    def before(self, rank: int, index: int) -> int:
+        """How many of a rank's indices lie before ``index``: its offset in the rank's memory."""
+        return sum(max(0, min(stop, index) - start) for start, stop in self.held[rank])
+
+    def merged(self, outer: int, inner: int) -> Spans:
+        """The dim flattened with ``outer`` indices before it and ``inner`` behind it."""
+        return _dealt(
+            outer * self.size * inner,
+            [
+                [
+                    ((turn * self.size + a) * inner, (turn * self.size + b) * inner)
+                    for turn in range(outer)
+                    for a, b in s
+                ]
+                for s in self.held
+            ],
+        )
+
+    def unmerged(self, outer: int, size: int, inner: int) -> Spans | None:
+        """The inverse of :meth:`merged`; None where the pieces do not fit."""
+        if outer * size * inner != self.size or any(x % inner for spans in self.held for span in spans for x in span):
+            return None
+        scaled = [[(a // inner, b // inner) for a, b in spans] for spans in self.held]
+        # A span may run over the end of a turn: cut it there.
+        first = _dealt(size, [[(max(a, 0), min(b, size)) for a, b in spans] for spans in scaled])
+        return first if first.merged(outer, inner) == self else None
+
+
+def dealt_evenly(size: int, num_ranks: int) -> Spans:
+    """Shares that differ by at most one, in rank order."""
+    return _evenly(size, num_ranks)
+
+
+@lru_cache(maxsize=4096)
+def _evenly(size: int, num_ranks: int) -> Spans:
+    spans, start = [], 0
+    for length in shares(size, num_ranks):
+        spans.append([(start, start + length)])
+        start += length
+    return _dealt(size, spans)
+
+
+def joined(parts: Sequence[Spans]) -> Spans:
+    """Dims one behind the other."""
+    held: list[list[Span]] = [[] for _ in parts[0].held]
+    offset = 0
+    for part in parts:
+        for spans, more in zip(held, part.held, strict=True):
+            spans += [(a + offset, b + offset) for a, b in more]
+        offset += part.size
+    return _dealt(offset, held)
+
+
+def _dealt(size: int, held: Sequence[Sequence[Span]]) -> Spans:
+    """Spans without empty ones, neighbours made one."""
+    tidy = []
+    for spans in held:
+        mine: list[Span] = []
+        for start, stop in spans:
+            if start >= stop:
+                continue
+            if mine and mine[-1][1] == start:
+                start = mine.pop()[0]
+            mine.append((start, stop))
+        tidy.append(tuple(mine))
+    return Spans(size, tuple(tidy))
+
+
+@lru_cache(maxsize=256)
+def order_of(spans: Spans) -> torch.Tensor:
+    """For each global index, where it lies when the ranks' pieces are put one behind the other."""
+    places = torch.cat([torch.arange(a, b) for held in spans.held for a, b in held])
+    return torch.argsort(places)

@@ -1,0 +1,1 @@
+"""Tiny instances of every transformer class of diffusers, with inputs of awkward sizes."""

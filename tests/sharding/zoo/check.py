@@ -1,0 +1,84 @@
+"""Run entries of the zoo on several ranks against one process, and print the errors and what had to be gathered.
+
+python -m tests.sharding.zoo.check SD3            # every entry whose id contains the word
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+
+from omni_sp import parallelize
+from omni_sp.mesh import ParallelMesh
+from omni_sp.sharding.plan import TrackedPlan
+from omni_sp.sharding.plans import ROWS, rows_of
+from omni_sp.sharding.tracked import GATHERED
+from tests.attention.reference import relative_error
+from tests.ranks import RankError, RankPool
+from tests.sharding.models import randomise
+
+LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1)]
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """What a transformer gives back, tuple or not, as one flat row (some give a list)."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if hasattr(output, "values"):
+        output = tuple(output.values())
+    parts = [first_tensor(part).flatten() for part in output if isinstance(part, (torch.Tensor, list, tuple))]
+    return torch.cat(parts)
+
+
+def compare(mesh: ParallelMesh, entry_id: str, tracked: bool) -> tuple[float, bool, dict[str, int], dict[str, int]]:
+    """Error, whether remove() gives back the very bits, tokens, and operations that needed the whole."""
+    from tests.sharding.zoo.all import ENTRIES
+
+    warnings.simplefilter("ignore")
+    entry = ENTRIES[entry_id]
+    model = randomise(entry.build())
+    with torch.no_grad():
+        wanted = first_tensor(model(**entry.inputs()))
+        assert wanted.isfinite().all(), "the entry itself gives no finite numbers"
+        assert wanted.abs().max() > 1e-4, "the entry itself gives only zeros"
+        plan = TrackedPlan(ROWS.get(entry.name) or rows_of(model)) if tracked else None
+        handle = parallelize(model, mesh, plan=plan)
+        gathered: Counter[str] = Counter()
+        token = GATHERED.set(gathered)
+        try:
+            for _ in range(2):
+                sharded = first_tensor(model(**entry.inputs()))
+        finally:
+            GATHERED.reset(token)
+        tokens = handle.tokens
+        handle.remove()
+        again = first_tensor(model(**entry.inputs()))
+    return relative_error(sharded, wanted), torch.equal(again, wanted), tokens, dict(gathered)
+
+
+def main() -> None:
+    """Print a line for each entry and layout."""
+    from tests.sharding.zoo.all import ENTRIES
+
+    pool = RankPool()
+    for entry_id in ENTRIES:
+        if not any(word in entry_id for word in sys.argv[1:]):
+            continue
+        for ulysses, ring in LAYOUTS:
+            try:
+                error, restored, tokens, gathered = pool.run(compare, entry_id, True, ulysses=ulysses, ring=ring)[0]
+            except RankError as failure:
+                print(f"FAILED {entry_id} {ulysses}x{ring}\n{failure}")
+                pool = RankPool()
+                break
+            state = "ok    " if error <= 1e-5 and restored else "WRONG "
+            print(f"{state}{entry_id} {ulysses}x{ring} error {error:.1e} restored {restored} {tokens} {gathered}")
+    pool.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""One transformer class of the zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A way to run one class.
+
+    Attributes:
+        build: a tiny model; its weights are randomised by the caller. inputs: arguments of one forward, by name.
+        name: of the class. variant: tells several entries of one class apart.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    inputs: Callable[[], Inputs]
+    variant: str = ""
+
+    @property
+    def id(self) -> str:
+        """For people."""
+        return f"{self.name}, {self.variant}" if self.variant else self.name
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    """Standard normal numbers, the same on every rank."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def key_mask(lengths: tuple[int, ...], tokens: int) -> torch.Tensor:
+    """(batch, tokens) bool: the first ``lengths[i]`` tokens of each sample are valid."""
+    return torch.stack([torch.arange(tokens) < length for length in lengths])
