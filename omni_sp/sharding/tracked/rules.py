@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from omni_sp.collectives import add_up
 from omni_sp.errors import ShardingError
@@ -18,54 +19,54 @@ F = torch.nn.functional
 
 def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Element by element, with broadcasting. What is whole is cut to fit the pieces."""
-    flat, spec = tree_flatten((args, kwargs))
-    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
-    ndim = max(x.ndim for x in tensors)
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
     lead: TokenTensor | None = None
     for x in tensors:
         if isinstance(x, TokenTensor) and (lead is None or x.spans.size > lead.spans.size):
             lead = x
-    assert lead is not None
-    place = lead.cut_dim - lead.ndim  # counted from the end, as broadcasting does
-    size = max(x.shape[place] for x in tensors if x.ndim >= -place)
-    if size != lead.spans.size:
+    if lead is None:  # they hide in a list
         return NotImplemented
-    pieces = []
-    for x in flat:
-        if not isinstance(x, torch.Tensor):
-            pieces.append(x)
-        elif isinstance(x, TokenTensor):
-            if (x.cut_dim - x.ndim, x.spans) == (place, lead.spans):
-                pieces.append(x.local)
-            else:
-                pieces.append(_fitted(x.whole(), place, lead))
-        else:
-            pieces.append(_fitted(x, place, lead))
+    place = lead.cut_dim - lead.ndim  # counted from the end, as broadcasting does
+    if any(x.ndim >= -place and x.shape[place] > lead.spans.size for x in tensors):
+        return NotImplemented
     written = _written(func)
     if written is not None:
         target = args[written]
-        if not isinstance(target, TokenTensor) or (target.cut_dim - target.ndim, target.spans) != (place, lead.spans):
+        if not isinstance(target, TokenTensor) or not _alike(target, place, lead):
             return NotImplemented
         if target.copied:
             raise ShardingError(
                 f"{func} writes to a view of a tensor in pieces whose piece had to be copied: it would be lost"
             )
-    args, kwargs = tree_unflatten(pieces, spec)
-    result = func(*args, **kwargs)
+    result = func(
+        *[_fitted(x, place, lead) if isinstance(x, torch.Tensor) else x for x in args],
+        **{name: _fitted(x, place, lead) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()},
+    )
     if written is not None:
-        return tree_unflatten(flat, spec)[0][written]
+        return args[written]
+    dim = place + max(x.ndim for x in tensors)
     if isinstance(result, torch.Tensor):
-        return lead.like(result, ndim + place)
-    return type(result)(lead.like(part, ndim + place) for part in result)
+        return lead.like(result, dim)
+    return type(result)(lead.like(part, dim) for part in result)
+
+
+def _alike(x: TokenTensor, place: int, lead: TokenTensor) -> bool:
+    """Whether two tensors are cut alike, dims counted from the end."""
+    return x.cut_dim - x.ndim == place and (x.spans is lead.spans or x.spans == lead.spans)
 
 
 def _fitted(x: torch.Tensor, place: int, lead: TokenTensor) -> torch.Tensor:
-    """A whole tensor as it broadcasts against the pieces."""
+    """A tensor as it broadcasts against the pieces."""
+    if isinstance(x, TokenTensor):
+        if _alike(x, place, lead):
+            return x.local
+        x = x.whole()
     if x.ndim < -place or x.shape[place] == 1:
         return x
     return lead.cut_alike(x, x.ndim + place)
 
 
+@lru_cache(maxsize=1024)
 def _written(func: Any) -> int | None:
     """Index of the argument that an operator changes in place."""
     for index, argument in enumerate(func._schema.arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -30,9 +31,9 @@ def _positive(dim: int, ndim: int) -> int:
     return dim % ndim if ndim else 0
 
 
-def reshaped(x: TokenTensor, size: Sequence[int]) -> tuple[int, Spans] | None:
+@lru_cache(maxsize=4096)
+def reshaped(before: tuple[int, ...], cut_dim: int, spans: Spans, after: tuple[int, ...]) -> tuple[int, Spans] | None:
     """Where the cut dim goes in a reshape, and who holds what of it then; None where the pieces do not fit."""
-    before, after = list(x.shape), list(size)
     i = j = 0
     while i < len(before) or j < len(after):
         # The shortest run of old dims and of new dims with the same number of elements.
@@ -49,14 +50,14 @@ def reshaped(x: TokenTensor, size: Sequence[int]) -> tuple[int, Spans] | None:
             else:
                 new *= after[j]
                 j += 1
-        if not first_old <= x.cut_dim < i:
+        if not first_old <= cut_dim < i:
             continue
-        flat = x.spans.merged(math.prod(before[first_old : x.cut_dim]), math.prod(before[x.cut_dim + 1 : i]))
+        flat = spans.merged(math.prod(before[first_old:cut_dim]), math.prod(before[cut_dim + 1 : i]))
         # Of several dims that fit, one with the cut dim's own size is the most natural.
-        for dim in sorted(range(first_new, j), key=lambda dim: after[dim] != x.spans.size):
-            spans = flat.unmerged(math.prod(after[first_new:dim]), after[dim], math.prod(after[dim + 1 : j]))
-            if spans is not None and (after[dim] != 1 or flat.size == 1):
-                return dim, spans
+        for dim in sorted(range(first_new, j), key=lambda dim: after[dim] != spans.size):
+            found = flat.unmerged(math.prod(after[first_new:dim]), after[dim], math.prod(after[dim + 1 : j]))
+            if found is not None and (after[dim] != 1 or flat.size == 1):
+                return dim, found
         return None
     return None
 
@@ -68,7 +69,7 @@ def _view(_func: Any, x: Any, size: Any) -> Any:
     size = list(size)
     if -1 in size:
         size[size.index(-1)] = x.numel() // -math.prod(size)
-    found = reshaped(x, size)
+    found = reshaped(tuple(x.shape), x.cut_dim, x.spans, tuple(size))
     if found is None:
         return NotImplemented
     dim, spans = found
@@ -190,7 +191,7 @@ def _cat(_func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
         return first.like(torch.cat(pieces, dim))
     # What is whole so far (a text beside a picture's pieces) is dealt out: nobody may hold a token that others hold.
     parts = [x if isinstance(x, TokenTensor) else _dealt(x, dim, first) for x in tensors]
-    return first.like(torch.cat([part.local for part in parts], dim), dim, joined([part.spans for part in parts]))
+    return first.like(torch.cat([part.local for part in parts], dim), dim, joined(tuple(part.spans for part in parts)))
 
 
 def _dealt(value: torch.Tensor, dim: int, beside: TokenTensor) -> TokenTensor:

@@ -37,6 +37,15 @@ class Spans:
         ends = [span for spans in self.held for span in spans]
         return all(before[1] == after[0] for before, after in pairwise(ends))
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Looked up all the time, as a key of what was worked out before.
+        return hash((self.size, self.held))
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - bounded, and spans are few
     def narrowed(self, start: int, stop: int) -> Spans:
         """The indices from ``start`` to ``stop``, counted from ``start``."""
         return _dealt(
@@ -86,7 +95,8 @@ def _evenly(size: int, num_ranks: int) -> Spans:
     return _dealt(size, spans)
 
 
-def joined(parts: Sequence[Spans]) -> Spans:
+@lru_cache(maxsize=4096)
+def joined(parts: tuple[Spans, ...]) -> Spans:
     """Dims one behind the other."""
     held: list[list[Span]] = [[] for _ in parts[0].held]
     offset = 0

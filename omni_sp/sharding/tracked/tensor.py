@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,14 +95,20 @@ class TokenTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = OPERATOR_RULES.get(func) or OPERATOR_RULES.get(func.overloadpacket)
-        if rule is None and torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
-            rule = OPERATOR_RULES["pointwise"]
+        rule = _rule_for(func)
         if rule is not None:
             result = rule(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         return on_the_whole(func, args, kwargs)
+
+
+@cache
+def _rule_for(func: Any) -> Rule | None:
+    rule = OPERATOR_RULES.get(func) or OPERATOR_RULES.get(func.overloadpacket)
+    if rule is None and torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
+        rule = OPERATOR_RULES["pointwise"]
+    return rule
 
 
 def on_the_whole(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
