@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from omni_sp.outputs import OmniRequestOutput
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+EXACT, AMPLIFIED = 1e-5, 1e-3
+"""Relative differences in float32: of one transformer call, and of what later steps and the VAE may make of it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="omni-sp", description="Any diffusers pipeline over several processes or GPUs, exactly.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_generate_options(commands.add_parser("generate", help="draw pictures", allow_abbrev=False))
+    _add_check_options(commands.add_parser("check", help="is a model exact over several ranks?", allow_abbrev=False))
+    _add_models_options(commands.add_parser("models", help="what is known of which transformer", allow_abbrev=False))
     return _run(parser, arguments)
 
 
@@ -89,6 +93,68 @@ def generate(options: argparse.Namespace) -> int:
             if omni.speaks:
                 _print_output(output, [files.save(image) for image in output.images])
     return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Run a model on one rank and on many, and tell how far apart they are: ``omni-sp check``."""
+    config = DiffusionParallelConfig(ulysses_degree=options.ulysses_degree, ring_degree=options.ring_degree)
+    if config.world_size == 1:
+        raise ConfigError("nothing to check on one rank: give --ulysses-degree or --ring-degree above 1")
+    from omni_sp.omni import Omni
+
+    params = OmniDiffusionSamplingParams(
+        height=options.height, width=options.width, num_inference_steps=options.num_inference_steps
+    )
+    prompt: dict[str, Any] = {"prompt": options.prompt}
+    if options.image is not None:
+        prompt["image"] = _read_picture(options.image)
+    with Omni(
+        options.model,
+        config,
+        device=None if options.device == "auto" else options.device,
+        dtype=options.dtype,
+        attention_backend=options.attention_backend,
+    ) as omni:
+        errors = omni.check(prompt, params)
+        if not omni.speaks:
+            return 0
+        _print_layout(omni, options.model)
+    print("stage, and its largest difference from one process, relative to its largest number")
+    for stage, error in errors.items():
+        print(f"  {stage:28}{error:.1e}")
+    if options.dtype != "float32":
+        print(f"{options.dtype} rounds differently in every order of additions; check in float32 to tell what is exact")
+        return 0
+    first_calls = [error for stage, error in errors.items() if stage.endswith("call 1")]
+    if first_calls and max(first_calls) <= EXACT and max(errors.values()) <= AMPLIFIED:
+        print("exact: what is left is the rounding of float32")
+        return 0
+    print("NOT exact: please report it, with the model's name and this table")
+    return FAILED
+
+
+def models(options: argparse.Namespace) -> int:
+    """List every transformer class of the installed diffusers: ``omni-sp models``."""
+    from omni_sp.sharding.catalogue import as_markdown, catalogue
+
+    states = catalogue()
+    if options.markdown:
+        print(as_markdown(states), end="")
+        return 0
+    for state in states:
+        print(f"{state.name:44}{state.state:10}{state.how:10}{state.note}".rstrip())
+    counts = [f"{sum(one.state == name for one in states)} {name}" for name in ("exact", "refused", "unproven")]
+    print(f"{len(states)} classes: {', '.join(counts)}")
+    return 0
+
+
+def _read_picture(path: str) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(Path(path).expanduser()).convert("RGB")
+    except OSError as error:
+        raise ConfigError(f"--image {path} cannot be read: {error}") from error
 
 
 class PictureFiles:
@@ -155,14 +221,45 @@ def _require_writable(target: Path, folder: Path) -> None:
         pass
 
 
+def _add_check_options(parser: _Parser) -> None:
+    parser.set_defaults(run=check, parser=parser)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=f"hub id, folder of a diffusers pipeline, or {SHAPES_MODEL}")
+    _add_layout_options(parser)
+    add("--prompt", default="a red circle", metavar="TEXT")
+    add("--image", metavar="PATH", help="picture to start from, where the pipeline takes one")
+    add("--width", type=int, metavar="PIXELS")
+    add("--height", type=int, metavar="PIXELS")
+    add("--num-inference-steps", type=int, metavar="N")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_models_options(parser: _Parser) -> None:
+    parser.set_defaults(run=models, parser=parser)
+    parser.add_argument("--markdown", action="store_true", help="as the page docs/models.md")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_layout_options(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--ulysses-degree", "--usp", type=int, default=1, metavar="N", help="ranks that trade tokens for heads")
+    add("--ring-degree", "--ring", type=int, default=1, metavar="N", help="ranks that keys and values travel around")
+    add(
+        "--device",
+        default="auto",
+        help="auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
+    )
+    add("--attention-backend", default="auto", metavar="NAME", help="attention kernel (%(default)s)")
+
+
 def _add_generate_options(parser: _Parser) -> None:
     parser.set_defaults(run=generate, parser=parser)
     add = parser.add_argument
     add("--model", default=SHAPES_MODEL, help="hub id, folder of a diffusers pipeline, or %(default)s (the default)")
     add("--prompt", action="append", metavar="TEXT", help="what to draw; repeat it for more pictures")
     add("--negative-prompt", metavar="TEXT", help="what to keep away from")
-    add("--ulysses-degree", "--usp", type=int, default=1, metavar="N", help="ranks that trade tokens for heads")
-    add("--ring-degree", "--ring", type=int, default=1, metavar="N", help="ranks that keys and values travel around")
+    _add_layout_options(parser)
     add("--width", type=int, metavar="PIXELS")
     add("--height", type=int, metavar="PIXELS")
     add("--num-inference-steps", type=int, metavar="N", help="denoising steps")
@@ -177,12 +274,6 @@ def _add_generate_options(parser: _Parser) -> None:
     add("--num-images-per-prompt", type=int, metavar="N")
     add("--output", default="pictures", metavar="PATH", help="picture file or folder (%(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: bfloat16 on GPUs")
-    add(
-        "--device",
-        default="auto",
-        help="auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
-    )
-    add("--attention-backend", default="auto", metavar="NAME", help="attention kernel (%(default)s)")
     add(
         "--attention-strategy",
         default="omni_sp",

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 from omni_sp import errors
@@ -126,7 +127,8 @@ class RankEngine:
                 self._shut(f"an earlier call failed: {str(error) or type(error).__name__}")
                 raise
         done: Done = answers[0]
-        return done
+        worst = {stage: max(answer.errors[stage] for answer in answers.values()) for stage in done.errors}
+        return replace(done, errors=worst)
 
     def close(self) -> None:
         """End the ranks. Idempotent."""

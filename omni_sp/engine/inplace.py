@@ -69,7 +69,7 @@ class InPlaceEngine:
     def _run(self, call: Call, on_step: OnStep | None) -> Done:
         try:
             self._require_same(call)
-            return self._runner.run(call, on_step)
+            return self._runner.check(call) if call.is_check else self._runner.run(call, on_step)
         except Exception as error:
             self._note(error)
             if isinstance(error, OmniSPError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omni_sp.config import DiffusionParallelConfig
@@ -59,11 +59,17 @@ class Join:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """Front -> ranks: one call of the pipeline; the seed also makes ranks agree where a pipeline takes no generator."""
+    """Front -> ranks: one call of the pipeline.
+
+    Attributes:
+        seed: also makes ranks agree where a pipeline takes no generator.
+        is_check: run it on each rank alone too, and tell how far apart the stages are.
+    """
 
     request_id: str
     arguments: Mapping[str, Any]
     seed: int
+    is_check: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +110,12 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """Rank -> front: the call is over. Only rank 0 sends a result."""
+    """Rank -> front: the call is over. Only rank 0 sends a result; of a check, every rank sends its errors."""
 
     request_id: str
     result: CallResult | None
     tokens: Mapping[str, int]
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

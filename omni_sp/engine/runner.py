@@ -11,6 +11,7 @@ import torch
 from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.call import pipeline_facts, run_call
+from omni_sp.pipelines.check import stage_errors
 from omni_sp.pipelines.load import default_dtype, load_pipeline
 from omni_sp.pipelines.parallelize import ParallelHandle, parallelize
 from omni_sp.pipelines.timing import OnStep
@@ -39,12 +40,7 @@ class Runner:
         began = time.perf_counter()
         facts = pipeline_facts(self._pipe, self._options.source.sampling_defaults)
         self._takes_generator = facts.taken_as("generator") is not None
-        self._handle = parallelize(
-            self._pipe,
-            mesh,
-            attention_backend=self._options.attention_backend,
-            attention_strategy=self._options.attention_strategy,
-        )
+        self._handle = self._parallelized(mesh)
         self._load_s += time.perf_counter() - began
         return Ready(
             rank=mesh.rank,
@@ -77,6 +73,35 @@ class Runner:
             seed = call.seed if self._takes_generator else None
             result = run_call(self._pipe, arguments, seed=seed, device=self._device, on_step=on_step)
         return Done(request_id=call.request_id, result=result, tokens=dict(self._handle.tokens))
+
+    def check(self, call: Call) -> Done:
+        """Run a call on this rank alone and over all ranks, and tell how far apart they are. All ranks do it."""
+        assert self._handle is not None, "spread() comes before check()"
+        mesh = self._handle.mesh
+
+        def spread() -> None:
+            torch.manual_seed(call.seed)
+            self._handle = self._parallelized(mesh)
+
+        def alone() -> None:
+            torch.manual_seed(call.seed)
+            assert self._handle is not None
+            self._handle.remove()
+
+        seed = call.seed if self._takes_generator else None
+        with torch.random.fork_rng(devices=[self._device.index] if self._device.type == "cuda" else []):
+            errors = stage_errors(
+                self._pipe, call.arguments, seed=seed, device=self._device, alone=alone, spread=spread
+            )
+        return Done(request_id=call.request_id, result=None, tokens=dict(self._handle.tokens), errors=errors)
+
+    def _parallelized(self, mesh: ParallelMesh) -> ParallelHandle:
+        return parallelize(
+            self._pipe,
+            mesh,
+            attention_backend=self._options.attention_backend,
+            attention_strategy=self._options.attention_strategy,
+        )
 
     def close(self) -> None:
         """Give the pipeline's memory back."""

@@ -80,6 +80,9 @@ def _live(settings: RankSettings, inbox: Inbox, tell: Tell) -> None:
             if isinstance(message, Exception):
                 raise message
             assert isinstance(message, Call)
+            if message.is_check:
+                tell(runner.check(message))
+                continue
             done = runner.run(message, on_step, answers=settings.rank == 0)
         except Exception as error:
             tell(failure(error))

@@ -63,10 +63,10 @@ def parallelize(
         attention_backend: name of the attention kernel, one of ``omni_sp.attention.kernel_names()``.
         attention_strategy: "omni_sp", or "yunchang" to have that library carry out the attention (for comparing; it
             refuses most shapes).
-        plan: for a transformer that has no plan of its own.
+        plan: instead of the transformer's own plan, or for one whose rows of tokens cannot be found.
 
     Raises:
-        UnsupportedModelError: no transformer, or one without a plan.
+        UnsupportedModelError: no transformer, or one whose rows of tokens cannot be found.
         UnsupportedAttentionError: no kernel or strategy of that name, or its package is missing.
         ShardingError: it is parallelized already.
     """
@@ -75,7 +75,7 @@ def parallelize(
             f"no attention kernel is called {attention_backend!r}; choose from {', '.join(kernel_names())}"
         )
     check_strategy(attention_strategy)
-    models = _transformers(pipe_or_transformer)
+    models = [model for _, model in transformers_of(pipe_or_transformer)]
     if not models and mesh.sequence.size > 1:
         raise UnsupportedModelError(
             f"{type(pipe_or_transformer).__name__} has no transformer, so there are no tokens to split over "
@@ -99,9 +99,9 @@ def parallelize(
     return ParallelHandle(mesh, shards)
 
 
-def _transformers(pipe_or_transformer: Any) -> list[torch.nn.Module]:
-    """The transformer itself, or those among a pipeline's components."""
+def transformers_of(pipe_or_transformer: Any) -> list[tuple[str, torch.nn.Module]]:
+    """The transformer itself, or those among a pipeline's components, with their names."""
     if isinstance(pipe_or_transformer, torch.nn.Module):
-        return [pipe_or_transformer]
-    found = (getattr(pipe_or_transformer, name, None) for name in _TRANSFORMERS)
-    return [model for model in found if isinstance(model, torch.nn.Module)]
+        return [("transformer", pipe_or_transformer)]
+    found = ((name, getattr(pipe_or_transformer, name, None)) for name in _TRANSFORMERS)
+    return [(name, model) for name, model in found if isinstance(model, torch.nn.Module)]

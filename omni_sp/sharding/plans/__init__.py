@@ -10,15 +10,13 @@ import torch
 from omni_sp.errors import UnsupportedModelError
 from omni_sp.sharding.plan import ShardingPlan, Split, TrackedPlan, from_diffusers
 from omni_sp.sharding.plans import flux, qwen_image, wan
+from omni_sp.sharding.plans.rows import ROWS
 
 _CORRECTIONS: dict[str, Callable[[ShardingPlan], ShardingPlan]] = {
     "FluxTransformer2DModel": flux.correct,
     "QwenImageTransformer2DModel": qwen_image.correct,
     "WanTransformer3DModel": wan.correct,
 }
-
-ROWS: dict[str, Mapping[str, Mapping[str, Split]]] = {}
-"""Classes whose rows do not begin at the first input of their first blocks."""
 
 
 def planned_models() -> tuple[str, ...]:
