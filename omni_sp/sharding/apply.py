@@ -22,7 +22,7 @@ from omni_sp.sharding.forward import (
     signature_of,
 )
 from omni_sp.sharding.plan import Gather, ModulePlan, ShardingPlan, Split, TrackedPlan, matches
-from omni_sp.sharding.route import Route, backend_key
+from omni_sp.sharding.route import Route, backend_key, flex_in_pieces
 from omni_sp.sharding.tracked import TokenTensor, cut, dealt_evenly, unwrapped
 
 _MARK = "_omni_sp_handle"
@@ -94,7 +94,8 @@ def shard(
                 _route(module.processor, Route(path, whole_keys=whole), handle)
         if tracked:
             for path, module in model.named_modules():
-                if hasattr(getattr(module, "processor", None), "_attention_backend"):
+                # A class that names a backend itself insists on it.
+                if getattr(type(getattr(module, "processor", None)), "_attention_backend", "none") is None:
                     _route(module.processor, Route(path, whole_keys=False), handle)
             handle.hook(model.register_forward_hook(_made_whole))
         # Registered last, so that it runs after a join at the transformer itself.
@@ -193,6 +194,8 @@ class _Session:
             tracked=self._tracked,
         )
         self._open.enter_context(entered(forward, signature))
+        if self._tracked:
+            self._open.enter_context(flex_in_pieces())
 
     def leave(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
         self._open.close()
@@ -257,12 +260,12 @@ def cut_tracked(value: Any, split: Split, mesh: ParallelMesh, where: str, on_cut
         or value.ndim != (split.ndim or value.ndim)
     ):
         return value
-    axis = mesh.sequence
-    spans = dealt_evenly(value.shape[split.dim], axis.size)
+    axis, dim = mesh.sequence, split.dim % value.ndim
+    spans = dealt_evenly(value.shape[dim], axis.size)
     if on_cut is not None:
-        on_cut(where, value, value.shape[split.dim], spans.lengths[axis.rank])
+        on_cut(where, value, value.shape[dim], spans.lengths[axis.rank])
     # A copy: the model may write to its piece, and the caller's tensor would then differ from rank to rank.
-    return TokenTensor(cut(value, split.dim, spans, axis).clone(), split.dim, spans, axis)
+    return TokenTensor(cut(value, dim, spans, axis).clone(), dim, spans, axis)
 
 
 def _hook_attention(module: torch.nn.Module, path: str, handle: ShardHandle) -> None:

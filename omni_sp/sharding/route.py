@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -53,6 +56,35 @@ def backend_key() -> Any:
     key._name_, key._value_ = BACKEND.upper(), BACKEND
     _AttentionBackendRegistry.register(key)(_attention)
     return key
+
+
+@contextmanager
+def flex_in_pieces() -> Iterator[None]:
+    """Let diffusers' flex backend, which some models insist on by its name, know tensors in pieces for a while."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    backends = _AttentionBackendRegistry._backends
+    original = backends[AttentionBackendName.FLEX]
+
+    @wraps(original)
+    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, **others: Any) -> Any:
+        if not any(isinstance(x, TokenTensor) for x in (query, key, value)):
+            return original(query, key, value, attn_mask, **others)
+        return tracked_attention(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            is_causal=others.get("is_causal", False),
+            scale=others.get("scale"),
+            enable_gqa=others.get("enable_gqa", False),
+        )
+
+    backends[AttentionBackendName.FLEX] = attend
+    try:
+        yield
+    finally:
+        backends[AttentionBackendName.FLEX] = original
 
 
 def _attention(

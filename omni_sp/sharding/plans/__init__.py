@@ -42,7 +42,10 @@ def plan_for(model: torch.nn.Module) -> ShardingPlan | TrackedPlan:
 def rows_of(model: torch.nn.Module) -> Mapping[str, Mapping[str, Split]]:
     """Where the rows of an unknown model begin: the first input of the first block of each of its lists of blocks."""
     cuts = {}
-    for path, blocks in model.named_children():
+    lists = list(model.named_children())
+    for path, blocks in lists:
+        if isinstance(blocks, torch.nn.ModuleDict):
+            lists += [(f"{path}.{name}", child) for name, child in blocks.items()]
         if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) == 0:
             continue
         parameters = list(inspect.signature(type(blocks[0]).forward).parameters)[1:]

@@ -5,6 +5,15 @@ from collections.abc import Mapping
 from omni_sp.sharding.plan import Split
 
 ROWS: dict[str, Mapping[str, Mapping[str, Split]]] = {
+    # Each stream has its own row in this one.
+    "Cosmos3OmniTransformer": {"layers.0": {"und_seq": Split(dim=0), "gen_seq": Split(dim=0)}},
+    "LTX2VideoTransformer3DModel": {
+        "transformer_blocks.0": {"hidden_states": Split(dim=1), "audio_hidden_states": Split(dim=1)}
+    },
+    "WanVACETransformer3DModel": {
+        "vace_blocks.0": {"hidden_states": Split(dim=1), "control_hidden_states": Split(dim=1)},
+        "blocks.0": {"hidden_states": Split(dim=1)},
+    },
     # Tokens come first here, the batch second.
     "ErnieImageTransformer2DModel": {"layers.0": {"x": Split(dim=0, ndim=3)}},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from omni_sp.attention import SequenceLayout
 from omni_sp.errors import UnsupportedAttentionError
@@ -139,10 +140,25 @@ def _key_mask_of(mask: torch.Tensor) -> Any:
     return open_ if bool((open_ | shut).all() & open_.any(-1).all()) else False
 
 
+def _dense(mask: BlockMask) -> torch.Tensor:
+    """What a flex mask says, as a bool tensor; kept for the other attentions of this forward."""
+    found = _forward().masks
+    batch, heads, queries, keys = mask.shape
+    if id(mask) not in found:
+        found[id(mask)] = (
+            mask,
+            create_mask(mask.mask_mod, batch, heads, queries, keys, device=str(mask.kv_indices.device)),
+        )
+    whole: torch.Tensor = found[id(mask)][1]
+    return whole
+
+
 def tracked_attention(
     query: Any, key: Any, value: Any, *, attn_mask: Any, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Any:
     """The same for (batch, tokens, heads, head_dim), as diffusers' dispatcher has it."""
+    if isinstance(attn_mask, BlockMask):
+        attn_mask = _dense(attn_mask)
     out = scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

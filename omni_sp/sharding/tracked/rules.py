@@ -9,9 +9,8 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from omni_sp.collectives import add_up
-from omni_sp.errors import ShardingError
 from omni_sp.sharding.tracked.shapes import _positive, rule
-from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, OPERATOR_RULES, TokenTensor
+from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, OPERATOR_RULES, TokenTensor, require_writable
 
 aten = torch.ops.aten
 F = torch.nn.functional
@@ -27,17 +26,14 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     if lead is None:  # they hide in a list
         return NotImplemented
     place = lead.cut_dim - lead.ndim  # counted from the end, as broadcasting does
-    if any(x.ndim >= -place and x.shape[place] > lead.spans.size for x in tensors):
+    if any(x.ndim >= -place and x.shape[place] not in (1, lead.spans.size) for x in tensors):
         return NotImplemented
     written = _written(func)
     if written is not None:
         target = args[written]
         if not isinstance(target, TokenTensor) or not _alike(target, place, lead):
             return NotImplemented
-        if target.copied:
-            raise ShardingError(
-                f"{func} writes to a view of a tensor in pieces whose piece had to be copied: it would be lost"
-            )
+        require_writable(func, target)
     result = func(
         *[_fitted(x, place, lead) if isinstance(x, torch.Tensor) else x for x in args],
         **{name: _fitted(x, place, lead) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()},
@@ -76,7 +72,7 @@ def _written(func: Any) -> int | None:
 
 
 OPERATOR_RULES["pointwise"] = _pointwise
-for _operator in (aten.copy_, aten.masked_fill, aten.masked_fill_, aten.where, aten.fill_, aten.zero_, aten.lerp):
+for _operator in (aten.copy_, aten.masked_fill, aten.masked_fill_, aten.where.self, aten.fill_, aten.zero_, aten.lerp):
     OPERATOR_RULES[_operator] = _pointwise
 
 

@@ -74,7 +74,11 @@ def _view(_func: Any, x: Any, size: Any) -> Any:
         return NotImplemented
     dim, spans = found
     size[dim] = spans.lengths[x.axis.rank]
-    local = x.local.reshape(size)
+    return _maybe_copied(x, x.local.reshape(size), dim, spans)
+
+
+def _maybe_copied(x: TokenTensor, local: torch.Tensor, dim: int | None = None, spans: Spans | None = None) -> Any:
+    """What one process has as a view of ``x``, and this rank perhaps as a copy of its piece."""
     view = x.seen_as(local, dim, spans)
     view.copied |= local.numel() > 0 and local.untyped_storage().data_ptr() != x.local.untyped_storage().data_ptr()
     return view
@@ -89,7 +93,7 @@ def _permute(_func: Any, x: TokenTensor, dims: Sequence[int]) -> Any:
 @rule(aten.transpose, aten.t)
 def _transpose(_func: Any, x: TokenTensor, first: int = 0, second: int = 1) -> Any:
     if x.ndim < 2:
-        return x
+        return x.seen_as(x.local)
     a, b = _positive(first, x.ndim), _positive(second, x.ndim)
     dim = b if x.cut_dim == a else a if x.cut_dim == b else x.cut_dim
     return x.seen_as(x.local.transpose(a, b), dim)
@@ -107,7 +111,7 @@ def _squeeze(_func: Any, x: TokenTensor, dim: Any = None) -> Any:
         return NotImplemented
     asked = [_positive(d, x.ndim) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
     gone = [d for d in asked if x.shape[d] == 1 and d != x.cut_dim]
-    return x.seen_as(x.local.squeeze(gone), x.cut_dim - sum(d < x.cut_dim for d in gone)) if gone else x
+    return x.seen_as(x.local.squeeze(gone), x.cut_dim - sum(d < x.cut_dim for d in gone))
 
 
 @rule(aten.expand)
@@ -141,6 +145,7 @@ def _narrowed(x: TokenTensor, start: int, stop: int) -> TokenTensor:
 
 @rule(aten.narrow)
 def _narrow(_func: Any, x: TokenTensor, dim: int, start: int, length: int) -> Any:
+    start += x.shape[dim] if start < 0 else 0
     return _slice(aten.slice, x, dim, start, start + length)
 
 
@@ -227,7 +232,8 @@ def _repeat_interleave(_func: Any, x: Any, repeats: Any, dim: Any = None, **_kwa
 
 @rule(aten.flip, aten.roll)
 def _flip(func: Any, x: TokenTensor, *args: Any) -> Any:
-    dims = args[-1] if args else []
+    # roll without dims rolls all numbers as one row
+    dims = args[-1] if len(args) == 2 or func.overloadpacket is aten.flip else []
     if not dims or x.cut_dim in [_positive(dim, x.ndim) for dim in dims]:
         return NotImplemented
     return x.like(func(x.local, *args))
@@ -241,8 +247,10 @@ def _pad(func: Any, x: TokenTensor, pad: Sequence[int], value: Any = 0) -> Any:
 
 @rule(aten.view_as_complex)
 def _view_as_complex(_func: Any, x: TokenTensor) -> Any:
+    if x.cut_dim == x.ndim - 1:
+        return NotImplemented
     # A piece cut out of another may have strides that this view refuses.
-    return x.like(torch.view_as_complex(x.local.contiguous())) if x.cut_dim < x.ndim - 1 else NotImplemented
+    return _maybe_copied(x, torch.view_as_complex(x.local.contiguous()))
 
 
 @rule(aten.view_as_real)
@@ -250,7 +258,12 @@ def _view_as_real(_func: Any, x: TokenTensor) -> Any:
     return x.seen_as(torch.view_as_real(x.local))
 
 
-@rule(aten.clone, aten.detach, aten.alias, aten._to_copy, aten.contiguous, aten.lift_fresh)
+@rule(aten.detach, aten.alias)
+def _alias(func: Any, x: TokenTensor) -> Any:
+    return x.seen_as(func(x.local))
+
+
+@rule(aten.clone, aten._to_copy, aten.contiguous, aten.lift_fresh)
 def _same(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, TokenTensor):
         return NotImplemented

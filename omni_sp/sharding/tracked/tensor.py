@@ -100,11 +100,18 @@ class TokenTensor(torch.Tensor):
             result = rule(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
+        elif func._can_decompose():
+            # In inference mode composite operators arrive as they are.
+            result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return on_the_whole(func, args, kwargs)
 
 
 @cache
 def _rule_for(func: Any) -> Rule | None:
+    if any(argument.kwarg_only and argument.is_write for argument in func._schema.arguments):
+        return None  # out= variants are never done on pieces
     rule = OPERATOR_RULES.get(func) or OPERATOR_RULES.get(func.overloadpacket)
     if rule is None and torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
         rule = OPERATOR_RULES["pointwise"]
@@ -115,21 +122,41 @@ def on_the_whole(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Do something to the whole tensors. All ranks come by here, since all see the same shapes.
 
     Raises:
-        ShardingError: it would change a tensor in place of which this rank has only a piece.
+        ShardingError: it would write to a view that one process shares with another tensor and this one does not.
     """
-    written = [argument.name for argument in func._schema.arguments if argument.alias_info and argument.is_write]
-    for argument, value in [*zip(func._schema.arguments, args, strict=False)]:
-        if argument.name in written and isinstance(value, TokenTensor):
-            raise ShardingError(
-                f"{func} changes in place a tensor whose tokens lie in pieces on the ranks, and it is not known how "
-                "to do that to a piece"
-            )
     counter = GATHERED.get()
     if counter is not None:
         counter[str(func)] += 1
     flat, spec = tree_flatten((tuple(args), kwargs))
-    args, kwargs = tree_unflatten([x.whole() if isinstance(x, TokenTensor) else x for x in flat], spec)
-    return func(*args, **kwargs)
+    # A tensor in pieces says that it is contiguous: views and strides are worked out from that.
+    wholes = [x.whole().contiguous() if isinstance(x, TokenTensor) else x for x in flat]
+    args, kwargs = tree_unflatten(wholes, spec)
+    result = func(*args, **kwargs)
+    if not any(argument.is_write for argument in func._schema.arguments):
+        return result
+    for piece, whole in zip(flat, wholes, strict=True):
+        if isinstance(piece, TokenTensor):
+            result = _written_back(func, piece, whole, result)
+    return result
+
+
+def _written_back(func: Any, piece: TokenTensor, whole: torch.Tensor, result: Any) -> Any:
+    """After an operator that writes to its arguments: this rank's piece of what it wrote, and what it returns."""
+    if whole.shape != piece.shape:
+        raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
+    mine = piece.cut_alike(whole, piece.cut_dim)
+    if not torch.equal(mine, piece.local):
+        require_writable(func, piece)
+        piece.local.copy_(mine)
+    return piece if result is whole else result
+
+
+def require_writable(func: Any, piece: TokenTensor) -> None:
+    """Raise where a write would be lost."""
+    if piece.copied:
+        raise ShardingError(
+            f"{func} writes to a view of a tensor in pieces whose piece had to be copied: it would be lost"
+        )
 
 
 def cut(value: torch.Tensor, dim: int, spans: Spans, axis: Axis) -> torch.Tensor:
