@@ -22,10 +22,11 @@ from omni_sp.sharding.forward import (
     signature_of,
 )
 from omni_sp.sharding.plan import Gather, ModulePlan, ShardingPlan, Split, TrackedPlan, matches
+from omni_sp.sharding.plans.rows import TOKENWISE
 from omni_sp.sharding.route import Route, backend_key, flex_in_pieces
 from omni_sp.sharding.tracked import TokenTensor, cut, dealt_evenly, unwrapped
 
-_MARK = "_omni_sp_handle"
+_MARK, _PIECE_OF = "_omni_sp_handle", "_omni_sp_piece_of"
 
 
 class ShardHandle:
@@ -93,10 +94,13 @@ def shard(
                 whole = any(matches(pattern, path) for pattern in plan.whole_keys)
                 _route(module.processor, Route(path, whole_keys=whole), handle)
         if tracked:
-            for path, module in model.named_modules():
+            for module in model.modules():
                 # A class that names a backend itself insists on it.
                 if getattr(type(getattr(module, "processor", None)), "_attention_backend", "none") is None:
-                    _route(module.processor, Route(path, whole_keys=False), handle)
+                    _route(module.processor, None, handle)
+                if type(module).__name__ in TOKENWISE:
+                    handle.hook(module.register_forward_pre_hook(_on_piece))
+                    handle.hook(module.register_forward_hook(_as_piece))
             handle.hook(model.register_forward_hook(_made_whole))
         # Registered last, so that it runs after a join at the transformer itself.
         handle.hook(model.register_forward_hook(session.leave, always_call=True))
@@ -104,6 +108,21 @@ def shard(
         handle.remove()
         raise
     return handle
+
+
+def _on_piece(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Give a token-wise module this rank's piece, as any other tensor."""
+    if len(args) != 1 or not isinstance(args[0], TokenTensor) or args[0].cut_dim == args[0].ndim - 1:
+        return None
+    piece = args[0].local.view_as(args[0].local)
+    piece.__dict__[_PIECE_OF] = args[0]
+    return (piece,)
+
+
+def _as_piece(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
+    """What it gives back is a piece again."""
+    whole = args[0].__dict__.get(_PIECE_OF) if args and isinstance(args[0], torch.Tensor) else None
+    return output if whole is None else whole.like(output)
 
 
 def _made_whole(model: torch.nn.Module, _args: Any, output: Any) -> Any:
@@ -289,10 +308,10 @@ def _hook_attention(module: torch.nn.Module, path: str, handle: ShardHandle) -> 
     handle.hook(module.register_forward_hook(after))
 
 
-def _route(processor: Any, route: Route, handle: ShardHandle) -> None:
-    """Point one processor instance at our attention backend."""
+def _route(processor: Any, route: Route | None, handle: ShardHandle) -> None:
+    """Point one processor instance at our attention backend. Over tracked tensors any backend does without a route."""
     for name, value in (("_attention_backend", backend_key()), ("_parallel_config", route)):
-        if not hasattr(processor, name):
+        if not hasattr(processor, name) or value is None:
             continue
         had = name in vars(processor)
         before = vars(processor).get(name)

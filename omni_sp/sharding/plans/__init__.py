@@ -46,7 +46,8 @@ def rows_of(model: torch.nn.Module) -> Mapping[str, Mapping[str, Split]]:
     for path, blocks in lists:
         if isinstance(blocks, torch.nn.ModuleDict):
             lists += [(f"{path}.{name}", child) for name, child in blocks.items()]
-        if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) == 0:
+        # A list of bare layers, such as a head for each codebook, has no blocks.
+        if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) == 0 or not list(blocks[0].children()):
             continue
         parameters = list(inspect.signature(type(blocks[0]).forward).parameters)[1:]
         if parameters:

@@ -16,4 +16,10 @@ ROWS: dict[str, Mapping[str, Mapping[str, Split]]] = {
     },
     # Tokens come first here, the batch second.
     "ErnieImageTransformer2DModel": {"layers.0": {"x": Split(dim=0, ndim=3)}},
+    # Places of a picture come first here, and each attends along its frames, which are few.
+    "TransformerTemporalModel": {"transformer_blocks.0": {"hidden_states": Split(dim=0, ndim=3)}},
 }
+
+TOKENWISE = frozenset({"FeedForward", "MOEFeedForwardSwiGLU"})
+"""Modules of one input (batch, tokens, channels) that treat each token alone: they run on the pieces as they are, also
+where their code (a mixture of experts sorts tokens) does not look like it."""

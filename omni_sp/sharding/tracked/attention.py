@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention, noop_mask
 
 from omni_sp.attention import SequenceLayout
 from omni_sp.errors import UnsupportedAttentionError
 from omni_sp.sharding.forward import ShardedForward, current_forward
-from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, TokenTensor
+from omni_sp.sharding.tracked.spans import Spans
+from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, TokenTensor, cut
 
 F = torch.nn.functional
+_KEPT_MASKS = 4
 _NEGLIGIBLE = -9000.0
 """exp() of it is 0 in every dtype: models write -10000 where they mean minus infinity."""
 
@@ -37,7 +39,9 @@ def scaled_dot_product_attention(
     """Torch's function of that name for (…, heads, tokens, head_dim) of which some are tracked."""
     if dropout_p:
         raise UnsupportedAttentionError(f"dropout {dropout_p} in attention is for training; this is inference")
-    mask = attn_mask.whole() if isinstance(attn_mask, TokenTensor) else attn_mask
+    mask = attn_mask
+    if isinstance(mask, TokenTensor) and not _rows_alike(mask, query):
+        mask = mask.whole("mask")
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     tensors = query, key, value
     tracked = [x for x in tensors if isinstance(x, TokenTensor)]
@@ -48,16 +52,16 @@ def scaled_dot_product_attention(
     if query.cut_dim < tokens:
         return _independent(query, key, value, mask, options)
     if any(x.cut_dim != tokens for x in tracked):
-        key, value = (x.whole() if isinstance(x, TokenTensor) else x for x in (key, value))
+        key, value = (x.whole("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
         tracked = [query]
     if len(tracked) == 1:
         return _own_rows(query, key, value, mask, options)
     if len(tracked) == 2 or key.spans != value.spans:
-        key, value = (x.whole() if isinstance(x, TokenTensor) else x for x in (key, value))
+        key, value = (x.whole("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
         return _own_rows(query, key, value, mask, options)
-    key_mask = None if mask is None else _as_key_mask(mask, key)
+    key_mask, row_mask = (None, None) if mask is None else _as_masks(mask, query, key)
     if is_causal or key_mask is False or query.ndim != 4:
-        return _own_rows(query, key.whole(), value.whole(), mask, options)
+        return _own_rows(query, key.whole("attention"), value.whole("attention"), mask, options)
     forward = _forward()
     forward.count_attention()
     layout = SequenceLayout(query=query.spans.lengths, key=key.spans.lengths)
@@ -65,11 +69,21 @@ def scaled_dot_product_attention(
         key_mask = key.cut_alike(key_mask.expand(key.shape[0], -1), 1)
     q, k, v = (x.local.transpose(1, 2) for x in (query, key, value))
     out = forward.strategy(q, k, v, key_mask=key_mask, is_causal=False, scale=scale, layout=layout)
+    if row_mask is not None:
+        # A query that may attend to no key gets 0.
+        out = out * query.cut_alike(row_mask.expand(key.shape[0], -1), 1)[:, :, None, None].to(out.dtype)
     return query.like(out.transpose(1, 2))
 
 
+def _rows_alike(mask: TokenTensor, query: Any) -> bool:
+    """True where each rank holds the mask's rows of its own queries."""
+    if not isinstance(query, TokenTensor) or query.cut_dim != query.ndim - 2:
+        return False
+    return mask.cut_dim == mask.ndim - 2 and mask.spans == query.spans
+
+
 def _all_whole(query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> torch.Tensor:
-    q, k, v = (x.whole() if isinstance(x, TokenTensor) else x for x in (query, key, value))
+    q, k, v, mask = (x.whole("attention") if isinstance(x, TokenTensor) else x for x in (query, key, value, mask))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
 
@@ -100,7 +114,9 @@ def _own_rows(query: TokenTensor, key: torch.Tensor, value: torch.Tensor, mask: 
     _forward().count_attention()
     if options["is_causal"]:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=key.device).tril()
-    if mask is not None and mask.shape[-2] > 1:
+    if isinstance(mask, TokenTensor):
+        mask = mask.local
+    elif mask is not None and mask.shape[-2] > 1:
         mask = query.cut_alike(mask, mask.ndim - 2)
     if query.local.numel() == 0:
         return query.like(query.local.new_empty((*query.local.shape[:-1], value.shape[-1])))
@@ -108,36 +124,52 @@ def _own_rows(query: TokenTensor, key: torch.Tensor, value: torch.Tensor, mask: 
     return query.like(F.scaled_dot_product_attention(query.local, key, value, attn_mask=mask, **options))
 
 
-def _as_key_mask(mask: torch.Tensor, key: TokenTensor) -> Any:
-    """(batch or 1, kv_tokens) bool where the mask says no more than which keys may be attended; else False.
+def _as_masks(mask: torch.Tensor, query: TokenTensor, key: TokenTensor) -> tuple[Any, Any]:
+    """(batch or 1, tokens) bool of the keys that may be attended, and of the queries that may attend (None: all do).
 
-    What is found is kept for the other attentions of this forward that get the same mask.
+    False in place of the first where the mask says more than that. What is found is kept for other attentions of this
+    forward that get the same mask.
     """
+    if isinstance(mask, TokenTensor):
+        return False, None
     found = _forward().masks
     name = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask._version)
     if name not in found:
-        found[name] = mask, _key_mask_of(mask)
-    key_mask = found[name][1]
-    if key_mask is False or key_mask.shape[-1] != key.shape[-2]:
-        return False
-    return key_mask
+        while len(found) >= _KEPT_MASKS:
+            # Models that make a mask in every block would keep all of them alive.
+            found.pop(next(iter(found)))
+        found[name] = mask, _masks_of(mask)
+    keys, rows = found[name][1]
+    if keys is not False and (
+        keys.shape[-1] != key.shape[-2] or (rows is not None and rows.shape[-1] != query.shape[-2])
+    ):
+        return False, None
+    return keys, rows
 
 
-def _key_mask_of(mask: torch.Tensor) -> Any:
+def _masks_of(mask: torch.Tensor) -> tuple[Any, Any]:
     mask = mask[(None,) * (4 - mask.ndim)]
-    # Along heads and queries it must say the same everywhere.
+    rows = None
+    # Along heads and queries it must say the same everywhere; or shut some queries altogether.
     for dim in (1, 2):
-        if mask.shape[dim] != 1:
-            first = mask.narrow(dim, 0, 1)
-            if mask.stride(dim) != 0 and not bool((mask == first).all()):
-                return False
+        if mask.shape[dim] == 1:
+            continue
+        first = mask.narrow(dim, 0, 1)
+        if mask.stride(dim) == 0 or bool((mask == first).all()):
             mask = first
+        elif dim == 2 and mask.dtype == torch.bool:
+            rows, keys = mask.any(-1, keepdim=True), mask.any(-2, keepdim=True)
+            if not bool((mask == (rows & keys)).all()):
+                return False, None
+            mask, rows = keys, rows[:, 0, :, 0]
+        else:
+            return False, None
     mask = mask[:, 0, 0]
     if mask.dtype == torch.bool:
-        return mask
+        return mask, rows
     open_, shut = mask == 0, mask <= _NEGLIGIBLE
     # Where all keys are shut by a number, they count alike; the core would give 0.
-    return open_ if bool((open_ | shut).all() & open_.any(-1).all()) else False
+    return (open_, None) if bool((open_ | shut).all() & open_.any(-1).all()) else (False, None)
 
 
 def _dense(mask: BlockMask) -> torch.Tensor:
@@ -153,11 +185,62 @@ def _dense(mask: BlockMask) -> torch.Tensor:
     return whole
 
 
+def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, scale: float | None, enable_gqa: bool) -> Any:
+    """FlexAttention under a mask that is nothing but tables of blocks: this rank's queries, all keys.
+
+    Compiled flex obeys the tables, plain flex does not; so flex itself is asked. Where the pieces do not end where
+    blocks do, every rank does all of it.
+    """
+    key, value = (x.whole("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
+    tables: list[Any] = [mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices]
+    own: Spans | None = None
+    if isinstance(query, TokenTensor):
+        _forward().count_attention()
+        blocks = tables[0].shape[-1]
+        if query.cut_dim == query.ndim - 2 and blocks * mask.BLOCK_SIZE[0] == query.shape[-2]:
+            own = query.spans.unmerged(1, blocks, mask.BLOCK_SIZE[0])
+    if own is None:
+        q = query.whole("attention") if isinstance(query, TokenTensor) else query
+        parts = [x.whole("mask") if isinstance(x, TokenTensor) else x for x in tables]
+    else:
+        q = query.local
+        if q.numel() == 0:
+            return query.like(q.new_empty((*q.shape[:-1], value.shape[-1])))
+        parts = [None if x is None else _rows_of(x, own, query) for x in tables]
+    numbers, indices, full_numbers, full_indices = parts
+    part = BlockMask.from_kv_blocks(
+        numbers,
+        indices,
+        full_numbers,
+        full_indices,
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=mask.mask_mod,
+        seq_lengths=(q.shape[-2], key.shape[-2]),
+        compute_q_blocks=False,
+    )
+    out = flex_attention(q, key, value, block_mask=part, scale=scale, enable_gqa=enable_gqa)
+    if not isinstance(query, TokenTensor):
+        return out
+    return query.like(out if own is not None else query.cut_alike(out, query.cut_dim))
+
+
+def _rows_of(table: Any, own: Spans, beside: TokenTensor) -> torch.Tensor:
+    """A block mask's table, (batch, heads, blocks of queries, …), for this rank's queries."""
+    if isinstance(table, TokenTensor):
+        if (table.cut_dim, table.spans) == (2, own):
+            return table.local
+        table = table.whole("mask")
+    return cut(table, 2, own, beside.axis)
+
+
 def tracked_attention(
     query: Any, key: Any, value: Any, *, attn_mask: Any, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Any:
     """The same for (batch, tokens, heads, head_dim), as diffusers' dispatcher has it."""
     if isinstance(attn_mask, BlockMask):
+        if attn_mask.mask_mod is noop_mask:
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            return _under_block_mask(q, k, v, attn_mask, scale, enable_gqa).transpose(1, 2)
         attn_mask = _dense(attn_mask)
     out = scaled_dot_product_attention(
         query.transpose(1, 2),

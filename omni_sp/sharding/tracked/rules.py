@@ -19,21 +19,20 @@ F = torch.nn.functional
 def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Element by element, with broadcasting. What is whole is cut to fit the pieces."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-    lead: TokenTensor | None = None
-    for x in tensors:
-        if isinstance(x, TokenTensor) and (lead is None or x.spans.size > lead.spans.size):
-            lead = x
-    if lead is None:  # they hide in a list
+    written = _written(func)
+    if written is None:
+        # Of two that are cut along different dims (an outer product) the outer dim: rows, as attention wants them.
+        leads = [x for x in tensors if isinstance(x, TokenTensor)]
+        lead = max(leads, key=lambda x: (x.spans.size, x.ndim - x.cut_dim), default=None)
+    else:
+        lead = args[written] if isinstance(args[written], TokenTensor) else None
+    if lead is None:  # what is written to is whole, or the pieces hide in a list
         return NotImplemented
     place = lead.cut_dim - lead.ndim  # counted from the end, as broadcasting does
     if any(x.ndim >= -place and x.shape[place] not in (1, lead.spans.size) for x in tensors):
         return NotImplemented
-    written = _written(func)
     if written is not None:
-        target = args[written]
-        if not isinstance(target, TokenTensor) or not _alike(target, place, lead):
-            return NotImplemented
-        require_writable(func, target)
+        require_writable(func, lead)
     result = func(
         *[_fitted(x, place, lead) if isinstance(x, torch.Tensor) else x for x in args],
         **{name: _fitted(x, place, lead) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()},
@@ -56,7 +55,7 @@ def _fitted(x: torch.Tensor, place: int, lead: TokenTensor) -> torch.Tensor:
     if isinstance(x, TokenTensor):
         if _alike(x, place, lead):
             return x.local
-        x = x.whole()
+        x = x.whole("broadcasting")
     if x.ndim < -place or x.shape[place] == 1:
         return x
     return lead.cut_alike(x, x.ndim + place)
@@ -87,6 +86,25 @@ def _along_another_dim(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> 
     return x.like(result) if isinstance(result, torch.Tensor) else tuple(x.like(part) for part in result)
 
 
+@rule(aten.cumsum_)
+def _cumsum_in_place(func: Any, x: Any, dim: int, **kwargs: Any) -> Any:
+    if not isinstance(x, TokenTensor) or _positive(dim, x.ndim) == x.cut_dim:
+        return NotImplemented
+    require_writable(func, x)
+    func(x.local, dim, **kwargs)
+    return x
+
+
+@rule(aten.gather)
+def _gather(func: Any, x: Any, dim: int, index: Any, **kwargs: Any) -> Any:
+    """Each index counts within its own token, where both are cut alike."""
+    if not (isinstance(x, TokenTensor) and isinstance(index, TokenTensor)):
+        return NotImplemented
+    if (x.cut_dim, x.spans) != (index.cut_dim, index.spans) or _positive(dim, x.ndim) == x.cut_dim:
+        return NotImplemented
+    return x.like(func(x.local, dim, index.local, **kwargs))
+
+
 @rule(
     aten.sum, aten.mean, aten.amax, aten.amin, aten.max, aten.min, aten.argmax, aten.argmin, aten.var, aten.std,
     aten.var_mean, aten.any, aten.all, aten.linalg_vector_norm, aten.norm, aten.prod, aten.logsumexp,
@@ -115,7 +133,7 @@ def _matmul(func: Any, a: Any, b: Any) -> Any:
             if isinstance(b, TokenTensor) and (b.cut_dim, b.spans) != (0, a.spans):
                 return NotImplemented
             return a.like(func(a.local, b.local if isinstance(b, TokenTensor) else a.cut_alike(b, 0)))
-        return a.like(func(a.local, b.whole() if isinstance(b, TokenTensor) else b))
+        return a.like(func(a.local, b.whole("matmul") if isinstance(b, TokenTensor) else b))
     if isinstance(a, TokenTensor):
         # The sum runs over the cut dim: linear attention's state. Each rank has a part of it.
         if isinstance(b, TokenTensor) and (b.cut_dim, b.spans) != (last - 1, a.spans):
@@ -130,7 +148,7 @@ def _matmul(func: Any, a: Any, b: Any) -> Any:
 def _addmm(func: Any, bias: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if kwargs or not isinstance(a, TokenTensor) or a.cut_dim != 0 or isinstance(bias, TokenTensor) or bias.ndim != 1:
         return NotImplemented
-    return a.like(func(bias, a.local, b.whole() if isinstance(b, TokenTensor) else b))
+    return a.like(func(bias, a.local, b.whole("matmul") if isinstance(b, TokenTensor) else b))
 
 
 @rule(aten.baddbmm)

@@ -63,8 +63,11 @@ class TokenTensor(torch.Tensor):
         view.copied = self.copied
         return view
 
-    def whole(self) -> torch.Tensor:
-        """All pieces joined; every rank gets the same. A collective call."""
+    def whole(self, why: str | None = None) -> torch.Tensor:
+        """All pieces joined; every rank gets the same. A collective call. ``why`` is counted, see GATHERED."""
+        counter = GATHERED.get()
+        if counter is not None and why is not None:
+            counter[why] += 1
         joined = gather(self.local, self.spans.lengths, self.cut_dim, self.axis)
         if self.spans.in_rank_order:
             return joined
@@ -122,33 +125,36 @@ def on_the_whole(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Do something to the whole tensors. All ranks come by here, since all see the same shapes.
 
     Raises:
-        ShardingError: it would write to a view that one process shares with another tensor and this one does not.
+        ShardingError: it would write to a view that one process shares with another tensor and this one does not, or
+            change a tensor's shape in place.
     """
-    counter = GATHERED.get()
-    if counter is not None:
-        counter[str(func)] += 1
+    written = _written_pieces(func, args, kwargs)
+    if written and torch.Tag.inplace_view in func.tags:
+        raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
+    for piece in written:
+        require_writable(func, piece)
     flat, spec = tree_flatten((tuple(args), kwargs))
     # A tensor in pieces says that it is contiguous: views and strides are worked out from that.
-    wholes = [x.whole().contiguous() if isinstance(x, TokenTensor) else x for x in flat]
+    wholes = [x.whole(str(func)).contiguous() if isinstance(x, TokenTensor) else x for x in flat]
     args, kwargs = tree_unflatten(wholes, spec)
     result = func(*args, **kwargs)
-    if not any(argument.is_write for argument in func._schema.arguments):
-        return result
-    for piece, whole in zip(flat, wholes, strict=True):
-        if isinstance(piece, TokenTensor):
-            result = _written_back(func, piece, whole, result)
+    for piece in written:
+        whole = next(whole for x, whole in zip(flat, wholes, strict=True) if x is piece)
+        if whole.shape != piece.shape:
+            raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
+        piece.local.copy_(piece.cut_alike(whole, piece.cut_dim))
+        result = piece if result is whole else result
     return result
 
 
-def _written_back(func: Any, piece: TokenTensor, whole: torch.Tensor, result: Any) -> Any:
-    """After an operator that writes to its arguments: this rank's piece of what it wrote, and what it returns."""
-    if whole.shape != piece.shape:
-        raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
-    mine = piece.cut_alike(whole, piece.cut_dim)
-    if not torch.equal(mine, piece.local):
-        require_writable(func, piece)
-        piece.local.copy_(mine)
-    return piece if result is whole else result
+def _written_pieces(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[TokenTensor]:
+    """The tensors in pieces that an operator writes to, by its schema."""
+    found: list[TokenTensor] = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [x for x in tree_flatten(value)[0] if isinstance(x, TokenTensor)]
+    return found
 
 
 def require_writable(func: Any, piece: TokenTensor) -> None:
