@@ -100,7 +100,7 @@ class ShardedForward:
     def note_cut(self, where: str, whole: torch.Tensor, num_tokens: int, num_own: int) -> None:
         """Remember how long a stream is, and let the model's code run where this rank has none of it."""
         self.has_cut = True
-        if whole.is_floating_point() and whole.ndim == 3:
+        if whole.is_floating_point() and (whole.ndim == 3 or self.tracked):
             stream = where.rsplit(".", 1)[-1]
             self.tokens[stream] = max(num_tokens, self.tokens.get(stream, 0))
         if num_own == 0 and num_tokens > 0 and not self._empties and not self.tracked:

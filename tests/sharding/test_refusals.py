@@ -17,6 +17,13 @@ from tests.ranks import RankPool
 from tests.sharding.models import qwen_image, qwen_inputs, randomise, wan, wan_inputs
 
 
+def own_plan(model: Any) -> ShardingPlan:
+    """The plan of a class that has one."""
+    plan = plan_for(model)
+    assert isinstance(plan, ShardingPlan)
+    return plan
+
+
 def error_of(call: Callable[[], Any]) -> str:
     """Class and message of the error of ours that a call raises."""
     try:
@@ -54,7 +61,7 @@ def test_changing_the_backend_afterwards_is_noticed(ranks: RankPool) -> None:
 
 def cut_keys_called_whole(mesh: ParallelMesh) -> str:
     model, inputs = randomise(wan()), wan_inputs()
-    plan = dataclasses.replace(plan_for(model), whole_keys=("blocks.*.attn1", "blocks.*.attn2"))
+    plan = dataclasses.replace(own_plan(model), whole_keys=("blocks.*.attn1", "blocks.*.attn2"))
     parallelize(model, mesh, plan=plan)
     return error_of(lambda: model(**inputs))
 
@@ -166,8 +173,8 @@ def alone(mesh: ParallelMesh) -> list[str]:
     told.append(error_of(lambda: parallelize(torch.nn.Linear(2, 2), mesh)))
     told.append(error_of(lambda: parallelize(object(), mesh)))
     told.append(error_of(lambda: parallelize(model, mesh, attention_backend="flsh")))
-    wrong = plan_for(model).extended(
-        "proj_out", inputs={"nonsense": plan_for(model).modules["transformer_blocks.0"].inputs["hidden_states"]}
+    wrong = own_plan(model).extended(
+        "proj_out", inputs={"nonsense": own_plan(model).modules["transformer_blocks.0"].inputs["hidden_states"]}
     )
     told.append(error_of(lambda: parallelize(model, mesh, plan=wrong)))
     unknown = ShardingPlan(modules={"blocks": wrong.modules["proj_out"]})

@@ -158,6 +158,11 @@ def _music_3_depth_inputs() -> Inputs:
     return {"inputs_embeds": draw(1, 2, 7, 48)}
 
 
+def _music_3_first_code() -> Inputs:
+    """Fewer tokens than ranks."""
+    return {"inputs_embeds": draw(1, 2, 2, 48)}
+
+
 def _t5_film() -> Any:
     from diffusers import T5FilmDecoder
 
@@ -204,5 +209,6 @@ ENTRIES = [
     ),
     Entry("MiniMaxMusic3Transformer1DModel", _music_3, _music_3_inputs),
     Entry("MiniMaxMusic3RVQDepthDecoder", _music_3_depth, _music_3_depth_inputs),
+    Entry("MiniMaxMusic3RVQDepthDecoder", _music_3_depth, _music_3_first_code, variant="first code"),
     Entry("T5FilmDecoder", _t5_film, _t5_film_inputs),
 ]

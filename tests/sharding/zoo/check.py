@@ -15,7 +15,8 @@ import torch
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.plan import TrackedPlan
-from omni_sp.sharding.plans import ROWS, rows_of
+from omni_sp.sharding.plans import rows_of
+from omni_sp.sharding.plans.rows import ROWS
 from omni_sp.sharding.tracked import GATHERED
 from tests.attention.reference import relative_error
 from tests.ranks import RankError, RankPool

@@ -40,6 +40,26 @@ def _five_inputs() -> Inputs:
     }
 
 
+def _five_nabla() -> Any:
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    model = _five()
+    # Not set_attention_backend(), which chooses for every other model of the process, too.
+    for processor in model.attn_processors.values():
+        processor._attention_backend = AttentionBackendName.FLEX
+    return model
+
+
+def _five_nabla_inputs() -> Inputs:
+    """Attention under a mask of 8 x 8 blocks that the model finds itself."""
+    return {
+        **_five_inputs(),
+        "hidden_states": draw(1, 2, 3, 16, 32, 9),
+        "visual_rope_pos": [torch.arange(3), torch.arange(8), torch.arange(16)],
+        "sparse_params": {"sta_mask": torch.eye(6, dtype=torch.bool)[None, None], "to_fractal": True, "P": 0.5},
+    }
+
+
 def _six() -> Any:
     from diffusers import Kandinsky6Transformer3DModel
 
@@ -112,6 +132,7 @@ def _six_sr_inputs() -> Inputs:
 
 ENTRIES = [
     Entry("Kandinsky5Transformer3DModel", _five, _five_inputs),
+    Entry("Kandinsky5Transformer3DModel", _five_nabla, _five_nabla_inputs, variant="nabla"),
     Entry("Kandinsky6Transformer3DModel", _six, _six_inputs),
     Entry("Kandinsky6Transformer3DModel", _six, _silent, variant="without sound"),
     Entry("Kandinsky6SRTransformer3DModel", _six_sr, _six_sr_inputs),

@@ -58,7 +58,5 @@ def _inputs(text: int = 512) -> Inputs:
 
 ENTRIES = [
     Entry("WanAnimateTransformer3DModel", _build(), _inputs),
-    Entry(
-        "WanAnimateTransformer3DModel", _build(added_kv_proj_dim=None), lambda: _inputs(13), "image among the text"
-    ),
+    Entry("WanAnimateTransformer3DModel", _build(added_kv_proj_dim=None), lambda: _inputs(13), "image among the text"),
 ]

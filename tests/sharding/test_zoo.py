@@ -1,0 +1,50 @@
+"""Every transformer class of diffusers over several ranks against one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from omni_sp.sharding.catalogue import as_markdown, catalogue, transformer_classes
+from omni_sp.sharding.plans import planned_models
+from omni_sp.sharding.plans.proven import PROVEN, REFUSED
+from tests.ranks import ROOT, RankPool
+from tests.sharding.zoo.all import ENTRIES
+from tests.sharding.zoo.check import LAYOUTS, compare
+
+PLANNED = [entry_id for entry_id, entry in ENTRIES.items() if entry.name in planned_models()]
+
+
+@pytest.mark.parametrize("entry_id", ENTRIES)
+@pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS, ids=lambda degree: str(degree))
+def test_followed_through_its_own_code(ranks: RankPool, entry_id: str, ulysses: int, ring: int) -> None:
+    for error, restored, tokens, _ in ranks.run(compare, entry_id, True, ulysses=ulysses, ring=ring):
+        assert error <= 1e-5
+        assert restored
+        assert tokens
+
+
+@pytest.mark.parametrize("entry_id", PLANNED)
+@pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS, ids=lambda degree: str(degree))
+def test_cut_by_its_plan(ranks: RankPool, entry_id: str, ulysses: int, ring: int) -> None:
+    for error, restored, tokens, _ in ranks.run(compare, entry_id, False, ulysses=ulysses, ring=ring):
+        assert error <= 1e-5
+        assert restored
+        assert tokens
+
+
+def test_what_is_called_proven_is_tested() -> None:
+    assert {entry.name for entry in ENTRIES.values()} == PROVEN
+    assert not PROVEN & REFUSED.keys()
+    assert set(planned_models()) <= PROVEN
+
+
+def test_every_class_of_diffusers_has_a_state() -> None:
+    states = {state.name: state for state in catalogue()}
+    assert list(states) == transformer_classes()
+    assert {name for name, state in states.items() if state.state == "exact"} == PROVEN & states.keys()
+    assert all(state.note for state in states.values() if state.state != "exact")
+
+
+def test_the_page_of_models_is_true() -> None:
+    assert (ROOT / "docs" / "models.md").read_text() == as_markdown(catalogue())
+    assert "docs/models.md" in (ROOT / "README.md").read_text()
