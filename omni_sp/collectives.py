@@ -200,11 +200,13 @@ def add_up(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The sum over all ranks of tensors of one shape; every rank gets the same."""
     if axis.size == 1:
         return tensor
-    staged = _stages(tensor.device, axis)
-    total = tensor.to("cpu" if staged else tensor.device, copy=True, memory_format=torch.contiguous_format)
+    device = torch.device("cpu") if _stages(tensor.device, axis) else tensor.device
+    # Sums of 16-bit numbers are made in 32 bit, as kernels do.
+    dtype = torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
+    total = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     axis.traffic.add("add_up", total.nbytes)
     dist.all_reduce(total, group=axis.group)
-    return total.to(tensor.device)
+    return total.to(tensor.device, tensor.dtype)
 
 
 def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from omni_sp.sharding.plan import Split
 
 ROWS: dict[str, Mapping[str, Mapping[str, Split]]] = {
+    # Its other list of blocks begins with the few tokens of a face.
+    "ConsisIDTransformer3DModel": {"transformer_blocks.0": {"hidden_states": Split(dim=1)}},
     # Each stream has its own row in this one.
     "Cosmos3OmniTransformer": {"layers.0": {"und_seq": Split(dim=0), "gen_seq": Split(dim=0)}},
     "LTX2VideoTransformer3DModel": {

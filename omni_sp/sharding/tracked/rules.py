@@ -41,7 +41,7 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
         return args[written]
     dim = place + max(x.ndim for x in tensors)
     if isinstance(result, torch.Tensor):
-        return lead.like(result, dim)
+        return lead.ordered_alike(result) if dim == lead.cut_dim else lead.like(result, dim)
     return type(result)(lead.like(part, dim) for part in result)
 
 
@@ -118,7 +118,8 @@ def _reduced(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     gone = {_positive(dim, x.ndim) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
     if x.cut_dim in gone:
-        return NotImplemented
+        # Each rank has a part of the sum.
+        return add_up(func(x.local, *args, **kwargs), x.axis) if func.overloadpacket is aten.sum else NotImplemented
     dim = x.cut_dim if given.get("keepdim", False) else x.cut_dim - sum(d < x.cut_dim for d in gone)
     result = func(x.local, *args, **kwargs)
     return x.like(result, dim) if isinstance(result, torch.Tensor) else tuple(x.like(part, dim) for part in result)

@@ -62,7 +62,7 @@ def reshaped(before: tuple[int, ...], cut_dim: int, spans: Spans, after: tuple[i
     return None
 
 
-@rule(aten.view, aten._unsafe_view, aten.reshape)
+@rule(aten.view, aten._unsafe_view)
 def _view(_func: Any, x: Any, size: Any) -> Any:
     if not isinstance(x, TokenTensor) or isinstance(size, torch.dtype) or 0 in x.shape:
         return NotImplemented
@@ -73,36 +73,40 @@ def _view(_func: Any, x: Any, size: Any) -> Any:
     if found is None:
         return NotImplemented
     dim, spans = found
+    strides = None if x.is_contiguous() else _viewed(tuple(x.shape), x.stride(), tuple(size))
     size[dim] = spans.lengths[x.axis.rank]
-    return _maybe_copied(x, x.local.reshape(size), dim, spans)
+    return x.seen_as(x.local.reshape(size), strides, dim, spans)
 
 
-def _maybe_copied(x: TokenTensor, local: torch.Tensor, dim: int | None = None, spans: Spans | None = None) -> Any:
-    """What one process has as a view of ``x``, and this rank perhaps as a copy of its piece."""
-    view = x.seen_as(local, dim, spans)
-    view.copied |= local.numel() > 0 and local.untyped_storage().data_ptr() != x.local.untyped_storage().data_ptr()
-    return view
+@lru_cache(maxsize=4096)
+def _viewed(shape: tuple[int, ...], strides: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a view; raises what torch raises where there is none."""
+    return torch.empty_strided(shape, strides, device="meta").view(size).stride()
 
 
 @rule(aten.permute)
 def _permute(_func: Any, x: TokenTensor, dims: Sequence[int]) -> Any:
     dims = [_positive(dim, x.ndim) for dim in dims]
-    return x.seen_as(x.local.permute(dims), dims.index(x.cut_dim))
+    return x.seen_as(x.local.permute(dims), [x.stride(d) for d in dims], dims.index(x.cut_dim))
 
 
 @rule(aten.transpose, aten.t)
 def _transpose(_func: Any, x: TokenTensor, first: int = 0, second: int = 1) -> Any:
     if x.ndim < 2:
-        return x.seen_as(x.local)
+        return x.seen_as(x.local, x.stride())
     a, b = _positive(first, x.ndim), _positive(second, x.ndim)
     dim = b if x.cut_dim == a else a if x.cut_dim == b else x.cut_dim
-    return x.seen_as(x.local.transpose(a, b), dim)
+    strides = list(x.stride())
+    strides[a], strides[b] = strides[b], strides[a]
+    return x.seen_as(x.local.transpose(a, b), strides, dim)
 
 
 @rule(aten.unsqueeze)
 def _unsqueeze(_func: Any, x: TokenTensor, dim: int) -> Any:
     dim = _positive(dim, x.ndim + 1)
-    return x.seen_as(x.local.unsqueeze(dim), x.cut_dim + (dim <= x.cut_dim))
+    strides = list(x.stride())
+    strides.insert(dim, x.shape[dim] * strides[dim] if dim < x.ndim else 1)
+    return x.seen_as(x.local.unsqueeze(dim), strides, x.cut_dim + (dim <= x.cut_dim))
 
 
 @rule(aten.squeeze)
@@ -111,7 +115,11 @@ def _squeeze(_func: Any, x: TokenTensor, dim: Any = None) -> Any:
         return NotImplemented
     asked = [_positive(d, x.ndim) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
     gone = [d for d in asked if x.shape[d] == 1 and d != x.cut_dim]
-    return x.seen_as(x.local.squeeze(gone), x.cut_dim - sum(d < x.cut_dim for d in gone))
+    return x.seen_as(
+        x.local.squeeze(gone),
+        [stride for d, stride in enumerate(x.stride()) if d not in gone],
+        x.cut_dim - sum(d < x.cut_dim for d in gone),
+    )
 
 
 @rule(aten.expand)
@@ -120,8 +128,12 @@ def _expand(_func: Any, x: TokenTensor, size: Sequence[int], **_kwargs: Any) -> 
     dim = x.cut_dim + len(size) - x.ndim
     if size[dim] not in (-1, x.spans.size) or (x.spans.size == 1 and size[dim] != 1):
         return NotImplemented
+    new = len(size) - x.ndim
+    strides = [0] * new + [
+        0 if x.shape[d] == 1 and size[new + d] not in (1, -1) else stride for d, stride in enumerate(x.stride())
+    ]
     size[dim] = x.local.shape[x.cut_dim]
-    return x.seen_as(x.local.expand(size), dim)
+    return x.seen_as(x.local.expand(size), strides, dim)
 
 
 @rule(aten.slice)
@@ -130,7 +142,9 @@ def _slice(func: Any, x: TokenTensor, dim: int = 0, start: Any = None, stop: Any
         return NotImplemented
     dim = _positive(dim, x.ndim)
     if dim != x.cut_dim:
-        return x.seen_as(func(x.local, dim, start, stop, step))
+        strides = list(x.stride())
+        strides[dim] *= step
+        return x.seen_as(func(x.local, dim, start, stop, step), strides)
     if step != 1:
         return NotImplemented
     first, last, _ = slice(start, stop).indices(x.spans.size)
@@ -140,7 +154,7 @@ def _slice(func: Any, x: TokenTensor, dim: int = 0, start: Any = None, stop: Any
 def _narrowed(x: TokenTensor, start: int, stop: int) -> TokenTensor:
     me = x.axis.rank
     first, last = x.spans.before(me, start), x.spans.before(me, stop)
-    return x.seen_as(x.local.narrow(x.cut_dim, first, last - first), spans=x.spans.narrowed(start, stop))
+    return x.seen_as(x.local.narrow(x.cut_dim, first, last - first), x.stride(), spans=x.spans.narrowed(start, stop))
 
 
 @rule(aten.narrow)
@@ -154,7 +168,7 @@ def _select(_func: Any, x: TokenTensor, dim: int, index: int) -> Any:
     dim = _positive(dim, x.ndim)
     if dim == x.cut_dim:
         return NotImplemented
-    return x.seen_as(x.local.select(dim, index), x.cut_dim - (dim < x.cut_dim))
+    return x.seen_as(x.local.select(dim, index), _without(x.stride(), dim), x.cut_dim - (dim < x.cut_dim))
 
 
 @rule(aten.unbind)
@@ -162,14 +176,19 @@ def _unbind(_func: Any, x: TokenTensor, dim: int = 0) -> Any:
     dim = _positive(dim, x.ndim)
     if dim == x.cut_dim:
         return NotImplemented
-    return [x.seen_as(part, x.cut_dim - (dim < x.cut_dim)) for part in x.local.unbind(dim)]
+    strides = _without(x.stride(), dim)
+    return [x.seen_as(part, strides, x.cut_dim - (dim < x.cut_dim)) for part in x.local.unbind(dim)]
+
+
+def _without(strides: Sequence[int], dim: int) -> list[int]:
+    return [stride for d, stride in enumerate(strides) if d != dim]
 
 
 @rule(aten.split, aten.split_with_sizes, aten.unsafe_split, aten.chunk)
 def _split(func: Any, x: TokenTensor, size: Any, dim: int = 0) -> Any:
     dim = _positive(dim, x.ndim)
     if dim != x.cut_dim:
-        return [x.seen_as(part) for part in func(x.local, size, dim)]
+        return [x.seen_as(part, x.stride()) for part in func(x.local, size, dim)]
     if isinstance(size, int):
         step = -(-x.spans.size // size) if func.overloadpacket is aten.chunk else size
         bounds = [*range(0, x.spans.size, step), x.spans.size] if x.spans.size else [0, 0]
@@ -190,9 +209,10 @@ def _cat(_func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
     if any(isinstance(x, TokenTensor) and x.cut_dim != first.cut_dim for x in tensors):
         return NotImplemented
     if dim != first.cut_dim:
-        if any(isinstance(x, TokenTensor) and x.spans != first.spans for x in tensors):
-            return NotImplemented
-        pieces = [x.local if isinstance(x, TokenTensor) else first.cut_alike(x, first.cut_dim) for x in tensors]
+        pieces = [
+            x.moved(first.spans).local if isinstance(x, TokenTensor) else first.cut_alike(x, first.cut_dim)
+            for x in tensors
+        ]
         return first.like(torch.cat(pieces, dim))
     # What is whole so far (a text beside a picture's pieces) is dealt out: nobody may hold a token that others hold.
     parts = [x if isinstance(x, TokenTensor) else _dealt(x, dim, first) for x in tensors]
@@ -241,8 +261,21 @@ def _flip(func: Any, x: TokenTensor, *args: Any) -> Any:
 
 @rule(aten.constant_pad_nd)
 def _pad(func: Any, x: TokenTensor, pad: Sequence[int], value: Any = 0) -> Any:
-    touched = [x.ndim - 1 - i // 2 for i, amount in enumerate(pad) if amount]
-    return NotImplemented if x.cut_dim in touched else x.like(func(x.local, pad, value))
+    place = 2 * (x.ndim - 1 - x.cut_dim)
+    before, behind = [*pad[place : place + 2], 0, 0][:2]
+    if before < 0 or behind < 0:
+        return NotImplemented
+    elsewhere = [0 if i in (place, place + 1) else amount for i, amount in enumerate(pad)]
+    parts = [x.like(func(x.local, elsewhere, value))]
+    shape = list(parts[0].local.shape)
+    # Along the cut dim each rank holds a share of the padding.
+    for amount, index in ((before, 0), (behind, 2)):
+        spans = dealt_evenly(amount, x.axis.size)
+        shape[x.cut_dim] = spans.lengths[x.axis.rank]
+        parts.insert(index, x.like(x.local.new_full(shape, value), spans=spans))
+    return x.like(
+        torch.cat([part.local for part in parts], x.cut_dim), spans=joined(tuple(part.spans for part in parts))
+    )
 
 
 @rule(aten.view_as_complex)
@@ -250,25 +283,28 @@ def _view_as_complex(_func: Any, x: TokenTensor) -> Any:
     if x.cut_dim == x.ndim - 1:
         return NotImplemented
     # A piece cut out of another may have strides that this view refuses.
-    return _maybe_copied(x, torch.view_as_complex(x.local.contiguous()))
+    local = torch.view_as_complex(x.local.contiguous())
+    return x.seen_as(local, [stride // 2 for stride in x.stride()[:-1]])
 
 
 @rule(aten.view_as_real)
 def _view_as_real(_func: Any, x: TokenTensor) -> Any:
-    return x.seen_as(torch.view_as_real(x.local))
+    return x.seen_as(torch.view_as_real(x.local), [*(2 * stride for stride in x.stride()), 1])
 
 
-@rule(aten.detach, aten.alias)
-def _alias(func: Any, x: TokenTensor) -> Any:
-    return x.seen_as(func(x.local))
+@rule(aten.detach, aten.alias, aten.lift_fresh)
+def _alias(func: Any, x: Any) -> Any:
+    return x.seen_as(func(x.local), x.stride()) if isinstance(x, TokenTensor) else NotImplemented
 
 
-@rule(aten.clone, aten._to_copy, aten.contiguous, aten.lift_fresh)
+@rule(aten.clone, aten._to_copy)
 def _same(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, TokenTensor):
         return NotImplemented
+    if kwargs.get("memory_format") == torch.contiguous_format:
+        return x.like(func(x.local, *args, **kwargs))
     kwargs.pop("memory_format", None)
-    return x.like(func(x.local, *args, **kwargs))
+    return x.ordered_alike(func(x.local, *args, **kwargs))
 
 
 @rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
@@ -287,3 +323,25 @@ def _index_select(func: Any, x: Any, dim: int, index: Any) -> Any:
     if not isinstance(x, TokenTensor) or isinstance(index, TokenTensor) or _positive(dim, x.ndim) == x.cut_dim:
         return NotImplemented
     return x.like(func(x.local, dim, index))
+
+
+@rule(aten.index)
+def _index(func: Any, x: Any, indices: Sequence[Any]) -> Any:
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if not isinstance(x, TokenTensor) or len(given) != 1 or isinstance(given[0][1], TokenTensor):
+        return NotImplemented
+    dim, index = given[0]
+    if index.dtype in (torch.bool, torch.uint8):
+        if index.ndim != 1 or index.shape[0] != x.shape[dim]:
+            return NotImplemented
+        index = index.nonzero().flatten()
+    if dim != x.cut_dim:
+        return x.like(func(x.local, [*[None] * dim, index]), x.cut_dim + (index.ndim - 1) * (dim < x.cut_dim))
+    wanted = index.cpu()
+    if index.ndim != 1 or not len(wanted) or not -x.spans.size <= wanted.min() <= wanted.max() < x.spans.size:
+        return NotImplemented
+    picked = x.spans.picked(wanted % x.spans.size, x.axis.rank)
+    if picked is None:
+        return NotImplemented
+    spans, places = picked
+    return x.like(x.local.index_select(x.cut_dim, places.to(x.local.device)), spans=spans)

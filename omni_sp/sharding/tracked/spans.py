@@ -13,6 +13,9 @@ from omni_sp.attention import shares
 
 Span = tuple[int, int]
 
+_MOST_SPANS = 4096
+"""A dim scattered over more spans than this is better gathered."""
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -56,6 +59,24 @@ class Spans:
     def before(self, rank: int, index: int) -> int:
         """How many of a rank's indices lie before ``index``: its offset in the rank's memory."""
         return sum(max(0, min(stop, index) - start) for start, stop in self.held[rank])
+
+    def picked(self, indices: torch.Tensor, rank: int) -> tuple[Spans, torch.Tensor] | None:
+        """Who holds the picked indices, each staying where it is, and where in this rank's memory they lie.
+
+        None where they lie in too many spans to be kept account of.
+        """
+        places = order_of(self)[indices]
+        ends = torch.tensor(self.lengths).cumsum(0)
+        holders = torch.searchsorted(ends, places, right=True)
+        if holders.numel() and int((holders[1:] != holders[:-1]).sum()) > _MOST_SPANS:
+            return None
+        runs = torch.unique_consecutive(holders, return_counts=True)
+        held: list[list[Span]] = [[] for _ in self.held]
+        start = 0
+        for holder, count in zip(*(part.tolist() for part in runs), strict=True):
+            held[holder].append((start, start + count))
+            start += count
+        return _dealt(start, held), places[holders == rank] - int(ends[rank]) + self.lengths[rank]
 
     def merged(self, outer: int, inner: int) -> Spans:
         """The dim flattened with ``outer`` indices before it and ``inner`` behind it."""
@@ -127,3 +148,9 @@ def order_of(spans: Spans) -> torch.Tensor:
     """For each global index, where it lies when the ranks' pieces are put one behind the other."""
     places = torch.cat([torch.arange(a, b) for held in spans.held for a, b in held])
     return torch.argsort(places)
+
+
+def common(some: Sequence[Span], others: Sequence[Span]) -> list[Span]:
+    """The indices in both, ascending."""
+    both = [(max(a, c), min(b, d)) for a, b in some for c, d in others]
+    return sorted((start, stop) for start, stop in both if start < stop)

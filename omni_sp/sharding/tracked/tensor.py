@@ -7,20 +7,22 @@ slower, and exact all the same. So a model's own, unmodified code runs over piec
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from omni_sp.collectives import gather
+from omni_sp.collectives import exchange, gather
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
-from omni_sp.sharding.tracked.spans import Spans, order_of
+from omni_sp.sharding.tracked.spans import Spans, common, order_of
 
+T = TypeVar("T")
 Rule = Callable[..., Any]
 FUNCTION_RULES: dict[Any, Rule] = {}
 """torch functions that are understood as a whole, before torch takes them apart: ``rule(*args, **kwargs)``."""
@@ -37,6 +39,7 @@ class TokenTensor(torch.Tensor):
     Attributes:
         local: this rank's piece. cut_dim: the dim that is cut. spans: who holds which indices of it. axis: the ranks.
         copied: in one process it would be a view of another tensor, but its piece is a copy: a write would be lost.
+        writes: how often its memory was written to; tensors that share memory share this count.
     """
 
     local: torch.Tensor
@@ -44,23 +47,40 @@ class TokenTensor(torch.Tensor):
     spans: Spans
     axis: Axis
     copied: bool
+    writes: list[int]
 
     @staticmethod
-    def __new__(cls, local: torch.Tensor, dim: int, spans: Spans, axis: Axis) -> TokenTensor:  # noqa: D102
+    def __new__(  # noqa: D102
+        cls, local: torch.Tensor, dim: int, spans: Spans, axis: Axis, strides: Sequence[int] | None = None
+    ) -> TokenTensor:
         shape = list(local.shape)
         shape[dim] = spans.size
-        whole = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
+        whole = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=local.dtype, device=local.device)
         whole.local, whole.cut_dim, whole.spans, whole.axis, whole.copied = local, dim, spans, axis, False
+        whole.writes = [0]
         return whole
 
     def like(self, local: torch.Tensor, dim: int | None = None, spans: Spans | None = None) -> TokenTensor:
         """Another tensor in pieces on the same ranks."""
         return TokenTensor(local, self.cut_dim if dim is None else dim, spans or self.spans, self.axis)
 
-    def seen_as(self, local: torch.Tensor, dim: int | None = None, spans: Spans | None = None) -> TokenTensor:
-        """A view of this tensor."""
-        view = self.like(local, dim, spans)
-        view.copied = self.copied
+    def ordered_alike(self, local: torch.Tensor) -> TokenTensor:
+        """A new tensor that lies in memory as this one does."""
+        if self.is_contiguous():
+            return self.like(local)
+        shape = list(local.shape)
+        shape[self.cut_dim] = self.spans.size
+        return TokenTensor(local, self.cut_dim, self.spans, self.axis, _dense(tuple(shape), self.stride()))
+
+    def seen_as(
+        self, local: torch.Tensor, strides: Sequence[int] | None, dim: int | None = None, spans: Spans | None = None
+    ) -> TokenTensor:
+        """A view of this tensor. ``strides`` are those that a view of the whole would have: by them torch decides
+        whether ``contiguous`` and ``reshape`` copy, here as in one process.
+        """
+        view = TokenTensor(local, self.cut_dim if dim is None else dim, spans or self.spans, self.axis, strides)
+        view.copied = self.copied | (local.numel() > 0 and _memory(local) != _memory(self.local))
+        view.writes = self.writes
         return view
 
     def whole(self, why: str | None = None) -> torch.Tensor:
@@ -72,6 +92,29 @@ class TokenTensor(torch.Tensor):
         if self.spans.in_rank_order:
             return joined
         return joined.index_select(self.cut_dim, order_of(self.spans).to(joined.device))
+
+    def moved(self, spans: Spans) -> TokenTensor:
+        """The same tensor dealt out otherwise: only what changes hands is sent. A collective call."""
+        if spans == self.spans:
+            return self
+        me, ranks = self.axis.rank, range(self.axis.size)
+        rows = self.local.movedim(self.cut_dim, 0)
+        going = [common(self.spans.held[me], spans.held[rank]) for rank in ranks]
+        coming = [common(self.spans.held[rank], spans.held[me]) for rank in ranks]
+        width = math.prod(rows.shape[1:])
+        leaving, arriving = [[width * sum(b - a for a, b in part) for part in parts] for parts in (going, coming)]
+        parcel = exchange(leaving, arriving, rows.dtype, rows.device, self.axis)
+        for place, part in zip(parcel.places, going, strict=True):
+            if place.numel():
+                starts = [(self.spans.before(me, a), b - a) for a, b in part]
+                torch.cat([rows.narrow(0, *start) for start in starts], out=place.view(-1, *rows.shape[1:]))
+        parcel.start()
+        arrived = parcel.wait().view(spans.lengths[me], *rows.shape[1:])
+        # They come rank by rank and belong in ascending order.
+        came = [span for part in coming for span in part]
+        order = sorted(zip(came, arrived.split([b - a for a, b in came]), strict=True), key=lambda pair: pair[0])
+        local = torch.cat([part for _, part in order]) if order else arrived
+        return self.like(local.movedim(0, self.cut_dim), spans=spans)
 
     def cut_alike(self, value: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's piece of a tensor that every rank holds whole, cut along ``dim`` as this one is."""
@@ -128,41 +171,142 @@ def on_the_whole(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         ShardingError: it would write to a view that one process shares with another tensor and this one does not, or
             change a tensor's shape in place.
     """
-    written = _written_pieces(func, args, kwargs)
+    written = _written(TokenTensor, func, args, kwargs)
     if written and torch.Tag.inplace_view in func.tags:
         raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
     for piece in written:
         require_writable(func, piece)
     flat, spec = tree_flatten((tuple(args), kwargs))
-    # A tensor in pieces says that it is contiguous: views and strides are worked out from that.
-    wholes = [x.whole(str(func)).contiguous() if isinstance(x, TokenTensor) else x for x in flat]
-    args, kwargs = tree_unflatten(wholes, spec)
+    # One whole for one tensor, however often it is named.
+    wholes = {id(x): _with_strides(x.whole(str(func)), x.stride()) for x in flat if isinstance(x, TokenTensor)}
+    args, kwargs = tree_unflatten([wholes.get(id(x), x) for x in flat], spec)
     result = func(*args, **kwargs)
     for piece in written:
-        whole = next(whole for x, whole in zip(flat, wholes, strict=True) if x is piece)
+        whole = wholes[id(piece)]
         if whole.shape != piece.shape:
             raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
         piece.local.copy_(piece.cut_alike(whole, piece.cut_dim))
         result = piece if result is whole else result
-    return result
+    if not _gives_view(func):
+        return result
+    base = next(x for x in flat if isinstance(x, TokenTensor))
+    return _glimpses(result, wholes[id(base)], base, [base.writes[0]])
 
 
-def _written_pieces(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[TokenTensor]:
-    """The tensors in pieces that an operator writes to, by its schema."""
-    found: list[TokenTensor] = []
+def _with_strides(whole: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """Views of a whole are worked out from the strides that a tensor in pieces tells."""
+    if whole.stride() == strides or 0 in strides:
+        return whole
+    return torch.empty_strided(whole.shape, strides, dtype=whole.dtype, device=whole.device).copy_(whole)
+
+
+@cache
+def _gives_view(func: Any) -> bool:
+    """Whether an operator that writes nothing may return what shares memory with its arguments."""
+    schema = func._schema
+    return not any(x.is_write for x in schema.arguments) and any(x.alias_info is not None for x in schema.returns)
+
+
+def _written(kind: type[T], func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[T]:
+    """The tensors of one kind that an operator writes to, by its schema."""
+    found: list[T] = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.is_write:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
-            found += [x for x in tree_flatten(value)[0] if isinstance(x, TokenTensor)]
+            found += [x for x in tree_flatten(value)[0] if isinstance(x, kind)]
     return found
 
 
+class Glimpse(torch.Tensor):
+    """A view of a whole that was gathered. In one process it would share memory with a tensor that here lies in pieces.
+
+    What is written to it goes to that tensor too; reading it after that tensor was written to is refused. What is
+    computed from it is plain.
+
+    Attributes:
+        plain: the view. whole: what it is a view of. base: the tensor in pieces. seen: its writes when it was gathered.
+    """
+
+    plain: torch.Tensor
+    whole: torch.Tensor
+    base: TokenTensor
+    seen: list[int]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(  # noqa: D102
+        cls, plain: torch.Tensor, whole: torch.Tensor, base: TokenTensor, seen: list[int]
+    ) -> Glimpse:
+        view = torch.Tensor._make_subclass(cls, plain)
+        view.plain, view.whole, view.base, view.seen = plain, whole, base, seen
+        return view
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        changed = _written(Glimpse, func, args, kwargs)
+        flat, spec = tree_flatten((tuple(args), kwargs))
+        glimpses = [x for x in flat if isinstance(x, Glimpse)]
+        if any(x.base.writes[0] != x.seen[0] for x in glimpses):
+            raise ShardingError(
+                f"{func} reads a view of a tensor whose tokens lie in pieces on the ranks, and which was written to"
+            )
+        for x in changed:
+            require_writable(func, x.base)
+            if torch.Tag.inplace_view in func.tags:
+                raise ShardingError(f"{func} changes the shape of a view of a tensor in pieces")
+        args, kwargs = tree_unflatten([x.plain if isinstance(x, Glimpse) else x for x in flat], spec)
+        result = func(*args, **kwargs)
+        for x in changed:
+            x.base.local.copy_(x.base.cut_alike(x.whole, x.base.cut_dim))
+            x.seen[0] = x.base.writes[0]
+            if result is x.plain:
+                result = x
+        return _glimpses(result, glimpses[0].whole, glimpses[0].base, glimpses[0].seen) if _gives_view(func) else result
+
+
+def _glimpses(result: Any, whole: torch.Tensor, base: TokenTensor, seen: list[int]) -> Any:
+    """What an operator made of a whole, as views of it where they are."""
+    flat, spec = tree_flatten(result)
+    return tree_unflatten(
+        [
+            Glimpse(x, whole, base, seen) if type(x) is torch.Tensor and _memory(x) == _memory(whole) else x
+            for x in flat
+        ],
+        spec,
+    )
+
+
 def require_writable(func: Any, piece: TokenTensor) -> None:
-    """Raise where a write would be lost."""
+    """Note that a tensor is about to be written to. Raise where the write would be lost."""
     if piece.copied:
         raise ShardingError(
             f"{func} writes to a view of a tensor in pieces whose piece had to be copied: it would be lost"
         )
+    piece.writes[0] += 1
+
+
+@lru_cache(maxsize=4096)
+def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides without gaps, in the order of others."""
+    dense, step = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (strides[dim], -dim)):
+        dense[dim], step = step, step * max(shape[dim], 1)
+    return tuple(dense)
+
+
+def _refuse_data(*_args: Any) -> Any:
+    raise ShardingError("x.data = y exchanges a tensor's memory, which here lies in pieces on the ranks")
+
+
+FUNCTION_RULES[torch.Tensor.data.__set__] = _refuse_data  # type: ignore[attr-defined]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def cut(value: torch.Tensor, dim: int, spans: Spans, axis: Axis) -> torch.Tensor:
@@ -178,6 +322,10 @@ def cut(value: torch.Tensor, dim: int, spans: Spans, axis: Axis) -> torch.Tensor
 def unwrapped(value: Any) -> Any:
     """A result with every TokenTensor in it (tuples, lists, dicts, dataclass-like outputs) made whole."""
     flat, spec = tree_flatten(value)
-    if not any(isinstance(item, TokenTensor) for item in flat):
+    if not any(isinstance(item, (TokenTensor, Glimpse)) for item in flat):
         return value
-    return tree_unflatten([item.whole() if isinstance(item, TokenTensor) else item for item in flat], spec)
+    flat = [
+        item.whole() if isinstance(item, TokenTensor) else item.clone() if isinstance(item, Glimpse) else item
+        for item in flat
+    ]
+    return tree_unflatten(flat, spec)
