@@ -55,6 +55,8 @@ def _fitted(x: torch.Tensor, place: int, lead: TokenTensor) -> torch.Tensor:
     if isinstance(x, TokenTensor):
         if _alike(x, place, lead):
             return x.local
+        if x.cut_dim - x.ndim == place and x.spans.size == lead.spans.size:
+            return x.moved(lead.spans).local
         x = x.whole("broadcasting")
     if x.ndim < -place or x.shape[place] == 1:
         return x
@@ -156,6 +158,31 @@ def _addmm(func: Any, bias: Any, a: Any, b: Any, **kwargs: Any) -> Any:
 def _baddbmm(_func: Any, base: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     product = torch.bmm(a, b) * alpha
     return product if beta == 0 else product + base * beta
+
+
+@rule(aten.convolution)
+def _convolution(func: Any, x: Any, weight: Any, bias: Any, *args: Any) -> Any:
+    """Over pieces of rows (or frames, or sound), each with the neighbours that its kernel sees."""
+    stride, padding, dilation, transposed, output_padding, groups = args
+    if not isinstance(x, TokenTensor) or isinstance(weight, TokenTensor) or isinstance(bias, TokenTensor):
+        return NotImplemented
+    place = x.cut_dim - 2
+    if x.cut_dim == 0:
+        return x.like(func(x.local, weight, bias, *args)) if x.local.numel() else NotImplemented
+    if place < 0 or transposed or stride[place] != 1 or any(len(spans) > 1 for spans in x.spans.held):
+        return NotImplemented
+    reach = dilation[place] * (weight.shape[x.cut_dim] - 1)
+    before = padding[place]
+    if reach != 2 * before or min(x.spans.lengths) == 0:
+        return NotImplemented  # as many come out as go in, and everybody has some
+    wanted = [[(max(a - before, 0), min(b + before, x.spans.size)) for a, b in spans] for spans in x.spans.held]
+    (start, stop), (first, last) = x.spans.held[x.axis.rank][0], wanted[x.axis.rank][0]
+    rows = x.local if before == 0 else x.fetched(wanted)
+    # Only at the picture's own edges is there padding.
+    edges = [0, 0] * (x.ndim - 1 - x.cut_dim) + [first - (start - before), (stop + before) - last]
+    inner = [0 if d == place else amount for d, amount in enumerate(padding)]
+    rows = F.pad(rows, edges) if before else rows
+    return x.like(func(rows, weight, bias, stride, inner, dilation, transposed, output_padding, groups))
 
 
 def _on_last_dims(first_argument: str, dims_of: Any) -> Any:

@@ -71,11 +71,33 @@ def _view(_func: Any, x: Any, size: Any) -> Any:
         size[size.index(-1)] = x.numel() // -math.prod(size)
     found = reshaped(tuple(x.shape), x.cut_dim, x.spans, tuple(size))
     if found is None:
-        return NotImplemented
+        return _view_of_moved(x, size)
     dim, spans = found
     strides = None if x.is_contiguous() else _viewed(tuple(x.shape), x.stride(), tuple(size))
     size[dim] = spans.lengths[x.axis.rank]
     return x.seen_as(x.local.reshape(size), strides, dim, spans)
+
+
+def _view_of_moved(x: TokenTensor, size: Sequence[int]) -> Any:
+    """A view whose new dims the pieces do not fit, such as rows of a picture: deal them out so that they do."""
+    if x.copied:
+        return NotImplemented
+    for dim in range(len(size)):
+        if size[dim] < x.axis.size:
+            continue
+        found = reshaped(tuple(size), dim, dealt_evenly(size[dim], x.axis.size), tuple(x.shape))
+        if found is not None and found[0] == x.cut_dim:
+            moved = x.moved(found[1])
+            view = x.like(moved.local.reshape(_with(size, dim, x)), dim, dealt_evenly(size[dim], x.axis.size))
+            # What is written to it would not reach x.
+            view.copied = True
+            return view
+    return NotImplemented
+
+
+def _with(size: Sequence[int], dim: int, x: TokenTensor) -> list[int]:
+    """A local shape: this rank's share of one dim."""
+    return [dealt_evenly(n, x.axis.size).lengths[x.axis.rank] if d == dim else n for d, n in enumerate(size)]
 
 
 @lru_cache(maxsize=4096)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from omni_sp.collectives import exchange, gather
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
-from omni_sp.sharding.tracked.spans import Spans, common, order_of
+from omni_sp.sharding.tracked.spans import Span, Spans, common, order_of
 
 T = TypeVar("T")
 Rule = Callable[..., Any]
@@ -95,12 +95,21 @@ class TokenTensor(torch.Tensor):
 
     def moved(self, spans: Spans) -> TokenTensor:
         """The same tensor dealt out otherwise: only what changes hands is sent. A collective call."""
-        if spans == self.spans:
-            return self
+        return self if spans == self.spans else self.like(self.fetched(spans.held), spans=spans)
+
+    def fetched(self, wanted: Sequence[Sequence[Span]]) -> torch.Tensor:
+        """The spans that each rank wants, ascending, also of what others hold. A collective call.
+
+        Args:
+            wanted: for every rank its spans; ranks may want the same.
+        """
         me, ranks = self.axis.rank, range(self.axis.size)
+        if self.axis.size == 1:
+            pieces = [self.local.narrow(self.cut_dim, start, stop - start) for start, stop in wanted[0]]
+            return torch.cat(pieces, self.cut_dim) if pieces else self.local.narrow(self.cut_dim, 0, 0)
         rows = self.local.movedim(self.cut_dim, 0)
-        going = [common(self.spans.held[me], spans.held[rank]) for rank in ranks]
-        coming = [common(self.spans.held[rank], spans.held[me]) for rank in ranks]
+        going = [common(self.spans.held[me], wanted[rank]) for rank in ranks]
+        coming = [common(self.spans.held[rank], wanted[me]) for rank in ranks]
         width = math.prod(rows.shape[1:])
         leaving, arriving = [[width * sum(b - a for a, b in part) for part in parts] for parts in (going, coming)]
         parcel = exchange(leaving, arriving, rows.dtype, rows.device, self.axis)
@@ -109,12 +118,12 @@ class TokenTensor(torch.Tensor):
                 starts = [(self.spans.before(me, a), b - a) for a, b in part]
                 torch.cat([rows.narrow(0, *start) for start in starts], out=place.view(-1, *rows.shape[1:]))
         parcel.start()
-        arrived = parcel.wait().view(spans.lengths[me], *rows.shape[1:])
-        # They come rank by rank and belong in ascending order.
         came = [span for part in coming for span in part]
+        arrived = parcel.wait().view(sum(b - a for a, b in came), *rows.shape[1:])
+        # They come rank by rank and belong in ascending order.
         order = sorted(zip(came, arrived.split([b - a for a, b in came]), strict=True), key=lambda pair: pair[0])
         local = torch.cat([part for _, part in order]) if order else arrived
-        return self.like(local.movedim(0, self.cut_dim), spans=spans)
+        return local.movedim(0, self.cut_dim)
 
     def cut_alike(self, value: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's piece of a tensor that every rank holds whole, cut along ``dim`` as this one is."""
