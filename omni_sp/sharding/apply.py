@@ -284,7 +284,7 @@ def cut_tracked(value: Any, split: Split, mesh: ParallelMesh, where: str, on_cut
     if on_cut is not None:
         on_cut(where, value, value.shape[dim], spans.lengths[axis.rank])
     # A copy: the model may write to its piece, and the caller's tensor would then differ from rank to rank.
-    return TokenTensor(cut(value, dim, spans, axis).clone(), dim, spans, axis)
+    return TokenTensor(cut(value, dim, spans, axis).clone(memory_format=torch.contiguous_format), dim, spans, axis)
 
 
 def _hook_attention(module: torch.nn.Module, path: str, handle: ShardHandle) -> None:

@@ -38,10 +38,12 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
         **{name: _fitted(x, place, lead) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()},
     )
     if written is not None:
+        # Only now: what is read may be a view of what is written.
+        lead.writes[0] += 1
         return args[written]
     dim = place + max(x.ndim for x in tensors)
     if isinstance(result, torch.Tensor):
-        return lead.ordered_alike(result) if dim == lead.cut_dim else lead.like(result, dim)
+        return lead.made_of(result, dim, tensors)
     return type(result)(lead.like(part, dim) for part in result)
 
 
@@ -94,6 +96,7 @@ def _cumsum_in_place(func: Any, x: Any, dim: int, **kwargs: Any) -> Any:
         return NotImplemented
     require_writable(func, x)
     func(x.local, dim, **kwargs)
+    x.writes[0] += 1
     return x
 
 

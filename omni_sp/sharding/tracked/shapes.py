@@ -90,7 +90,8 @@ def _view_of_moved(x: TokenTensor, size: Sequence[int]) -> Any:
             moved = x.moved(found[1])
             view = x.like(moved.local.reshape(_with(size, dim, x)), dim, dealt_evenly(size[dim], x.axis.size))
             # What is written to it would not reach x.
-            view.copied = True
+            view.writes = x.writes
+            view.is_copy()
             return view
     return NotImplemented
 
@@ -304,8 +305,10 @@ def _pad(func: Any, x: TokenTensor, pad: Sequence[int], value: Any = 0) -> Any:
 def _view_as_complex(_func: Any, x: TokenTensor) -> Any:
     if x.cut_dim == x.ndim - 1:
         return NotImplemented
-    # A piece cut out of another may have strides that this view refuses.
-    local = torch.view_as_complex(x.local.contiguous())
+    # A piece with a dim of size 1 may have strides that this view refuses.
+    *outer, last = x.local.stride()
+    fits = last == 1 and not any(number % 2 for number in (*outer, x.local.storage_offset()))
+    local = torch.view_as_complex(x.local if fits else x.local.contiguous())
     return x.seen_as(local, [stride // 2 for stride in x.stride()[:-1]])
 
 
@@ -326,7 +329,7 @@ def _same(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("memory_format") == torch.contiguous_format:
         return x.like(func(x.local, *args, **kwargs))
     kwargs.pop("memory_format", None)
-    return x.ordered_alike(func(x.local, *args, **kwargs))
+    return x.made_of(func(x.local, *args, **kwargs), x.cut_dim, [x])
 
 
 @rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)

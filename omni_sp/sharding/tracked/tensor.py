@@ -37,17 +37,19 @@ class TokenTensor(torch.Tensor):
     """Pieces of a tensor, one on each rank.
 
     Attributes:
-        local: this rank's piece. cut_dim: the dim that is cut. spans: who holds which indices of it. axis: the ranks.
+        local: this rank's piece; reading a copied one after the tensor that it views was written to raises.
+        cut_dim: the dim that is cut. spans: who holds which indices of it. axis: the ranks.
         copied: in one process it would be a view of another tensor, but its piece is a copy: a write would be lost.
         writes: how often its memory was written to; tensors that share memory share this count.
     """
 
-    local: torch.Tensor
     cut_dim: int
     spans: Spans
     axis: Axis
     copied: bool
     writes: list[int]
+    _local: torch.Tensor
+    _seen: int | None
 
     @staticmethod
     def __new__(  # noqa: D102
@@ -56,21 +58,29 @@ class TokenTensor(torch.Tensor):
         shape = list(local.shape)
         shape[dim] = spans.size
         whole = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=local.dtype, device=local.device)
-        whole.local, whole.cut_dim, whole.spans, whole.axis, whole.copied = local, dim, spans, axis, False
-        whole.writes = [0]
+        whole._local, whole.cut_dim, whole.spans, whole.axis = local, dim, spans, axis
+        whole.copied, whole.writes, whole._seen = False, [0], None
         return whole
 
-    def like(self, local: torch.Tensor, dim: int | None = None, spans: Spans | None = None) -> TokenTensor:
-        """Another tensor in pieces on the same ranks."""
-        return TokenTensor(local, self.cut_dim if dim is None else dim, spans or self.spans, self.axis)
+    @property
+    def local(self) -> torch.Tensor:
+        """This rank's piece."""
+        if self._seen is not None and self._seen != self.writes[0]:
+            raise ShardingError(
+                "a view of a tensor in pieces, whose piece had to be copied, is read after that tensor was written to"
+            )
+        return self._local
 
-    def ordered_alike(self, local: torch.Tensor) -> TokenTensor:
-        """A new tensor that lies in memory as this one does."""
-        if self.is_contiguous():
-            return self.like(local)
-        shape = list(local.shape)
-        shape[self.cut_dim] = self.spans.size
-        return TokenTensor(local, self.cut_dim, self.spans, self.axis, _dense(tuple(shape), self.stride()))
+    def like(self, local: torch.Tensor, dim: int | None = None, spans: Spans | None = None) -> TokenTensor:
+        """Another tensor in pieces on the same ranks, contiguous. Its pieces are so too: then no view has to copy."""
+        return TokenTensor(local.contiguous(), self.cut_dim if dim is None else dim, spans or self.spans, self.axis)
+
+    def made_of(self, local: torch.Tensor, dim: int, tensors: Sequence[torch.Tensor]) -> TokenTensor:
+        """A new tensor in pieces, computed element by element from ``tensors``: it lies in memory as torch has it."""
+        if all(x.is_contiguous() for x in tensors):
+            return self.like(local, dim)
+        strides = _ordered(*((tuple(x.shape), x.stride()) for x in tensors))
+        return TokenTensor(local, dim, self.spans, self.axis, strides)
 
     def seen_as(
         self, local: torch.Tensor, strides: Sequence[int] | None, dim: int | None = None, spans: Spans | None = None
@@ -79,9 +89,14 @@ class TokenTensor(torch.Tensor):
         whether ``contiguous`` and ``reshape`` copy, here as in one process.
         """
         view = TokenTensor(local, self.cut_dim if dim is None else dim, spans or self.spans, self.axis, strides)
-        view.copied = self.copied | (local.numel() > 0 and _memory(local) != _memory(self.local))
-        view.writes = self.writes
+        view.writes, view.copied, view._seen = self.writes, self.copied, self._seen
+        if not self.copied and local.numel() and _memory(local) != _memory(self._local):
+            view.is_copy()
         return view
+
+    def is_copy(self) -> None:
+        """Note that this should be a view, and is a copy."""
+        self.copied, self._seen = True, self.writes[0]
 
     def whole(self, why: str | None = None) -> torch.Tensor:
         """All pieces joined; every rank gets the same. A collective call. ``why`` is counted, see GATHERED."""
@@ -195,6 +210,7 @@ def on_the_whole(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if whole.shape != piece.shape:
             raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
         piece.local.copy_(piece.cut_alike(whole, piece.cut_dim))
+        piece.writes[0] += 1
         result = piece if result is whole else result
     if not _gives_view(func):
         return result
@@ -271,6 +287,7 @@ class Glimpse(torch.Tensor):
         result = func(*args, **kwargs)
         for x in changed:
             x.base.local.copy_(x.base.cut_alike(x.whole, x.base.cut_dim))
+            x.base.writes[0] += 1
             x.seen[0] = x.base.writes[0]
             if result is x.plain:
                 result = x
@@ -290,21 +307,19 @@ def _glimpses(result: Any, whole: torch.Tensor, base: TokenTensor, seen: list[in
 
 
 def require_writable(func: Any, piece: TokenTensor) -> None:
-    """Note that a tensor is about to be written to. Raise where the write would be lost."""
+    """Raise where a write would be lost."""
     if piece.copied:
         raise ShardingError(
             f"{func} writes to a view of a tensor in pieces whose piece had to be copied: it would be lost"
         )
-    piece.writes[0] += 1
 
 
 @lru_cache(maxsize=4096)
-def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides without gaps, in the order of others."""
-    dense, step = [0] * len(shape), 1
-    for dim in sorted(range(len(shape)), key=lambda dim: (strides[dim], -dim)):
-        dense[dim], step = step, step * max(shape[dim], 1)
-    return tuple(dense)
+def _ordered(*layouts: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The strides that torch gives to what it computes element by element from tensors of these shapes and strides."""
+    tensors = [torch.empty_strided(*layout, device="meta") for layout in layouts]
+    alike: dict[int, Callable[..., torch.Tensor]] = {1: torch.clone, 2: torch.add, 3: torch.addcmul}
+    return alike[len(tensors)](*tensors).stride() if len(tensors) in alike else None
 
 
 def _refuse_data(*_args: Any) -> Any:
