@@ -93,7 +93,8 @@ def _independent(query: TokenTensor, key: Any, value: Any, mask: Any, options: d
         x for x in (key, value) if isinstance(x, TokenTensor) and (x.cut_dim, x.spans) == (query.cut_dim, query.spans)
     ]
     if len(same) != 2:
-        if any(isinstance(x, TokenTensor) for x in (key, value)):
+        # With grouped heads that are cut there are fewer heads of keys than of queries.
+        if any(isinstance(x, TokenTensor) or x.shape[query.cut_dim] not in (1, query.spans.size) for x in (key, value)):
             return _all_whole(query, key, value, mask, options)
         q, k, v = (
             query.local,
@@ -132,14 +133,17 @@ def _as_masks(mask: torch.Tensor, query: TokenTensor, key: TokenTensor) -> tuple
     """
     if isinstance(mask, TokenTensor):
         return False, None
-    found = _forward().masks
-    name = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask._version)
-    if name not in found:
-        while len(found) >= _KEPT_MASKS:
-            # Models that make a mask in every block would keep all of them alive.
-            found.pop(next(iter(found)))
-        found[name] = mask, _masks_of(mask)
-    keys, rows = found[name][1]
+    if mask.is_inference():  # such tensors do not tell whether they were changed since
+        keys, rows = _masks_of(mask)
+    else:
+        found = _forward().masks
+        name = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask._version)
+        if name not in found:
+            while len(found) >= _KEPT_MASKS:
+                # Models that make a mask in every block would keep all of them alive.
+                found.pop(next(iter(found)))
+            found[name] = mask, _masks_of(mask)
+        keys, rows = found[name][1]
     if keys is not False and (
         keys.shape[-1] != key.shape[-2] or (rows is not None and rows.shape[-1] != query.shape[-2])
     ):
