@@ -67,7 +67,8 @@ def as_markdown(states: list[ModelState]) -> str:
 
 Written by `omni-sp models --markdown`. {exact} of the {len(states)} transformer classes of diffusers are proven
 exact over several ranks: on 2, 3 and 4 ranks (Ulysses, ring, both), with uneven picture and text lengths and masks,
-fp32, within 1e-5 of one process. Any pipeline that uses them runs unmodified.
+fp32, within 1e-5 of one process (2e-3 where a model itself rounds to bfloat16 on the way). Any pipeline that uses them
+runs unmodified.
 
 *plan*: its streams are cut and joined where a plan says; fastest, and its blocks may be compiled. *followed*: it is cut
 at its first block, and the pieces are followed through its own code; whatever needs whole tensors gets them. A class

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from hypothesis import assume, given, settings
@@ -43,7 +44,7 @@ def check(spans: Spans, owners: Sequence[int]) -> None:
         assert mine == [index for index, owner in enumerate(owners) if owner == rank]
         assert spans.lengths[rank] == len(mine)
         assert all(start < stop for start, stop in held)
-        assert all(first[1] < second[0] for first, second in zip(held, held[1:], strict=False))
+        assert all(first[1] < second[0] for first, second in pairwise(held))
 
 
 def owners_of(spans: Spans) -> list[int]:
@@ -132,12 +133,17 @@ def reshapes(draw: st.DrawFn) -> tuple[list[int], int, Spans, list[int]]:
     dim = draw(st.integers(0, len(before) - 1))
     spans = draw(any_spans(num_ranks=draw(st.integers(1, 3)), size=before[dim]))
     # Taking dims apart into their factors and joining neighbours again reaches every shape that a model asks for.
-    factors = [factor for size in before for factor in {4: [2, 2], 6: draw(st.sampled_from([[2, 3], [3, 2]]))}.get(size, [size])]
+    factors: list[int] = [
+        factor
+        for size in before
+        for factor in {4: [2, 2], 6: draw(st.sampled_from([[2, 3], [3, 2]]))}.get(size, [size])
+    ]
     if draw(st.booleans()):
         factors = draw(st.permutations(factors))
     after: list[int] = []
     for factor in factors:
-        if after and draw(st.booleans()):
+        join = draw(st.booleans())
+        if after and join:
             after[-1] *= factor
         else:
             after += [1] * draw(st.integers(0, 1)) + [factor]
@@ -154,8 +160,18 @@ def test_reshaped(drawn: tuple[list[int], int, Spans, list[int]]) -> None:
         # Only where no dim of the new shape could be the cut one.
         owners = torch.tensor(owners_of(spans), dtype=torch.int64)
         spread = owners.view([-1 if dim == cut_dim else 1 for dim in range(len(before))]).expand(before).reshape(after)
-        fits = [bool((spread == spread.movedim(dim, -1).reshape(-1, after[dim])[0].view(
-            [-1 if d == dim else 1 for d in range(len(after))])).all()) for dim in range(len(after)) if after[dim] > 1]
+        fits = [
+            bool(
+                (
+                    spread
+                    == spread.movedim(dim, -1)
+                    .reshape(-1, after[dim])[0]
+                    .view([-1 if d == dim else 1 for d in range(len(after))])
+                ).all()
+            )
+            for dim in range(len(after))
+            if after[dim] > 1
+        ]
         assert not any(fits) or len(set(owners.tolist())) == 1 or before == after
         assert before != after
         return

@@ -12,13 +12,21 @@ from tests.sharding.zoo.all import ENTRIES
 from tests.sharding.zoo.check import LAYOUTS, compare
 
 PLANNED = [entry_id for entry_id, entry in ENTRIES.items() if entry.name in planned_models()]
+FIRST = {entry.name: entry_id for entry_id, entry in reversed(ENTRIES.items())}
+# Every class on all layouts, further modes of it where Ulysses meets ring and where a rank may have no token.
+RUNS = [
+    (entry_id, layout)
+    for layout in LAYOUTS
+    for entry_id, entry in ENTRIES.items()
+    if FIRST[entry.name] == entry_id or layout in ((2, 2), (3, 1))
+]
 
 
-@pytest.mark.parametrize("entry_id", ENTRIES)
-@pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS, ids=lambda degree: str(degree))
-def test_followed_through_its_own_code(ranks: RankPool, entry_id: str, ulysses: int, ring: int) -> None:
+@pytest.mark.parametrize(("entry_id", "layout"), RUNS, ids=str)
+def test_followed_through_its_own_code(ranks: RankPool, entry_id: str, layout: tuple[int, int]) -> None:
+    ulysses, ring = layout
     for error, restored, tokens, _ in ranks.run(compare, entry_id, True, ulysses=ulysses, ring=ring):
-        assert error <= 1e-5
+        assert error <= ENTRIES[entry_id].error
         assert restored
         assert tokens
 

@@ -76,7 +76,7 @@ def main() -> None:
                 print(f"FAILED {entry_id} {ulysses}x{ring}\n{failure}")
                 pool = RankPool()
                 break
-            state = "ok    " if error <= 1e-5 and restored else "WRONG "
+            state = "ok    " if error <= ENTRIES[entry_id].error and restored else "WRONG "
             print(f"{state}{entry_id} {ulysses}x{ring} error {error:.1e} restored {restored} {tokens} {gathered}")
     pool.close()
 

@@ -18,12 +18,15 @@ class Entry:
     Attributes:
         build: a tiny model; its weights are randomised by the caller. inputs: arguments of one forward, by name.
         name: of the class. variant: tells several entries of one class apart.
+        error: the most that it may be off, relative: more than float32's rounding where the model's own code rounds to
+            bfloat16 on the way, which another order of additions can tip over.
     """
 
     name: str
     build: Callable[[], Any]
     inputs: Callable[[], Inputs]
     variant: str = ""
+    error: float = 1e-5
 
     @property
     def id(self) -> str:

@@ -143,7 +143,9 @@ ENTRIES = [
     Entry("SanaVideoTransformer3DModel", _build, _inputs),
     Entry("SanaVideoTransformer3DModel", _build, _picture_inputs, variant="first frame given"),
     Entry("SanaWMTransformer3DModel", _build_world, _world_inputs),
-    Entry("SanaWMTransformer3DModel", _build_world_softmax, _world_inputs, variant="softmax in every second block"),
+    Entry(
+        "SanaWMTransformer3DModel", _build_world_softmax, _world_inputs, variant="softmax in some blocks", error=2e-3
+    ),
     Entry("SanaWMLTX2RefinerTransformer3DModel", _build_refiner, _refiner_inputs),
     Entry("SanaWMLTX2RefinerTransformer3DModel", _build_refiner, _refiner_window_inputs, variant="window"),
 ]

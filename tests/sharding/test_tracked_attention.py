@@ -1,0 +1,245 @@
+"""Attention with tracked operands against torch's own on the whole tensors."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omni_sp.attention import select_strategy
+from omni_sp.errors import UnsupportedAttentionError
+from omni_sp.mesh import ParallelMesh
+from omni_sp.sharding.forward import ShardedForward, entered
+from omni_sp.sharding.tracked import TokenTensor, cut, dealt_evenly, tracked_attention, unwrapped
+from omni_sp.sharding.tracked.spans import joined
+from tests.ranks import RankPool
+
+DEGREES = [(2, 1), (1, 2), (2, 2), (3, 1)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attention.
+
+    Attributes:
+        query, key: shapes (…, heads, tokens, head_dim). cuts: the dims along which query, key and value are cut, from
+            the end; None leaves one whole. lengths: of the rows that query, key and value are joined from.
+        mask: kind of the mask, see ``mask_of``. mask_cut: the dim along which the mask itself is cut.
+    """
+
+    query: tuple[int, ...] = (2, 6, 11, 8)
+    key: tuple[int, ...] | None = None
+    cuts: tuple[int | None, int | None, int | None] = (-2, -2, -2)
+    lengths: tuple[tuple[int, ...] | None, ...] = (None, None, None)
+    mask: str = "none"
+    mask_cut: int | None = None
+    causal: bool = False
+    scale: float | None = None
+    gqa: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+PLAIN = Case()
+TEXT = replace(PLAIN, key=(2, 6, 5, 8))
+MASKS = [
+    "bool keys", "-10000 keys", "-inf keys", "bool keys, a sample without any", "-10000 keys, a sample without any",
+    "-inf keys, a sample without any", "bool rows and keys", "bool", "bias", "bias per head", "bias of keys",
+]  # fmt: skip
+CASES: dict[str, Case] = {
+    "no mask": PLAIN,
+    "scale": replace(PLAIN, scale=0.7),
+    "float64": replace(PLAIN, dtype=torch.float64, mask="bool keys"),
+    "causal": replace(PLAIN, causal=True),
+    "cross, causal": replace(TEXT, causal=True),
+    "gqa": replace(PLAIN, key=(2, 2, 11, 8), gqa=True),
+    "gqa, masked": replace(PLAIN, key=(2, 3, 11, 8), gqa=True, mask="bool keys"),
+    "gqa, bias": replace(PLAIN, key=(2, 3, 11, 8), gqa=True, mask="bias"),
+    "gqa, causal": replace(PLAIN, key=(2, 3, 11, 8), gqa=True, causal=True),
+    "gqa, heads cut": replace(PLAIN, key=(2, 3, 11, 8), gqa=True, cuts=(-3, -3, -3)),
+    "gqa, heads cut, whole keys": replace(PLAIN, key=(2, 2, 11, 8), gqa=True, cuts=(-3, None, None)),
+    "mqa, heads cut, whole keys": replace(PLAIN, key=(2, 1, 11, 8), gqa=True, cuts=(-3, None, None)),
+    "heads cut": replace(PLAIN, cuts=(-3, -3, -3), mask="bias per head"),
+    "cross": TEXT,
+    "cross to whole keys": replace(TEXT, cuts=(-2, None, None)),
+    "cross to whole keys, causal": replace(TEXT, cuts=(-2, None, None), causal=True),
+    "fewer tokens than ranks": replace(PLAIN, query=(2, 6, 2, 8), key=(2, 6, 9, 8)),
+    "one query": replace(PLAIN, query=(2, 6, 1, 8), key=(2, 6, 9, 8), mask="bias"),
+    "one key": replace(PLAIN, key=(2, 6, 1, 8), mask="bool"),
+    "whole queries, keys cut": replace(TEXT, cuts=(None, -2, -2)),
+    "whole queries, keys cut, bias": replace(TEXT, cuts=(None, -2, -2), mask="bias"),
+    "only values cut": replace(TEXT, cuts=(None, None, -2)),
+    "whole values": replace(TEXT, cuts=(-2, -2, None)),
+    "whole keys, values cut": replace(TEXT, cuts=(-2, None, -2), mask="bool keys"),
+    "text and picture": replace(PLAIN, lengths=((4, 7),) * 3, mask="bool keys"),
+    "text and picture, bias": replace(PLAIN, lengths=((4, 7),) * 3, mask="bias"),
+    "text and picture, causal": replace(PLAIN, lengths=((4, 7),) * 3, causal=True),
+    "differing spans": replace(PLAIN, lengths=((4, 7), None, None), mask="bool keys"),
+    "keys differ from values": replace(PLAIN, lengths=(None, (4, 7), (7, 4)), mask="bool keys"),
+    "keys differ from values, bias": replace(PLAIN, lengths=(None, (4, 7), (7, 4)), mask="bias"),
+    "3 dims": replace(PLAIN, query=(6, 11, 8), mask="bias of keys"),
+    "3 dims, text": replace(PLAIN, query=(6, 11, 8), key=(6, 5, 8)),
+    "3 dims, batch cut": replace(PLAIN, query=(7, 11, 8), cuts=(-3, -3, -3)),
+    "5 dims": replace(PLAIN, query=(2, 3, 2, 11, 8), mask="bias of keys"),
+    "5 dims, frames cut": replace(PLAIN, query=(2, 5, 3, 4, 8), cuts=(-4, -4, -4), mask="bool"),
+    "batch cut": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, -4, -4), mask="bool keys"),
+    "batch cut, causal": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, -4, -4), causal=True),
+    "batch cut, fewer than ranks": replace(PLAIN, query=(2, 6, 4, 8), cuts=(-4, -4, -4), mask="bias"),
+    "batch cut, whole keys": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, None, None), mask="bias"),
+    "batch cut, keys cut otherwise": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, -2, -2), mask="bool keys"),
+    "batch cut, mask cut": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, -4, -4), mask="bool keys", mask_cut=-4),
+    "rows cut, keys' batch cut": replace(PLAIN, cuts=(-2, -4, -4), mask="bool keys"),
+    "head_dim cut": replace(PLAIN, cuts=(-1, -1, -1), mask="bool keys"),
+    "mask's rows cut": replace(PLAIN, mask="bias", mask_cut=-2),
+    "mask's rows cut otherwise": replace(PLAIN, lengths=((4, 7), None, None), mask="bool", mask_cut=-2),
+    "mask's keys cut": replace(PLAIN, mask="bias", mask_cut=-1),
+    "key mask cut": replace(PLAIN, mask="bool keys", mask_cut=-1),
+    "mask's rows cut, queries whole": replace(TEXT, cuts=(None, -2, -2), mask="bias", mask_cut=-2),
+}
+CASES |= {mask: replace(PLAIN, mask=mask) for mask in MASKS}
+CASES |= {f"{mask}, expanded": replace(PLAIN, mask=f"{mask}, expanded") for mask in MASKS}
+CASES |= {f"cross to whole keys, {mask}": replace(TEXT, cuts=(-2, None, None), mask=mask) for mask in MASKS}
+
+
+def mask_of(case: Case) -> Tensor | None:
+    """A mask, the same in every process."""
+    kind, _, expanded = case.mask.partition(", expanded")
+    if kind == "none":
+        return None
+    generator = torch.Generator().manual_seed(9)
+    key = case.key or case.query
+    batch, heads, rows, keys = case.query[:-3], case.query[-3], case.query[-2], key[-2]
+    small = (*batch, 1, 1, keys)
+    full = (*batch, 1, rows, keys)
+    if kind.startswith("bias"):
+        shape = {"bias": full, "bias per head": (*batch, heads, rows, keys), "bias of keys": small}[kind]
+        mask = torch.randn(shape, generator=generator, dtype=case.dtype)
+    elif kind == "bool":
+        mask = torch.rand(full, generator=generator) < 0.7
+        mask[..., 0] = True
+    else:
+        open_keys = torch.rand(small, generator=generator) < 0.6
+        open_keys[..., 1 % keys] = True
+        if "without any" in kind:
+            open_keys[0] = False
+        if kind == "bool rows and keys":
+            mask = open_keys & (torch.rand((*batch, 1, rows, 1), generator=generator) < 0.7)
+        elif kind.startswith("bool"):
+            mask = open_keys
+        else:
+            shut = -10000.0 if kind.startswith("-10000") else -torch.inf
+            mask = torch.zeros(small, dtype=case.dtype).masked_fill(~open_keys, shut)
+    return mask.expand(*batch, heads, rows, keys) if expanded else mask
+
+
+def pieces(mesh: ParallelMesh, x: Tensor, dim: int | None, lengths: tuple[int, ...] | None = None) -> Tensor:
+    """A tensor cut along a dim (from the end), each of several rows behind each other dealt out evenly."""
+    if dim is None:
+        return x
+    dim = x.ndim + dim
+    spans = joined(tuple(dealt_evenly(length, mesh.sequence.size) for length in lengths or (x.shape[dim],)))
+    return TokenTensor(cut(x, dim, spans, mesh.sequence).clone(), dim, spans, mesh.sequence)
+
+
+def opened(mesh: ParallelMesh, stack: ExitStack) -> ShardedForward:
+    """A forward such as one that a sharded model runs in, until ``stack`` is closed."""
+    forward = ShardedForward(
+        mesh=mesh,
+        strategy=select_strategy("omni_sp", mesh, "auto"),
+        kernel="auto",
+        table={},
+        until_left=stack,
+        tokens={},
+        tracked=True,
+    )
+    stack.enter_context(entered(forward, "test"))
+    return forward
+
+
+def run_cases(mesh: ParallelMesh, names: list[str], inference: bool) -> dict[str, str]:
+    """On one rank: for each case what is wrong with it. The masks of one forward are kept, as in a model."""
+    warnings.simplefilter("ignore")
+    troubles = {}
+    with torch.inference_mode() if inference else torch.no_grad(), ExitStack() as stack:
+        opened(mesh, stack)
+        for name in names:
+            try:
+                trouble = run_case(mesh, CASES[name])
+            except Exception as error:
+                trouble = repr(error)
+            if trouble:
+                troubles[name] = trouble
+    return troubles
+
+
+def run_case(mesh: ParallelMesh, case: Case) -> str | None:
+    generator = torch.Generator().manual_seed(3)
+    shapes = case.query, case.key or case.query, case.key or case.query
+    tensors = [torch.randn(shape, generator=generator, dtype=case.dtype) for shape in shapes]
+    query, key, value = tensors
+    mask = mask_of(case)
+    attention = partial(F.scaled_dot_product_attention, is_causal=case.causal, scale=case.scale, enable_gqa=case.gqa)
+    wanted = attention(query, key, value, attn_mask=mask)
+    q, k, v = (pieces(mesh, *given) for given in zip(tensors, case.cuts, case.lengths, strict=True))
+    given_mask = mask if mask is None else pieces(mesh, mask, case.mask_cut)
+    got = attention(q, k, v, attn_mask=given_mask)
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return f"{got.dtype} {tuple(got.shape)} for {wanted.dtype} {tuple(wanted.shape)}"
+    whole = unwrapped(got)
+    if whole.shape != wanted.shape:
+        return f"pieces that make {tuple(whole.shape)} for {tuple(wanted.shape)}"
+    error = float((whole - wanted).abs().max())
+    return None if error <= 1e-5 else f"off by {error:.1e}"
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(("ulysses", "ring"), DEGREES)
+def test_equals_attention_over_whole_tensors(ranks: RankPool, ulysses: int, ring: int, inference: bool) -> None:
+    told = ranks.run(run_cases, list(CASES), inference, ulysses=ulysses, ring=ring)
+    assert told == [{}] * (ulysses * ring)
+
+
+def run_others(mesh: ParallelMesh) -> tuple[float, float, list[str]]:
+    """As diffusers calls it, a mask that is changed in place between two attentions, and what is refused."""
+    case = replace(PLAIN, mask="bool keys")
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(case.query, generator=generator)
+    tracked = pieces(mesh, x, -2)
+    mask = mask_of(case)
+    assert mask is not None
+    refused = []
+    with torch.no_grad():
+        try:
+            F.scaled_dot_product_attention(tracked, tracked, tracked)
+        except UnsupportedAttentionError as error:
+            refused.append(str(error))
+        with ExitStack() as stack:
+            opened(mesh, stack)
+            wanted = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+            turned = tracked.transpose(1, 2)
+            got = tracked_attention(
+                turned, turned, turned, attn_mask=mask[:, 0, 0], is_causal=False, scale=None, enable_gqa=False
+            )
+            error_of_turned = (unwrapped(got).transpose(1, 2) - wanted).abs().max()
+            F.scaled_dot_product_attention(tracked, tracked, tracked, attn_mask=mask)
+            mask.logical_not_()
+            wanted = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+            got = F.scaled_dot_product_attention(tracked, tracked, tracked, attn_mask=mask)
+            error_of_changed = (unwrapped(got) - wanted).abs().max()
+            try:
+                F.scaled_dot_product_attention(tracked, tracked, tracked, dropout_p=0.1)
+            except UnsupportedAttentionError as error:
+                refused.append(str(error))
+    return float(error_of_turned), float(error_of_changed), refused
+
+
+def test_mask_changed_in_place_and_what_is_refused(ranks: RankPool) -> None:
+    for turned, changed, refused in ranks.run(run_others, ulysses=2):
+        assert max(turned, changed) <= 1e-5
+        assert "outside of a sharded forward" in refused[0]
+        assert "dropout 0.1" in refused[1]

@@ -1,0 +1,60 @@
+"""`omni-sp check` and `omni-sp models`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from omni_sp.cli import main
+from omni_sp.omni import Omni
+from tests.engine.processes import becomes_true, children
+from tests.ranks import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    before = children()
+    yield
+    assert becomes_true(lambda: children() <= before, 5.0)
+
+
+def test_the_demo_model_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "omni-sp/shapes", "--usp", "2", "--ring", "2", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "2 × ring_degree 2 = 4 ranks" in told
+    for stage in ("text", "transformer, call 1", "result"):
+        assert stage in told
+    assert told.rstrip().endswith("exact: what is left is the rounding of float32")
+
+
+def test_what_is_not_exact_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Omni, "check", lambda *_: {"text": 0.0, "transformer, call 1": 0.01, "result": 0.1})
+    assert main(["check", "omni-sp/shapes", "--usp", "2", "--device", "cpu"]) == 1
+    assert "NOT exact" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["omni-sp/shapes"], "nothing to check on one rank"),
+        (["omni-sp/shapes", "--usp", "2", "--image", "nothing.png"], "--image nothing.png cannot be read"),
+        (["no such model", "--usp", "2"], "unknown model 'no such model'"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *words]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_models_lists_every_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:3] == ["SanaTransformer2DModel", "exact", "followed"] for line in lines)
+    assert lines[-1].startswith(f"{len(lines) - 1} classes: ")
+    assert main(["models", "--markdown"]) == 0
+    assert capsys.readouterr().out == (ROOT / "docs" / "models.md").read_text()
