@@ -99,20 +99,15 @@ def _attention(
     _parallel_config: Any = None,
 ) -> torch.Tensor:
     """What diffusers' dispatcher calls: (batch, tokens, heads, head_dim) in and out, this rank's tokens."""
-    if any(isinstance(x, TokenTensor) for x in (query, key, value)):
+    # A compiled graph holds plain tensors only: there nothing is followed.
+    if not torch.compiler.is_compiling() and (forward := current_forward()) is not None and forward.tracked:
+        if not any(isinstance(x, TokenTensor) for x in (query, key, value)):
+            # Nothing of it is in pieces: a text refiner, for one.
+            return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         in_pieces: torch.Tensor = tracked_attention(
             query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
         return in_pieces
-    forward = current_forward()
-    if forward is not None and forward.tracked:
-        # Nothing of it is in pieces: a text refiner, for one.
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[:, None, None]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-        return out.transpose(1, 2)
     # A model that passes no parallel configuration says thereby that this attention's keys are whole.
     route = _parallel_config if isinstance(_parallel_config, Route) else None
     path = route.path if route is not None else "an attention without parallel_config"
@@ -128,6 +123,25 @@ def _attention(
         compiled: torch.Tensor = _opaque_attend(query, key, value, key_mask, is_causal, scale, path, whole)
         return compiled
     return _attend(query, key, value, key_mask, is_causal, scale, path, whole)
+
+
+def _plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """Torch's attention over whole tensors."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mask = mask if mask is None or mask.ndim != 2 else mask[:, None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return out.transpose(1, 2)
 
 
 def _attend(
@@ -146,6 +160,11 @@ def _attend(
         raise ShardingError(
             "a part of a parallelized transformer was called on its own: call the transformer as a whole, or remove() "
             "its handle first"
+        )
+    if forward.tracked:
+        raise ShardingError(
+            f"{path} was compiled; tensors in pieces cannot be followed through compiled blocks: parallelize the model "
+            "as it is, or give it a ShardingPlan"
         )
     forward.count_attention()
     if whole:

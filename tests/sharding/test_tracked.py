@@ -170,7 +170,7 @@ def run_alone(mesh: ParallelMesh, inference: bool) -> tuple[dict[str, list[str]]
     all_refused: set[str] = set()
     with mode(inference):
         for name in OPS:
-            for a, p, q in ((0, 1, 2), (3, 0, 4), (7, 2, 2)):
+            for a, p, q in ((0, 2, 1), (3, 0, 4), (7, 2, 2)):
                 found, refused = _run([(name, a, (a + q) % SLOTS, p, q)], *tensors(mesh))
                 all_refused |= set(refused)
                 if found:

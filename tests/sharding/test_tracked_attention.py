@@ -48,8 +48,9 @@ class Case:
 PLAIN = Case()
 TEXT = replace(PLAIN, key=(2, 6, 5, 8))
 MASKS = [
-    "bool keys", "-10000 keys", "-inf keys", "bool keys, a sample without any", "-10000 keys, a sample without any",
-    "-inf keys, a sample without any", "bool rows and keys", "bool", "bias", "bias per head", "bias of keys",
+    "bool keys", "-5 keys", "-10000 keys", "-inf keys", "bool keys, a sample without any",
+    "-10000 keys, a sample without any", "-inf keys, a sample without any",
+    "bool rows and keys", "bool", "bias", "bias per head", "bias of keys",
 ]  # fmt: skip
 CASES: dict[str, Case] = {
     "no mask": PLAIN,
@@ -132,7 +133,7 @@ def mask_of(case: Case) -> Tensor | None:
         elif kind.startswith("bool"):
             mask = open_keys
         else:
-            shut = -10000.0 if kind.startswith("-10000") else -torch.inf
+            shut = float(kind.partition(" ")[0])
             mask = torch.zeros(small, dtype=case.dtype).masked_fill(~open_keys, shut)
     return mask.expand(*batch, heads, rows, keys) if expanded else mask
 
