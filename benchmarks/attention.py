@@ -146,7 +146,8 @@ def compare(settings: Settings, ranks: int, scheme: str, command: dict[str, Any]
     print(title)
     print(table(timings, BASE, OURS, ranks))
     print(f"ours / floor: {paired(timings, OURS, FLOOR):.3f}")
-    name = f"attention-{scheme}{ranks}-{settings.tokens}-{settings.dtype}"
+    growth = "-growth" if len(command["tokens"]) > 1 else ""
+    name = f"attention-{scheme}{ranks}-{settings.tokens}-{settings.dtype}{growth}"
     path = save(name, command, timings)
     report(path, plot(path, title, timings))
     return timings

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from omni_sp.collectives import add_up
+from omni_sp.mesh import Axis
 from omni_sp.sharding.tracked.shapes import _positive, rule
 from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, OPERATOR_RULES, TokenTensor, require_writable
 
@@ -124,7 +125,7 @@ def _reduced(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> Any:
     gone = {_positive(dim, x.ndim) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
     if x.cut_dim in gone:
         # Each rank has a part of the sum.
-        return add_up(func(x.local, *args, **kwargs), x.axis) if func.overloadpacket is aten.sum else NotImplemented
+        return _summed(func, x.axis, x.local, *args, **kwargs) if func.overloadpacket is aten.sum else NotImplemented
     dim = x.cut_dim if given.get("keepdim", False) else x.cut_dim - sum(d < x.cut_dim for d in gone)
     result = func(x.local, *args, **kwargs)
     return x.like(result, dim) if isinstance(result, torch.Tensor) else tuple(x.like(part, dim) for part in result)
@@ -144,10 +145,21 @@ def _matmul(func: Any, a: Any, b: Any) -> Any:
         # The sum runs over the cut dim: linear attention's state. Each rank has a part of it.
         if isinstance(b, TokenTensor) and (b.cut_dim, b.spans) != (last - 1, a.spans):
             return NotImplemented
-        return add_up(func(a.local, b.local if isinstance(b, TokenTensor) else a.cut_alike(b, last - 1)), a.axis)
+        other = b.local if isinstance(b, TokenTensor) else a.cut_alike(b, last - 1)
+        return _summed(func, a.axis, a.local, other)
     if b.cut_dim == last:
         return b.like(func(a, b.local))
     return NotImplemented
+
+
+def _summed(func: Any, axis: Axis, *tensors: Any, **kwargs: Any) -> torch.Tensor:
+    """A sum of which each rank has a part. Of 16-bit numbers it is made in 32 bit and rounded once, as on one rank."""
+    dtype = kwargs.get("dtype") or tensors[0].dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return add_up(func(*tensors, **kwargs), axis)
+    kwargs.pop("dtype", None)
+    wide = [x.float() if isinstance(x, torch.Tensor) else x for x in tensors]
+    return add_up(func(*wide, **kwargs), axis).to(dtype)
 
 
 @rule(aten.addmm)
