@@ -5,7 +5,7 @@ OmniSPError
 │   ├── ConfigError                     degrees, devices, engine options
 │   ├── SamplingParamsError             a parameter this pipeline cannot take, or a value out of range
 │   ├── ModelNotFoundError              no such model, or a folder that is no diffusers pipeline
-│   ├── UnsupportedModelError           a transformer that no plan covers
+│   ├── UnsupportedModelError           a transformer whose tokens cannot be found
 │   └── UnsupportedAttentionError       an attention that the core refuses rather than get wrong
 ├── ShardingError (RuntimeError)        a sharded forward that could not be exact, or ranks that disagree
 └── EngineError (RuntimeError)          the rank processes
@@ -35,7 +35,7 @@ class ModelNotFoundError(InvalidInputError):
 
 
 class UnsupportedModelError(InvalidInputError):
-    """A transformer that no sharding plan covers."""
+    """A transformer without a plan whose rows of tokens cannot be found."""
 
 
 class UnsupportedAttentionError(InvalidInputError):

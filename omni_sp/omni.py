@@ -57,7 +57,7 @@ class Omni:
     Raises:
         ConfigError: an option that cannot be, an unknown one, or fewer GPUs than ranks.
         ModelNotFoundError: no such model, or no diffusers pipeline.
-        UnsupportedModelError: a transformer that no plan covers, on several ranks.
+        UnsupportedModelError: a transformer whose rows of tokens cannot be found, on several ranks.
         RankFailedError: a rank failed while starting.
     """
 

@@ -89,8 +89,10 @@ def test_a_users_own_class_is_exact(ranks: RankPool, window: int | None, ulysses
 
 def test_what_is_cut_does_not_decide_what_is_exact(ranks: RankPool) -> None:
     for dim in (0, -1):  # the batch; the channels, which every linear layer needs whole
-        for error, *_ in ranks.run(followed, 4, TrackedPlan({"blocks.0": {"x": Split(dim=dim)}}), ulysses=2):
-            assert error <= 1e-5
+        for ulysses, ring in ((2, 1), (3, 1), (2, 2)):  # a batch of two leaves a third and a fourth rank without any
+            plan = TrackedPlan({"blocks.0": {"x": Split(dim=dim)}})
+            for error, *_ in ranks.run(followed, 4, plan, ulysses=ulysses, ring=ring):
+                assert error <= 1e-5
 
 
 def refused(mesh: ParallelMesh) -> list[str]:

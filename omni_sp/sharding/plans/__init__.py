@@ -20,7 +20,7 @@ _CORRECTIONS: dict[str, Callable[[ShardingPlan], ShardingPlan]] = {
 
 
 def planned_models() -> tuple[str, ...]:
-    """Names of the transformer classes that are proven exact."""
+    """Names of the transformer classes that have a plan of cuts and joins."""
     return tuple(sorted(_CORRECTIONS))
 
 

@@ -208,9 +208,10 @@ def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, scale: float 
         parts = [x.whole("mask") if isinstance(x, TokenTensor) else x for x in tables]
     else:
         q = query.local
+        # May gather, so ranks without a query come by here too.
+        parts = [None if x is None else _rows_of(x, own, query) for x in tables]
         if q.numel() == 0:
             return query.like(q.new_empty((*q.shape[:-1], value.shape[-1])))
-        parts = [None if x is None else _rows_of(x, own, query) for x in tables]
     numbers, indices, full_numbers, full_indices = parts
     part = BlockMask.from_kv_blocks(
         numbers,

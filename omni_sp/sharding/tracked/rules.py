@@ -183,7 +183,8 @@ def _convolution(func: Any, x: Any, weight: Any, bias: Any, *args: Any) -> Any:
         return NotImplemented
     place = x.cut_dim - 2
     if x.cut_dim == 0:
-        return x.like(func(x.local, weight, bias, *args)) if x.local.numel() else NotImplemented
+        # Asked of all ranks, not of this one: those that gather would wait for those that do not.
+        return x.like(func(x.local, weight, bias, *args)) if min(x.spans.lengths) else NotImplemented
     if place < 0 or transposed or stride[place] != 1 or any(len(spans) > 1 for spans in x.spans.held):
         return NotImplemented
     reach = dilation[place] * (weight.shape[x.cut_dim] - 1)
