@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -45,13 +46,13 @@ class Timing:
 def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each contender in each round, on this rank. All ranks call this with the same contenders.
 
-    Every turn starts at a barrier. The order is rotated from round to round.
+    Every turn starts at a barrier. The order is drawn anew for every round, alike on all ranks: a contender that always
+    followed the same other one would pay for the state that this one leaves caches and heap in.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in random.Random(number).sample(names, len(names)):
             if dist.is_initialized():
                 dist.barrier()
             began = time.perf_counter()
