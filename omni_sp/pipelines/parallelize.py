@@ -9,9 +9,9 @@ import torch
 from omni_sp.attention import check_strategy, kernel_names, select_strategy
 from omni_sp.errors import UnsupportedAttentionError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding import ShardHandle, ShardingPlan, TrackedPlan, plan_for, shard
+from omni_sp.sharding import ShardHandle, ShardingPlan, TrackedPlan, plan_for, shard, tracked_plan_for
 
-_TRANSFORMERS = ("transformer", "transformer_2")
+_OF_TRANSFORMERS, _OF_CONTROLNETS = "diffusers.models.transformers.", "diffusers.models.controlnets."
 
 
 class ParallelHandle:
@@ -55,6 +55,7 @@ def parallelize(
 ) -> ParallelHandle:
     """Spread the tokens of a pipeline's transformers (or of one transformer) over the ranks of ``mesh``.
 
+    Its ControlNets are spread as well. LoRA, IP-Adapters and diffusers' step caches may come before or after.
     Every rank calls it, and then runs the same, unmodified calls on the same inputs.
 
     Args:
@@ -87,7 +88,10 @@ def parallelize(
         for model in models:
             try:
                 chosen = plan if plan is not None else plan_for(model)
-                shards.append(shard(model, mesh, chosen, strategy=strategy, kernel=attention_backend))
+                # Where people changed the model so that its plan will not do, it is followed; a given plan is obeyed.
+                otherwise = tracked_plan_for(model) if plan is None and isinstance(chosen, ShardingPlan) else None
+                options: dict[str, Any] = {"strategy": strategy, "kernel": attention_backend, "otherwise": otherwise}
+                shards.append(shard(model, mesh, chosen, **options))
             except UnsupportedModelError:
                 # One rank runs what it is given; only a split needs a plan.
                 if mesh.sequence.size > 1 or plan is not None or attention_backend != "auto":
@@ -100,8 +104,19 @@ def parallelize(
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[tuple[str, torch.nn.Module]]:
-    """The transformer itself, or those among a pipeline's components, with their names."""
+    """The transformer itself, or those among a pipeline's components, with their names; their ControlNets last."""
     if isinstance(pipe_or_transformer, torch.nn.Module):
         return [("transformer", pipe_or_transformer)]
-    found = ((name, getattr(pipe_or_transformer, name, None)) for name in _TRANSFORMERS)
-    return [(name, model) for name, model in found if isinstance(model, torch.nn.Module)]
+    parts = getattr(pipe_or_transformer, "components", None) or getattr(pipe_or_transformer, "__dict__", {})
+    modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    found = {
+        name: module
+        for name, module in modules.items()
+        if name.startswith("transformer") or type(module).__module__.startswith(_OF_TRANSFORMERS)
+    }
+    if found:  # a ControlNet beside a UNet has no rows of tokens
+        for name, module in modules.items():
+            if name not in found and type(module).__module__.startswith(_OF_CONTROLNETS):
+                nets = getattr(module, "nets", None)
+                found |= {name: module} if nets is None else {f"{name}.nets.{i}": net for i, net in enumerate(nets)}
+    return list(found.items())

@@ -35,10 +35,15 @@ def error_of(call: Callable[[], Any]) -> str:
 
 
 def replaced_processor(mesh: ParallelMesh) -> str:
+    """In the middle of a forward; between forwards a new one is hooked."""
     model, inputs = randomise(qwen_image()), qwen_inputs()
     parallelize(model, mesh)
     attention = model.transformer_blocks[1].attn
-    attention.set_processor(type(attention.processor)())
+
+    def replace(*_: Any) -> None:
+        attention.set_processor(type(attention.processor)())
+
+    model.transformer_blocks[0].register_forward_hook(replace)
     return error_of(lambda: model(**inputs))
 
 

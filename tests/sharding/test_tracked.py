@@ -18,7 +18,7 @@ from torch import Tensor
 
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding.apply import cut_tracked
+from omni_sp.sharding.parts import cut_tracked
 from omni_sp.sharding.plan import Split
 from omni_sp.sharding.tracked import TokenTensor, cut, dealt_evenly, unwrapped
 from omni_sp.sharding.tracked.spans import joined

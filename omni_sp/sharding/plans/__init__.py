@@ -34,9 +34,16 @@ def plan_for(model: torch.nn.Module) -> ShardingPlan | TrackedPlan:
     own = getattr(model, "_cp_plan", None)
     if name in _CORRECTIONS:
         return _CORRECTIONS[name](from_diffusers(own or {}))
-    if name in ROWS:
-        return TrackedPlan(ROWS[name])
-    return TrackedPlan(rows_of(model))
+    return tracked_plan_for(model)
+
+
+def tracked_plan_for(model: torch.nn.Module) -> TrackedPlan:
+    """Where a transformer's rows begin.
+
+    Raises:
+        UnsupportedModelError: it has no list of blocks.
+    """
+    return TrackedPlan(ROWS.get(type(model).__name__) or rows_of(model))
 
 
 def rows_of(model: torch.nn.Module) -> Mapping[str, Mapping[str, Split]]:

@@ -247,7 +247,8 @@ def tracked_attention(
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             return _under_block_mask(q, k, v, attn_mask, scale, enable_gqa).transpose(1, 2)
         attn_mask = _dense(attn_mask)
-    out = scaled_dot_product_attention(
+    # Torch's own function, so that a mode that somebody put on it (to skip attention, for one) sees the call.
+    out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),

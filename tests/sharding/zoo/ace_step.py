@@ -9,7 +9,7 @@ import torch
 from tests.sharding.zoo.entry import Entry, Inputs, draw
 
 
-def _build() -> Any:
+def build_ace_step(in_channels: int = 20) -> Any:
     from diffusers import AceStepTransformer1DModel
 
     return AceStepTransformer1DModel(
@@ -19,7 +19,7 @@ def _build() -> Any:
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=16,
-        in_channels=20,
+        in_channels=in_channels,
         audio_acoustic_hidden_dim=6,
         patch_size=2,
         sliding_window=5,
@@ -38,4 +38,4 @@ def _inputs() -> Inputs:
     }
 
 
-ENTRIES = [Entry("AceStepTransformer1DModel", _build, _inputs)]
+ENTRIES = [Entry("AceStepTransformer1DModel", build_ace_step, _inputs)]

@@ -33,7 +33,7 @@ def _longcat_lengths() -> Inputs:
     return {**_longcat_inputs(), "attention_mask": key_mask((35, 9), 35), "latent_cond": None}
 
 
-def _stable_audio() -> Any:
+def build_stable_audio(global_states_input_dim: int = 28) -> Any:
     from diffusers import StableAudioDiTModel
 
     return StableAudioDiTModel(
@@ -46,7 +46,7 @@ def _stable_audio() -> Any:
         out_channels=8,
         cross_attention_dim=24,
         time_proj_dim=16,
-        global_states_input_dim=28,
+        global_states_input_dim=global_states_input_dim,
         cross_attention_input_dim=20,
     )
 
@@ -197,8 +197,8 @@ ENTRIES = [
         _longcat_lengths,
         variant="modulation in each block, lengths",
     ),
-    Entry("StableAudioDiTModel", _stable_audio, _stable_audio_inputs),
-    Entry("StableAudioDiTModel", _stable_audio, _stable_audio_masks, variant="masks"),
+    Entry("StableAudioDiTModel", build_stable_audio, _stable_audio_inputs),
+    Entry("StableAudioDiTModel", build_stable_audio, _stable_audio_masks, variant="masks"),
     Entry("StableAudio3DiTModel", _stable_audio_3, _stable_audio_3_inputs),
     Entry("StableAudio3DiTModel", _stable_audio_3, _stable_audio_3_inpaint, variant="inpaint"),
     Entry(

@@ -14,9 +14,7 @@ import torch
 
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding.plan import TrackedPlan
-from omni_sp.sharding.plans import rows_of
-from omni_sp.sharding.plans.rows import ROWS
+from omni_sp.sharding import tracked_plan_for
 from omni_sp.sharding.tracked import GATHERED
 from tests.attention.reference import relative_error
 from tests.ranks import RankError, RankPool
@@ -46,7 +44,7 @@ def compare(mesh: ParallelMesh, entry_id: str, tracked: bool) -> tuple[float, bo
         wanted = first_tensor(model(**entry.inputs()))
         assert wanted.isfinite().all(), "the entry itself gives no finite numbers"
         assert wanted.abs().max() > 1e-4, "the entry itself gives only zeros"
-        plan = TrackedPlan(ROWS.get(entry.name) or rows_of(model)) if tracked else None
+        plan = tracked_plan_for(model) if tracked else None
         handle = parallelize(model, mesh, plan=plan)
         gathered: Counter[str] = Counter()
         token = GATHERED.set(gathered)

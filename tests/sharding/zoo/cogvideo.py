@@ -32,7 +32,7 @@ def _rotary(grid: tuple[int, int], frames: int, **options: Any) -> tuple[torch.T
     return cos, sin
 
 
-def _build_first() -> Any:
+def build_first() -> Any:
     from diffusers import CogVideoXTransformer3DModel
 
     return CogVideoXTransformer3DModel(in_channels=4, **_SMALL)
@@ -46,7 +46,7 @@ def _inputs_first() -> Inputs:
     }
 
 
-def _build_rotary() -> Any:
+def build_rotary() -> Any:
     from diffusers import CogVideoXTransformer3DModel
 
     # The picture's latents lie beside the video's as further channels; positions are learned besides.
@@ -64,7 +64,7 @@ def _inputs_rotary() -> Inputs:
     }
 
 
-def _build_second() -> Any:
+def build_second() -> Any:
     from diffusers import CogVideoXTransformer3DModel
 
     return CogVideoXTransformer3DModel(
@@ -128,9 +128,9 @@ def _build_consisid_without_face() -> Any:
 
 
 ENTRIES = [
-    Entry("CogVideoXTransformer3DModel", _build_first, _inputs_first),
-    Entry("CogVideoXTransformer3DModel", _build_rotary, _inputs_rotary, variant="rotary and a picture"),
-    Entry("CogVideoXTransformer3DModel", _build_second, _inputs_second, variant="patches in time and an offset"),
+    Entry("CogVideoXTransformer3DModel", build_first, _inputs_first),
+    Entry("CogVideoXTransformer3DModel", build_rotary, _inputs_rotary, variant="rotary and a picture"),
+    Entry("CogVideoXTransformer3DModel", build_second, _inputs_second, variant="patches in time and an offset"),
     Entry("ConsisIDTransformer3DModel", _build_consisid, _inputs_consisid),
     Entry("ConsisIDTransformer3DModel", _build_consisid_without_face, _inputs_first, variant="without a face"),
 ]

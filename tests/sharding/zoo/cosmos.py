@@ -10,7 +10,7 @@ import torch
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
-def _build(**changes: Any) -> Callable[[], Any]:
+def build_cosmos(**changes: Any) -> Callable[[], Any]:
     def build() -> Any:
         from diffusers import CosmosTransformer3DModel
 
@@ -66,12 +66,12 @@ def _transfer() -> Inputs:
 
 
 ENTRIES = [
-    Entry("CosmosTransformer3DModel", _build(), _inputs),
-    Entry("CosmosTransformer3DModel", _build(), _masked, "text mask"),
-    Entry("CosmosTransformer3DModel", _build(in_channels=5), _from_frames, "timestep per frame"),
+    Entry("CosmosTransformer3DModel", build_cosmos(), _inputs),
+    Entry("CosmosTransformer3DModel", build_cosmos(), _masked, "text mask"),
+    Entry("CosmosTransformer3DModel", build_cosmos(in_channels=5), _from_frames, "timestep per frame"),
     Entry(
         "CosmosTransformer3DModel",
-        _build(
+        build_cosmos(
             in_channels=5,
             num_layers=3,
             extra_pos_embed_type=None,

@@ -59,7 +59,7 @@ def _flux_inputs() -> Inputs:
     return {**_streams(), "pooled_projections": draw(3, 2, 20), "guidance": torch.full((2,), 3.5)}
 
 
-def _with_ip_adapter(model: Any) -> Any:
+def with_ip_adapter(model: Any) -> Any:
     """As ``load_ip_adapter`` leaves a model."""
     from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
     from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
@@ -71,7 +71,7 @@ def _with_ip_adapter(model: Any) -> Any:
     return model
 
 
-def _ip_adapter() -> Inputs:
+def ip_adapter_inputs() -> Inputs:
     return {"joint_attention_kwargs": {"ip_adapter_image_embeds": [draw(9, 2, 1, 28)]}}
 
 
@@ -163,16 +163,16 @@ ENTRIES = [
     Entry("FluxTransformer2DModel", _flux, lambda: {**_flux_inputs(), **_residuals()}, "controlnet"),
     Entry(
         "FluxTransformer2DModel",
-        lambda: _with_ip_adapter(_flux()),
-        lambda: {**_flux_inputs(), **_ip_adapter()},
+        lambda: with_ip_adapter(_flux()),
+        lambda: {**_flux_inputs(), **ip_adapter_inputs()},
         "IP adapter",
     ),
     Entry("ChromaTransformer2DModel", _chroma, _chroma_inputs),
     Entry("ChromaTransformer2DModel", _chroma, lambda: {**_streams(), **_residuals()}, "controlnet"),
     Entry(
         "ChromaTransformer2DModel",
-        lambda: _with_ip_adapter(_chroma()),
-        lambda: {**_chroma_inputs(), **_ip_adapter()},
+        lambda: with_ip_adapter(_chroma()),
+        lambda: {**_chroma_inputs(), **ip_adapter_inputs()},
         "IP adapter",
     ),
     Entry("BriaTransformer2DModel", _bria, _bria_inputs),

@@ -113,11 +113,11 @@ def _image_refiner_inputs() -> Inputs:
     }
 
 
-def _video(image_condition_type: str | None = None) -> Any:
+def build_video(image_condition_type: str | None = None, in_channels: int = 4) -> Any:
     from diffusers import HunyuanVideoTransformer3DModel
 
     return HunyuanVideoTransformer3DModel(
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         num_attention_heads=3,
         attention_head_dim=16,
@@ -143,7 +143,7 @@ def _video_inputs() -> Inputs:
     }
 
 
-def _video15() -> Any:
+def build_video15(use_meanflow: bool = True, target_size: int = 640) -> Any:
     from diffusers import HunyuanVideo15Transformer3DModel
 
     return HunyuanVideo15Transformer3DModel(
@@ -158,7 +158,8 @@ def _video15() -> Any:
         text_embed_2_dim=12,
         image_embed_dim=24,
         rope_axes_dim=(4, 6, 6),
-        use_meanflow=True,
+        use_meanflow=use_meanflow,
+        target_size=target_size,
     )
 
 
@@ -221,10 +222,10 @@ ENTRIES = [
     Entry("HunyuanDiT2DModel", _dit, _dit_controlled, variant="controlnet"),
     Entry("HunyuanImageTransformer2DModel", _image, _image_inputs),
     Entry("HunyuanImageTransformer2DModel", _image_refiner, _image_refiner_inputs, variant="refiner"),
-    Entry("HunyuanVideoTransformer3DModel", _video, _video_inputs),
-    Entry("HunyuanVideoTransformer3DModel", lambda: _video("token_replace"), _video_inputs, variant="token replace"),
-    Entry("HunyuanVideo15Transformer3DModel", _video15, _video15_inputs),
-    Entry("HunyuanVideo15Transformer3DModel", _video15, lambda: _video15_inputs(0.0), variant="text to video"),
+    Entry("HunyuanVideoTransformer3DModel", build_video, _video_inputs),
+    Entry("HunyuanVideoTransformer3DModel", lambda: build_video("token_replace"), _video_inputs, variant="token replace"),
+    Entry("HunyuanVideo15Transformer3DModel", build_video15, _video15_inputs),
+    Entry("HunyuanVideo15Transformer3DModel", build_video15, lambda: _video15_inputs(0.0), variant="text to video"),
     Entry("HunyuanVideoFramepackTransformer3DModel", _framepack, _framepack_inputs),
     Entry("HunyuanVideoFramepackTransformer3DModel", _framepack, lambda: _framepack_inputs(1), variant="one sample"),
 ]

@@ -9,7 +9,7 @@ import torch
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
-def _build() -> Any:
+def build_ltx() -> Any:
     from diffusers import LTXVideoTransformer3DModel
 
     return LTXVideoTransformer3DModel(
@@ -50,6 +50,6 @@ def _conditioned() -> Inputs:
 
 
 ENTRIES = [
-    Entry("LTXVideoTransformer3DModel", _build, _inputs),
-    Entry("LTXVideoTransformer3DModel", _build, _conditioned, "conditioned"),
+    Entry("LTXVideoTransformer3DModel", build_ltx, _inputs),
+    Entry("LTXVideoTransformer3DModel", build_ltx, _conditioned, "conditioned"),
 ]

@@ -10,7 +10,7 @@ import torch
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
-def _build(**changes: Any) -> Callable[[], Any]:
+def build_ltx2(**changes: Any) -> Callable[[], Any]:
     def build() -> Any:
         from diffusers import LTX2VideoTransformer3DModel
 
@@ -86,7 +86,7 @@ def _reference() -> Inputs:
     }
 
 
-_SECOND: dict[str, Any] = {
+SECOND: dict[str, Any] = {
     "gated_attn": True,
     "cross_attn_mod": True,
     "audio_gated_attn": True,
@@ -97,13 +97,13 @@ _SECOND: dict[str, Any] = {
 }
 
 ENTRIES = [
-    Entry("LTX2VideoTransformer3DModel", _build(), _inputs),
-    Entry("LTX2VideoTransformer3DModel", _build(), _conditioned, "timestep per token"),
-    Entry("LTX2VideoTransformer3DModel", _build(**_SECOND), _second, "2.3"),
+    Entry("LTX2VideoTransformer3DModel", build_ltx2(), _inputs),
+    Entry("LTX2VideoTransformer3DModel", build_ltx2(), _conditioned, "timestep per token"),
+    Entry("LTX2VideoTransformer3DModel", build_ltx2(**SECOND), _second, "2.3"),
     Entry(
         "LTX2VideoTransformer3DModel",
-        _build(
-            **_SECOND,
+        build_ltx2(
+            **SECOND,
             ff_bias=False,
             use_prompt_adaln_single=False,
             use_keyframes_abs_pos_embedding=True,

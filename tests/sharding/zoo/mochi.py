@@ -9,7 +9,7 @@ import torch
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
-def _build() -> Any:
+def build_mochi(in_channels: int = 4) -> Any:
     from diffusers import MochiTransformer3DModel
 
     return MochiTransformer3DModel(
@@ -18,7 +18,7 @@ def _build() -> Any:
         attention_head_dim=8,
         num_layers=3,
         pooled_projection_dim=18,
-        in_channels=4,
+        in_channels=in_channels,
         text_embed_dim=16,
         time_embed_dim=12,
         max_sequence_length=13,
@@ -34,4 +34,4 @@ def _inputs() -> Inputs:
     }
 
 
-ENTRIES = [Entry("MochiTransformer3DModel", _build, _inputs)]
+ENTRIES = [Entry("MochiTransformer3DModel", build_mochi, _inputs)]

@@ -21,10 +21,10 @@ _CONFIG: dict[str, Any] = {
     "num_layers": 2,
     "rope_max_seq_len": 32,
 }
-_IMAGE: dict[str, Any] = {"image_dim": 28, "added_kv_proj_dim": 48}
+IMAGE: dict[str, Any] = {"image_dim": 28, "added_kv_proj_dim": 48}
 
 
-def _build(name: str, **changes: Any) -> Callable[[], Any]:
+def build_wan(name: str, **changes: Any) -> Callable[[], Any]:
     def build() -> Any:
         import diffusers
 
@@ -100,35 +100,35 @@ def _blocks_of_frames() -> Inputs:
 _VACE: dict[str, Any] = {"vace_layers": [0, 1], "vace_in_channels": 12}
 
 ENTRIES = [
-    Entry("WanTransformer3DModel", _build("WanTransformer3DModel"), _inputs),
-    Entry("WanTransformer3DModel", _build("WanTransformer3DModel"), _timestep_per_token, "timestep per token"),
-    Entry("WanTransformer3DModel", _build("WanTransformer3DModel", **_IMAGE), _image, "image"),
+    Entry("WanTransformer3DModel", build_wan("WanTransformer3DModel"), _inputs),
+    Entry("WanTransformer3DModel", build_wan("WanTransformer3DModel"), _timestep_per_token, "timestep per token"),
+    Entry("WanTransformer3DModel", build_wan("WanTransformer3DModel", **IMAGE), _image, "image"),
     Entry(
         "WanTransformer3DModel",
-        _build("WanTransformer3DModel", **_IMAGE, pos_embed_seq_len=22),
+        build_wan("WanTransformer3DModel", **IMAGE, pos_embed_seq_len=22),
         _first_and_last,
         "first and last image",
     ),
-    Entry("WanVACETransformer3DModel", _build("WanVACETransformer3DModel", **_VACE), _vace),
-    Entry("WanVACETransformer3DModel", _build("WanVACETransformer3DModel", **_VACE), _vace_shorter, "short control"),
-    Entry("ChronoEditTransformer3DModel", _build("ChronoEditTransformer3DModel", **_IMAGE), _image),
-    Entry("SkyReelsV2Transformer3DModel", _build("SkyReelsV2Transformer3DModel"), _inputs),
-    Entry("SkyReelsV2Transformer3DModel", _build("SkyReelsV2Transformer3DModel", **_IMAGE), _image, "image"),
+    Entry("WanVACETransformer3DModel", build_wan("WanVACETransformer3DModel", **_VACE), _vace),
+    Entry("WanVACETransformer3DModel", build_wan("WanVACETransformer3DModel", **_VACE), _vace_shorter, "short control"),
+    Entry("ChronoEditTransformer3DModel", build_wan("ChronoEditTransformer3DModel", **IMAGE), _image),
+    Entry("SkyReelsV2Transformer3DModel", build_wan("SkyReelsV2Transformer3DModel"), _inputs),
+    Entry("SkyReelsV2Transformer3DModel", build_wan("SkyReelsV2Transformer3DModel", **IMAGE), _image, "image"),
     Entry(
         "SkyReelsV2Transformer3DModel",
-        _build("SkyReelsV2Transformer3DModel", inject_sample_info=True),
+        build_wan("SkyReelsV2Transformer3DModel", inject_sample_info=True),
         _frames_per_second,
         "frames per second",
     ),
     Entry(
         "SkyReelsV2Transformer3DModel",
-        _build("SkyReelsV2Transformer3DModel"),
+        build_wan("SkyReelsV2Transformer3DModel"),
         _diffusion_forcing,
         "diffusion forcing",
     ),
     Entry(
         "SkyReelsV2Transformer3DModel",
-        _build("SkyReelsV2Transformer3DModel", num_frame_per_block=2),
+        build_wan("SkyReelsV2Transformer3DModel", num_frame_per_block=2),
         _blocks_of_frames,
         "blocks of frames",
     ),
