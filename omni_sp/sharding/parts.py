@@ -312,7 +312,8 @@ def _on_piece(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
 def _as_piece(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
     """What it gives back is a piece again."""
     whole = args[0].__dict__.get(_PIECE_OF) if args and isinstance(args[0], torch.Tensor) else None
-    return output if whole is None else whole.like(output)
+    # A module that two models share (Z-Image's ControlNet runs the transformer's refiners) has these hooks twice.
+    return output if whole is None or isinstance(output, TokenTensor) else whole.like(output)
 
 
 def _parameters(module: torch.nn.Module) -> list[str]:

@@ -47,7 +47,7 @@ def tracked_plan_for(model: torch.nn.Module) -> TrackedPlan:
 
 
 def rows_of(model: torch.nn.Module) -> Mapping[str, Mapping[str, Split]]:
-    """Where the rows of an unknown model begin: the first input of the first block of each of its lists of blocks."""
+    """Where the rows of an unknown model begin: the first input of the blocks of each of its lists."""
     cuts = {}
     lists = list(model.named_children())
     for path, blocks in lists:
@@ -56,9 +56,11 @@ def rows_of(model: torch.nn.Module) -> Mapping[str, Mapping[str, Split]]:
         # A list of bare layers, such as a head for each codebook, has no blocks.
         if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) == 0 or not list(blocks[0].children()):
             continue
-        parameters = list(inspect.signature(type(blocks[0]).forward).parameters)[1:]
-        if parameters:
-            cuts[f"{path}.0"] = {parameters[0]: Split(dim=1, ndim=3, whole_otherwise=True)}
+        for index, block in enumerate(blocks):
+            parameters = list(inspect.signature(type(block).forward).parameters)[1:]
+            if parameters:
+                # Not the first alone: guidance that skips layers may skip it. What is in pieces already stays so.
+                cuts[f"{path}.{index}"] = {parameters[0]: Split(dim=1, ndim=3, whole_otherwise=True)}
     if not cuts:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no sharding plan and no list of blocks at its top, so it is not known where "

@@ -1,37 +1,21 @@
-"""Whole diffusers pipelines from tiny components with random weights; text comes as embeddings."""
+"""Pipelines whose transformers have plans."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    QwenImagePipeline,
-    WanPipeline,
-)
-
+from tests.pipelines.zoo.entry import PipelineEntry
+from tests.pipelines.zoo.parts import image_vae, qwen_vae, wan_vae
 from tests.sharding.models import flux, qwen_image, randomise, wan
+from tests.sharding.zoo.entry import draw, key_mask
 
 
 def qwen_pipeline() -> Any:
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, False, False],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=randomise(vae),
+        vae=qwen_vae(),
         text_encoder=None,
         tokenizer=None,
         transformer=randomise(qwen_image()),
@@ -40,13 +24,11 @@ def qwen_pipeline() -> Any:
 
 def qwen_arguments() -> dict[str, Any]:
     """Two prompts of different length in one batch, true CFG with a shorter negative prompt, odd tokens."""
-    generator = torch.Generator().manual_seed(1)
-    mask = torch.arange(13) < torch.tensor([[13], [3]])
     return {
-        "prompt_embeds": torch.randn(2, 13, 24, generator=generator),
-        "prompt_embeds_mask": mask,
-        "negative_prompt_embeds": torch.randn(2, 3, 24, generator=generator),
-        "negative_prompt_embeds_mask": torch.tensor([[True, True, False], [True, True, True]]),
+        "prompt_embeds": draw(1, 2, 13, 24),
+        "prompt_embeds_mask": key_mask((13, 3), 13),
+        "negative_prompt_embeds": draw(2, 2, 3, 24),
+        "negative_prompt_embeds_mask": key_mask((2, 3), 3),
         "true_cfg_scale": 3.0,
         "height": 80,
         "width": 112,
@@ -54,22 +36,11 @@ def qwen_arguments() -> dict[str, Any]:
 
 
 def flux_pipeline() -> Any:
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.1,
-        scaling_factor=0.4,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=randomise(vae),
+        vae=image_vae(),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
@@ -79,10 +50,9 @@ def flux_pipeline() -> Any:
 
 
 def flux_arguments() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(2)
     return {
-        "prompt_embeds": torch.randn(1, 13, 24, generator=generator),
-        "pooled_prompt_embeds": torch.randn(1, 20, generator=generator),
+        "prompt_embeds": draw(1, 1, 13, 24),
+        "pooled_prompt_embeds": draw(2, 1, 20),
         "height": 20,
         "width": 28,
         "guidance_scale": 3.5,
@@ -91,19 +61,12 @@ def flux_arguments() -> dict[str, Any]:
 
 def wan_pipeline() -> Any:
     """Two transformers, one for the noisy and one for the late steps, as in Wan 2.2."""
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
     return WanPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=randomise(vae),
+        vae=wan_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         transformer=randomise(wan(), seed=1),
         transformer_2=randomise(wan(), seed=2),
@@ -112,10 +75,9 @@ def wan_pipeline() -> Any:
 
 
 def wan_arguments() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(3)
     return {
-        "prompt_embeds": torch.randn(1, 13, 20, generator=generator),
-        "negative_prompt_embeds": torch.randn(1, 7, 20, generator=generator),
+        "prompt_embeds": draw(1, 1, 13, 20),
+        "negative_prompt_embeds": draw(2, 1, 7, 20),
         "height": 48,
         "width": 80,
         "num_frames": 5,
@@ -123,8 +85,8 @@ def wan_arguments() -> dict[str, Any]:
     }
 
 
-PIPELINES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
-    "qwen": (qwen_pipeline, qwen_arguments),
-    "flux": (flux_pipeline, flux_arguments),
-    "wan": (wan_pipeline, wan_arguments),
-}
+ENTRIES = [
+    PipelineEntry("QwenImagePipeline", qwen_pipeline, qwen_arguments),
+    PipelineEntry("FluxPipeline", flux_pipeline, flux_arguments),
+    PipelineEntry("WanPipeline", wan_pipeline, wan_arguments),
+]

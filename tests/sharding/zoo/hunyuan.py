@@ -223,7 +223,9 @@ ENTRIES = [
     Entry("HunyuanImageTransformer2DModel", _image, _image_inputs),
     Entry("HunyuanImageTransformer2DModel", _image_refiner, _image_refiner_inputs, variant="refiner"),
     Entry("HunyuanVideoTransformer3DModel", build_video, _video_inputs),
-    Entry("HunyuanVideoTransformer3DModel", lambda: build_video("token_replace"), _video_inputs, variant="token replace"),
+    Entry(
+        "HunyuanVideoTransformer3DModel", lambda: build_video("token_replace"), _video_inputs, variant="token replace"
+    ),
     Entry("HunyuanVideo15Transformer3DModel", build_video15, _video15_inputs),
     Entry("HunyuanVideo15Transformer3DModel", build_video15, lambda: _video15_inputs(0.0), variant="text to video"),
     Entry("HunyuanVideoFramepackTransformer3DModel", _framepack, _framepack_inputs),

@@ -1,0 +1,1 @@
+"""Whole diffusers pipelines from tiny components with random weights; text mostly comes as embeddings."""

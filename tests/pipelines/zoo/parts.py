@@ -1,0 +1,176 @@
+"""Tiny components that several families of pipelines share."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from tests.sharding.models import randomise
+from tests.sharding.zoo.entry import draw
+
+
+def image_vae(latent_channels: int = 4, **config: Any) -> Any:
+    """An AutoencoderKL that shrinks a side to half."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+        **{"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 0.4} | config,
+    )
+    return randomise(vae)
+
+
+def qwen_vae() -> Any:
+    """Qwen-Image's VAE; it shrinks a side to an eighth."""
+    from diffusers import AutoencoderKLQwenImage
+
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, False, False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return randomise(vae)
+
+
+def wan_vae(z_dim: int = 4) -> Any:
+    """Wan's VAE: sides to an eighth, frames to a quarter."""
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=z_dim,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * z_dim,
+        latents_std=[1.0] * z_dim,
+    )
+    return randomise(vae)
+
+
+def transformer(entry_id: str, seed: int = 0) -> Any:
+    """The tiny transformer that tests/sharding/zoo has under this id."""
+    from tests.sharding.zoo.all import ENTRIES
+
+    return randomise(ENTRIES[entry_id].build(), seed)
+
+
+def letter_tokenizer(max_length: int) -> Any:
+    """A token for each letter, with marks of beginning and end; pads to ``max_length`` where asked for that."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<pad>", "<bos>", "<unk>", "<eos>"]
+    vocabulary = {token: number for number, token in enumerate(marks + [chr(code) for code in range(32, 127)])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", vocabulary["<bos>"]), ("<eos>", vocabulary["<eos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        eos_token="<eos>",
+    )
+
+
+def clip_with_projection(hidden_size: int, projection_dim: int, seed: int = 0) -> Any:
+    """For ``letter_tokenizer``, with a pooled embedding of ``projection_dim``."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=99,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        projection_dim=projection_dim,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=3,
+    )
+    return randomise(CLIPTextModelWithProjection(config), seed)
+
+
+def t5_text_encoder(channels: int = 24) -> Any:
+    """For ``letter_tokenizer``."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=99,
+        d_model=channels,
+        d_kv=8,
+        d_ff=2 * channels,
+        num_layers=1,
+        num_heads=3,
+        pad_token_id=0,
+        eos_token_id=3,
+    )
+    return randomise(T5EncoderModel(config))
+
+
+def picture(seed: int, batch: int, height: int, width: int) -> torch.Tensor:
+    """Noise as pixels from 0 to 1."""
+    return draw(seed, batch, 3, height, width).sigmoid()
+
+
+def pil_picture(seed: int, height: int, width: int) -> Any:
+    """The same as a PIL picture, for pipelines that take no tensor."""
+    from PIL import Image
+
+    pixels = (picture(seed, 1, height, width)[0].permute(1, 2, 0) * 255).to(torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+class PictureProcessor:
+    """Stands in for the processors of CLIP and SigLIP, which need torchvision: pictures become squares of one size."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __call__(self, images: Any, **options: Any) -> Any:
+        from diffusers.image_processor import VaeImageProcessor
+        from transformers import BatchFeature
+
+        shrink = VaeImageProcessor(vae_scale_factor=1)
+        squares = [
+            shrink.preprocess(image, height=self.side, width=self.side)
+            for image in (images if isinstance(images, list) else [images])
+        ]
+        return BatchFeature({"pixel_values": torch.cat(squares)})
+
+    preprocess = __call__
+
+
+def resized(model: Any, kind: Any = None, seed: int = 0, **config: Any) -> Any:
+    """A model with the configuration of this one (what ``kind``, another class, takes of it), changed in ``config``."""
+    kind = kind or type(model)
+    known = inspect.signature(kind.__init__).parameters
+    return randomise(kind(**{**{name: size for name, size in model.config.items() if name in known}, **config}), seed)
+
+
+def clear_qwen_vae() -> Any:
+    """The same as ``qwen_vae``, but a change of the latent changes the picture four times as much."""
+    vae = qwen_vae()
+    with torch.no_grad():
+        vae.post_quant_conv.weight.mul_(8.0)
+    return vae
