@@ -5,7 +5,7 @@ python examples/text_to_image.py --prompt "a red circle on a blue background" --
 
 import sys
 
-from omni_sp.cli import text_to_image
+from omni_sp.cli import example
 
 if __name__ == "__main__":
-    sys.exit(text_to_image())
+    sys.exit(example("Draw pictures from text, one picture over several ranks."))

@@ -9,10 +9,9 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import os
+import json
 import re
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.errors import ConfigError, InvalidInputError, OmniSPError, SamplingParamsError
+from omni_sp.files import OutputFiles, read_picture
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 
 if TYPE_CHECKING:
@@ -50,27 +50,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``omni-sp``. Returns the exit code."""
     parser = _Parser(prog="omni-sp", description="Any diffusers pipeline over several processes or GPUs, exactly.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    _add_generate_options(commands.add_parser("generate", help="draw pictures", allow_abbrev=False))
+    _add_generate_options(commands.add_parser("generate", help="draw pictures, videos or sounds", allow_abbrev=False))
     _add_check_options(commands.add_parser("check", help="is a model exact over several ranks?", allow_abbrev=False))
     _add_models_options(commands.add_parser("models", help="what is known of which transformer", allow_abbrev=False))
     return _run(parser, arguments)
 
 
-def text_to_image(arguments: Sequence[str] | None = None) -> int:
-    """Run ``omni-sp generate`` as a program of its own. Returns the exit code."""
-    parser = _Parser(description="Draw pictures from text, one picture over several ranks.", allow_abbrev=False)
+def example(
+    description: str,
+    *,
+    model: str = SHAPES_MODEL,
+    output: str | None = None,
+    needs_image: bool = False,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run ``omni-sp generate`` as a program of its own, with defaults of its own. Returns the exit code.
+
+    Args:
+        description: for ``--help``. model, output: the defaults of these options. needs_image: refuse to begin without
+            ``--image``.
+    """
+    written = "new files of the folder pictures, videos or sounds" if output is None else output
+    parser = _Parser(description=f"{description} Writes {written}, unless --output says otherwise.", allow_abbrev=False)
     _add_generate_options(parser)
+    parser.set_defaults(model=model, output=output, needs_image=needs_image)
     return _run(parser, arguments)
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Draw pictures: ``omni-sp generate``."""
-    prompts = options.prompt or []
-    if not prompts:
+    """Draw what the pipeline makes, and write it to files: ``omni-sp generate``."""
+    if options.needs_image and not options.image:
+        raise SamplingParamsError("no picture to start from: give --image PATH")
+    if not options.prompt and not options.image:
         raise SamplingParamsError('no prompt: give at least one --prompt "..."')
     config = DiffusionParallelConfig(ulysses_degree=options.ulysses_degree, ring_degree=options.ring_degree)
     params = _sampling_params(options)
-    files = PictureFiles(options.output, num_pictures=len(prompts) * (params.num_outputs_per_prompt or 1))
+    pictures = [read_picture(path) for path in options.image]
+    num_prompts = max(len(options.prompt), 1)
+    files = OutputFiles(options.output, num_outputs=num_prompts * (params.num_outputs_per_prompt or 1))
     options.saved = files.saved
     from omni_sp.omni import Omni  # after everything that can be refused without it
 
@@ -82,16 +99,19 @@ def generate(options: argparse.Namespace) -> int:
         attention_backend=options.attention_backend,
         attention_strategy=options.attention_strategy,
     ) as omni:
-        if omni.info.facts.makes_videos:
-            raise ConfigError(f"{omni.info.facts.name} makes videos; omni-sp generate writes pictures: use Omni(...)")
-        if params.true_cfg_scale is not None and omni.info.facts.taken_as("true_cfg_scale") is None:
-            params = _with_guidance_scale(params)
-        outputs = omni.generate_each(prompts, params)
+        facts = omni.info.facts
+        files.expect(facts)
+        if options.cfg_scale is not None:
+            params = _with_cfg_scale(params, options.cfg_scale, is_true=facts.taken_as("true_cfg_scale") is not None)
+        pictures = [picture.convert(facts.image_mode) for picture in pictures]
+        outputs = omni.generate_each([_prompt(text, pictures) for text in options.prompt or [None]], params)
         if omni.speaks:
             _print_layout(omni, options.model)
         for output in outputs:
             if omni.speaks:
-                _print_output(output, [files.save(image) for image in output.images])
+                _print_times(output)
+                for line in files.save(output):
+                    print(line, flush=True)
     return 0
 
 
@@ -100,14 +120,15 @@ def check(options: argparse.Namespace) -> int:
     config = DiffusionParallelConfig(ulysses_degree=options.ulysses_degree, ring_degree=options.ring_degree)
     if config.world_size == 1:
         raise ConfigError("nothing to check on one rank: give --ulysses-degree or --ring-degree above 1")
+    params = OmniDiffusionSamplingParams(
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+        num_inference_steps=options.num_inference_steps,
+    )
+    pictures = [read_picture(path) for path in options.image]
     from omni_sp.omni import Omni
 
-    params = OmniDiffusionSamplingParams(
-        height=options.height, width=options.width, num_inference_steps=options.num_inference_steps
-    )
-    prompt: dict[str, Any] = {"prompt": options.prompt}
-    if options.image is not None:
-        prompt["image"] = _read_picture(options.image)
     with Omni(
         options.model,
         config,
@@ -115,7 +136,8 @@ def check(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         attention_backend=options.attention_backend,
     ) as omni:
-        errors = omni.check(prompt, params)
+        pictures = [picture.convert(omni.info.facts.image_mode) for picture in pictures]
+        errors = omni.check(_prompt(options.prompt, pictures), params)
         if not omni.speaks:
             return 0
         _print_layout(omni, options.model)
@@ -148,88 +170,16 @@ def models(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_picture(path: str) -> Any:
-    from PIL import Image
-
-    try:
-        return Image.open(Path(path).expanduser()).convert("RGB")
-    except OSError as error:
-        raise ConfigError(f"--image {path} cannot be read: {error}") from error
-
-
-class PictureFiles:
-    """Where pictures go: a file of its own name, numbered names where there are several, or new names in a folder.
-
-    Args:
-        path: a folder (it exists, ends in a slash, or has no suffix), or a file. num_pictures: how many there will be.
-
-    Attributes:
-        saved: what has been written so far.
-
-    Raises:
-        ConfigError: pillow cannot write such files, or nothing can be written there. Nothing is created by asking.
-    """
-
-    def __init__(self, path: str, num_pictures: int) -> None:
-        target = Path(path).expanduser()
-        self.saved: list[Path] = []
-        self._several = num_pictures > 1
-        self._digits = len(str(num_pictures))
-        self._is_folder = target.is_dir() or path.endswith(os.sep) or not target.suffix
-        self._target = target
-        if not self._is_folder and target.suffix.lower() not in _writable_suffixes():
-            raise ConfigError(f"--output {path}: {target.suffix} is no picture format; use .png, .jpg or .webp")
-        try:
-            _require_writable(target, target if self._is_folder else target.parent)
-        except OSError as error:
-            raise ConfigError(f"--output {path} cannot be written: {error.strerror or error}") from error
-
-    def save(self, image: Any) -> Path:
-        """Write one picture. Returns where it is."""
-        path = self._next()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-        self.saved.append(path)
-        return path
-
-    def _next(self) -> Path:
-        number = len(self.saved) + 1
-        if self._is_folder:
-            while (path := self._target / f"picture-{number:04}.png").exists():
-                number += 1
-            return path
-        if self._several:
-            return self._target.with_stem(f"{self._target.stem}-{number:0{self._digits}}")
-        return self._target
-
-
-def _writable_suffixes() -> set[str]:
-    from PIL import Image
-
-    formats = Image.registered_extensions()  # loads pillow's plugins
-    return {suffix for suffix, name in formats.items() if name in Image.SAVE}
-
-
-def _require_writable(target: Path, folder: Path) -> None:
-    """Raise OSError if nothing could be written into a folder that exists or could be made."""
-    if target.is_file():
-        with target.open("ab"):
-            return
-    while not folder.exists():
-        folder = folder.parent
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
 def _add_check_options(parser: _Parser) -> None:
     parser.set_defaults(run=check, parser=parser)
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"hub id, folder of a diffusers pipeline, or {SHAPES_MODEL}")
     _add_layout_options(parser)
     add("--prompt", default="a red circle", metavar="TEXT")
-    add("--image", metavar="PATH", help="picture to start from, where the pipeline takes one")
+    _add_image_option(parser)
     add("--width", type=int, metavar="PIXELS")
     add("--height", type=int, metavar="PIXELS")
+    add("--num-frames", type=int, metavar="N")
     add("--num-inference-steps", type=int, metavar="N")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -253,15 +203,33 @@ def _add_layout_options(parser: _Parser) -> None:
     add("--attention-backend", default="auto", metavar="NAME", help="attention kernel (%(default)s)")
 
 
+def _add_image_option(parser: _Parser) -> None:
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="picture to edit or to start from; repeat it where the model takes several",
+    )
+
+
 def _add_generate_options(parser: _Parser) -> None:
-    parser.set_defaults(run=generate, parser=parser)
+    parser.set_defaults(run=generate, parser=parser, needs_image=False)
     add = parser.add_argument
-    add("--model", default=SHAPES_MODEL, help="hub id, folder of a diffusers pipeline, or %(default)s (the default)")
-    add("--prompt", action="append", metavar="TEXT", help="what to draw; repeat it for more pictures")
+    add("--model", default=SHAPES_MODEL, help=f"hub id, folder of a pipeline, or {SHAPES_MODEL} (default: %(default)s)")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; repeat it for more outputs")
     add("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    _add_image_option(parser)
     _add_layout_options(parser)
     add("--width", type=int, metavar="PIXELS")
     add("--height", type=int, metavar="PIXELS")
+    add("--num-frames", type=int, metavar="N", help="frames of a video")
+    add(
+        "--fps",
+        type=float,
+        metavar="X",
+        help="frames a second of a video; without it, the pipeline's own default, or 16 where it has none",
+    )
     add("--num-inference-steps", type=int, metavar="N", help="denoising steps")
     add(
         "--cfg-scale",
@@ -269,10 +237,24 @@ def _add_generate_options(parser: _Parser) -> None:
         metavar="X",
         help="guidance: true_cfg_scale where the model has it, or guidance_scale",
     )
+    add("--true-cfg-scale", type=float, metavar="X", help="the pipeline's own true_cfg_scale")
     add("--guidance-scale", type=float, metavar="X", help="the pipeline's own guidance_scale")
+    add("--max-sequence-length", type=int, metavar="N", help="longest text, in tokens")
     add("--seed", type=int, metavar="N", help="the same seed draws the same picture; without it, a fresh one")
-    add("--num-images-per-prompt", type=int, metavar="N")
-    add("--output", default="pictures", metavar="PATH", help="picture file or folder (%(default)s)")
+    add("--num-outputs-per-prompt", "--num-images-per-prompt", type=int, metavar="N")
+    add(
+        "--extra",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="another argument of the pipeline's own call, such as strength=0.6 or 'sigmas=[1.0, 0.5]'",
+    )
+    add(
+        "--output",
+        metavar="PATH",
+        help="folder or file: .png, .jpg, .webp, ... for pictures, .mp4 for videos, .wav for sounds "
+        "(a folder: pictures, videos or sounds)",
+    )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: bfloat16 on GPUs")
     add(
         "--attention-strategy",
@@ -337,23 +319,56 @@ def _give_up(options: argparse.Namespace, message: str, exitcode: int) -> int:
 
 
 def _sampling_params(options: argparse.Namespace) -> OmniDiffusionSamplingParams:
-    return OmniDiffusionSamplingParams(
+    """All but --cfg-scale, which means what the pipeline has."""
+    given = (options.cfg_scale is not None) + (options.true_cfg_scale is not None)
+    if given > 1:
+        raise SamplingParamsError("--cfg-scale and --true-cfg-scale are two names of one thing: give one of them")
+    params = OmniDiffusionSamplingParams(
         height=options.height,
         width=options.width,
+        num_frames=options.num_frames,
+        fps=options.fps,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
-        true_cfg_scale=options.cfg_scale,
+        true_cfg_scale=options.true_cfg_scale if options.cfg_scale is None else options.cfg_scale,
         negative_prompt=options.negative_prompt,
-        num_outputs_per_prompt=options.num_images_per_prompt,
+        num_outputs_per_prompt=options.num_outputs_per_prompt,
         seed=options.seed,
+        max_sequence_length=options.max_sequence_length,
+        extra_args=dict(_extra(entry) for entry in options.extra),
     )
+    if "output_type" in params.extra_args:
+        raise SamplingParamsError(
+            "--extra output_type: files are written from finished results; use Omni(...) for others"
+        )
+    return params
 
 
-def _with_guidance_scale(params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingParams:
-    """--cfg-scale for a pipeline whose only guidance is guidance_scale."""
+def _extra(entry: str) -> tuple[str, Any]:
+    name, equals, value = entry.partition("=")
+    if not equals or not name:
+        raise SamplingParamsError(f"--extra {entry}: give NAME=JSON, such as strength=0.6")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise SamplingParamsError(
+            f"--extra {entry}: {value!r} is no JSON; text needs quotes of its own: --extra '{name}=\"{value}\"'"
+        ) from error
+
+
+def _with_cfg_scale(params: OmniDiffusionSamplingParams, scale: float, *, is_true: bool) -> OmniDiffusionSamplingParams:
+    """--cfg-scale for this pipeline, whose only guidance may be guidance_scale."""
+    if is_true:
+        return params
     if params.guidance_scale is not None:
         raise SamplingParamsError("--cfg-scale and --guidance-scale mean the same to this pipeline: give one of them")
-    return dataclasses.replace(params, guidance_scale=params.true_cfg_scale, true_cfg_scale=None)
+    return dataclasses.replace(params, guidance_scale=scale, true_cfg_scale=None)
+
+
+def _prompt(text: str | None, pictures: list[Any]) -> str | dict[str, Any]:
+    if not pictures:
+        return text or ""
+    return {"prompt": text, "image": pictures if len(pictures) > 1 else pictures[0]}
 
 
 def _print_layout(omni: Omni, model: str) -> None:
@@ -362,7 +377,7 @@ def _print_layout(omni: Omni, model: str) -> None:
     print(f"layout  {info.layout}", flush=True)
 
 
-def _print_output(output: OmniRequestOutput, paths: list[Path]) -> None:
+def _print_times(output: OmniRequestOutput) -> None:
     took = output.metrics
     tokens = " + ".join(f"{count} {name}" for name, count in took["tokens"].items())
     print(
@@ -370,5 +385,3 @@ def _print_output(output: OmniRequestOutput, paths: list[Path]) -> None:
         f"{took['num_steps']} steps of {took['denoise_step_s']:.3f} s, VAE {took['vae_s']:.2f} s"
     )
     print(f"tokens  {tokens or 'not counted'}; seed {took['seed']}")
-    for path in paths:
-        print(f"picture {path}", flush=True)

@@ -66,17 +66,18 @@ class OmniDiffusionSamplingParams:
     """What to draw with; ``None`` always means the pipeline's own default.
 
     Attributes:
-        height, width: pixels. num_frames, fps: for video.
+        height, width: pixels. num_frames: of a video. fps: how many of them are shown in a second; pipelines that know
+            it (frame_rate, fps) are told, for the others it is for the file alone.
         num_inference_steps: denoising steps.
         guidance_scale: the pipeline's own ``guidance_scale``. true_cfg_scale: classifier-free guidance with a
             negative prompt, for pipelines that know both (Qwen-Image, FLUX); above 1, a missing negative prompt
             is taken as " ".
         negative_prompt: for every prompt that brings none of its own.
-        num_outputs_per_prompt: pictures (or videos) for each prompt.
+        num_outputs_per_prompt: pictures, videos or sounds for each prompt.
         seed: 0 … 2**63-1; the same seed gives the same picture as the plain diffusers pipeline with a CPU generator
             seeded so. None draws a fresh seed, which the result's metrics name.
         max_sequence_length: longest text, in tokens.
-        output_type: "pil" (default), or what else the pipeline offers, such as "latent" or "np".
+        output_type: "pil" (default; sounds come as arrays), or what else the pipeline offers, such as "latent" or "np".
         extra_args: further keyword arguments of the pipeline's ``__call__``, as they are.
 
     Raises:
@@ -108,6 +109,8 @@ class OmniDiffusionSamplingParams:
                 isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
             ):
                 raise SamplingParamsError(f"{name}={value!r}: give a finite number, or leave it out")
+        if self.fps is not None and self.fps <= 0:
+            raise SamplingParamsError(f"fps={self.fps!r}: give a number above 0, or leave it out")
         if self.seed is not None and (
             isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED
         ):

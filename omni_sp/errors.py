@@ -10,6 +10,8 @@ OmniSPError
 ├── ShardingError (RuntimeError)        a sharded forward that could not be exact, or ranks that disagree
 └── EngineError (RuntimeError)          the rank processes
     ├── RankFailedError                 a rank raised or died; carries its traceback
+    ├── RequestAbortedError             somebody aborted the request
+    ├── QueueFullError                  too many requests wait already
     └── EngineClosedError               the engine was used after close(), or after a failure closed it
 """
 
@@ -66,3 +68,11 @@ class RankFailedError(EngineError):
 
 class EngineClosedError(EngineError):
     """The engine was used after close(), or after a failure that ended it."""
+
+
+class RequestAbortedError(EngineError):
+    """Somebody aborted the request; the ranks go on with the next."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests wait already."""

@@ -1,34 +1,34 @@
-"""Omni, the one front door: a model's name and the degrees in, pictures out."""
+"""Omni, the one front door: a model's name and the degrees in, pictures, videos or sounds out."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import itertools
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
-from omni_sp.engine.devices import check_device_name
 from omni_sp.engine.engine import open_engine
-from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
-from omni_sp.errors import ConfigError, SamplingParamsError
+from omni_sp.engine.messages import Call, Ready
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.call import Prompt, call_arguments, rounded_size, small_arguments
-from omni_sp.pipelines.load import resolve_model
+from omni_sp.requests import (
+    Model,
+    PromptInput,
+    engine_options,
+    output_of,
+    parse_prompt,
+    prompt_list,
+    require_known,
+    require_params,
+)
 
-_DTYPES = ("float32", "bfloat16", "float16")
-_PROMPT_KEYS = ("prompt", "negative_prompt", "image")
 _NEWS_AFTER_S = 3.0
-
-PromptInput = str | Mapping[str, Any]
 
 
 class Omni:
@@ -63,7 +63,7 @@ class Omni:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: Model,
         parallel_config: DiffusionParallelConfig | None = None,
         *,
         device: str | None = None,
@@ -75,22 +75,18 @@ class Omni:
         show_progress: bool | None = None,
         **unknown: Any,
     ) -> None:
-        if unknown:
-            raise _unknown_option(next(iter(unknown)))
-        if parallel_config is not None and not isinstance(parallel_config, DiffusionParallelConfig):
-            raise ConfigError(f"parallel_config={parallel_config!r}: give a DiffusionParallelConfig")
-        check_device_name(device)
+        require_known(unknown, Omni)
         began = time.perf_counter()
         self._show_progress = _is_terminal() if show_progress is None else show_progress
-        options = EngineOptions(
-            source=resolve_model(model),
-            config=parallel_config or DiffusionParallelConfig(),
+        options = engine_options(
+            model,
+            parallel_config,
             device=device,
-            dtype=_dtype_name(dtype),
+            dtype=dtype,
             attention_backend=attention_backend,
             attention_strategy=attention_strategy,
-            rank_timeout_s=_seconds("rank_timeout_s", rank_timeout_s),
-            startup_timeout_s=_seconds("startup_timeout_s", startup_timeout_s),
+            rank_timeout_s=rank_timeout_s,
+            startup_timeout_s=startup_timeout_s,
         )
         self._engine = open_engine(options, _narrator(self._show_progress))
         self._startup_s = time.perf_counter() - began
@@ -111,11 +107,11 @@ class Omni:
         prompts: PromptInput | Sequence[PromptInput],
         sampling_params: OmniDiffusionSamplingParams | None = None,
     ) -> list[OmniRequestOutput]:
-        """Draw every prompt.
+        """Draw every prompt: pictures, videos or sounds, whatever the model makes.
 
         Args:
             prompts: one prompt or a list of them. A prompt is a string, or a dict with ``prompt``, ``negative_prompt``,
-                ``image`` (a PIL picture or a list of them).
+                ``image`` (a PIL picture or a list of them: what to edit, or a video's first frame).
             sampling_params: for all prompts alike; what is None is the model's own default.
 
         Returns:
@@ -135,11 +131,9 @@ class Omni:
         sampling_params: OmniDiffusionSamplingParams | None = None,
     ) -> Iterator[OmniRequestOutput]:
         """As generate(), one output at a time, as soon as it is finished. All prompts are checked first."""
-        params = sampling_params if sampling_params is not None else OmniDiffusionSamplingParams()
-        if not isinstance(params, OmniDiffusionSamplingParams):
-            raise SamplingParamsError(f"sampling_params={params!r}: give an OmniDiffusionSamplingParams")
+        params = require_params(sampling_params)
         facts = self._engine.ready.facts
-        parsed = [_parse_prompt(prompt) for prompt in _prompt_list(prompts)]
+        parsed = [parse_prompt(prompt) for prompt in prompt_list(prompts)]
         calls = [call_arguments(facts, prompt, params) for prompt in parsed]
         drawn = rounded_size(facts, calls[0])
         if drawn is not None:
@@ -168,10 +162,8 @@ class Omni:
             As generate().
         """
         facts = self._engine.ready.facts
-        params = sampling_params if sampling_params is not None else OmniDiffusionSamplingParams()
-        given = call_arguments(facts, _parse_prompt(prompt), params)
-        small = small_arguments(facts)
-        arguments = {**given, **{name: value for name, value in small.items() if getattr(params, name) is None}}
+        params = require_params(sampling_params)
+        arguments = small_arguments(facts, call_arguments(facts, parse_prompt(prompt), params), params)
         seed = 0 if params.seed is None else params.seed
         call = Call(request_id="check", arguments=arguments, seed=seed, is_check=True)
         return dict(self._engine.run(call, None).errors)
@@ -195,29 +187,8 @@ class Omni:
             seed = self._engine.fresh_seed() if params.seed is None else params.seed
             call = Call(request_id=f"request-{next(self._numbers)}", arguments=arguments, seed=seed)
             with _StepsOnScreen(self._show_progress and self._engine.speaks, place, len(requests)) as screen:
-                done = self._engine.run(call, screen.show)
-            yield self._output(call, prompt, done, params)
-
-    def _output(self, call: Call, prompt: Prompt, done: Done, params: OmniDiffusionSamplingParams) -> OmniRequestOutput:
-        assert done.result is not None, "rank 0 answers with a result"
-        ready = self._engine.ready
-        metrics: dict[str, Any] = {
-            **done.result.timings,
-            "load_s": ready.load_s,
-            "startup_s": self._startup_s,
-            "tokens": dict(done.tokens),
-            "ranks": ready.ranks,
-            "seed": call.seed if ready.facts.taken_as("generator") is not None else None,
-        }
-        if params.fps is not None:
-            metrics["fps"] = params.fps
-        return OmniRequestOutput(
-            request_id=call.request_id,
-            prompt=prompt.text or "",
-            images=done.result.images,
-            videos=done.result.videos,
-            metrics=metrics,
-        )
+                done = self._engine.run(call, lambda news: screen.show(news.done, news.total))
+            yield output_of(self._engine.ready, call, prompt, params, done, startup_s=self._startup_s)
 
 
 class _StepsOnScreen:
@@ -247,61 +218,6 @@ class _StepsOnScreen:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _unknown_option(name: str) -> ConfigError:
-    """Options are the constructor's own keyword arguments; degrees live in the parallel config."""
-    known = [name for name in inspect.signature(Omni).parameters if name != "unknown"]
-    degrees = list(inspect.signature(DiffusionParallelConfig).parameters)
-    if name in degrees:
-        return ConfigError(f"{name} belongs into parallel_config=DiffusionParallelConfig({name}=...)")
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
-    return ConfigError(f"Omni has no option {name!r}; {hint}")
-
-
-def _dtype_name(dtype: Any) -> str | None:
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: give one of {', '.join(_DTYPES)}, or None to choose")
-    return name
-
-
-def _seconds(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-        raise ConfigError(f"{name}={value!r}: give a number of seconds above 0")
-    return float(value)
-
-
-def _prompt_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise SamplingParamsError(f"prompts={prompts!r}: give a prompt (a string or a dict), or a list of them")
-    if not prompts:
-        raise SamplingParamsError("the list of prompts is empty: give at least one")
-    return list(prompts)
-
-
-def _parse_prompt(prompt: Any) -> Prompt:
-    """A prompt as the user writes it, in full."""
-    if isinstance(prompt, str):
-        return Prompt(text=prompt)
-    if not isinstance(prompt, Mapping):
-        raise SamplingParamsError(f"prompt {prompt!r}: give a string, or a dict with {', '.join(_PROMPT_KEYS)}")
-    for key in prompt:
-        if key not in _PROMPT_KEYS:
-            near = difflib.get_close_matches(str(key), _PROMPT_KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"a prompt has {', '.join(_PROMPT_KEYS)}"
-            raise SamplingParamsError(f"unknown key {key!r} in a prompt; {hint}")
-    for key in ("prompt", "negative_prompt"):
-        if prompt.get(key) is not None and not isinstance(prompt[key], str):
-            raise SamplingParamsError(f"{key}={prompt[key]!r}: give a string")
-    if prompt.get("prompt") is None and prompt.get("image") is None:
-        raise SamplingParamsError("a prompt dict has neither prompt nor image: give at least one of them")
-    return Prompt(text=prompt.get("prompt"), negative_text=prompt.get("negative_prompt"), image=prompt.get("image"))
 
 
 def _narrator(shown: bool) -> Callable[[str], None]:

@@ -21,8 +21,12 @@ LEVELS = {
     "sharding": 5,
     "pipelines": 6,
     "engine": 7,
-    "omni": 8,
-    "cli": 9,
+    "files": 8,
+    "requests": 8,
+    "events": 2,
+    "omni": 9,
+    "async_omni": 9,
+    "cli": 11,
 }
 # Packages that only these rooms may import.
 RESERVED = {"diffusers": {"sharding", "pipelines"}, "transformers": {"pipelines"}, "ray": set(), "vllm": set()}

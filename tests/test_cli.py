@@ -1,24 +1,28 @@
-"""The command line: one line for every error, the right exit code, and pictures where they were asked for."""
+"""The command line: one line for every error, the right exit code, and files where they were asked for."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import wave
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import omni_sp.files
 import omni_sp.omni
-from omni_sp import OmniDiffusionSamplingParams, OmniRequestOutput, RankFailedError
-from omni_sp.cli import PictureFiles, main
+from omni_sp import ConfigError, OmniDiffusionSamplingParams, OmniRequestOutput, RankFailedError
+from omni_sp.cli import main
 from omni_sp.engine.messages import Ready
-from omni_sp.errors import ConfigError
+from omni_sp.files import OutputFiles, read_picture
 from omni_sp.pipelines.call import PipelineFacts
 from tests.engine.processes import alive, becomes_true, children
 
@@ -53,7 +57,17 @@ def run(*words: str) -> int:
         (["--model", "."], "is no diffusers pipeline (it has no model_index.json)"),
         (["--output", "file/picture.png"], "--output file/picture.png cannot be written: Not a directory"),
         (["--output", "/proc/picture.png"], "--output /proc/picture.png cannot be written"),
-        (["--output", "picture.docx"], ".docx is no picture format"),
+        (
+            ["--output", "picture.docx"],
+            ".docx is no picture, video or sound format; use .png, .jpg or .webp, .mp4, or .wav",
+        ),
+        (["--image", "nothing.png"], "--image nothing.png cannot be read: [Errno 2]"),
+        (["--image", "file"], "--image file cannot be read: cannot identify image file"),
+        (["--fps", "0"], "fps=0.0: give a number above 0"),
+        (["--extra", "strength"], "--extra strength: give NAME=JSON"),
+        (["--extra", "mode=fast"], "'fast' is no JSON; text needs quotes of its own: --extra 'mode=\"fast\"'"),
+        (["--extra", 'output_type="np"'], "files are written from finished results"),
+        (["--cfg-scale", "2", "--true-cfg-scale", "3"], "two names of one thing"),
         (["--width", "0"], "width=0: give a whole number of at least 1"),
         (["--seed", "-1"], "seed=-1: give a whole number from 0"),
         (["--cfg-scale", "nan"], "true_cfg_scale=nan: give a finite number"),
@@ -81,6 +95,11 @@ def test_bad_input_is_one_line(words: list[str], told: str, capsys: pytest.Captu
             "width=70: QwenImagePipeline needs a multiple of 8, and draws multiples of 16; nearest: 64 or 80",
         ),
         (["--guidance-scale", "3"], "QwenImagePipeline would ignore guidance_scale=3.0"),
+        (["--num-frames", "5"], "QwenImagePipeline does not take num_frames (given: 5)"),
+        (["--fps", "5"], "QwenImagePipeline does not take fps (given: 5.0)"),
+        (["--extra", "strength=0.5"], "QwenImagePipeline does not take 'strength' from extra_args"),
+        (["--output", "drawn.mp4"], "QwenImagePipeline makes pictures, and --output drawn.mp4 is a video file"),
+        (["--output", "drawn.wav"], "QwenImagePipeline makes pictures, and --output drawn.wav is a sound file"),
         (["--attention-backend", "nothing"], "no attention kernel is called 'nothing'"),
         (["--attention-strategy", "nothing"], "no attention strategy is called 'nothing'"),
     ],
@@ -123,19 +142,122 @@ def test_numbers_several_pictures() -> None:
     assert sorted(path.name for path in Path().iterdir()) == [f"many-{number}.png" for number in range(1, 5)]
 
 
-def test_a_folder_keeps_what_it_has(tmp_path: Path) -> None:
+def output(**made: Any) -> OmniRequestOutput:
+    """What Omni gives for one prompt."""
+    return OmniRequestOutput("request-0", "a", metrics={"fps": 8.0, "sampling_rate": 16000}, **made)
+
+
+def frames(number: int, width: int = 32, height: int = 16) -> list[Image.Image]:
+    return [Image.new("RGB", (width, height), (200, 20 * index, 0)) for index in range(number)]
+
+
+def tone(seconds: float, channels: int = 2) -> Any:
+    wave_form = np.sin(np.arange(int(16000 * seconds)) * 0.2, dtype=np.float32)
+    return np.stack([wave_form * (0.5 + index) for index in range(channels)])
+
+
+def test_a_folder_keeps_what_it_has() -> None:
     for _ in range(2):
-        files = PictureFiles("pictures", num_pictures=1)
-        files.save(Image.new("RGB", (1, 1)))
+        files = OutputFiles("pictures", num_outputs=1)
+        assert list(files.save(output(images=[Image.new("RGB", (1, 1))])))
     assert sorted(path.name for path in Path("pictures").iterdir()) == ["picture-0001.png", "picture-0002.png"]
 
 
 def test_asking_where_pictures_could_go_creates_nothing() -> None:
-    PictureFiles("a/b/c.png", num_pictures=1)
-    PictureFiles("pictures/", num_pictures=3)
+    OutputFiles("a/b/c.png", num_outputs=1)
+    OutputFiles("pictures/", num_outputs=3)
+    OutputFiles(None, num_outputs=3)
     with pytest.raises(ConfigError):
-        PictureFiles("picture.nothing", num_pictures=1)
+        OutputFiles("picture.nothing", num_outputs=1)
     assert list(Path().iterdir()) == []
+
+
+def test_layers_of_one_picture_are_numbered() -> None:
+    lines = list(OutputFiles("layers.png", num_outputs=1).save(output(images=frames(3))))
+    assert lines == [f"picture layers-{number}.png" for number in (1, 2, 3)]
+
+
+def test_pictures_to_read_are_upright_and_keep_transparency() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    Image.new("RGB", (4, 2)).save("turned.jpg", exif=exif)
+    Image.new("L", (4, 2)).save("grey.png")
+    Image.new("RGBA", (4, 2)).save("clear.png")
+    assert [(read_picture(name).mode, read_picture(name).size) for name in ("turned.jpg", "grey.png", "clear.png")] == [
+        ("RGB", (2, 4)),
+        ("RGB", (4, 2)),
+        ("RGBA", (4, 2)),
+    ]
+
+
+def read_sound(path: str | Path) -> tuple[int, int, Any]:
+    with wave.open(str(path)) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
+        return file.getframerate(), file.getsampwidth(), samples.T
+
+
+def test_sounds_are_written_as_they_are() -> None:
+    sound = tone(0.5)
+    assert list(OutputFiles("tone.wav", num_outputs=1).save(output(audios=[sound]))) == [
+        "sound   tone.wav  0.5 s, 16000 Hz"
+    ]
+    rate, width, samples = read_sound("tone.wav")
+    assert (rate, width, samples.shape) == (16000, 2, (2, 8000))
+    assert np.abs(samples / 32767 - sound.clip(-1, 1)).max() < 1e-4, "what is too loud is cut, never turned over"
+
+
+def test_a_video_with_sound_is_one_file() -> None:
+    import av
+
+    files = OutputFiles("seen.mp4", num_outputs=1)
+    assert list(files.save(output(videos=[frames(8)], audios=[tone(1.0)]))) == [
+        "video   seen.mp4  8 frames, 8 a second, with sound"
+    ]
+    with av.open("seen.mp4") as film:
+        (picture,), (sound,) = film.streams.video, film.streams.audio
+        assert (picture.frames, float(picture.average_rate or 0), picture.width, picture.height) == (8, 8.0, 32, 16)
+        assert (sound.rate, sound.channels) == (16000, 2)
+        heard = np.concatenate([frame.to_ndarray() for frame in film.decode(sound)], axis=1)
+    assert heard.shape[1] / 16000 == pytest.approx(1.0, abs=0.2)
+    assert heard.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("fps", "width", "has_av", "told"),
+    [
+        (8.0, 32, False, "PyAV, which puts both into one file, is not installed: pip install av"),
+        (7.5, 32, True, "7.5 frames a second are no whole number"),
+        (8.0, 31, True, "31 x 16 pixels are odd"),
+    ],
+)
+def test_sound_gets_a_file_of_its_own_where_it_must(
+    monkeypatch: pytest.MonkeyPatch, fps: float, width: int, has_av: bool, told: str
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found(name) if has_av or name != "av" else None)
+    made = output(videos=[frames(5, width=width)], audios=[tone(0.5)])
+    made.metrics["fps"] = fps
+    video, sound = OutputFiles("films/", num_outputs=1).save(made)
+    assert video == f"video   films/video-0001.mp4  5 frames, {fps:g} a second"
+    assert sound.startswith("sound   films/video-0001.wav  0.5 s, 16000 Hz  (in a file of its own: ")
+    assert told in sound
+    assert read_sound("films/video-0001.wav")[2].shape == (2, 8000)
+    assert sorted(path.name for path in Path("films").iterdir()) == ["video-0001.mp4", "video-0001.wav"]
+
+
+def test_a_file_is_there_when_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop_in_the_middle(_sound: Any, path: Path, _rate: int) -> None:
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(omni_sp.files, "write_sound", stop_in_the_middle)
+    Path("tone.wav").write_bytes(b"from before")
+    files = OutputFiles("tone.wav", num_outputs=1)
+    with pytest.raises(KeyboardInterrupt):
+        list(files.save(output(audios=[tone(0.1)])))
+    assert [path.name for path in Path().iterdir()] == ["tone.wav"]
+    assert Path("tone.wav").read_bytes() == b"from before"
+    assert files.saved == []
 
 
 class FakeOmni:
@@ -186,11 +308,96 @@ def test_cfg_scale_is_guidance_scale_where_there_is_no_true_one(
     assert "mean the same" in capsys.readouterr().err
 
 
-def test_videos_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+class FakeFilm(FakeOmni):
+    """Draws a video for every prompt."""
+
+    facts = PipelineFacts(name="Film", parameters={"prompt": None, "image": None}, makes_videos=True)
+    prompts: ClassVar[list[Any]] = []
+
+    def generate_each(self, prompts: list[Any], params: OmniDiffusionSamplingParams) -> Iterator[OmniRequestOutput]:
+        type(self).asked, type(self).prompts = params, prompts
+        metrics = {"total_s": 1, "text_encoder_s": 1, "vae_s": 1, "denoise_step_s": 1, "num_steps": 1, "tokens": {}}
+        for _ in prompts:
+            yield OmniRequestOutput("request-0", "a", videos=[frames(5)], metrics=metrics | {"seed": 1, "fps": 24.0})
+
+
+def test_videos_go_into_a_folder_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(omni_sp.omni, "Omni", FakeFilm)
+    Image.new("RGB", (4, 4)).save("one.png")
+    Image.new("RGBA", (4, 4)).save("two.png")
+    words = [
+        "--image",
+        "one.png",
+        "--image",
+        "two.png",
+        "--num-frames",
+        "5",
+        "--fps",
+        "24",
+        "--max-sequence-length",
+        "9",
+    ]
+    words += [
+        "--true-cfg-scale",
+        "2",
+        "--num-outputs-per-prompt",
+        "1",
+        "--extra",
+        "strength=0.5",
+        "--extra",
+        'mode="a"',
+    ]
+    assert run("--prompt", "a", "--prompt", "b", *words) == 0
+    assert FakeFilm.asked == OmniDiffusionSamplingParams(
+        num_frames=5,
+        fps=24.0,
+        max_sequence_length=9,
+        true_cfg_scale=2.0,
+        num_outputs_per_prompt=1,
+        extra_args={"strength": 0.5, "mode": "a"},
+    )
+    assert [prompt["prompt"] for prompt in FakeFilm.prompts] == ["a", "b"]
+    assert [[image.mode for image in prompt["image"]] for prompt in FakeFilm.prompts] == [["RGB", "RGB"]] * 2
+    assert capsys.readouterr().out.splitlines()[-1] == "video   videos/video-0002.mp4  5 frames, 24 a second"
+    assert sorted(path.name for path in Path("videos").iterdir()) == ["video-0001.mp4", "video-0002.mp4"]
+
+
+def test_a_picture_alone_is_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(omni_sp.omni, "Omni", FakeFilm)
+    Image.new("RGB", (4, 4)).save("one.png")
+    assert run("--image", "one.png", "--output", "film.mp4") == 0
+    assert [prompt["prompt"] for prompt in FakeFilm.prompts] == [None]
+    assert Path("film.mp4").exists()
+
+
+def test_what_cannot_be_written_is_refused_before_drawing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(omni_sp.omni, "Omni", FakeFilm)
+    monkeypatch.setattr(FakeFilm, "asked", None)
+    assert run("--prompt", "a", "--output", "film.png") == 2
+    assert (
+        "Film makes videos, and --output film.png is a picture file: use .mp4, or a folder" in capsys.readouterr().err
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    told = "writing a video needs imageio and imageio-ffmpeg: pip install 'omni-sp[video]'"
+    assert run("--prompt", "a", "--output", "films") == 2
+    assert told in capsys.readouterr().err
+    assert FakeFilm.asked is None
+    monkeypatch.setattr(omni_sp.omni, "Omni", None)  # where the suffix tells, nothing is loaded for it
+    assert run("--prompt", "a", "--output", "film.mp4") == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_sound_of_unknown_rate_is_refused_before_drawing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(omni_sp.omni, "Omni", FakeOmni)
-    monkeypatch.setattr(FakeOmni, "facts", PipelineFacts(name="Film", parameters={}, makes_videos=True))
+    monkeypatch.setattr(FakeOmni, "facts", PipelineFacts(name="Song", parameters={}, makes_sounds=True))
     assert run("--prompt", "a") == 2
-    assert "Film makes videos" in capsys.readouterr().err
+    assert "Song does not say its sampling rate" in capsys.readouterr().err
 
 
 def test_ctrl_c_in_the_middle_keeps_what_is_finished_and_leaves_no_process() -> None:

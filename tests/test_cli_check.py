@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from omni_sp.cli import main
 from omni_sp.omni import Omni
 from tests.engine.processes import becomes_true, children
+from tests.pipelines.folders import save_wan_i2v
 from tests.ranks import ROOT
 
 
@@ -49,6 +51,20 @@ def test_bad_input_is_one_line(words: list[str], told: str, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_a_pipeline_that_makes_videos_of_a_picture_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_wan_i2v(tmp_path / "wan")
+    Image.linear_gradient("L").save(tmp_path / "grey.png")
+    words = ["check", str(tmp_path / "wan"), "--image", "grey.png", "--num-frames", "5"]
+    assert main([*words, "--usp", "2", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "WanImageToVideoPipeline, float32 on cpu" in told
+    for stage in ("text", "transformer, call 1", "transformer_2, call 1", "result"):
+        assert stage in told
+    assert told.rstrip().endswith("exact: what is left is the rounding of float32")
 
 
 def test_models_lists_every_class(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from omni_sp import (
     ConfigError,
@@ -24,8 +25,8 @@ from omni_sp import (
     RankFailedError,
     SamplingParamsError,
 )
-from omni_sp.omni import PromptInput
 from omni_sp.pipelines.shapes import SHAPES_MODEL
+from omni_sp.requests import PromptInput
 from tests.engine.accidents import KillRank, RaiseOnRank
 from tests.engine.processes import becomes_true, children
 
@@ -191,7 +192,10 @@ def test_closed_is_closed() -> None:
         ({"prmpt": "a cat"}, "did you mean prompt?"),
         ({"prompt": 7}, "prompt=7: give a string"),
         ({"negative_prompt": "a dog"}, "neither prompt nor image"),
-        ({"prompt": "a cat", "image": [1]}, "does not take image"),
+        ({"prompt": "a cat", "image": Image.new("RGB", (8, 8))}, "does not take image"),
+        ({"prompt": "a cat", "image": "cat.png"}, "image holds a str: give a PIL picture"),
+        ({"prompt": "a cat", "image": [Image.new("RGB", (8, 8)), None]}, "image holds a NoneType: give a PIL picture"),
+        ({"prompt": "a cat", "image": []}, "image holds a list: give a PIL picture"),
     ],
 )
 def test_prompts_that_are_none(one: Omni, prompts: Any, told: str) -> None:

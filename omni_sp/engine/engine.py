@@ -15,11 +15,28 @@ from omni_sp import errors
 from omni_sp.engine.launch import Launcher
 from omni_sp.engine.launch.spawn import SpawnLauncher
 from omni_sp.engine.launch.torchrun import inside_distributed_program
-from omni_sp.engine.messages import Call, Done, EngineOptions, Failed, Gone, Join, Loaded, Progress, Ready
+from omni_sp.engine.messages import (
+    Abort,
+    Call,
+    Done,
+    EngineOptions,
+    Failed,
+    Gone,
+    Join,
+    Loaded,
+    OnProgress,
+    Progress,
+    Ready,
+)
 from omni_sp.engine.team import Team
-from omni_sp.errors import EngineClosedError, InvalidInputError, RankFailedError, SamplingParamsError
+from omni_sp.errors import (
+    EngineClosedError,
+    InvalidInputError,
+    RankFailedError,
+    RequestAbortedError,
+    SamplingParamsError,
+)
 
-OnStep = Callable[[int, int], None]
 OnNews = Callable[[str], None]
 Failures = dict[int, Failed | Gone]
 
@@ -46,7 +63,7 @@ class Engine(Protocol):
     def fresh_seed(self) -> int:
         """A seed at random, the same on every rank."""
 
-    def run(self, call: Call, on_step: OnStep | None) -> Done:
+    def run(self, call: Call, on_progress: OnProgress | None) -> Done:
         """Run one call. Raises as Omni.generate does."""
 
     def close(self) -> None:
@@ -102,11 +119,21 @@ class RankEngine:
         """A seed at random."""
         return secrets.randbelow(_NEW_SEED)
 
-    def run(self, call: Call, on_step: OnStep | None) -> Done:
+    @property
+    def is_open(self) -> bool:
+        """False once it was closed, or a failure closed it."""
+        return self._closed is None
+
+    def abort(self, request_id: str) -> None:
+        """Have the ranks leave a call before its next step, from any thread; run() then raises."""
+        self._team.send(pickle.dumps(Abort(request_id=request_id)))
+
+    def run(self, call: Call, on_progress: OnProgress | None) -> Done:
         """Run one call on all ranks.
 
         Raises:
             InvalidInputError: every rank refused the call alike; the engine goes on.
+            RequestAbortedError: abort() was called; the engine goes on.
             RankFailedError: a rank raised, died, or fell silent; the engine is closed.
             EngineClosedError: it had been closed before.
         """
@@ -118,8 +145,8 @@ class RankEngine:
             self._require_open()
             try:
                 self._team.send(payload)
-                answers = self._collect(Done, self._options.rank_timeout_s, on_step=on_step)
-            except InvalidInputError:
+                answers = self._collect(Done, self._options.rank_timeout_s, on_progress=on_progress)
+            except (InvalidInputError, RequestAbortedError):
                 raise
             except BaseException as error:
                 if self._closed is not None:  # close() in another thread
@@ -153,7 +180,7 @@ class RankEngine:
         self,
         kind: type,
         silence_s: float,
-        on_step: OnStep | None = None,
+        on_progress: OnProgress | None = None,
         on_count: Callable[[int], None] | None = None,
     ) -> dict[int, Any]:
         """One answer of this kind from every rank, or the error that their failures amount to."""
@@ -175,8 +202,8 @@ class RankEngine:
                     answers[rank] = message
                     if on_count is not None:
                         on_count(len(answers))
-                elif isinstance(message, Progress) and on_step is not None:
-                    on_step(message.done, message.total)
+                elif isinstance(message, Progress) and on_progress is not None:
+                    on_progress(message)
         if failures:
             _raise_for(failures, self._team.size)
         if len(answers) < self._team.size:
@@ -210,7 +237,7 @@ class RankTraceback(Exception):  # noqa: N818  (a text that Python prints above 
 def _patience(message: Failed | Gone) -> float:
     if isinstance(message, Gone):
         return _GONE_S
-    if message.is_input_error:
+    if message.is_shared:
         return _REFUSAL_S
     return _ECHO_S if message.is_echo else 0.0
 
@@ -218,12 +245,12 @@ def _patience(message: Failed | Gone) -> float:
 def _raise_for(failures: Failures, size: int) -> NoReturn:
     """Raise what the ranks' failures amount to.
 
-    All ranks refuse alike: their error, of its own class. Otherwise the root cause: a rank that raised on its own
-    account before one that died, and that before one that only lost its peers.
+    All ranks refuse (or were aborted) alike: their error, of its own class. Otherwise the root cause: a rank that
+    raised on its own account before one that died, and that before one that only lost its peers.
     """
     failed = {rank: message for rank, message in failures.items() if isinstance(message, Failed)}
-    refusals = {(message.kind, message.message) for message in failed.values() if message.is_input_error}
-    if len(failed) == size and len(refusals) == 1 and all(message.is_input_error for message in failed.values()):
+    refusals = {(message.kind, message.message) for message in failed.values() if message.is_shared}
+    if len(failed) == size and len(refusals) == 1 and all(message.is_shared for message in failed.values()):
         rank, message = min(failed.items())
         error_class = getattr(errors, message.kind, InvalidInputError)
         raise error_class(message.message) from RankTraceback(rank, message.traceback)

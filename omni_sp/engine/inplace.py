@@ -9,9 +9,9 @@ import zlib
 
 from omni_sp.collectives import gather_ints
 from omni_sp.engine.devices import rank_devices
-from omni_sp.engine.engine import OnNews, OnStep
+from omni_sp.engine.engine import OnNews
 from omni_sp.engine.launch.torchrun import join
-from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
+from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Ready
 from omni_sp.engine.runner import Runner
 from omni_sp.errors import EngineClosedError, InvalidInputError, OmniSPError, RankFailedError, ShardingError
 from omni_sp.mesh import ParallelMesh
@@ -53,7 +53,7 @@ class InPlaceEngine:
         self._require_open()
         return self._everybodys(secrets.randbelow(_NEW_SEED))[0]
 
-    def run(self, call: Call, on_step: OnStep | None) -> Done:
+    def run(self, call: Call, on_progress: OnProgress | None) -> Done:
         """Run one call here.
 
         Raises:
@@ -64,12 +64,14 @@ class InPlaceEngine:
         """
         with self._lock:
             self._require_open()
-            return self._run(call, on_step)
+            return self._run(call, on_progress)
 
-    def _run(self, call: Call, on_step: OnStep | None) -> Done:
+    def _run(self, call: Call, on_progress: OnProgress | None) -> Done:
         try:
             self._require_same(call)
-            return self._runner.check(call) if call.is_check else self._runner.run(call, on_step)
+            if call.is_check:
+                return self._runner.check(call)
+            return self._runner.run(call, on_progress)
         except Exception as error:
             self._note(error)
             if isinstance(error, OmniSPError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,12 +64,22 @@ class Call:
     Attributes:
         seed: also makes ranks agree where a pipeline takes no generator.
         is_check: run it on each rank alone too, and tell how far apart the stages are.
+        can_be_aborted: before every step the ranks agree whether an Abort has come. previews: show how far it is.
     """
 
     request_id: str
     arguments: Mapping[str, Any]
     seed: int
     is_check: bool = False
+    can_be_aborted: bool = False
+    previews: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abort:
+    """Front -> ranks: leave this call before its next step. One that is over is not minded."""
+
+    request_id: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +112,15 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Rank 0 -> front: denoising steps done, of so many."""
+    """Rank 0 -> front: denoising steps done, of so many.
+
+    Attributes:
+        preview: a small picture of how far it is, where one was asked for.
+    """
 
     done: int
     total: int
+    preview: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +139,15 @@ class Failed:
 
     Attributes:
         kind: the class of the error. message: its text. traceback: as Python prints it.
-        is_input_error: the class is one of our own InvalidInputErrors.
+        is_shared: all ranks raise it alike at the same point, and stand ready for the next call: one of our own
+            InvalidInputErrors, or an abort.
         is_echo: the error tells of another rank's end (a broken connection), not of its own cause.
     """
 
     kind: str
     message: str
     traceback: str
-    is_input_error: bool
+    is_shared: bool
     is_echo: bool
 
 
@@ -140,3 +156,6 @@ class Gone:
     """What the front notes when a rank's process has ended. ``exitcode``: negative for a signal; None: unknown."""
 
     exitcode: int | None
+
+
+OnProgress = Callable[[Progress], None]

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
+from omni_sp.collectives import gather_ints
+from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Progress, Ready
+from omni_sp.errors import RequestAbortedError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.call import pipeline_facts, run_call
 from omni_sp.pipelines.check import stage_errors
 from omni_sp.pipelines.load import default_dtype, load_pipeline
 from omni_sp.pipelines.parallelize import ParallelHandle, parallelize
-from omni_sp.pipelines.timing import OnStep
+from omni_sp.pipelines.preview import Previews
+
+# Their own branch for latents fails, after all the denoising (diffusers 0.42.1); these decode on every rank.
+_NO_LATENTS = ("QwenImageLayeredPipeline",)
+_LOOKS = 8  # previews of one call, at most
 
 
 class Runner:
@@ -52,26 +59,53 @@ class Runner:
             load_s=self._load_s,
         )
 
-    def run(self, call: Call, on_step: OnStep | None = None, *, answers: bool = True) -> Done:
+    def run(
+        self,
+        call: Call,
+        on_progress: OnProgress | None = None,
+        *,
+        answers: bool = True,
+        is_aborted: Callable[[], bool] = lambda: False,
+    ) -> Done:
         """Call the pipeline. Every rank runs the same calls in the same order.
 
         Args:
+            on_progress: told of every step. is_aborted: whether this rank heard that the call is to be left; if any
+                has, all leave it before the same step.
             answers: False where nobody will look at this rank's pictures: it stops at the latent, which all ranks
                 share, and leaves the VAE to the rank that answers. On a CPU they would only take each other's cores.
         """
         assert self._handle is not None, "spread() comes before run()"
         self._handle.forget_tokens()
+        mesh = self._handle.mesh
         arguments = dict(call.arguments)
-        if not answers and "output_type" in arguments:
+        if not answers and "output_type" in arguments and type(self._pipe).__name__ not in _NO_LATENTS:
             arguments["output_type"] = "latent"
         with ExitStack() as stack:
-            if self._handle.mesh.world_size > 1:
+            if mesh.world_size > 1:
                 # A pipeline may also draw from the global generators; ranks must not diverge there.
                 devices = [self._device.index] if self._device.type == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(devices=devices))
                 torch.manual_seed(call.seed)
             seed = call.seed if self._takes_generator else None
-            result = run_call(self._pipe, arguments, seed=seed, device=self._device, on_step=on_step)
+            previews = None
+            if call.previews and on_progress is not None:
+                previews = stack.enter_context(Previews(self._pipe, arguments.get("height"), arguments.get("width")))
+
+            def on_step(done: int, total: int) -> None:
+                if on_progress is not None:
+                    shows = previews is not None and 0 < done < total and _is_worth_a_look(done, total)
+                    preview = previews.picture() if previews is not None and shows else None
+                    on_progress(Progress(done=done, total=total, preview=preview))
+                if call.can_be_aborted and done < total and any_rank(is_aborted(), mesh):
+                    raise RequestAbortedError(f"{call.request_id} was aborted after {done} of {total} steps")
+
+            try:
+                result = run_call(self._pipe, arguments, seed=seed, device=self._device, on_step=on_step)
+            except BaseException:
+                # What a pipeline does at its end: offloaded parts go back, step caches forget.
+                getattr(self._pipe, "maybe_free_model_hooks", lambda: None)()
+                raise
         return Done(request_id=call.request_id, result=result, tokens=dict(self._handle.tokens))
 
     def check(self, call: Call) -> Done:
@@ -110,3 +144,14 @@ class Runner:
         self._handle, self._pipe = None, None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def any_rank(flag: bool, mesh: ParallelMesh) -> bool:
+    """Whether the flag is set on any rank; all ranks get the same answer. A collective call."""
+    row = gather_ints([int(flag)], mesh.sequence)
+    return any(entry for rows in gather_ints([entry[0] for entry in row], mesh.cfg) for entry in rows)
+
+
+def _is_worth_a_look(done: int, total: int) -> bool:
+    """True a few times along the way."""
+    return total <= _LOOKS or done * _LOOKS // total != (done - 1) * _LOOKS // total

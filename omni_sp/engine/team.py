@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import socket
+import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
@@ -31,6 +32,7 @@ class Team:
         self._owner = os.getpid()
         self._ranks: list[RankProcess] = []
         self._gone: set[int] = set()
+        self._sending = threading.Lock()
         self._store, port = _loopback_store()
         try:
             for rank, device in enumerate(devices):
@@ -51,9 +53,10 @@ class Team:
             raise
 
     def send(self, payload: bytes) -> None:
-        """Send one pickled message to every rank. A rank that is gone is noticed when listening."""
-        for process in self._ranks:
-            _send(process.connection, payload)
+        """Send one pickled message to every rank, from any thread. A rank that is gone is noticed when listening."""
+        with self._sending:
+            for process in self._ranks:
+                _send(process.connection, payload)
 
     def listen(self, until: float) -> list[tuple[int, Any]]:
         """Messages of any ranks, as (rank, message); empty once ``time.monotonic()`` has passed ``until``.

@@ -16,8 +16,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from omni_sp.engine.messages import Call, Failed, Loaded, Progress, RankSettings, Stop
-from omni_sp.errors import InvalidInputError, SamplingParamsError
+from omni_sp.engine.messages import Abort, Call, Failed, Loaded, RankSettings, Stop
+from omni_sp.errors import InvalidInputError, RequestAbortedError, SamplingParamsError
 
 if TYPE_CHECKING:
     from omni_sp.engine.runner import Runner
@@ -27,6 +27,7 @@ _ECHOES = ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "n
 
 Inbox = queue.SimpleQueue[Any]
 Tell = Callable[[Any], None]
+Aborted = set[str]
 
 
 def rank_main(connection: Connection) -> None:
@@ -36,13 +37,14 @@ def rank_main(connection: Connection) -> None:
     assert isinstance(settings, RankSettings)
     _die_with(settings.front_pid)
     inbox: Inbox = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+    aborted: Aborted = set()
+    threading.Thread(target=_listen, args=(connection, inbox, aborted), daemon=True).start()
 
     def tell(message: Any) -> None:
         connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
     try:
-        _live(settings, inbox, tell)
+        _live(settings, inbox, aborted, tell)
     except (BrokenPipeError, ConnectionResetError):
         _leave(1)
     except Exception as error:
@@ -61,12 +63,12 @@ def failure(error: BaseException) -> Failed:
         kind=type(error).__name__,
         message=text,
         traceback="".join(traceback.format_exception(error)),
-        is_input_error=isinstance(error, InvalidInputError),
+        is_shared=isinstance(error, (InvalidInputError, RequestAbortedError)),
         is_echo=_is_echo(error, text),
     )
 
 
-def _live(settings: RankSettings, inbox: Inbox, tell: Tell) -> None:
+def _live(settings: RankSettings, inbox: Inbox, aborted: Aborted, tell: Tell) -> None:
     """Load, join, and answer calls until Stop."""
     runner = _load(settings)
     tell(Loaded())
@@ -74,7 +76,7 @@ def _live(settings: RankSettings, inbox: Inbox, tell: Tell) -> None:
         return
     mesh = _join(settings)
     tell(runner.spread(mesh))
-    on_step = (lambda done, total: tell(Progress(done=done, total=total))) if settings.rank == 0 else None
+    on_progress = tell if settings.rank == 0 else None
     while not isinstance(message := inbox.get(), Stop):
         try:
             if isinstance(message, Exception):
@@ -83,10 +85,18 @@ def _live(settings: RankSettings, inbox: Inbox, tell: Tell) -> None:
             if message.is_check:
                 tell(runner.check(message))
                 continue
-            done = runner.run(message, on_step, answers=settings.rank == 0)
+            request_id = message.request_id
+            done = runner.run(
+                message,
+                on_progress,
+                answers=settings.rank == 0,
+                is_aborted=lambda: request_id in aborted,  # noqa: B023  (it is called within this turn of the loop)
+            )
         except Exception as error:
             tell(failure(error))
             continue
+        finally:
+            aborted.clear()
         tell(done if settings.rank == 0 else type(done)(request_id=done.request_id, result=None, tokens=done.tokens))
 
 
@@ -129,7 +139,7 @@ def _join(settings: RankSettings) -> Any:
     return ParallelMesh(settings.options.config)
 
 
-def _listen(connection: Connection, inbox: Inbox) -> None:
+def _listen(connection: Connection, inbox: Inbox, aborted: Aborted) -> None:
     """Hand on messages; when the front is gone, end this process, whatever its main thread is doing."""
     while True:
         try:
@@ -137,7 +147,11 @@ def _listen(connection: Connection, inbox: Inbox) -> None:
         except (EOFError, OSError):
             os._exit(1)
         try:
-            inbox.put(pickle.loads(payload))
+            message = pickle.loads(payload)
+            if isinstance(message, Abort):
+                aborted.add(message.request_id)  # heard in the middle of a call
+            else:
+                inbox.put(message)
         except Exception as error:
             inbox.put(SamplingParamsError(f"an argument cannot be read in the rank processes: {error}"))
 

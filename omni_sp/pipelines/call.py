@@ -1,33 +1,51 @@
-"""One request on one loaded pipeline: what its own, unmodified ``__call__`` takes, the arguments, and the call."""
+"""One request on one loaded pipeline: the arguments of its own, unmodified ``__call__``, and the call."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
-import math
 import reprlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omni_sp.config import OmniDiffusionSamplingParams
-from omni_sp.errors import OmniSPError, SamplingParamsError
+from omni_sp.errors import ConfigError, OmniSPError, SamplingParamsError
+from omni_sp.pipelines.facts import NAMES, PipelineFacts, pipeline_facts
+from omni_sp.pipelines.results import CallResult, result_of
 
 if TYPE_CHECKING:
     from omni_sp.pipelines.timing import OnStep
 
-# Our name -> the names that pipelines have for it, in order of preference.
-_NAMES: dict[str, tuple[str, ...]] = {
-    "num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt"),
-    "fps": ("fps", "frame_rate"),
-}
+__all__ = [
+    "DEFAULT_FPS",
+    "CallResult",
+    "PipelineFacts",
+    "Prompt",
+    "call_arguments",
+    "drawn_otherwise",
+    "frames_per_second",
+    "pipeline_facts",
+    "rounded_size",
+    "run_call",
+    "small_arguments",
+]
+
+DEFAULT_FPS = 16.0
+"""Frames a second of a video whose pipeline says nothing about it."""
+
 _PLAIN = (
     "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length",
     "output_type", "num_outputs_per_prompt", "fps",
 )  # fmt: skip
 # Set here and nowhere else: what they are decides whether ranks agree and what comes back.
 _OURS = ("generator", "return_dict", "prompt", "negative_prompt", "image")
+# A list of pictures, also where there is one.
+_PICTURE_LISTS = ("images", "input_images")
+# Names that pipelines use, and the packages that bring them.
+_PACKAGES = {"ftfy": "ftfy", "BeautifulSoup": "beautifulsoup4"}
+# Seconds of a sound.
+_DURATIONS = ("audio_end_in_s", "audio_length_in_s", "audio_duration", "audio_duration_s", "duration")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,83 +62,15 @@ class Prompt:
     image: Any = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PipelineFacts:
-    """What one loaded pipeline can be asked for. Small and picklable: ranks send it to the front.
-
-    Attributes:
-        name: the pipeline's class. parameters: the arguments of its ``__call__`` with their defaults (a default that is
-            no plain value is None here). takes_anything: it has ``**kwargs``.
-        makes_videos: its results are videos, not pictures.
-        vae_multiple: pixels along a side that the VAE shrinks to one; a size that is no multiple of it is refused.
-        height_multiple, width_multiple: pixels of one token; diffusers rounds a size down to a multiple of it.
-        frames_multiple: num_frames - 1 is a multiple of this, else diffusers would round it; 1 where anything goes.
-        ignores_guidance_scale: it takes guidance_scale only for distilled transformers, and this one is not distilled.
-        sampling_defaults: what to use where the user says nothing, named as in OmniDiffusionSamplingParams.
-    """
-
-    name: str
-    parameters: Mapping[str, Any]
-    takes_anything: bool = False
-    makes_videos: bool = False
-    vae_multiple: int = 1
-    height_multiple: int = 1
-    width_multiple: int = 1
-    frames_multiple: int = 1
-    ignores_guidance_scale: bool = False
-    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
-
-    def taken_as(self, name: str) -> str | None:
-        """The pipeline's own name for one of ours; None where it has nothing of the kind."""
-        candidates = _NAMES.get(name, (name,))
-        known = next((candidate for candidate in candidates if candidate in self.parameters), None)
-        return candidates[0] if known is None and self.takes_anything else known
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallResult:
-    """What a pipeline made, and where its seconds went (see outputs.OmniRequestOutput.metrics)."""
-
-    images: list[Any]
-    videos: list[Any]
-    timings: dict[str, Any]
-
-
-def pipeline_facts(pipe: Any, sampling_defaults: Mapping[str, Any] | None = None) -> PipelineFacts:
-    """Learn from a loaded pipeline's signature and parts what it can be asked for."""
-    parameters: dict[str, Any] = {}
-    takes_anything = False
-    for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            takes_anything = True
-        elif name != "self" and parameter.kind is not parameter.VAR_POSITIONAL:
-            default = parameter.default
-            parameters[name] = default if isinstance(default, (int, float, str)) else None
-    vae_multiple = _vae_multiple(pipe)
-    height_multiple, width_multiple = _size_multiples(pipe, vae_multiple)
-    guidance_embeds = _part_config(pipe, "guidance_embeds")
-    return PipelineFacts(
-        name=type(pipe).__name__,
-        parameters=parameters,
-        takes_anything=takes_anything,
-        makes_videos="num_frames" in parameters or "num_videos_per_prompt" in parameters,
-        vae_multiple=vae_multiple,
-        height_multiple=height_multiple,
-        width_multiple=width_multiple,
-        frames_multiple=_frames_multiple(pipe, parameters.get("num_frames")),
-        ignores_guidance_scale="true_cfg_scale" in parameters and guidance_embeds is False,
-        sampling_defaults=dict(sampling_defaults or {}),
-    )
-
-
 def call_arguments(facts: PipelineFacts, prompt: Prompt, params: OmniDiffusionSamplingParams) -> dict[str, Any]:
     """The keyword arguments for the pipeline's ``__call__``, without the generator. Nothing is dropped.
 
     Where true_cfg_scale is above 1 and nobody gave a negative prompt, it is " ": without one, pipelines would leave the
-    guidance out.
+    guidance out. A pipeline that keeps to an area (FLUX.1 Kontext: ``max_area``) is given that of height and width.
 
     Raises:
-        SamplingParamsError: the pipeline cannot take a parameter, would ignore it, or a size does not fit its VAE.
+        SamplingParamsError: the pipeline cannot take a parameter, would ignore it, or needs one that is missing; or a
+            size does not fit its VAE.
     """
     negative = prompt.negative_text if prompt.negative_text is not None else params.negative_prompt
     wanted = {"prompt": prompt.text, "image": prompt.image, "negative_prompt": negative}
@@ -134,7 +84,7 @@ def call_arguments(facts: PipelineFacts, prompt: Prompt, params: OmniDiffusionSa
             continue  # how fast the frames are shown is then no business of the pipeline's, only of who writes the file
         if taken_as is None:
             raise _refusal(facts, name, value)
-        arguments[taken_as] = value
+        arguments[taken_as] = _as_the_pipeline_has_it(facts, taken_as, value)
     if params.seed is not None and facts.taken_as("generator") is None:
         raise _refusal(facts, "seed", params.seed)
     _add_extra_args(facts, arguments, params.extra_args)
@@ -142,15 +92,20 @@ def call_arguments(facts: PipelineFacts, prompt: Prompt, params: OmniDiffusionSa
         taken_as = facts.taken_as(name)
         if taken_as is not None and value is not None:
             arguments.setdefault(taken_as, value)
-    if "output_type" in facts.parameters:
+    if "output_type" in facts.parameters and facts.makes != "sound":
         arguments.setdefault("output_type", "pil")
     _settle_guidance(facts, arguments, user_negative=negative)
+    _settle_pictures(facts, arguments, params.extra_args)
     _check_sizes(facts, arguments)
+    _add_area(facts, arguments)
+    _require_all(facts, arguments)
     return arguments
 
 
-def small_arguments(facts: PipelineFacts) -> dict[str, Any]:
-    """A small call whose token counts few numbers of ranks divide: what a check draws where the user says nothing."""
+def small_arguments(
+    facts: PipelineFacts, arguments: Mapping[str, Any], params: OmniDiffusionSamplingParams
+) -> dict[str, Any]:
+    """These arguments, small where the user says nothing: token counts that few numbers of ranks divide, two steps."""
     wanted = {
         "height": 11 * facts.height_multiple,
         "width": 13 * facts.width_multiple,
@@ -158,7 +113,28 @@ def small_arguments(facts: PipelineFacts) -> dict[str, Any]:
         "num_inference_steps": 2,
         "output_type": "np",
     }
-    return {name: value for name, value in wanted.items() if name in facts.parameters}
+    small = dict(arguments)
+    for name, value in wanted.items():
+        taken_as = facts.taken_as(name)
+        is_said = getattr(params, name) is not None or taken_as in params.extra_args
+        if taken_as is not None and taken_as in facts.parameters and not is_said:
+            small[taken_as] = value
+    for name in (*_DURATIONS, "_auto_resize"):
+        if name in facts.parameters:
+            small.setdefault(name, 1.0 if name in _DURATIONS else False)
+    if "max_area" not in params.extra_args:
+        small.pop("max_area", None)
+        _add_area(facts, small)
+    return small
+
+
+def frames_per_second(facts: PipelineFacts, arguments: Mapping[str, Any], fps: float | None) -> float:
+    """How fast a video is meant to be shown: as the user says, else as the pipeline does, else DEFAULT_FPS."""
+    name = facts.taken_as("fps")
+    if fps is None and name is not None:
+        given = arguments.get(name)
+        fps = facts.parameters.get(name) if given is None else given
+    return float(fps) if isinstance(fps, (int, float)) and fps > 0 else DEFAULT_FPS
 
 
 def run_call(
@@ -168,6 +144,8 @@ def run_call(
 
     Raises:
         SamplingParamsError: the pipeline itself refused its arguments, before denoising began.
+        ConfigError: it uses a package that is not installed.
+        UnsupportedModelError: what it gave holds no picture, video or sound.
     """
     import torch
 
@@ -187,23 +165,55 @@ def run_call(
                 raise
             reason = " ".join(str(error).split())
             raise SamplingParamsError(f"{type(pipe).__name__} refused the call: {reason}") from error
+        except NameError as error:
+            # diffusers imports these where they are installed, and some pipelines then use them without a look.
+            if error.name not in _PACKAGES:
+                raise
+            raise ConfigError(f"{type(pipe).__name__} needs a package: pip install {_PACKAGES[error.name]}") from error
         total = clock.now() - began
     timings = {f"{stage}_s": seconds for stage, seconds in clock.seconds.items()}
     timings["num_steps"] = clock.num_steps
     timings["denoise_step_s"] = clock.seconds["denoise"] / clock.num_steps if clock.num_steps else 0.0
     timings["total_s"] = total
-    return CallResult(
-        images=_rows(getattr(output, "images", None)), videos=_rows(getattr(output, "frames", None)), timings=timings
-    )
+    return result_of(type(pipe).__name__, output, output_type=call.get("output_type"), timings=timings)
 
 
-def _rows(result: Any) -> list[Any]:
-    """One entry for each output, on the CPU, whatever the pipeline's output type holds them in."""
-    import torch
+def rounded_size(facts: PipelineFacts, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) that diffusers will draw where it is not what was asked for; None where it is."""
+    height, width = arguments.get("height"), arguments.get("width")
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    drawn = height - height % facts.height_multiple, width - width % facts.width_multiple
+    return None if drawn == (height, width) else drawn
 
-    if result is None:
-        return []
-    return [row.cpu() if isinstance(row, torch.Tensor) else row for row in result]
+
+def drawn_otherwise(facts: PipelineFacts, arguments: Mapping[str, Any], result: CallResult) -> str | None:
+    """What a pipeline drew otherwise than it was asked to, with no more than a line in its log; None where it obeyed.
+
+    Sizes that rounded_size() foresees are not told again.
+    """
+    from PIL import Image
+
+    frames = result.videos[0] if result.videos and isinstance(result.videos[0], list) else result.images
+    if not frames or not isinstance(frames[0], Image.Image):
+        return None
+    told = []
+    asked = rounded_size(facts, arguments) or (arguments.get("height"), arguments.get("width"))
+    drawn = frames[0].height, frames[0].width
+    if any(isinstance(wish, int) and wish != got for wish, got in zip(asked, drawn, strict=True)):
+        told.append(f"{drawn[1]} x {drawn[0]} pixels instead of {asked[1] or 'any'} x {asked[0] or 'any'}")
+    num_frames = arguments.get(facts.taken_as("num_frames") or "")
+    if result.videos and isinstance(num_frames, int) and num_frames != len(frames):
+        told.append(f"{len(frames)} frames instead of {num_frames}")
+    return f"{facts.name} drew {' and '.join(told)}, as it does on one process" if told else None
+
+
+def _as_the_pipeline_has_it(facts: PipelineFacts, name: str, value: Any) -> Any:
+    """A value in the pipeline's own form: a list for lists of pictures, a whole number for whole frame rates."""
+    if name in _PICTURE_LISTS and not isinstance(value, list):
+        return [value]
+    is_whole = name in NAMES["fps"] and isinstance(facts.parameters.get(name), int) and float(value).is_integer()
+    return int(value) if is_whole else value
 
 
 def _refusal(facts: PipelineFacts, name: str, value: Any) -> SamplingParamsError:
@@ -249,13 +259,36 @@ def _settle_guidance(facts: PipelineFacts, arguments: dict[str, Any], user_negat
         arguments.setdefault("negative_prompt", " ")
 
 
-def rounded_size(facts: PipelineFacts, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(height, width) that diffusers will draw where it is not what was asked for; None where it is."""
+def _settle_pictures(facts: PipelineFacts, arguments: dict[str, Any], extra_args: Mapping[str, Any]) -> None:
+    """Refuse a missing picture, and several where one is meant: some pipelines would go on with the first."""
+    name = facts.taken_as("image")
+    pictures = arguments.get(name) if name is not None else None
+    if isinstance(pictures, list) and facts.takes_one_image and name is not None:
+        if len(pictures) != 1:
+            raise SamplingParamsError(f"{facts.name} starts from one picture, and {len(pictures)} are given")
+        arguments[name] = pictures[0]
+    if pictures is None and facts.needs_image and name is not None:
+        stands_in = ("image", "video", "latents", "conditions")
+        if not any(word in extra for extra in extra_args for word in stands_in):
+            raise SamplingParamsError(
+                f"{facts.name} needs a picture to start from: give image in the prompt, or --image on the command line"
+            )
+        if name in facts.required:
+            arguments[name] = None
+
+
+def _require_all(facts: PipelineFacts, arguments: Mapping[str, Any]) -> None:
+    missing = [name for name in facts.required if name not in arguments and name != "generator"]
+    if missing:
+        where = "the prompt" if missing[0] in ("prompt", "negative_prompt") else "extra_args"
+        raise SamplingParamsError(f"{facts.name} needs {missing[0]}: give it in {where}")
+
+
+def _add_area(facts: PipelineFacts, arguments: dict[str, Any]) -> None:
+    """Where a pipeline keeps to an area, height and width alone would tell it no more than their ratio."""
     height, width = arguments.get("height"), arguments.get("width")
-    if not isinstance(height, int) or not isinstance(width, int):
-        return None
-    drawn = height - height % facts.height_multiple, width - width % facts.width_multiple
-    return None if drawn == (height, width) else drawn
+    if "max_area" in facts.parameters and isinstance(height, int) and isinstance(width, int):
+        arguments.setdefault("max_area", height * width)
 
 
 def _check_sizes(facts: PipelineFacts, arguments: Mapping[str, Any]) -> None:
@@ -271,7 +304,7 @@ def _check_sizes(facts: PipelineFacts, arguments: Mapping[str, Any]) -> None:
             )
         if value < multiple:
             raise SamplingParamsError(f"{name}={value}: {facts.name} draws {multiple} pixels or more")
-    frames = arguments.get("num_frames")
+    frames = arguments.get(facts.taken_as("num_frames") or "")
     if isinstance(frames, int) and (frames - 1) % facts.frames_multiple:
         below = (frames - 1) // facts.frames_multiple * facts.frames_multiple + 1
         raise SamplingParamsError(
@@ -283,52 +316,3 @@ def _check_sizes(facts: PipelineFacts, arguments: Mapping[str, Any]) -> None:
 def _nearest(value: int, multiple: int) -> str:
     below = value // multiple * multiple
     return f"{below} or {below + multiple}" if below else f"{multiple}"
-
-
-def _part_config(pipe: Any, name: str) -> Any:
-    """An entry of the transformer's config; of the second transformer's where the first is left out."""
-    for part in (getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None)):
-        if part is not None:
-            return getattr(getattr(part, "config", None), name, None)
-    return None
-
-
-def _first_whole_number(pipe: Any, *names: str) -> int:
-    values = (getattr(pipe, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), 1)
-
-
-def _vae_multiple(pipe: Any) -> int:
-    """Pixels along a side that the VAE shrinks to one."""
-    return _first_whole_number(
-        pipe,
-        "vae_scale_factor_spatial",
-        "vae_spatial_compression_ratio",
-        "vae_spatial_scale_factor",
-        "vae_scale_factor",
-    )
-
-
-def _size_multiples(pipe: Any, shrink: int) -> tuple[int, int]:
-    """Pixels per token along height and width: what the VAE shrinks by, times the transformer's patch.
-
-    The pipeline's own image processor names a multiple as well (FLUX packs 2 × 2, and calls it no patch); both hold.
-    """
-    patch = _part_config(pipe, "patch_size")
-    sides = (patch, patch) if isinstance(patch, int) else tuple(patch or (1, 1))[-2:]
-    multiples = [shrink * side for side in sides]
-    for name in ("image_processor", "video_processor"):
-        config = getattr(getattr(pipe, name, None), "config", None)
-        processed = getattr(config, "vae_scale_factor", None)
-        if isinstance(processed, int) and processed > 0:
-            multiples = [math.lcm(multiple, processed) for multiple in multiples]
-    return multiples[0], multiples[-1]
-
-
-def _frames_multiple(pipe: Any, default_frames: Any) -> int:
-    """Frames that the VAE shrinks to one, where the pipeline's own default obeys 1 + n × that; else 1, for no rule."""
-    shrink = _first_whole_number(
-        pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor"
-    )
-    obeys = isinstance(default_frames, int) and (default_frames - 1) % shrink == 0
-    return shrink if obeys else 1

@@ -31,7 +31,7 @@ def stage_errors(
 
     Returns:
         Stage -> the largest difference, relative to the largest number of the stage in one process: "text" (prompt
-        embeddings), each call of each transformer, and "result" (the finished picture or video).
+        embeddings), each call of each transformer, and "result" (the finished picture, video or sound).
     """
     alone()
     try:
@@ -55,7 +55,7 @@ def _recorded(pipe: Any, arguments: Mapping[str, Any], seed: int | None, device:
             calls = _Calls(name, record)
             stack.callback(model.register_forward_hook(calls.note).remove)
         result = run_call(pipe, arguments, seed=seed, device=device)
-    record[PICTURE] = [torch.as_tensor(item) for item in (*result.images, *result.videos)]
+    record[PICTURE] = [torch.as_tensor(item) for item in (*result.images, *result.videos, *result.audios)]
     return record
 
 

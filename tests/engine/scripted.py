@@ -11,10 +11,12 @@ import pickle
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from omni_sp.engine.messages import Call, Done, Failed, Join, Loaded, Progress, RankSettings, Ready, Stop
+from omni_sp.engine.messages import Abort, Call, Done, Failed, Join, Loaded, Progress, RankSettings, Ready, Stop
 from omni_sp.pipelines.call import CallResult, PipelineFacts
 
 FOREVER_S = 600.0
@@ -54,7 +56,7 @@ def refuses_on_demand(front: Connection) -> None:
     for call in _calls(front):
         who = call.arguments.get("refuse")
         if who == "all" or (who == "rank 0" and rank == 0):
-            _tell(front, _failed("SamplingParamsError", "not this", is_input_error=True))
+            _tell(front, _failed("SamplingParamsError", "not this", is_shared=True))
         else:
             _answer(front, rank, call)
 
@@ -77,6 +79,50 @@ def falls_silent(front: Connection) -> None:
         time.sleep(FOREVER_S)
 
 
+def draws_in_steps(front: Connection) -> None:
+    """Makes ``steps`` steps, hears aborts between them, and does what ``do`` says after the first one.
+
+    "die", "raise" and "hang" happen on rank 1; with ``once``, a file's name, only where that file is not there yet.
+    """
+    rank = _start(front)
+    for call in _calls(front):
+        steps = call.arguments.get("steps", 2)
+        for done in range(steps):
+            if rank == 0:
+                _tell(front, Progress(done=done, total=steps))
+            time.sleep(0.02)
+            if done == 1:
+                _mishap(front, rank, call.arguments)
+            if front.poll() and isinstance(message := _receive(front), Abort) and message.request_id == call.request_id:
+                _tell(front, _failed("RequestAbortedError", "aborted", is_shared=True))
+                break
+        else:
+            result = CallResult(images=[dict(call.arguments)], videos=[], timings={}) if rank == 0 else None
+            _tell(front, Done(request_id=call.request_id, result=result, tokens={}))
+
+
+def starts_once(front: Connection) -> None:
+    """Draws in steps, and after a file named omni-sp-started is there, refuses to start."""
+    started = Path("omni-sp-started")
+    if started.exists():
+        sys.exit(3)
+    draws_in_steps(front)
+
+
+def _mishap(front: Connection, rank: int, arguments: Mapping[str, Any]) -> None:
+    what, once = arguments.get("do"), arguments.get("once")
+    if what is None or (once is not None and Path(once).exists()):
+        return
+    if rank == 1:
+        if once is not None:
+            Path(once).touch()
+        if what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "raise":
+            _tell(front, _failed("RuntimeError", "boom"))
+    time.sleep(FOREVER_S)
+
+
 def is_stubborn(front: Connection) -> None:
     """Hears neither Stop nor SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -87,7 +133,7 @@ def is_stubborn(front: Connection) -> None:
 def refuses_the_model(front: Connection) -> None:
     """Every rank finds, while loading, that no plan covers the transformer."""
     _receive(front)
-    _tell(front, _failed("UnsupportedModelError", "no plan for Nothing", is_input_error=True))
+    _tell(front, _failed("UnsupportedModelError", "no plan for Nothing", is_shared=True))
     time.sleep(FOREVER_S)
 
 
@@ -104,7 +150,7 @@ def _start(front: Connection) -> int:
     assert isinstance(settings, RankSettings)
     _tell(front, Loaded())
     assert isinstance(_receive(front), Join)
-    facts = PipelineFacts(name="ScriptedPipeline", parameters={"prompt": None})
+    facts = PipelineFacts(name="ScriptedPipeline", parameters={"prompt": None}, takes_anything=True)
     rank = settings.rank
     _tell(front, Ready(rank=rank, ranks=2, layout="scripted", facts=facts, device="cpu", dtype="float32", load_s=0.0))
     return rank
@@ -119,6 +165,8 @@ def _calls(front: Connection) -> Any:
             return
         if isinstance(message, Stop):
             return
+        if isinstance(message, Abort):
+            continue  # of a call that is over
         assert isinstance(message, Call)
         yield message
 
@@ -131,12 +179,12 @@ def _answer(front: Connection, rank: int, call: Call) -> None:
     _tell(front, Done(request_id=call.request_id, result=result, tokens={}))
 
 
-def _failed(kind: str, message: str, *, is_input_error: bool = False, is_echo: bool = False) -> Failed:
+def _failed(kind: str, message: str, *, is_shared: bool = False, is_echo: bool = False) -> Failed:
     return Failed(
         kind=kind,
         message=message,
         traceback=f"Traceback of {kind}",
-        is_input_error=is_input_error,
+        is_shared=is_shared,
         is_echo=is_echo,
     )
 

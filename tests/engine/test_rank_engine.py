@@ -15,7 +15,7 @@ import pytest
 from omni_sp import DiffusionParallelConfig
 from omni_sp.engine.engine import RankEngine
 from omni_sp.engine.launch.spawn import SpawnLauncher
-from omni_sp.engine.messages import Call, EngineOptions
+from omni_sp.engine.messages import Call, EngineOptions, Progress
 from omni_sp.errors import (
     EngineClosedError,
     RankFailedError,
@@ -59,7 +59,7 @@ def test_answers_calls_and_reports_steps() -> None:
     engine = start("obeys")
     steps: list[tuple[int, int]] = []
     for number in range(3):
-        done = engine.run(call(number=number), lambda done, total: steps.append((done, total)))
+        done = engine.run(call(number=number), lambda news: steps.append((news.done, news.total)))
         assert done.result is not None
         assert done.result.images == [{"number": number}]
     assert steps == [(0, 2), (1, 2), (2, 2)] * 3
@@ -163,7 +163,7 @@ def test_an_abandoned_engine_ends_its_ranks() -> None:
 def test_an_error_in_the_callers_progress_ends_the_ranks() -> None:
     engine = start("obeys")
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(_news: Progress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

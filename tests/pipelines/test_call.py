@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from omni_sp import OmniDiffusionSamplingParams, SamplingParamsError
-from omni_sp.pipelines.call import PipelineFacts, Prompt, call_arguments, pipeline_facts, rounded_size, run_call
+from omni_sp import ConfigError, OmniDiffusionSamplingParams, SamplingParamsError, UnsupportedModelError
+from omni_sp.pipelines.call import (
+    PipelineFacts,
+    Prompt,
+    call_arguments,
+    drawn_otherwise,
+    frames_per_second,
+    pipeline_facts,
+    rounded_size,
+    run_call,
+    small_arguments,
+)
 from omni_sp.pipelines.load import load_pipeline, resolve_model
+from omni_sp.pipelines.results import CallResult, result_of
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 
 IMAGE = PipelineFacts(
@@ -259,3 +272,202 @@ def test_sizes_of_other_families() -> None:
     facts = pipeline_facts(flux)
     assert (facts.height_multiple, facts.width_multiple) == (16, 16)
     assert not facts.ignores_guidance_scale
+
+
+def bare(name: str) -> Any:
+    """A pipeline of diffusers without any part: its signature, and the numbers it falls back to."""
+    import diffusers
+
+    pipeline = getattr(diffusers, name)
+    return pipeline(**dict.fromkeys(pipeline._get_signature_keys(pipeline)[0]))
+
+
+# name -> what it makes, whether it needs a picture, whether it takes one only, its own defaults of num_frames and fps
+KINDS: dict[str, tuple[str, bool, bool, int | None, float]] = {
+    "QwenImageEditPipeline": ("picture", True, True, None, 16),
+    "QwenImageEditPlusPipeline": ("picture", True, False, None, 16),
+    "FluxKontextPipeline": ("picture", False, True, None, 16),
+    "Flux2Pipeline": ("picture", False, False, None, 16),
+    "Kandinsky5T2IPipeline": ("picture", False, False, None, 16),
+    "WanPipeline": ("video", False, True, 81, 16),
+    "WanImageToVideoPipeline": ("video", True, True, 81, 16),
+    "LTXPipeline": ("video", False, True, 161, 25),
+    "LTXImageToVideoPipeline": ("video", True, True, 161, 25),
+    "LTXConditionPipeline": ("video", False, False, 161, 25),
+    "CogVideoXImageToVideoPipeline": ("video", True, True, 49, 16),
+    "HunyuanVideoPipeline": ("video", False, True, 129, 16),
+    "HunyuanVideoImageToVideoPipeline": ("video", True, True, 129, 16),
+    "Kandinsky5T2VPipeline": ("video", False, True, 121, 16),
+    "Kandinsky5I2VPipeline": ("video", True, True, 121, 16),
+    "SanaVideoPipeline": ("video", False, True, 81, 16),
+    "LTX2Pipeline": ("video", False, True, None, 24),
+    "AudioLDM2Pipeline": ("sound", False, False, None, 16),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_real_pipelines_make_and_need(name: str) -> None:
+    makes, needs_image, takes_one, num_frames, fps = KINDS[name]
+    facts = pipeline_facts(bare(name))
+    assert facts.makes == makes
+    assert facts.needs_image is needs_image
+    takes_image = facts.taken_as("image") is not None
+    assert facts.takes_one_image is (takes_one and takes_image)
+    assert frames_per_second(facts, {}, None) == fps
+    asked = params(
+        num_frames=None if num_frames is None else num_frames, num_inference_steps=3, num_outputs_per_prompt=2
+    )
+    image = Image.new("RGB", (8, 8))
+    arguments = call_arguments(facts, Prompt(text="a cat", image=image if takes_image else None), asked)
+    assert set(arguments) <= set(facts.parameters)
+    assert 2 in arguments.values()
+    assert (image in arguments.values()) is takes_image
+    if num_frames is not None:
+        assert num_frames in arguments.values()
+    if num_frames is not None and facts.frames_multiple > 1:
+        assert "nearest" in refusal(facts, Prompt(text="a cat", image=image if takes_image else None), num_frames=6)
+    if needs_image:
+        assert f"{name} needs a picture to start from" in refusal(facts)
+    if facts.takes_one_image:
+        several = Prompt(text="a cat", image=[image, image])
+        assert f"{name} starts from one picture, and 2 are given" in refusal(facts, several)
+        alone = call_arguments(facts, Prompt(text="a cat", image=[image]), params())
+        assert alone["image"] is image
+
+
+def test_a_pipeline_of_ones_own_is_known_by_its_base_or_its_arguments() -> None:
+    from diffusers import DiffusionPipeline, LTXPipeline
+
+    class Mine(LTXPipeline):  # type: ignore[misc]
+        pass
+
+    class Film(DiffusionPipeline):  # type: ignore[misc]
+        def __call__(self, prompt: str, num_frames: int = 5) -> None:
+            pass
+
+    class Drawing(DiffusionPipeline):  # type: ignore[misc]
+        def __call__(self, prompt: str) -> None:
+            pass
+
+    made = {kind.__name__: pipeline_facts(kind.__new__(kind)).makes for kind in (Mine, Film, Drawing)}
+    assert made == {"Mine": "video", "Film": "video", "Drawing": "picture"}
+
+
+def test_what_stands_in_for_a_picture() -> None:
+    facts = pipeline_facts(bare("WanImageToVideoPipeline"))
+    arguments = call_arguments(facts, CAT, params(extra_args={"image_embeds": [1]}))
+    assert (arguments["image"], arguments["image_embeds"]) == (None, [1])
+
+
+def test_pictures_are_a_list_where_the_pipeline_has_a_list() -> None:
+    facts = PipelineFacts(name="Several", parameters={"prompt": None, "images": None})
+    image = Image.new("RGB", (8, 8))
+    assert call_arguments(facts, Prompt(text="a cat", image=image), params())["images"] == [image]
+
+
+def test_an_argument_without_a_default_is_asked_for() -> None:
+    facts = PipelineFacts(
+        name="Edit", parameters={"prompt": None, "video": None}, required=("video",), makes_videos=True
+    )
+    assert refusal(facts) == "Edit needs video: give it in extra_args"
+    assert call_arguments(facts, CAT, params(extra_args={"video": [1]}))["video"] == [1]
+
+
+def test_frame_rates_are_of_the_pipelines_own_kind() -> None:
+    facts = pipeline_facts(bare("LTXPipeline"))
+    given = call_arguments(facts, CAT, params(fps=24.0))["frame_rate"]
+    assert (given, type(given)) == (24, int)
+    assert call_arguments(facts, CAT, params(fps=23.976))["frame_rate"] == 23.976
+    assert frames_per_second(facts, {"frame_rate": 30}, None) == 30
+    assert frames_per_second(VIDEO, {}, 12.5) == 12.5
+
+
+def test_a_pipeline_that_keeps_to_an_area_draws_the_size_that_is_asked_for() -> None:
+    facts = pipeline_facts(bare("FluxKontextPipeline"))
+    assert call_arguments(facts, CAT, params(height=512, width=768))["max_area"] == 512 * 768
+    assert "max_area" not in call_arguments(facts, CAT, params(height=512))
+    extra = {"max_area": 2**18}
+    assert call_arguments(facts, CAT, params(height=512, width=768, extra_args=extra))["max_area"] == 2**18
+    small = small_arguments(facts, call_arguments(facts, CAT, params()), params())
+    assert small["max_area"] == small["height"] * small["width"] < 2**17
+    assert small["_auto_resize"] is False
+
+
+def test_a_check_is_small_where_nobody_says_otherwise() -> None:
+    facts = PipelineFacts(
+        name="Video",
+        parameters={"prompt": None, "frames": 81, "height": 480, "width": 832, "output_type": "np"},
+        makes_videos=True,
+        frames_multiple=4,
+        height_multiple=16,
+        width_multiple=16,
+    )
+    asked = params(height=32)
+    assert small_arguments(facts, call_arguments(facts, CAT, asked), asked) == {
+        "prompt": "a cat", "frames": 9, "height": 32, "width": 208, "output_type": "np",
+    }  # fmt: skip
+
+
+def result(output_type: str = "pil", **held: Any) -> CallResult:
+    output = types.SimpleNamespace(**held)
+    return result_of("Pipe", output, output_type=output_type, timings={})
+
+
+def test_results_by_whatever_name() -> None:
+    picture = Image.new("RGB", (8, 8))
+    assert result(image=[picture]).images == [picture]
+    assert result(images=[[picture, picture], [picture]]).images == [picture] * 3
+    assert result(frames=[[picture] * 2] * 3).videos == [[picture] * 2] * 3
+    assert result(video=[picture] * 5, sound=None).videos == [[picture] * 5]
+    assert [video.shape for video in result(frames=np.zeros((5, 4, 4, 3))).videos] == [(5, 4, 4, 3)]
+    assert [video.shape for video in result(frames=np.zeros((2, 5, 4, 4, 3))).videos] == [(5, 4, 4, 3)] * 2
+    assert [video.shape for video in result("latent", frames=torch.zeros(2, 5, 4, 4)).videos] == [(5, 4, 4)] * 2
+
+
+def test_sounds_are_channels_by_samples() -> None:
+    for sounds, wanted in [
+        (torch.zeros(3, 2, 50, dtype=torch.bfloat16), [(2, 50)] * 3),
+        (np.zeros((3, 50)), [(1, 50)] * 3),
+        ([torch.zeros(50)], [(1, 50)]),
+    ]:
+        found = result(audios=sounds).audios
+        assert [sound.shape for sound in found] == wanted
+        assert all(sound.dtype == np.float32 for sound in found)
+    both = result(frames=[[Image.new("RGB", (8, 8))]], audio=torch.zeros(1, 2, 50))
+    assert (len(both.videos), [sound.shape for sound in both.audios]) == (1, [(2, 50)])
+    assert [sound.shape for sound in result(video=[1], sound=torch.zeros(2, 50)).audios] == [(2, 50)]
+    assert result(frames=[[1]], audio=None).audios == []
+
+
+def test_a_result_is_never_empty() -> None:
+    from diffusers.pipelines.flux.pipeline_output import FluxPriorReduxPipelineOutput
+
+    output = FluxPriorReduxPipelineOutput(prompt_embeds=torch.zeros(1), pooled_prompt_embeds=torch.zeros(1))
+    with pytest.raises(UnsupportedModelError) as caught:
+        result_of("Redux", output, output_type=None, timings={})
+    assert str(caught.value) == (
+        "Redux gave a FluxPriorReduxPipelineOutput (it holds: prompt_embeds, pooled_prompt_embeds), in which there are "
+        "no pictures, videos or sounds"
+    )
+
+
+def test_what_is_drawn_otherwise_is_told() -> None:
+    picture = Image.new("RGB", (48, 32))
+    facts = PipelineFacts(
+        name="Film", parameters={"num_frames": 9, "height": 1, "width": 1}, height_multiple=16, width_multiple=16
+    )
+    drawn = result(frames=[[picture] * 5])
+    assert drawn_otherwise(facts, {"num_frames": 5, "height": 32, "width": 48}, drawn) is None
+    assert drawn_otherwise(facts, {"height": 40, "width": 48}, drawn) is None, "rounded_size() has told it"
+    assert drawn_otherwise(facts, {"num_frames": 6, "height": 64, "width": 48}, drawn) == (
+        "Film drew 48 x 32 pixels instead of 48 x 64 and 5 frames instead of 6, as it does on one process"
+    )
+
+
+def test_a_package_that_a_pipeline_stumbles_over_is_named(shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clean(*_: Any, **__: Any) -> None:
+        eval("ftfy.fix_text('a')", {})
+
+    monkeypatch.setattr(type(shapes), "check_inputs", clean)
+    with pytest.raises(ConfigError, match="QwenImagePipeline needs a package: pip install ftfy"):
+        run_call(shapes, SMALL, seed=7, device="cpu")

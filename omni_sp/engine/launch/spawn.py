@@ -65,10 +65,14 @@ class SpawnLauncher:
 
     Args:
         module, function: what a rank runs, called with its end of the pipe.
+        thread_stays: the thread that starts the ranks lives until they have ended.
     """
 
-    def __init__(self, module: str = "omni_sp.engine.worker", function: str = "rank_main") -> None:
+    def __init__(
+        self, module: str = "omni_sp.engine.worker", function: str = "rank_main", *, thread_stays: bool = False
+    ) -> None:
         self._target = (module, function)
+        self._thread_stays = thread_stays
 
     def start(self, rank: int) -> SpawnedRank:
         """Start one rank.
@@ -97,7 +101,8 @@ class SpawnLauncher:
 
         Linux watches the *thread* that started them: the main thread lives as long as the process, others may not.
         """
-        return os.getpid() if threading.current_thread() is threading.main_thread() else 0
+        stays = self._thread_stays or threading.current_thread() is threading.main_thread()
+        return os.getpid() if stays else 0
 
 
 def _standard_error() -> int:

@@ -1,0 +1,224 @@
+"""AsyncOmni: many requests at once from an asyncio program; a queue, progress, aborts, and ranks that come back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+
+from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.engine.dispatcher import Dispatcher, EngineStats, Job
+from omni_sp.engine.launch import Launcher
+from omni_sp.engine.launch.spawn import SpawnLauncher
+from omni_sp.engine.launch.torchrun import inside_distributed_program
+from omni_sp.engine.messages import Call, Done, Progress, Ready
+from omni_sp.errors import ConfigError, EngineClosedError, OmniSPError
+from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
+from omni_sp.pipelines.call import call_arguments
+from omni_sp.requests import (
+    Model,
+    PromptInput,
+    engine_options,
+    output_of,
+    parse_prompt,
+    require_known,
+    require_params,
+)
+
+__all__ = ["AsyncOmni", "EngineStats"]
+
+_DRAIN_S = 30.0
+_LOOK_S = 0.05
+_NEW_SEED = 2**31
+
+
+class AsyncOmni:
+    """A diffusers pipeline on rank processes, for many requests at once. One is drawn after the other.
+
+    ``async with AsyncOmni(model, ...) as omni`` starts and ends it; ``start()`` and ``close()`` do so by hand. When a
+    rank dies, raises or falls silent, its ranks are ended and started anew; requests in the queue stay there. A request
+    whose ranks died under it is tried once more; one whose ranks raised fails with that error.
+
+    Args:
+        model, parallel_config: as for Omni. One rank, too, is a process of its own.
+        max_queue_length: requests that may wait; None for any number.
+        warmup: (height, width) of pictures that are drawn, a step each, before it is ready.
+        on_news: told in a few words what a start is doing. launcher: starts the rank processes; by default on this
+            machine.
+        options: device, dtype, attention_backend, attention_strategy, rank_timeout_s (it bounds the time between two
+            steps) and startup_timeout_s, as for Omni.
+
+    Raises:
+        ConfigError, ModelNotFoundError: as for Omni; anything else is raised by ``start()``.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        parallel_config: DiffusionParallelConfig | None = None,
+        *,
+        max_queue_length: int | None = None,
+        warmup: Sequence[tuple[int, int]] = (),
+        on_news: Callable[[str], None] | None = None,
+        launcher: Launcher | None = None,
+        **options: object,
+    ) -> None:
+        if inside_distributed_program():
+            raise ConfigError("AsyncOmni starts its own ranks; inside torchrun use Omni")
+        require_known(options, AsyncOmni)
+        self._warmup = tuple(warmup)
+        self._dispatcher = Dispatcher(
+            engine_options(model, parallel_config, **options),  # type: ignore[arg-type]  # checked there
+            launcher or SpawnLauncher(thread_stays=True),
+            warm_up=self._warm_up_calls,
+            max_queue_length=max_queue_length,
+            on_news=on_news or (lambda _news: None),
+        )
+
+    @property
+    def status(self) -> str:
+        """One of: starting, ready, restarting, draining, closed, failed (the ranks would not start again)."""
+        return self._dispatcher.status
+
+    @property
+    def info(self) -> Ready:
+        """What is loaded and where: ``facts`` of the pipeline, ``layout`` of the ranks, ``device``, ``dtype``.
+
+        Raises:
+            EngineClosedError: it has not started yet.
+        """
+        ready = self._dispatcher.ready
+        if ready is None:
+            raise EngineClosedError("AsyncOmni has not started yet: await start(), or use it with `async with`")
+        return ready
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts; a copy."""
+        return self._dispatcher.stats
+
+    async def start(self) -> None:
+        """Load the model on the ranks and warm up. The second time, do nothing.
+
+        Raises:
+            InvalidInputError, RankFailedError: as Omni's constructor.
+        """
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[None] = loop.create_future()
+
+        def settle(error: BaseException | None) -> None:
+            def tell() -> None:
+                if not started.done():
+                    started.set_result(None) if error is None else started.set_exception(error)
+
+            with contextlib.suppress(RuntimeError):  # the loop is gone
+                loop.call_soon_threadsafe(tell)
+
+        if self._dispatcher.start(settle):
+            await started
+
+    async def drain(self, timeout_s: float = _DRAIN_S) -> None:
+        """Refuse new requests, fail waiting ones, let the running one finish within so many seconds, and close."""
+        self._dispatcher.drain()
+        until = time.monotonic() + timeout_s
+        while not self._dispatcher.is_idle and time.monotonic() < until:
+            await asyncio.sleep(_LOOK_S)
+        await self.close()
+
+    async def close(self) -> None:
+        """End the ranks. What is under way or waits fails with EngineClosedError. Idempotent."""
+        await asyncio.to_thread(self._dispatcher.close)
+
+    async def __aenter__(self) -> AsyncOmni:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def generate(
+        self,
+        prompt: PromptInput,
+        sampling_params: OmniDiffusionSamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        previews: bool = False,
+    ) -> AsyncIterator[RequestEvent]:
+        """Draw one prompt and tell how it goes: RequestQueued, RequestProgress …, then RequestDone or RequestFailed.
+
+        Leaving the iteration early (``aclose()``) aborts the request.
+
+        Args:
+            prompt, sampling_params: as for Omni.generate. request_id: a name of your own. priority: higher ones come
+                first, equal ones in the order of arrival. previews: small pictures along with some of the steps.
+
+        Raises:
+            SamplingParamsError: bad input; nothing was queued. QueueFullError: too many wait.
+            EngineClosedError: it is draining, closed or has failed, or has not started yet.
+        """
+        params, parsed, facts = require_params(sampling_params), parse_prompt(prompt), self.info.facts
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[RequestEvent] = asyncio.Queue()
+        name = request_id or f"request-{uuid.uuid4().hex}"
+
+        def tell(event: RequestEvent) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is gone
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def on_progress(news: Progress) -> None:
+            tell(RequestProgress(request_id=name, done=news.done, total=news.total, preview=news.preview))
+
+        def on_end(result: Done | OmniSPError) -> None:
+            if isinstance(result, Done):
+                startup_s = sum(self.stats.start_s.values())
+                output = output_of(self.info, job.call, parsed, params, result, startup_s=startup_s)
+                tell(RequestDone(request_id=name, output=output))
+            else:
+                tell(RequestFailed(request_id=name, error=result))
+
+        job = Job(
+            call=Call(
+                request_id=name,
+                arguments=call_arguments(facts, parsed, params),
+                seed=secrets.randbelow(_NEW_SEED) if params.seed is None else params.seed,
+                can_be_aborted=True,
+                previews=previews,
+            ),
+            priority=priority,
+            on_position=lambda position: tell(RequestQueued(request_id=name, position=position)),
+            on_progress=on_progress,
+            on_end=on_end,
+        )
+        self._dispatcher.submit(job)
+        try:
+            while True:
+                event = await events.get()
+                yield event
+                if isinstance(event, (RequestDone, RequestFailed)):
+                    return
+        finally:
+            if not job.is_over:
+                self._dispatcher.abort(name)
+
+    async def abort(self, request_id: str) -> bool:
+        """Stop a request: at once if it waits, at the next step if it runs. False where there is none of that name."""
+        return self._dispatcher.abort(request_id)
+
+    def _warm_up_calls(self, ready: Ready) -> list[Call]:
+        calls = []
+        for height, width in self._warmup:
+            params = OmniDiffusionSamplingParams(height=height, width=width, num_inference_steps=1, seed=0)
+            arguments = call_arguments(ready.facts, parse_prompt("a warm-up"), params)
+            calls.append(Call(request_id=f"{width} x {height}", arguments=arguments, seed=0))
+        return calls

@@ -1,0 +1,51 @@
+"""What a request goes through, as ``AsyncOmni.generate`` tells it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from omni_sp.errors import OmniSPError
+from omni_sp.outputs import OmniRequestOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestQueued:
+    """It waits; told again whenever its place changes. ``position``: requests that come before it, running ones too."""
+
+    request_id: str
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestProgress:
+    """``done`` of ``total`` denoising steps. A restart begins at 0 again.
+
+    Attributes:
+        preview: a small picture of how far it is, where previews were asked for and the pipeline allows them.
+    """
+
+    request_id: str
+    done: int
+    total: int
+    preview: Image.Image | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestDone:
+    """The last event of a request that went well."""
+
+    request_id: str
+    output: OmniRequestOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFailed:
+    """The last event of one that did not; ``error`` is a RequestAbortedError where somebody aborted it."""
+
+    request_id: str
+    error: OmniSPError
+
+
+RequestEvent = RequestQueued | RequestProgress | RequestDone | RequestFailed

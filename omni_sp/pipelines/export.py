@@ -1,0 +1,71 @@
+"""Finished videos and sounds as files: by diffusers' own exporters, and by the standard library."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import wave
+from pathlib import Path
+from typing import Any
+
+from omni_sp.errors import ConfigError
+
+_PACKAGES = {"imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg"}
+
+
+def require_video_writer() -> None:
+    """Make sure that videos can be written before any is drawn.
+
+    Raises:
+        ConfigError: a package is missing, or has no ffmpeg.
+    """
+    missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(f"writing a video needs {' and '.join(missing)}: pip install 'omni-sp[video]'")
+    import imageio_ffmpeg
+
+    try:
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"imageio-ffmpeg finds no ffmpeg: install one, or set IMAGEIO_FFMPEG_EXE ({error})"
+        ) from error
+
+
+def write_video(frames: list[Any], path: Path, fps: float) -> None:
+    """Write PIL pictures as an .mp4 without sound. Odd sides are widened by a pixel: the codec knows even ones."""
+    from diffusers.utils import export_to_video
+
+    export_to_video(frames, str(path), fps=fps, macro_block_size=2)
+
+
+def why_no_sound_inside(frames: list[Any], fps: float, sound: Any) -> str | None:
+    """Why write_video_with_sound() cannot do it; None where it can."""
+    if importlib.util.find_spec("av") is None:
+        return "PyAV, which puts both into one file, is not installed: pip install av"
+    if not float(fps).is_integer():
+        return f"{fps:g} frames a second are no whole number, and diffusers' encoder of sound takes no other"
+    width, height = frames[0].size
+    if width % 2 or height % 2:
+        return f"{width} x {height} pixels are odd, and diffusers' encoder of sound takes even sizes"
+    return None if sound.shape[0] <= 2 else f"{sound.shape[0]} channels do not fit into a video file"
+
+
+def write_video_with_sound(frames: list[Any], sound: Any, path: Path, fps: float, sampling_rate: int) -> None:
+    """Write PIL pictures and a sound (channels × samples, -1 … 1) as one .mp4."""
+    import torch
+    from diffusers.utils import encode_video
+
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        encode_video(frames, int(fps), str(path), audio=torch.from_numpy(sound), audio_sample_rate=sampling_rate)
+
+
+def write_sound(sound: Any, path: Path, sampling_rate: int) -> None:
+    """Write a sound (channels × samples, -1 … 1; what is louder is cut) as a .wav of 16 bits."""
+    samples = (sound.clip(-1.0, 1.0) * 32767).round().astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[0])
+        file.setsampwidth(2)
+        file.setframerate(sampling_rate)
+        file.writeframes(samples.T.tobytes())

@@ -1,0 +1,84 @@
+"""A small picture of how far a denoising is, from the latent that the scheduler has just made."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from PIL import Image
+
+_CELLS = 32
+"""Latent cells along the longer side of what is decoded: a fraction of a second on a CPU, nothing on a GPU."""
+
+
+class Previews:
+    """Watches a pipeline's scheduler while the block lasts. The pipeline's own code is left alone.
+
+    Args:
+        pipe: a diffusers pipeline. height, width: of the picture, in pixels, for latents that come as rows of patches.
+    """
+
+    def __init__(self, pipe: Any, height: int | None, width: int | None) -> None:
+        self._pipe, self._height, self._width = pipe, height, width
+        self._latent: torch.Tensor | None = None
+        self._scheduler: Any = getattr(pipe, "scheduler", None)
+
+    def __enter__(self) -> Previews:
+        if callable(getattr(self._scheduler, "step", None)):
+            original = self._scheduler.step
+
+            def step(*args: Any, **kwargs: Any) -> Any:
+                result = original(*args, **kwargs)
+                latent = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
+                self._latent = latent if isinstance(latent, torch.Tensor) else None
+                return result
+
+            self._scheduler.step = step
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        vars(self._scheduler or self).pop("step", None)
+
+    def picture(self) -> Image.Image | None:
+        """The first picture (or a video's first frame) as it is now; None where it cannot be told from the latent."""
+        try:
+            with torch.no_grad():
+                latent = self._cells()
+                return None if latent is None else _decoded(self._pipe.vae, latent)
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return None  # a latent that is made otherwise than most: no picture is better than no result
+
+    def _cells(self) -> torch.Tensor | None:
+        """(1, channels, [1,] rows, columns), small."""
+        if self._latent is None:
+            return None
+        latent = self._latent[:1]
+        if latent.ndim == 3:
+            latent = self._pipe._unpack_latents(latent, self._height, self._width, self._pipe.vae_scale_factor)
+        latent = latent[:, :, :1] if latent.ndim == 5 else latent
+        shrink = max(latent.shape[-2:]) / _CELLS
+        if shrink > 1:
+            size = [max(1, round(side / shrink)) for side in latent.shape[-2:]]
+            small = torch.nn.functional.interpolate(latent.flatten(0, -4).float(), size=size, mode="area")
+            latent = small.to(latent.dtype).view(*latent.shape[:-2], *size)
+        return latent
+
+
+def _decoded(vae: Any, latent: torch.Tensor) -> Image.Image:
+    config = vae.config
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        shape = (1, -1) + (1,) * (latent.ndim - 2)
+        mean, std = (
+            torch.tensor(numbers, device=latent.device, dtype=latent.dtype).view(shape)
+            for numbers in (config.latents_mean, config.latents_std)
+        )
+        latent = latent * std + mean
+    else:
+        latent = latent / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    pixels = vae.decode(latent.to(vae.dtype), return_dict=False)[0]
+    frame = pixels[0, :, 0] if pixels.ndim == 5 else pixels[0]
+    levels = ((frame[:3].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,178 @@
+"""What Omni and AsyncOmni share: options of the constructor, prompts as users write them, outputs as they get them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.engine.devices import check_device_name
+from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
+from omni_sp.errors import ConfigError, SamplingParamsError
+from omni_sp.outputs import OmniRequestOutput
+from omni_sp.pipelines.call import Prompt, drawn_otherwise, frames_per_second
+from omni_sp.pipelines.load import resolve_model
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_PROMPT_KEYS = ("prompt", "negative_prompt", "image")
+
+PromptInput = str | Mapping[str, Any]
+Model = str | os.PathLike[str]
+
+
+def engine_options(
+    model: Model,
+    parallel_config: DiffusionParallelConfig | None = None,
+    *,
+    device: str | None = None,
+    dtype: Any = None,
+    attention_backend: str = "auto",
+    attention_strategy: str = "omni_sp",
+    rank_timeout_s: float = 600.0,
+    startup_timeout_s: float = 3600.0,
+) -> EngineOptions:
+    """The options that Omni documents, checked.
+
+    Raises:
+        ConfigError: an option that cannot be. ModelNotFoundError: no such model.
+    """
+    if parallel_config is not None and not isinstance(parallel_config, DiffusionParallelConfig):
+        raise ConfigError(f"parallel_config={parallel_config!r}: give a DiffusionParallelConfig")
+    check_device_name(device)
+    return EngineOptions(
+        source=resolve_model(model),
+        config=parallel_config or DiffusionParallelConfig(),
+        device=device,
+        dtype=_dtype_name(dtype),
+        attention_backend=attention_backend,
+        attention_strategy=attention_strategy,
+        rank_timeout_s=_seconds("rank_timeout_s", rank_timeout_s),
+        startup_timeout_s=_seconds("startup_timeout_s", startup_timeout_s),
+    )
+
+
+def require_known(options: Mapping[str, Any], owner: type) -> None:
+    """Refuse options that a constructor does not know; degrees live in the parallel config.
+
+    Raises:
+        ConfigError: it names the option that was probably meant.
+    """
+    signatures = [inspect.signature(function).parameters.values() for function in (owner, engine_options)]
+    named = [
+        parameter.name for signature in signatures for parameter in signature if parameter.kind != parameter.VAR_KEYWORD
+    ]
+    known = list(dict.fromkeys(named))
+    for name in options:
+        if name in known:
+            continue
+        if name in inspect.signature(DiffusionParallelConfig).parameters:
+            raise ConfigError(f"{name} belongs into parallel_config=DiffusionParallelConfig({name}=...)")
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+        raise ConfigError(f"{owner.__name__} has no option {name!r}; {hint}")
+
+
+def require_params(params: OmniDiffusionSamplingParams | None) -> OmniDiffusionSamplingParams:
+    """The sampling parameters, or those that leave everything to the pipeline."""
+    if params is None:
+        return OmniDiffusionSamplingParams()
+    if not isinstance(params, OmniDiffusionSamplingParams):
+        raise SamplingParamsError(f"sampling_params={params!r}: give an OmniDiffusionSamplingParams")
+    return params
+
+
+def prompt_list(prompts: Any) -> list[Any]:
+    """One prompt or several, as a list."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise SamplingParamsError(f"prompts={prompts!r}: give a prompt (a string or a dict), or a list of them")
+    if not prompts:
+        raise SamplingParamsError("the list of prompts is empty: give at least one")
+    return list(prompts)
+
+
+def parse_prompt(prompt: Any) -> Prompt:
+    """A prompt as the user writes it, in full.
+
+    Raises:
+        SamplingParamsError: it is none.
+    """
+    if isinstance(prompt, str):
+        return Prompt(text=prompt)
+    if not isinstance(prompt, Mapping):
+        raise SamplingParamsError(f"prompt {prompt!r}: give a string, or a dict with {', '.join(_PROMPT_KEYS)}")
+    for key in prompt:
+        if key not in _PROMPT_KEYS:
+            near = difflib.get_close_matches(str(key), _PROMPT_KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"a prompt has {', '.join(_PROMPT_KEYS)}"
+            raise SamplingParamsError(f"unknown key {key!r} in a prompt; {hint}")
+    for key in ("prompt", "negative_prompt"):
+        if prompt.get(key) is not None and not isinstance(prompt[key], str):
+            raise SamplingParamsError(f"{key}={prompt[key]!r}: give a string")
+    if prompt.get("prompt") is None and prompt.get("image") is None:
+        raise SamplingParamsError("a prompt dict has neither prompt nor image: give at least one of them")
+    image = prompt.get("image")
+    pictures = image if isinstance(image, list) else [image]
+    if image is not None and not (pictures and all(map(_is_picture, pictures))):
+        kind = type(next((one for one in pictures if not _is_picture(one)), image)).__name__
+        raise SamplingParamsError(
+            f"image holds a {kind}: give a PIL picture or a list of them, such as PIL.Image.open(path).convert('RGB')"
+        )
+    return Prompt(text=prompt.get("prompt"), negative_text=prompt.get("negative_prompt"), image=image)
+
+
+def output_of(
+    ready: Ready, call: Call, prompt: Prompt, params: OmniDiffusionSamplingParams, done: Done, *, startup_s: float
+) -> OmniRequestOutput:
+    """What the user gets for a call. Warns where something was drawn otherwise than it was asked for."""
+    assert done.result is not None, "rank 0 answers with a result"
+    metrics: dict[str, Any] = {
+        **done.result.timings,
+        "load_s": ready.load_s,
+        "startup_s": startup_s,
+        "tokens": dict(done.tokens),
+        "ranks": ready.ranks,
+        "seed": call.seed if ready.facts.taken_as("generator") is not None else None,
+    }
+    if done.result.videos:
+        metrics["fps"] = frames_per_second(ready.facts, call.arguments, params.fps)
+    if done.result.audios:
+        metrics["sampling_rate"] = ready.facts.sampling_rate
+    told = drawn_otherwise(ready.facts, call.arguments, done.result)
+    if told is not None:
+        warnings.warn(told, stacklevel=3)
+    return OmniRequestOutput(
+        request_id=call.request_id,
+        prompt=prompt.text or "",
+        images=done.result.images,
+        videos=done.result.videos,
+        audios=done.result.audios,
+        metrics=metrics,
+    )
+
+
+def _is_picture(value: Any) -> bool:
+    """A PIL picture, or an array or tensor, which pipelines take as well."""
+    return isinstance(value, Image.Image) or hasattr(value, "shape")
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: give one of {', '.join(_DTYPES)}, or None to choose")
+    return name
+
+
+def _seconds(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise ConfigError(f"{name}={value!r}: give a number of seconds above 0")
+    return float(value)

@@ -1,0 +1,326 @@
+"""Many requests at once: their order, their aborts, and that no failure of the ranks takes the others along."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import omni_sp.engine.dispatcher
+from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.async_omni import AsyncOmni
+from omni_sp.engine.launch.spawn import SpawnLauncher
+from omni_sp.errors import (
+    ConfigError,
+    EngineClosedError,
+    OmniSPError,
+    QueueFullError,
+    RankFailedError,
+    RequestAbortedError,
+    SamplingParamsError,
+)
+from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
+from tests.engine.processes import alive, becomes_true, children
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    before = children()
+    yield
+    gc.collect()
+    assert becomes_true(lambda: children() <= before, 5.0)
+
+
+def scripted(script: str = "draws_in_steps", **options: Any) -> AsyncOmni:
+    options = {"device": "cpu", "rank_timeout_s": 30.0, **options}
+    launcher = SpawnLauncher("tests.engine.scripted", script, thread_stays=True)
+    return AsyncOmni("omni-sp/shapes", DiffusionParallelConfig(ulysses_degree=2), launcher=launcher, **options)
+
+
+def bounded(program: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a test's coroutine; every wait in it is bounded by this one."""
+    asyncio.run(asyncio.wait_for(program(), PATIENCE_S))
+
+
+async def draw(
+    omni: AsyncOmni, name: str, on_event: Callable[[RequestEvent], None] | None = None, priority: int = 0, **extra: Any
+) -> list[RequestEvent]:
+    """All events of one request."""
+    events = []
+    params = OmniDiffusionSamplingParams(extra_args=extra)
+    async for event in omni.generate(name, params, request_id=name, priority=priority):
+        events.append(event)
+        if on_event is not None:
+            on_event(event)
+    return events
+
+
+def error_of(events: list[RequestEvent]) -> OmniSPError:
+    assert isinstance(events[-1], RequestFailed)
+    return events[-1].error
+
+
+def is_done(events: list[RequestEvent]) -> bool:
+    return isinstance(events[-1], RequestDone) and events[-1].output.prompt == events[-1].request_id
+
+
+def test_a_request_is_told_step_by_step() -> None:
+    async def program() -> None:
+        async with scripted() as omni:
+            assert omni.status == "ready"
+            events = await draw(omni, "a", steps=3)
+            assert [type(event) for event in events] == [RequestQueued, *[RequestProgress] * 3, RequestDone]
+            assert [(e.done, e.total) for e in events if isinstance(e, RequestProgress)] == [(0, 3), (1, 3), (2, 3)]
+            assert is_done(events)
+            stats = omni.stats
+            assert (stats.done, stats.failed, stats.steps, stats.queued, stats.running) == (1, 0, 2, 0, 0)
+            assert set(stats.start_s) == {"load", "warm_up"}
+        assert omni.status == "closed"
+        with pytest.raises(EngineClosedError):
+            await draw(omni, "b")
+
+    bounded(program)
+
+
+def test_priority_comes_before_arrival() -> None:
+    async def program() -> None:
+        order: list[str] = []
+        positions: dict[str, list[int]] = {}
+
+        def note(event: RequestEvent) -> None:
+            if isinstance(event, RequestQueued):
+                positions.setdefault(event.request_id, []).append(event.position)
+            if isinstance(event, RequestDone):
+                order.append(event.request_id)
+
+        async with scripted() as omni:
+            first = asyncio.create_task(draw(omni, "first", note, steps=20))
+            await asyncio.sleep(0.1)
+            waiting = [("a", 0), ("b", 0), ("urgent", 5), ("late", -1), ("c", 0)]
+            tasks = [asyncio.create_task(draw(omni, name, note, priority)) for name, priority in waiting]
+            await asyncio.gather(first, *tasks)
+        assert order == ["first", "urgent", "a", "b", "c", "late"]
+        assert positions["b"] == [2, 3, 2, 1, 0][: len(positions["b"])]
+
+    bounded(program)
+
+
+def test_an_abort_harms_no_other() -> None:
+    async def program() -> None:
+        async with scripted() as omni:
+            running = asyncio.create_task(draw(omni, "running", steps=500))
+            waiting = asyncio.create_task(draw(omni, "waiting"))
+            last = asyncio.create_task(draw(omni, "last"))
+            await asyncio.sleep(0.3)
+            assert await omni.abort("waiting")
+            assert isinstance(error_of(await waiting), RequestAbortedError)
+            assert await omni.abort("running")
+            assert isinstance(error_of(await running), RequestAbortedError)
+            assert is_done(await last)
+            assert not await omni.abort("running")
+            assert not await omni.abort("nobody")
+            assert omni.stats.aborted == 2
+            assert omni.stats.restarts == 0
+
+    bounded(program)
+
+
+def test_leaving_the_iteration_aborts() -> None:
+    async def program() -> None:
+        async with scripted() as omni:
+            events = omni.generate("left", OmniDiffusionSamplingParams(extra_args={"steps": 500}))
+            async for event in events:
+                if isinstance(event, RequestProgress) and event.done == 2:
+                    break
+            await events.aclose()  # type: ignore[attr-defined]
+            assert is_done(await draw(omni, "next"))
+            assert omni.stats.aborted == 1
+
+    bounded(program)
+
+
+def test_a_death_is_tried_once_more_and_the_queue_survives(tmp_path: Path) -> None:
+    async def program() -> None:
+        async with scripted() as omni:
+            once = str(tmp_path / "died")
+            unlucky = asyncio.create_task(draw(omni, "unlucky", do="die", once=once))
+            waiting = asyncio.create_task(draw(omni, "waiting"))
+            events = await unlucky
+            assert is_done(events)
+            assert [e.done for e in events if isinstance(e, RequestProgress)].count(0) == 2
+            assert is_done(await waiting)
+            assert omni.stats.restarts == 1
+            deadly = await draw(omni, "deadly", do="die")
+            assert isinstance(error_of(deadly), RankFailedError)
+            assert "killed by signal 9" in str(error_of(deadly))
+            assert omni.stats.restarts >= 2
+            assert is_done(await draw(omni, "after"))
+            assert omni.status == "ready"
+
+    bounded(program)
+
+
+def test_a_rank_that_raises_fails_its_request_alone() -> None:
+    async def program() -> None:
+        async with scripted() as omni:
+            failing = asyncio.create_task(draw(omni, "failing", do="raise"))
+            waiting = asyncio.create_task(draw(omni, "waiting"))
+            error = error_of(await failing)
+            assert isinstance(error, RankFailedError)
+            assert error.rank == 1
+            assert error.rank_traceback == "Traceback of RuntimeError"
+            assert is_done(await waiting)
+
+    bounded(program)
+
+
+def test_a_rank_that_hangs_is_noticed() -> None:
+    async def program() -> None:
+        async with scripted(rank_timeout_s=0.7) as omni:
+            error = error_of(await draw(omni, "hanging", do="hang"))
+            assert "no word from rank 0, 1 for 0.7 s" in str(error)
+            assert is_done(await draw(omni, "after"))
+
+    bounded(program)
+
+
+def test_ranks_that_never_start_again_fail_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(omni_sp.engine.dispatcher, "RESTART_AFTER_S", (0.0, 0.1))
+
+    async def program() -> None:
+        omni = scripted("starts_once")
+        await omni.start()
+        Path("omni-sp-started").touch()
+        deadly = asyncio.create_task(draw(omni, "deadly", do="die"))
+        waiting = asyncio.create_task(draw(omni, "waiting"))
+        for events in (await deadly, await waiting):
+            assert isinstance(error_of(events), EngineClosedError)
+            assert "exit code 3" in str(error_of(events))
+        assert omni.status == "failed"
+        with pytest.raises(EngineClosedError, match="AsyncOmni is failed"):
+            await draw(omni, "after")
+        await omni.close()
+        assert omni.status == "failed"
+
+    bounded(program)
+
+
+def test_draining_lets_the_running_one_finish() -> None:
+    async def program() -> None:
+        omni = scripted()
+        await omni.start()
+        running = asyncio.create_task(draw(omni, "running", steps=20))
+        waiting = asyncio.create_task(draw(omni, "waiting"))
+        await asyncio.sleep(0.2)
+        draining = asyncio.create_task(omni.drain(20.0))
+        await asyncio.sleep(0.05)
+        assert omni.status == "draining"
+        with pytest.raises(EngineClosedError):
+            await draw(omni, "new")
+        assert isinstance(error_of(await waiting), EngineClosedError)
+        assert is_done(await running)
+        await draining
+        assert omni.status == "closed"
+
+    bounded(program)
+
+
+def test_draining_is_bounded_and_so_is_closing() -> None:
+    async def program() -> None:
+        for drains in (True, False):
+            omni = scripted()
+            await omni.start()
+            running = asyncio.create_task(draw(omni, "running", steps=1000))
+            await asyncio.sleep(0.2)
+            await (omni.drain(0.2) if drains else omni.close())
+            assert isinstance(error_of(await running), EngineClosedError)
+
+    bounded(program)
+
+
+def test_what_is_refused_before_it_waits() -> None:
+    with pytest.raises(ConfigError, match="did you mean device"):
+        scripted(devise="cpu")
+
+    async def program() -> None:
+        async with scripted(max_queue_length=1) as omni:
+            running = asyncio.create_task(draw(omni, "running", steps=200))
+            await asyncio.sleep(0.1)
+            waiting = asyncio.create_task(draw(omni, "waiting"))
+            await asyncio.sleep(0.1)
+            with pytest.raises(QueueFullError, match="1 requests wait already"):
+                await draw(omni, "third")
+            assert await omni.abort("waiting")
+            with pytest.raises(SamplingParamsError, match="in use"):
+                await draw(omni, "running")
+            with pytest.raises(SamplingParamsError, match="give a string"):
+                async for _ in omni.generate(7):  # type: ignore[arg-type]
+                    pass
+            await omni.abort("running")
+            await asyncio.gather(running, waiting)
+
+    bounded(program)
+
+
+def test_a_start_that_fails_is_told() -> None:
+    async def program() -> None:
+        with pytest.raises(RankFailedError, match="exit code 3"):
+            async with scripted("dies_loading"):
+                pass
+
+    bounded(program)
+
+
+def test_the_real_thing(tmp_path: Path) -> None:
+    """Two ranks of the demo model: the same picture as ever, an abort at a step, a rank killed, and the same again."""
+
+    async def pictures(omni: AsyncOmni, name: str, steps: int = 3, act: Any = None) -> list[RequestEvent]:
+        events: list[RequestEvent] = []
+        params = OmniDiffusionSamplingParams(width=64, height=64, num_inference_steps=steps, seed=3)
+        async for event in omni.generate("a red circle", params, request_id=name, previews=True):
+            events.append(event)
+            if act is not None and isinstance(event, RequestProgress) and event.done == 2:
+                act()
+                act = None
+        return events
+
+    async def program() -> None:
+        config = DiffusionParallelConfig(ring_degree=2)
+        async with AsyncOmni("omni-sp/shapes", config, device="cpu", warmup=[(64, 64)]) as omni:
+            before = await pictures(omni, "a")
+            assert isinstance(before[-1], RequestDone)
+            shown = [event.preview for event in before if isinstance(event, RequestProgress) and event.preview]
+            assert shown
+            assert all(picture.size == (64, 64) for picture in shown)
+            loop = asyncio.get_running_loop()
+            aborted = await pictures(omni, "b", 40, lambda: loop.create_task(omni.abort("b")))
+            assert isinstance(error_of(aborted), RequestAbortedError)
+            assert omni.stats.restarts == 0
+            pids = ranks_of(omni)
+            survivor = await pictures(omni, "c", 6, lambda: os.kill(pids[1], signal.SIGKILL))
+            assert isinstance(survivor[-1], RequestDone)
+            again = await pictures(omni, "d")
+            assert isinstance(again[-1], RequestDone)
+            assert again[-1].output.images[0].tobytes() == before[-1].output.images[0].tobytes()
+            assert omni.stats.restarts == 1
+        assert not any(alive(pid) for pid in pids)
+
+    bounded(program)
+
+
+def ranks_of(omni: AsyncOmni) -> list[int]:
+    """Process numbers of the ranks."""
+    engine = omni._dispatcher._engine
+    assert engine is not None
+    return [process._process.pid for process in engine._team._ranks]  # type: ignore[attr-defined]
