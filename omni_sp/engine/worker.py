@@ -35,7 +35,7 @@ def rank_main(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front: it ends the ranks
     settings = pickle.loads(connection.recv_bytes())
     assert isinstance(settings, RankSettings)
-    _die_with(settings.front_pid)
+    die_with(settings.front_pid)
     inbox: Inbox = queue.SimpleQueue()
     aborted: Aborted = set()
     threading.Thread(target=_listen, args=(connection, inbox, aborted), daemon=True).start()
@@ -156,7 +156,7 @@ def _listen(connection: Connection, inbox: Inbox, aborted: Aborted) -> None:
             inbox.put(SamplingParamsError(f"an argument cannot be read in the rank processes: {error}"))
 
 
-def _die_with(front_pid: int) -> None:
+def die_with(front_pid: int) -> None:
     """Ask Linux to kill this process when the front dies, also while something holds the interpreter."""
     if not front_pid or sys.platform != "linux":
         return

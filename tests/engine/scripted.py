@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_sp.engine.messages import Abort, Call, Done, Failed, Join, Loaded, Progress, RankSettings, Ready, Stop
+from omni_sp.engine.worker import die_with
 from omni_sp.pipelines.call import CallResult, PipelineFacts
 
 FOREVER_S = 600.0
@@ -148,6 +149,7 @@ def dies_loading(front: Connection) -> None:
 def _start(front: Connection) -> int:
     settings = _receive(front)
     assert isinstance(settings, RankSettings)
+    die_with(settings.front_pid)
     _tell(front, Loaded())
     assert isinstance(_receive(front), Join)
     facts = PipelineFacts(name="ScriptedPipeline", parameters={"prompt": None}, takes_anything=True)

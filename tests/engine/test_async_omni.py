@@ -6,6 +6,8 @@ import asyncio
 import gc
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -317,6 +319,42 @@ def test_the_real_thing(tmp_path: Path) -> None:
         assert not any(alive(pid) for pid in pids)
 
     bounded(program)
+
+
+SERVING = """
+import asyncio
+
+from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.async_omni import AsyncOmni
+from omni_sp.engine.launch.spawn import SpawnLauncher
+from tests.engine.processes import children
+
+
+async def main():
+    launcher = SpawnLauncher("tests.engine.scripted", "draws_in_steps", thread_stays=True)
+    config = DiffusionParallelConfig(ulysses_degree=2)
+    async with AsyncOmni("omni-sp/shapes", config, device="cpu", launcher=launcher) as omni:
+        print(*children(), flush=True)
+        async for _ in omni.generate("a", OmniDiffusionSamplingParams(extra_args={"steps": 100_000})):
+            pass
+
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_front_leaves_no_rank_not_even_a_stopped_one(tmp_path: Path) -> None:
+    program = tmp_path / "serving.py"
+    program.write_text(SERVING)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(program)], env=environment, stdout=subprocess.PIPE, text=True) as front:
+        assert front.stdout is not None
+        ranks = [int(pid) for pid in front.stdout.readline().split()]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGSTOP)
+        front.kill()
+        front.wait(10)
+    assert becomes_true(lambda: not any(alive(pid) for pid in ranks), 5.0)
 
 
 def ranks_of(omni: AsyncOmni) -> list[int]:
