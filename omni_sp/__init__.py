@@ -17,7 +17,9 @@ from omni_sp.errors import (
     InvalidInputError,
     ModelNotFoundError,
     OmniSPError,
+    QueueFullError,
     RankFailedError,
+    RequestAbortedError,
     SamplingParamsError,
     ShardingError,
     UnsupportedAttentionError,
@@ -25,6 +27,7 @@ from omni_sp.errors import (
 )
 
 if TYPE_CHECKING:
+    from omni_sp.async_omni import AsyncOmni
     from omni_sp.mesh import ParallelMesh
     from omni_sp.omni import Omni
     from omni_sp.outputs import OmniRequestOutput
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AsyncOmni": "omni_sp.async_omni",
     "Omni": "omni_sp.omni",
     "OmniRequestOutput": "omni_sp.outputs",
     "ParallelMesh": "omni_sp.mesh",
@@ -40,6 +44,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AsyncOmni",
     "ConfigError",
     "DiffusionParallelConfig",
     "EngineClosedError",
@@ -51,7 +56,9 @@ __all__ = [
     "OmniRequestOutput",
     "OmniSPError",
     "ParallelMesh",
+    "QueueFullError",
     "RankFailedError",
+    "RequestAbortedError",
     "SamplingParamsError",
     "ShardingError",
     "UnsupportedAttentionError",

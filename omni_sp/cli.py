@@ -53,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_generate_options(commands.add_parser("generate", help="draw pictures, videos or sounds", allow_abbrev=False))
     _add_check_options(commands.add_parser("check", help="is a model exact over several ranks?", allow_abbrev=False))
     _add_models_options(commands.add_parser("models", help="what is known of which transformer", allow_abbrev=False))
-    return _run(parser, arguments)
+    serving = commands.add_parser("serve", help="answer OpenAI's clients over HTTP", allow_abbrev=False)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["serve"]:
+        _add_serve_options(serving)  # here alone: nobody else should wait for a web framework, or need one
+    return _run(parser, words)
 
 
 def example(
@@ -183,6 +187,14 @@ def _add_check_options(parser: _Parser) -> None:
     add("--num-inference-steps", type=int, metavar="N")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_serve_options(parser: _Parser) -> None:
+    try:
+        from omni_sp.server.serve import add_serve_options
+    except ModuleNotFoundError as error:
+        parser.exit(BAD_INPUT, f"omni-sp: error: serving needs {error.name}: pip install 'omni-sp[serve]'\n")
+    add_serve_options(parser)
 
 
 def _add_models_options(parser: _Parser) -> None:

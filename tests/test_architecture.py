@@ -26,6 +26,7 @@ LEVELS = {
     "events": 2,
     "omni": 9,
     "async_omni": 9,
+    "server": 10,
     "cli": 11,
 }
 # Packages that only these rooms may import.

@@ -14,6 +14,7 @@ from omni_sp import ConfigError, DiffusionParallelConfig, OmniDiffusionSamplingP
 
 def test_top_level_names() -> None:
     assert set(omni_sp.__all__) == {
+        "AsyncOmni",
         "ConfigError",
         "DiffusionParallelConfig",
         "EngineClosedError",
@@ -25,7 +26,9 @@ def test_top_level_names() -> None:
         "OmniRequestOutput",
         "OmniSPError",
         "ParallelMesh",
+        "QueueFullError",
         "RankFailedError",
+        "RequestAbortedError",
         "SamplingParamsError",
         "ShardingError",
         "UnsupportedAttentionError",

@@ -36,7 +36,8 @@ class EngineStats:
 
     Attributes:
         queued, running: requests now. done, failed, aborted: requests so far. restarts: of the ranks.
-        steps: denoising steps so far. start_s: seconds of the last start, by part.
+        steps: denoising steps so far. denoise_s: seconds that the steps of finished requests took, and steps_done their
+            number. start_s: seconds of the last start, by part.
     """
 
     queued: int = 0
@@ -46,6 +47,8 @@ class EngineStats:
     aborted: int = 0
     restarts: int = 0
     steps: int = 0
+    denoise_s: float = 0.0
+    steps_done: int = 0
     start_s: dict[str, float] = field(default_factory=dict)
 
 
@@ -246,7 +249,7 @@ class Dispatcher:
 
     def _start_ranks(self) -> None:
         began = time.monotonic()
-        engine = RankEngine(self._options, self._on_news, self._launcher)
+        engine = RankEngine(self._options, self._on_news, self._launcher, lambda: self.status == CLOSED)
         loaded = time.monotonic()
         with self._lock:
             self._engine, self.ready = engine, engine.ready
@@ -298,6 +301,9 @@ class Dispatcher:
         self._jobs.pop(job.call.request_id, None)
         if isinstance(result, Done):
             self._stats.done += 1
+            if result.result is not None:
+                self._stats.denoise_s += result.result.timings.get("denoise_s", 0.0)
+                self._stats.steps_done += result.result.timings.get("num_steps", 0)
         elif isinstance(result, RequestAbortedError):
             self._stats.aborted += 1
         else:

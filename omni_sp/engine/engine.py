@@ -42,6 +42,7 @@ Failures = dict[int, Failed | Gone]
 
 _STOP_S = 5.0
 _NEW_SEED = 2**31
+_LOOK_S = 0.5  # how soon a start that is to be given up is
 # After a failure, how long to wait for the others' word. A refusal is expected of all of them; behind an echo there is
 # a cause; a rank that raised on its own account needs no witness, and the rest may be waiting for it in an exchange.
 _REFUSAL_S = 10.0
@@ -89,10 +90,18 @@ class RankEngine:
     Raises:
         InvalidInputError: whatever class of ours the ranks refuse the model with.
         RankFailedError: a rank raised or died while starting.
+        EngineClosedError: ``is_to_stop``, which is asked now and then while the ranks load, said so.
     """
 
-    def __init__(self, options: EngineOptions, on_news: OnNews, launcher: Launcher) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        on_news: OnNews,
+        launcher: Launcher,
+        is_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._options = options
+        self._is_to_stop = is_to_stop
         self._closed: str | None = None
         self._lock = threading.Lock()
         on_news(f"starting {options.config.world_size} ranks")
@@ -188,7 +197,11 @@ class RankEngine:
         failures: Failures = {}
         until = time.monotonic() + silence_s
         while len(answers) + len(failures) < self._team.size:
-            heard = self._team.listen(until)
+            heard = self._team.listen(min(until, time.monotonic() + _LOOK_S))
+            if self._is_to_stop():
+                raise EngineClosedError("it was closed")
+            if not heard and time.monotonic() < until:
+                continue
             if not heard:
                 break
             for rank, message in heard:

@@ -1,0 +1,244 @@
+"""A server under load, and what the engine and HTTP cost over a bare loop that calls the pipeline.
+
+python -m benchmarks.serving --ranks 2 --clients 1 2 4 8
+
+The bare loop runs on ranks of its own: the same pipeline, parallelized alike, called directly. It, AsyncOmni and the
+server take turns with the same requests, in an order drawn anew for every round, one request at a time. Then as many
+clients as asked for send requests at once. Last come many small requests, before and after which the memory of all
+processes is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.interleaved import RESULTS, machine
+from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.async_omni import AsyncOmni
+from omni_sp.events import RequestDone
+from omni_sp.mesh import ParallelMesh
+from omni_sp.pipelines.shapes import SHAPES_MODEL
+from tests.engine.processes import children
+from tests.ranks import RankPool
+
+PROMPT = "a red circle on a blue background"
+START_S, ANSWER_S = 180.0, 600.0
+BARE, ENGINE, SERVER = "bare loop", "AsyncOmni", "HTTP server"
+
+_PIPE: Any = None
+
+
+def bare_call(mesh: ParallelMesh, size: int, steps: int) -> tuple[float, float]:
+    """On a rank: seconds of one call of the pipeline, and of one of its steps."""
+    global _PIPE  # a rank keeps it from call to call
+    import torch
+
+    from omni_sp import parallelize
+    from omni_sp.pipelines.load import load_pipeline, resolve_model
+
+    if _PIPE is None:
+        _PIPE = load_pipeline(resolve_model(SHAPES_MODEL), device="cpu")
+        _PIPE.set_progress_bar_config(disable=True)
+        parallelize(_PIPE, mesh)
+    times: list[float] = []
+
+    def note(_pipe: Any, _step: int, _timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        times.append(time.perf_counter())
+        return kept
+
+    began = time.perf_counter()
+    _PIPE(
+        PROMPT,
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        true_cfg_scale=1.0,
+        generator=torch.Generator().manual_seed(1),
+        callback_on_step_end=note,
+        output_type="pil" if mesh.rank == 0 else "latent",  # as the engine has it
+    )
+    took = time.perf_counter() - began
+    return took, (times[-1] - times[0]) / (len(times) - 1)
+
+
+@contextlib.contextmanager
+def running_server(ranks: int, size: int) -> Iterator[tuple[str, int]]:
+    """Address and process number of ``omni-sp serve``, ready."""
+    words = [sys.executable, "-m", "omni_sp.server", SHAPES_MODEL, "--device", "cpu", "--port", "0"]
+    words += ["--ulysses-degree", str(ranks), "--warmup", f"{size}x{size}", "--max-queue-length", "64"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = next(word for word in process.stdout.readline().split() if word.startswith("http"))
+            until = time.monotonic() + START_S
+            while True:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+                    if answer.status == 200:
+                        break
+                if time.monotonic() > until or process.poll() is not None:
+                    raise RuntimeError("the server did not get ready")
+                time.sleep(0.1)
+            yield address, process.pid
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def http_request(address: str, size: int, steps: int, seed: int = 1) -> float:
+    """Seconds of one request."""
+    body = {"prompt": PROMPT, "size": f"{size}x{size}", "num_inference_steps": steps, "seed": seed}
+    request = urllib.request.Request(
+        f"{address}/v1/images/generations",
+        json.dumps({**body, "true_cfg_scale": 1.0}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    began = time.perf_counter()
+    with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+        answer.read()
+    return time.perf_counter() - began
+
+
+async def engine_request(omni: AsyncOmni, size: int, steps: int) -> tuple[float, float]:
+    """Seconds of one request, and of one of its steps as the front hears of them."""
+    params = OmniDiffusionSamplingParams(height=size, width=size, num_inference_steps=steps, true_cfg_scale=1.0, seed=1)
+    times: list[float] = []
+    began = time.perf_counter()
+    async for event in omni.generate(PROMPT, params):
+        if getattr(event, "done", 0) > 0:
+            times.append(time.perf_counter())
+        if isinstance(event, RequestDone):
+            return time.perf_counter() - began, (times[-1] - times[0]) / (len(times) - 1)
+    raise RuntimeError("the request failed")
+
+
+async def overhead(options: argparse.Namespace, omni: AsyncOmni, address: str) -> dict[str, dict[str, list[float]]]:
+    """One request at a time, of each contender in turns."""
+    pool = RankPool()
+    size, steps = options.size, options.steps
+
+    async def bare() -> tuple[float, float]:
+        answers = await asyncio.to_thread(pool.run, bare_call, size, steps, ulysses=options.ranks, timeout=ANSWER_S)
+        return max(answer[0] for answer in answers), answers[0][1]
+
+    async def served() -> tuple[float, float]:
+        return await asyncio.to_thread(http_request, address, size, steps), float("nan")
+
+    contenders: dict[str, Callable[[], Awaitable[tuple[float, float]]]] = {
+        BARE: bare,
+        ENGINE: lambda: engine_request(omni, size, steps),
+        SERVER: served,
+    }
+    seconds: dict[str, dict[str, list[float]]] = {name: {"request": [], "step": []} for name in contenders}
+    try:
+        for number in range(-1, options.rounds):
+            for name in random.Random(number).sample(list(contenders), len(contenders)):
+                request, step = await contenders[name]()
+                if number >= 0:
+                    seconds[name]["request"].append(request)
+                    seconds[name]["step"].append(step)
+    finally:
+        pool.close()
+    return seconds
+
+
+def load(address: str, options: argparse.Namespace, clients: int) -> dict[str, float]:
+    """So many clients at once, each sending its next request when the last one is answered."""
+    count = options.requests * clients
+    with ThreadPoolExecutor(clients) as pool:
+        began = time.perf_counter()
+        waits = list(pool.map(lambda seed: http_request(address, options.size, options.steps, seed), range(count)))
+        took = time.perf_counter() - began
+    return {
+        "clients": clients,
+        "requests_per_s": count / took,
+        "p50_s": statistics.median(waits),
+        "p99_s": sorted(waits)[min(count - 1, round(0.99 * count))],
+    }
+
+
+def resident_mib(pid: int) -> dict[str, float]:
+    """Memory of a server's front and of all its ranks."""
+    page = os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def of(one: int) -> float:
+        return int(Path(f"/proc/{one}/statm").read_text().split()[1]) * page
+
+    return {"front": of(pid), "ranks": sum(of(rank) for rank in children(pid))}
+
+
+def paired(seconds: dict[str, dict[str, list[float]]], name: str, what: str) -> float:
+    """Median over the rounds of its ratio to the bare loop in the same round."""
+    pairs = zip(seconds[name][what], seconds[BARE][what], strict=True)
+    return statistics.median(mine / bare for mine, bare in pairs)
+
+
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything, printed as it comes."""
+    result: dict[str, Any] = {}
+    config = DiffusionParallelConfig(ulysses_degree=options.ranks)
+    warmup = [(options.size, options.size)]
+    with running_server(options.ranks, options.size) as (address, pid):
+        async with AsyncOmni(SHAPES_MODEL, config, device="cpu", warmup=warmup) as omni:
+            result["start_s"] = omni.stats.start_s
+            seconds = result["overhead"] = await overhead(options, omni, address)
+        print(f"{'one at a time':16}{'request ms':>12}{'/ bare':>8}{'step ms':>10}{'/ bare':>8}")
+        for name, found in seconds.items():
+            line = f"{name:16}{statistics.median(found['request']) * 1e3:12.1f}{paired(seconds, name, 'request'):8.3f}"
+            if name != SERVER:
+                line += f"{statistics.median(found['step']) * 1e3:10.1f}{paired(seconds, name, 'step'):8.3f}"
+            print(line, flush=True)
+        print(f"\n{'clients':>8}{'requests/s':>12}{'p50 s':>9}{'p99 s':>9}")
+        result["load"] = []
+        for clients in options.clients:
+            row = await asyncio.to_thread(load, address, options, clients)
+            result["load"].append(row)
+            print(f"{clients:8}{row['requests_per_s']:12.2f}{row['p50_s']:9.2f}{row['p99_s']:9.2f}", flush=True)
+        before = resident_mib(pid)
+        for seed in range(options.many):
+            await asyncio.to_thread(http_request, address, 64, 2, seed)
+        after = resident_mib(pid)
+        result["memory_mib"] = {"before": before, "after": after, "requests": options.many}
+        grown = {name: after[name] - before[name] for name in before}
+        print(f"\nmemory over {options.many} requests: front {before['front']:.0f} {grown['front']:+.1f} MiB, ", end="")
+        print(f"ranks together {before['ranks']:.0f} {grown['ranks']:+.1f} MiB")
+    parts = ", ".join(f"{part} {took:.1f} s" for part, took in result["start_s"].items())
+    print(f"start-up of AsyncOmni: {parts}")
+    return result
+
+
+def main() -> None:
+    """Parse, run, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--size", type=int, default=176, help="pixels of a side")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--requests", type=int, default=4, help="of each client")
+    parser.add_argument("--many", type=int, default=200, help="requests over which memory is watched")
+    options = parser.parse_args()
+    result = asyncio.run(measure(options))
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"serving-ulysses{options.ranks}.json"
+    command = " ".join(["python", "-m", "benchmarks.serving", *sys.argv[1:]])
+    content = {"command": command, "machine": machine(), "settings": vars(options), **result}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"saved benchmarks/results/{path.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's shapes over AsyncOmni, so that its client works unchanged."""

@@ -1,0 +1,127 @@
+"""The application: routers, what stands before them, and its life from start to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from omni_sp.async_omni import AsyncOmni
+from omni_sp.server.chat import create_chat_router
+from omni_sp.server.errors import RETRY_AFTER_S, ApiError, add_error_handlers
+from omni_sp.server.files import FileStore
+from omni_sp.server.images import create_image_router
+from omni_sp.server.metrics import MeteredOmni, Metrics
+from omni_sp.server.page import create_page_router
+from omni_sp.server.requests import check_model
+from omni_sp.server.security import BodyLimit, Guard, RequestIds
+from omni_sp.server.settings import ServerSettings
+from omni_sp.server.videos import create_video_router
+
+
+def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
+    """The server's application. Its lifespan starts the engine in the background, and drains and closes it at the end.
+
+    Args:
+        omni: neither started nor closed by others.
+
+    Returns:
+        With ``state.omni``, ``state.settings``, and while it lives ``state.starting``, the task that starts the engine:
+        its exception says why there is none.
+    """
+    is_temporary = settings.data_dir is None
+    folder = settings.data_dir or Path(tempfile.mkdtemp(prefix="omni-sp-"))
+    settings = dataclasses.replace(settings, data_dir=folder)
+    files = FileStore(folder, max_age_s=settings.file_max_age_s, max_total_bytes=settings.file_max_total_bytes)
+    metrics = Metrics(omni)
+    metered = MeteredOmni(omni, metrics)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.starting = asyncio.create_task(omni.start())
+        # Looked at here, so that nobody is told of an exception that nobody looked at.
+        app.state.starting.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            yield
+        finally:
+            await omni.drain(settings.drain_timeout_s)
+            app.state.starting.cancel()
+            await asyncio.to_thread(files.close)
+            if is_temporary:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    app = FastAPI(title="Omni-SP", summary=f"{settings.names[0]}, in OpenAI's shapes", lifespan=lifespan)
+    app.state.omni, app.state.settings = metered, settings
+    app.include_router(_server_router(metered, settings, files, metrics))
+    app.include_router(create_image_router(metered, settings, files))
+    app.include_router(create_chat_router(metered, settings))
+    app.include_router(create_video_router(metered, settings, files))
+    app.include_router(create_page_router(metered, settings))
+    add_error_handlers(app)
+    # The last one added is the first to see a request.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(Guard, settings=settings)
+    if settings.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allow_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID"],
+        )
+    app.add_middleware(RequestIds, on_answer=metrics.on_answer)
+    return app
+
+
+def _server_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore, metrics: Metrics) -> APIRouter:
+    """The routes about the server itself, and the pictures that it keeps."""
+    router = APIRouter(tags=["server"])
+    created = int(time.time())
+
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health", summary="200 once requests are drawn, else 503 and why")
+    async def health() -> Response:
+        status = omni.status
+        if status == "ready":
+            return JSONResponse({"status": status})
+        return JSONResponse({"status": status}, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+    @router.get("/metrics", summary="For Prometheus")
+    async def metrics_page() -> Response:
+        return Response(await asyncio.to_thread(metrics.page), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/v1/models", summary="The model that is served")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(name, created) for name in settings.names]}
+
+    @router.get("/v1/models/{name:path}", summary="The model that is served")
+    async def model(name: str) -> dict[str, Any]:
+        check_model(settings, name)
+        return _model(name, created)
+
+    @router.get(
+        "/v1/files/{file_id}/content", name="file_content", summary="Fetch a picture", response_class=FileResponse
+    )
+    async def file_content(file_id: str) -> FileResponse:
+        try:
+            path, media_type = await asyncio.to_thread(files.path, file_id)
+        except KeyError:
+            raise ApiError(404, "there is no such file, or no longer", param="file_id", code="file_not_found") from None
+        return FileResponse(path, media_type=media_type, headers={"Cache-Control": "private, max-age=3600"})
+
+    return router
+
+
+def _model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "omni-sp"}

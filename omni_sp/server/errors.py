@@ -1,0 +1,151 @@
+"""Every error of the server in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from omni_sp.errors import (
+    EngineClosedError,
+    InvalidInputError,
+    OmniSPError,
+    QueueFullError,
+    RankFailedError,
+    RequestAbortedError,
+)
+
+CLIENT_CLOSED = 499
+"""Nobody waits for the answer any more (nginx's number for it)."""
+RETRY_AFTER_S = 5
+_LOG = logging.getLogger(__name__)
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+# Our names -> the names that requests have for them.
+_PARAMS = {"height": "size", "width": "size", "num_outputs_per_prompt": "n"}
+_NAMED = re.compile(
+    r"\b(height|width|num_frames|fps|num_inference_steps|guidance_scale|true_cfg_scale|num_outputs_per_prompt|"
+    r"negative_prompt|max_sequence_length|strength|mask_image|seed|image|prompt)\b"
+)
+
+
+class ApiError(HTTPException):
+    """What a client is told went wrong.
+
+    Args:
+        status: of HTTP. message: for people: what was wrong, the values, the way out.
+        param: the field of the request that is to blame. code: for programs. kind: OpenAI's error type; by default the
+            one that belongs to the status.
+        headers: further headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.kind = kind or _KINDS.get(status) or ("server_error" if status >= 500 else "invalid_request_error")
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The answer that tells it."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """Any error as the client should see it; one that nobody foresaw tells nothing of the server's inside."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InvalidInputError):
+        return ApiError(400, str(error), param=_field_named(str(error)), code="invalid_value")
+    later = {"Retry-After": str(RETRY_AFTER_S)}
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), code="queue_full", headers=later)
+    if isinstance(error, EngineClosedError):
+        return ApiError(503, str(error), code="unavailable", kind="service_unavailable_error", headers=later)
+    if isinstance(error, RequestAbortedError):
+        return ApiError(CLIENT_CLOSED, str(error), code="aborted", kind="request_aborted_error")
+    if isinstance(error, RankFailedError):
+        # Its traceback belongs into the server's log, not into the answer.
+        _LOG.error("rank %d failed: %s\n%s", error.rank, error, error.rank_traceback)
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return ApiError(500, f"a rank process failed while it drew this: {what}", code="rank_failed")
+    if isinstance(error, OmniSPError):
+        _LOG.error("%s: %s", type(error).__name__, error)
+        return ApiError(500, str(error), code="engine_error")
+    if isinstance(error, (RequestValidationError, ValidationError)):
+        return _of_validation(error)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    _LOG.error("unforeseen", exc_info=error)
+    return ApiError(500, "something in the server broke; its log says what", code="internal_error")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every exception of the application in OpenAI's shape."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 404 and error.detail == "Not Found":
+            error = ApiError(404, f"there is no route {request.method} {request.url.path}", code="unknown_url")
+        return as_api_error(error).response()
+
+    for kind in (HTTPException, RequestValidationError, ValidationError, OmniSPError, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def unknown_field(name: str, known: Iterable[str]) -> ApiError:
+    """The error for a field that no request of this kind has; it names the one that was probably meant."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(names)}"
+    return ApiError(400, f"unknown field {name!r}; {hint}", param=name, code="unknown_parameter")
+
+
+def _of_validation(error: RequestValidationError | ValidationError) -> ApiError:
+    """The first complaint of pydantic, with its field."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    field = ".".join(place) or None
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is no JSON: " + _reason(first), code="invalid_json")
+    if first["type"] in ("model_attributes_type", "model_type", "dict_type") and not place:
+        return ApiError(
+            400, "the body is no JSON object: send one, with content-type application/json", code="invalid_json"
+        )
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field {field!r}", param=field, code="unknown_parameter")
+    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+    return ApiError(400, f"{field or 'the body'}: {_reason(first)}", param=field, code=code)
+
+
+def _reason(complaint: Any) -> str:
+    text = str(complaint["msg"])
+    cause = (complaint.get("ctx") or {}).get("error")
+    if isinstance(cause, str):
+        return cause
+    return text.removeprefix("Value error, ")
+
+
+def _field_named(message: str) -> str | None:
+    """The request's name for the parameter that one of our own messages begins to talk of."""
+    taken, _, _ = message.partition("; it takes ")
+    found = _NAMED.search(taken)
+    return _PARAMS.get(found[1], found[1]) if found is not None else None

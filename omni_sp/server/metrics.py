@@ -1,0 +1,177 @@
+"""What is counted and timed, for Prometheus: a registry of its own for each application."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import psutil  # type: ignore[import-untyped]
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from omni_sp.async_omni import AsyncOmni
+from omni_sp.config import OmniDiffusionSamplingParams
+from omni_sp.engine.dispatcher import EngineStats
+from omni_sp.engine.messages import Ready
+from omni_sp.errors import EngineClosedError
+from omni_sp.events import RequestDone, RequestEvent, RequestProgress
+from omni_sp.outputs import OmniRequestOutput
+from omni_sp.requests import PromptInput
+
+_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
+_STAGES = {"text_encoder": "text_encoder_s", "denoise": "denoise_s", "vae": "vae_s", "total": "total_s"}
+
+
+class Metrics:
+    """The metrics of one server."""
+
+    def __init__(self, omni: AsyncOmni) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(omni))
+        self._stage = Histogram(
+            "omni_sp_stage_seconds", "Seconds of a stage of one request", ["stage"], buckets=_SECONDS,
+            registry=self._registry,
+        )  # fmt: skip
+        self._step = Histogram(
+            "omni_sp_step_seconds", "Seconds of a denoising step, the average of one request", buckets=_SECONDS,
+            registry=self._registry,
+        )  # fmt: skip
+        self._wait = Histogram(
+            "omni_sp_queue_seconds", "Seconds that a request waited", buckets=_SECONDS, registry=self._registry
+        )
+        self._answers = Counter(
+            "omni_sp_http_requests", "Answers over HTTP", ["method", "route", "status"], registry=self._registry
+        )
+        self._outputs = Counter("omni_sp_outputs", "Results drawn", ["kind"], registry=self._registry)
+
+    def on_output(self, output: OmniRequestOutput) -> None:
+        """Count a finished request."""
+        for stage, name in _STAGES.items():
+            if name in output.metrics:
+                self._stage.labels(stage).observe(output.metrics[name])
+        if output.metrics.get("num_steps"):
+            self._step.observe(output.metrics["denoise_step_s"])
+        for kind, made in (("picture", output.images), ("video", output.videos), ("sound", output.audios)):
+            if made:
+                self._outputs.labels(kind).inc(len(made))
+
+    def on_wait(self, seconds: float) -> None:
+        """Count how long a request waited for its turn."""
+        self._wait.observe(seconds)
+
+    def on_answer(self, method: str, route: str, status: int) -> None:
+        """Count an answer. ``route`` is the pattern, never a path of the client's own making."""
+        known = method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
+        self._answers.labels(known, route, str(status)).inc()
+
+    def page(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class MeteredOmni(AsyncOmni):
+    """An AsyncOmni whose every request is timed, whoever makes it."""
+
+    def __init__(self, omni: AsyncOmni, metrics: Metrics) -> None:
+        self._omni, self._metrics = omni, metrics
+
+    @property
+    def status(self) -> str:
+        """As AsyncOmni's."""
+        return self._omni.status
+
+    @property
+    def info(self) -> Ready:
+        """As AsyncOmni's, in words for those who are on the other side of HTTP."""
+        try:
+            return self._omni.info
+        except EngineClosedError as error:
+            if self.status != "starting":
+                raise
+            raise EngineClosedError("the model is still being loaded: try again later") from error
+
+    @property
+    def stats(self) -> EngineStats:
+        """As AsyncOmni's."""
+        return self._omni.stats
+
+    async def start(self) -> None:
+        """As AsyncOmni's."""
+        await self._omni.start()
+
+    async def drain(self, timeout_s: float = 30.0) -> None:
+        """As AsyncOmni's."""
+        await self._omni.drain(timeout_s)
+
+    async def close(self) -> None:
+        """As AsyncOmni's."""
+        await self._omni.close()
+
+    async def abort(self, request_id: str) -> bool:
+        """As AsyncOmni's."""
+        return await self._omni.abort(request_id)
+
+    async def generate(
+        self,
+        prompt: PromptInput,
+        sampling_params: OmniDiffusionSamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        previews: bool = False,
+    ) -> AsyncIterator[RequestEvent]:
+        """As AsyncOmni's."""
+        began, has_begun = time.monotonic(), False
+        events = self._omni.generate(
+            prompt, sampling_params, request_id=request_id, priority=priority, previews=previews
+        )
+        async with contextlib.aclosing(events):  # type: ignore[type-var]  # it is an async generator
+            async for event in events:
+                if isinstance(event, RequestProgress) and not has_begun:
+                    has_begun = True
+                    self._metrics.on_wait(time.monotonic() - began)
+                if isinstance(event, RequestDone):
+                    self._metrics.on_output(event.output)
+                yield event
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's own counts whenever somebody looks."""
+
+    def __init__(self, omni: AsyncOmni) -> None:
+        self._omni = omni
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing beforehand: the names are those of collect()."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """The counts as they are now."""
+        stats, status = self._omni.stats, self._omni.status
+        yield GaugeMetricFamily("omni_sp_requests_waiting", "Requests in the queue", stats.queued)
+        yield GaugeMetricFamily("omni_sp_requests_running", "Requests that are being drawn", stats.running)
+        requests = CounterMetricFamily("omni_sp_requests", "Requests by how they ended", labels=["outcome"])
+        for outcome in ("done", "failed", "aborted"):
+            requests.add_metric([outcome], getattr(stats, outcome))
+        yield requests
+        yield CounterMetricFamily("omni_sp_steps", "Denoising steps", stats.steps)
+        yield CounterMetricFamily("omni_sp_restarts", "Restarts of the ranks", stats.restarts)
+        yield GaugeMetricFamily("omni_sp_ready", "1 if requests are drawn", float(status == "ready"))
+        for part, seconds in stats.start_s.items():
+            yield GaugeMetricFamily(f"omni_sp_start_{part}_seconds", "Seconds of the last start", seconds)
+        memory = GaugeMetricFamily("omni_sp_resident_memory_bytes", "Memory of a process", labels=["process"])
+        for name, size in _memory().items():
+            memory.add_metric([name], size)
+        yield memory
+
+
+def _memory() -> dict[str, int]:
+    """Resident bytes of this process, and of the processes below it, the ranks."""
+    front = psutil.Process()
+    ranks = 0
+    for child in front.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            ranks += child.memory_info().rss
+    return {"server": front.memory_info().rss, "ranks": ranks}

@@ -1,0 +1,167 @@
+"""``/``, a page to try the server on, and ``GET /v1/info``, what it needs to know of the server."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse, Response
+
+from omni_sp.async_omni import AsyncOmni, EngineStats
+from omni_sp.config import MAX_SEED
+from omni_sp.engine.messages import Ready
+from omni_sp.errors import EngineClosedError
+from omni_sp.pipelines.call import frames_per_second
+from omni_sp.pipelines.facts import PipelineFacts
+from omni_sp.server.settings import ServerSettings
+
+# What the page's form can ask for, named as in OmniDiffusionSamplingParams.
+_ASKED = (
+    "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
+)  # fmt: skip
+_RINGS = re.compile(r"ring of \[([\d |]+)\]")
+_INLINE = re.compile(r"<(style|script)>(.*?)</\1>", re.DOTALL)
+
+
+def create_page_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
+    """The routes ``GET /`` (open to everybody: it holds nothing of the server) and ``GET /v1/info``."""
+    router = APIRouter()
+
+    @router.get("/", include_in_schema=False, response_class=HTMLResponse)
+    async def page() -> Response:
+        text, policy = _page()
+        return HTMLResponse(
+            text,
+            headers={
+                "Content-Security-Policy": policy,
+                "X-Content-Type-Options": "nosniff",
+                "Referrer-Policy": "no-referrer",
+                "Cache-Control": "no-cache",
+            },
+        )
+
+    @router.get("/v1/info", tags=["server"], summary="What is loaded, how it is spread, and how busy it is")
+    async def info() -> dict[str, Any]:
+        return server_info(omni, settings)
+
+    return router
+
+
+def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
+    """What is loaded, how it is spread over ranks, what it may be asked for, and what it has done so far.
+
+    Returns:
+        ``status`` (as AsyncOmni's), ``model``, counts (``queued``, ``running``, ``done``, ``failed``, ``aborted``,
+        ``restarts``, ``steps``), ``steps_per_second`` (denoising steps, on average since the start; None before the
+        first) and ``limits`` always. Once it is loaded also ``pipeline`` (a class; None until then), ``makes``
+        ("picture", "video", "sound"), ``makes_videos``, ``takes_image``, ``takes_many_images``, ``needs_image``,
+        ``parameters`` (name -> ``default``, and where they are known ``multiple``, ``minimum``, ``maximum``),
+        ``layout`` (for people), ``rings`` (ranks, row by row: a row is a Ulysses group), ``ranks``, ``device``,
+        ``dtype``, ``load_s``.
+    """
+    stats = omni.stats
+    told: dict[str, Any] = {
+        "object": "server.info",
+        "status": omni.status,
+        "model": settings.names[0],
+        **{
+            name: getattr(stats, name)
+            for name in ("queued", "running", "done", "failed", "aborted", "restarts", "steps")
+        },
+        "steps_per_second": _steps_per_second(stats),
+        "limits": {"pixels": settings.max_pixels, "steps": settings.max_steps, "frames": settings.max_frames},
+        "pipeline": None,
+    }
+    try:
+        ready = omni.info
+    except EngineClosedError:
+        return told
+    facts = ready.facts
+    takes_image = facts.taken_as("image") is not None
+    return {
+        **told,
+        "pipeline": facts.name,
+        "makes": facts.makes,
+        "makes_videos": facts.makes_videos,
+        "takes_image": takes_image,
+        # A video starts from one picture: its first frame.
+        "takes_many_images": takes_image and not facts.takes_one_image and not facts.makes_videos,
+        "needs_image": facts.needs_image,
+        "parameters": _parameters(facts, settings),
+        "layout": ready.layout,
+        "rings": _rings(ready),
+        "ranks": ready.ranks,
+        "device": ready.device,
+        "dtype": ready.dtype,
+        "load_s": ready.load_s,
+    }
+
+
+def _parameters(facts: PipelineFacts, settings: ServerSettings) -> dict[str, dict[str, Any]]:
+    """What a request may set, with the default that holds where it does not; None where only the pipeline knows."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in _ASKED:
+        taken = facts.taken_as(name)
+        if taken is None or (name == "guidance_scale" and facts.ignores_guidance_scale):
+            continue
+        found[name] = {"default": facts.sampling_defaults.get(name, facts.parameters.get(taken))}
+    for name, multiple in (("width", facts.width_multiple), ("height", facts.height_multiple)):
+        if name in found:
+            found[name] |= {"multiple": multiple, "minimum": multiple}
+    if "num_inference_steps" in found:
+        found["num_inference_steps"] |= {"multiple": 1, "minimum": 1, "maximum": settings.max_steps}
+    if facts.makes_videos:
+        if "num_frames" in found:
+            found["num_frames"] |= {"multiple": facts.frames_multiple, "minimum": 1, "maximum": settings.max_frames}
+        found["fps"] = {"default": facts.sampling_defaults.get("fps", frames_per_second(facts, {}, None)), "minimum": 0}
+    if facts.taken_as("generator") is not None:
+        found["seed"] = {"default": None, "multiple": 1, "minimum": 0, "maximum": MAX_SEED}
+    return found
+
+
+def _rings(ready: Ready) -> list[list[int]]:
+    """The ranks as they are told in ``layout``; one row where it tells none."""
+    told = _RINGS.search(ready.layout)
+    if told is None:
+        return [list(range(ready.ranks))]
+    return [[int(rank) for rank in row.split()] for row in told[1].split("|")]
+
+
+def _steps_per_second(stats: EngineStats) -> float | None:
+    return stats.steps_done / stats.denoise_s if stats.denoise_s > 0 else None
+
+
+@cache
+def _page() -> tuple[str, str]:
+    """The page, and the policy under which it runs: no script or style but its own, no address but this server's."""
+    text = files("omni_sp.server").joinpath("page.html").read_text("utf-8")
+    return text, content_security_policy(text)
+
+
+def content_security_policy(text: str) -> str:
+    """A Content-Security-Policy that lets through the inline style and script of this page, by their hashes."""
+    inline: Mapping[str, list[str]] = {"style": [], "script": []}
+    for kind, inside in _INLINE.findall(text):
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        inline[kind].append(f"'sha256-{digest}'")
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {' '.join(inline['script'])}",
+            f"style-src {' '.join(inline['style'])}",
+            "connect-src 'self'",
+            "img-src blob: data:",
+            "media-src blob:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        )
+    )

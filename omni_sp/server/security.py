@@ -1,0 +1,193 @@
+"""What stands before every route: API keys, other people's web pages, the size and the pace of bodies, request ids."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from omni_sp.server.errors import ApiError
+from omni_sp.server.settings import ServerSettings
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# What a finished picture's URL says cannot be guessed, and whoever was given it may fetch it with nothing else.
+_OPEN = re.compile(r"/v1/files/[^/]+/content")
+
+OnAnswer = Callable[[str, str, int], None]
+"""Told of every answer: method, route ("other" where there is none), status."""
+
+
+class RequestIds:
+    """Gives every answer an ``X-Request-ID``, the client's own where it sends a sane one, and counts answers."""
+
+    def __init__(self, app: ASGIApp, on_answer: OnAnswer) -> None:
+        self._app, self._on_answer = app, on_answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and name the answer."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = name
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = name
+                headers.setdefault("X-Content-Type-Options", "nosniff")
+                route = getattr(scope.get("route"), "path", "other")
+                self._on_answer(scope["method"], route, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, send_named)
+
+
+class Guard:
+    """Lets in who may come in: with an API key, or, without keys, anybody but a foreign web page in a browser.
+
+    Everything below /v1 is guarded, except what is fetched by an unguessable name. A page is foreign by its Origin; or,
+    on a server for this machine only, by calling it by a name of its own that it made point here (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app, self._origins = app, settings.allow_origins
+        self._keys = [_digest(key) for key in settings.api_keys]
+        self._is_local = _is_local(settings.host)
+        self._hosts = {(urlsplit(origin).hostname or "").lower() for origin in settings.allow_origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, or refuse."""
+        if scope["type"] == "http":
+            error = self._refusal(scope)
+            if error is not None:
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        path, method, headers = scope["path"], scope["method"], Headers(scope=scope)
+        if not (path == "/v1" or path.startswith("/v1/")) or (method in ("GET", "HEAD") and _OPEN.fullmatch(path)):
+            return None
+        if self._keys:
+            return None if self._has_key(headers) else _unauthorized("authorization" in headers)
+        host = (_hostname(headers.get("host", "")) or "").lower()
+        if self._is_local and not (_is_local(host) or host in self._hosts or "*" in self._origins):
+            return ApiError(
+                403, f"this server does not go by the name {host[:80]!r}; see --allow-origin", code="foreign_host"
+            )
+        if method not in _SAFE_METHODS and self._is_foreign(headers):
+            return ApiError(
+                403, "a web page of another origin may not call this server; see --allow-origin", code="foreign_origin"
+            )
+        return None
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip())
+        # Every key is compared, and each comparison takes the same time, so that the clock tells nothing.
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+    def _is_foreign(self, headers: Headers) -> bool:
+        """Does a browser send this for a page that is not this server's own? Other clients send no Origin."""
+        origin = headers.get("origin")
+        if origin is None or origin in self._origins or "*" in self._origins:
+            return False
+        site = headers.get("sec-fetch-site")
+        if site is not None:
+            return site != "same-origin"
+        return urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+
+
+class BodyLimit:
+    """Ends requests whose body is too large, or stops coming.
+
+    Raises, where the application reads the body:
+        ApiError: 413, or 408.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a body that ends when it is too much."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            await self._too_large().response()(scope, receive, send)
+            return
+        received, is_whole = 0, False
+
+        async def receive_some() -> Message:
+            nonlocal received, is_whole
+            if is_whole:  # what comes now is the client's going away, which may take its time
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._timeout_s)
+            except TimeoutError as error:
+                raise self._too_slow() from error
+            except asyncio.TimeoutError as error:  # another class in Python 3.10
+                raise self._too_slow() from error
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                is_whole = not message.get("more_body", False)
+                if received > self._max_bytes:
+                    raise self._too_large()
+            return message
+
+        await self._app(scope, receive_some, send)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the request's body is larger than {self._max_bytes} bytes, which is the most here",
+            code="body_too_large",
+            headers={"Connection": "close"},
+        )
+
+    def _too_slow(self) -> ApiError:
+        return ApiError(
+            408,
+            f"no more of the request's body came for {self._timeout_s:g} s",
+            code="timeout",
+            headers={"Connection": "close"},
+        )
+
+
+def _hostname(netloc: str) -> str | None:
+    try:
+        return urlsplit(f"//{netloc}").hostname
+    except ValueError:
+        return None
+
+
+def _is_local(host: str) -> bool:
+    """Does this name or address stand for this machine alone?"""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _unauthorized(is_given: bool) -> ApiError:
+    message = "this API key is not known here" if is_given else "no API key: send the header Authorization: Bearer KEY"
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -1,0 +1,162 @@
+"""The page for everybody: by keyboard, on a phone, by its names; and once with the real thing behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from omni_sp import DiffusionParallelConfig
+from omni_sp.async_omni import AsyncOmni
+from tests.server.browser import Browser, BrowserError
+from tests.server.fakes import EDITS, VIDEOS, FakeOmni
+from tests.server.pages import CARDS, FOCUS, READY, fetch, opened, served, started, text_of
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with started(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+def test_works_where_the_browser_stores_nothing(browser: Browser) -> None:
+    with served(FakeOmni()) as url:
+        page = browser.page("about:blank#")
+        names = "'indexedDB', 'localStorage', 'sessionStorage'"
+        refuse = (
+            f"for (const name of [{names}]) Object.defineProperty(window, name, {{get() {{ throw new Error(); }}}});"
+        )
+        page.send("Page.addScriptToEvaluateOnNewDocument", source=refuse)
+        page.go(url + "/")
+        page.wait_for(READY)
+        page.type_in("#prompt", "a star")
+        page.click("#draw")
+        page.wait_for(f"{CARDS} === 1")
+        assert "keeps nothing" in text_of(page, "#gallery-hint")
+        page.click("#items button")
+        page.click("#delete")
+        page.wait_for(f"{CARDS} === 0")
+        assert page.complaints == []
+        page.close()
+
+
+def test_works_by_keyboard_alone(browser: Browser) -> None:
+    with served(FakeOmni()) as url:
+        page = opened(browser, url)
+        page.press("Tab")
+        assert page.tell("document.activeElement.className").endswith("skip")
+        page.press("Enter")
+        assert page.tell(FOCUS) == "prompt"
+        page.send("Input.insertText", text="a star")
+        page.press("Enter", "Control")
+        page.wait_for(f"{CARDS} === 1")
+        page.wait_for(READY)
+        for _ in range(20):
+            page.press("Tab")
+            if page.tell("document.activeElement.closest('#items') !== null"):
+                break
+        page.press("Enter")
+        assert page.tell("document.querySelector('#viewer').open")
+        page.press("Escape")
+        assert not page.tell("document.querySelector('#viewer').open")
+        assert page.tell("document.activeElement.closest('#items') !== null")
+        page.close()
+
+
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+def test_fits_a_phone_and_can_be_read(browser: Browser, is_dark: bool, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 16)).save(tmp_path / "one.png")
+    with served(FakeOmni(facts=EDITS)) as url:
+        page = opened(browser, url, width=360, height=740, is_phone=True, is_dark=is_dark)
+        page.type_in("#prompt", "a-very-long-word-that-nothing-breaks-" * 5)
+        page.choose_files("#image", [tmp_path / "one.png"])
+        page.click("#draw")
+        page.wait_for(f"{CARDS} === 1")
+        page.wait_for(READY)
+        for _ in range(2):
+            assert page.tell("document.documentElement.scrollWidth") == 360
+            assert page.tell(TOO_SMALL) == []
+            assert page.tell(TOO_FAINT) == []
+            page.tell("document.querySelector('#items button').click()")
+        page.tell("document.querySelector('#facts').style.color = '#777'")
+        assert page.tell(TOO_FAINT) != []  # it can tell
+        page.close()
+
+
+def test_everything_has_a_name(browser: Browser) -> None:
+    with served(FakeOmni(facts=VIDEOS)) as url:
+        page = opened(browser, url)
+        page.send("Accessibility.enable")
+        nodes = page.send("Accessibility.getFullAXTree")["nodes"]
+        roles = {}
+        for node in nodes:
+            properties = {entry["name"]: entry["value"].get("value") for entry in node.get("properties", [])}
+            if properties.get("focusable") and not node["ignored"] and node["role"]["value"] != "RootWebArea":
+                roles[node["nodeId"]] = (node["role"]["value"], node.get("name", {}).get("value", ""))
+        assert len(roles) > 10
+        assert all(name for _, name in roles.values()), roles
+        # A placeholder would do for a name, and is none.
+        fields = "[...document.querySelectorAll('input, textarea')]"
+        assert page.tell(f"{fields}.filter((it) => !it.labels.length && !it.ariaLabel).map((it) => it.id)") == []
+        page.close()
+
+
+def test_a_click_that_cannot_land_is_an_error(browser: Browser) -> None:
+    with served(FakeOmni()) as url:
+        page = opened(browser, url)
+        with pytest.raises(BrowserError, match="cannot be clicked"):
+            page.click("#cancel")
+        page.close()
+
+
+# Visible controls that a finger would miss: less than 32 CSS pixels high or wide.
+TOO_SMALL = """[...document.querySelectorAll("button, input, textarea, a.button, label.button")]
+  .map((it) => [it.id || it.textContent, it.getBoundingClientRect()])
+  .filter(([, box]) => box.width > 1 && (box.width < 32 || box.height < 32)).map(([name]) => name)"""
+# Visible text with less contrast to what lies behind it than WCAG's 4.5; disabled controls are left out.
+TOO_FAINT = """(() => {
+  const parts = (color) => (color.match(/[\\d.]+/g) ?? [0, 0, 0, 0]).map(Number);
+  const light = (color) => parts(color).slice(0, 3).map((c) => c / 255)
+    .map((c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+  const behind = (it) => {
+    for (; it; it = it.parentElement) {
+      const color = getComputedStyle(it).backgroundColor;
+      if ((parts(color)[3] ?? 1) > .5) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const faint = [];
+  for (const it of document.body.querySelectorAll("*")) {
+    const says = [...it.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+    if (!says || it.closest(":disabled, script, noscript, .unseen") || !it.checkVisibility()) continue;
+    const [a, b] = [light(getComputedStyle(it).color), light(behind(it))].sort((x, y) => y - x);
+    if ((a + .05) / (b + .05) < 4.5) faint.push(`${it.tagName} ${it.id} ${it.textContent.slice(0, 30)}`);
+  }
+  return faint;
+})()"""
+
+
+# The real thing
+
+
+def test_draws_with_the_demo_model_on_two_ranks(browser: Browser) -> None:
+    omni = AsyncOmni("omni-sp/shapes", DiffusionParallelConfig(ulysses_degree=2), device="cpu")
+    with served(omni) as url:
+        page = opened(browser, url, is_ready=False)
+        page.wait_for(READY, timeout_s=60)
+        told = fetch(url + "/v1/info")
+        assert (told["rings"], told["ranks"], told["makes"]) == ([[0, 1]], 2, "picture")
+        assert told["parameters"]["width"]["default"] == 256
+        assert told["parameters"]["true_cfg_scale"]["default"] == 2.0
+        page.type_in("#prompt", "a red circle on a blue background")
+        page.type_in("#seed", "11")
+        page.type_in("#num_inference_steps", "6")
+        page.click("#draw")
+        page.wait_for("document.querySelector('#canvas img.rough')?.naturalWidth > 0", timeout_s=30)
+        page.wait_for(f"{CARDS} === 1", timeout_s=30)
+        page.wait_for("document.querySelector('#canvas img:not(.rough)')?.naturalWidth === 256")
+        assert page.complaints == []
+        page.close()
