@@ -12,6 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -78,26 +79,27 @@ def _live(settings: RankSettings, inbox: Inbox, aborted: Aborted, tell: Tell) ->
     tell(runner.spread(mesh))
     on_progress = tell if settings.rank == 0 else None
     while not isinstance(message := inbox.get(), Stop):
+        answer: Any
         try:
             if isinstance(message, Exception):
                 raise message
             assert isinstance(message, Call)
             if message.is_check:
-                tell(runner.check(message))
-                continue
-            request_id = message.request_id
-            done = runner.run(
-                message,
-                on_progress,
-                answers=settings.rank == 0,
-                is_aborted=lambda: request_id in aborted,  # noqa: B023  (it is called within this turn of the loop)
-            )
+                answer = runner.check(message)
+            else:
+                name = message.request_id
+                done = runner.run(
+                    message,
+                    on_progress,
+                    answers=settings.rank == 0,
+                    is_aborted=lambda: name in aborted,  # noqa: B023  (it is called within this turn of the loop)
+                )
+                answer = done if settings.rank == 0 else replace(done, result=None)
         except Exception as error:
-            tell(failure(error))
-            continue
-        finally:
-            aborted.clear()
-        tell(done if settings.rank == 0 else type(done)(request_id=done.request_id, result=None, tokens=done.tokens))
+            answer = failure(error)
+        # Before the answer: after it, an abort may already be of the next call.
+        aborted.clear()
+        tell(answer)
 
 
 def _load(settings: RankSettings) -> Runner:
