@@ -11,11 +11,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.engine.batching import Batching
 from omni_sp.engine.dispatcher import Dispatcher, EngineStats, Job
 from omni_sp.engine.launch import Launcher
+from omni_sp.engine.launch.carried import CarriedLauncher, carry, job_rank, require_job_of
 from omni_sp.engine.launch.spawn import SpawnLauncher
 from omni_sp.engine.launch.torchrun import inside_distributed_program
 from omni_sp.engine.messages import Call, Done, Progress, Ready
+from omni_sp.engine.startup import naming_warm_up
 from omni_sp.errors import ConfigError, EngineClosedError, OmniSPError
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
 from omni_sp.pipelines.call import call_arguments
@@ -37,15 +40,22 @@ _NEW_SEED = 2**31
 
 
 class AsyncOmni:
-    """A diffusers pipeline on rank processes, for many requests at once. One is drawn after the other.
+    """A diffusers pipeline on rank processes, for many requests at once, drawn one by one or a few together.
 
     ``async with AsyncOmni(model, ...) as omni`` starts and ends it; ``start()`` and ``close()`` do so by hand. When a
     rank dies, raises or falls silent, its ranks are ended and started anew; requests in the queue stay there. A request
     whose ranks died under it is tried once more; one whose ranks raised fails with that error.
 
+    Under torchrun, on one machine or several, the program gets past ``start()`` in the process of rank 0 alone. Each of
+    the others carries a rank, which can die and be started anew there, and exits when rank 0's is over.
+
     Args:
         model, parallel_config: as for Omni. One rank, too, is a process of its own.
         max_queue_length: requests that may wait; None for any number.
+        max_batch_size: prompts that may share a call of the pipeline, where they are alike but for prompt, negative
+            prompt and seed. Each gets the picture that it gets alone, to rounding: the start draws small pictures both
+            ways, and where they differ, requests are drawn one by one (``on_news`` says so).
+        batch_wait_ms: how long such a request may wait for others when the ranks are free.
         warmup: (height, width) of pictures that are drawn, a step each, before it is ready.
         on_news: told in a few words what a start is doing. launcher: starts the rank processes; by default on this
             machine.
@@ -62,21 +72,28 @@ class AsyncOmni:
         parallel_config: DiffusionParallelConfig | None = None,
         *,
         max_queue_length: int | None = None,
+        max_batch_size: int = 1,
+        batch_wait_ms: float = 0.0,
         warmup: Sequence[tuple[int, int]] = (),
         on_news: Callable[[str], None] | None = None,
         launcher: Launcher | None = None,
         **options: object,
     ) -> None:
-        if inside_distributed_program():
-            raise ConfigError("AsyncOmni starts its own ranks; inside torchrun use Omni")
         require_known(options, AsyncOmni)
         self._warmup = tuple(warmup)
+        self._options = engine_options(model, parallel_config, **options)  # type: ignore[arg-type]  # checked there
+        self.is_front = True
+        if launcher is None and inside_distributed_program():
+            require_job_of(self._options.config)
+            self.is_front = job_rank() == 0
+            launcher = CarriedLauncher() if self.is_front else None
         self._dispatcher = Dispatcher(
-            engine_options(model, parallel_config, **options),  # type: ignore[arg-type]  # checked there
+            self._options,
             launcher or SpawnLauncher(thread_stays=True),
             warm_up=self._warm_up_calls,
             max_queue_length=max_queue_length,
             on_news=on_news or (lambda _news: None),
+            batching=_batching(max_batch_size, batch_wait_ms),
         )
 
     @property
@@ -106,7 +123,11 @@ class AsyncOmni:
 
         Raises:
             InvalidInputError, RankFailedError: as Omni's constructor.
+            SystemExit: in a process of torchrun other than rank 0's, once rank 0's is over.
         """
+        if not self.is_front:
+            carry(self._options.config, self._options.device)
+            raise SystemExit(0)
         loop = asyncio.get_running_loop()
         started: asyncio.Future[None] = loop.create_future()
 
@@ -177,7 +198,8 @@ class AsyncOmni:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         def on_progress(news: Progress) -> None:
-            tell(RequestProgress(request_id=name, done=news.done, total=news.total, preview=news.preview))
+            preview = next(iter(news.previews), None)
+            tell(RequestProgress(request_id=name, done=news.done, total=news.total, preview=preview))
 
         def on_end(result: Done | OmniSPError) -> None:
             if isinstance(result, Done):
@@ -191,7 +213,7 @@ class AsyncOmni:
             call=Call(
                 request_id=name,
                 arguments=call_arguments(facts, parsed, params),
-                seed=secrets.randbelow(_NEW_SEED) if params.seed is None else params.seed,
+                seeds=(secrets.randbelow(_NEW_SEED) if params.seed is None else params.seed,),
                 can_be_aborted=True,
                 previews=previews,
             ),
@@ -219,6 +241,16 @@ class AsyncOmni:
         calls = []
         for height, width in self._warmup:
             params = OmniDiffusionSamplingParams(height=height, width=width, num_inference_steps=1, seed=0)
-            arguments = call_arguments(ready.facts, parse_prompt("a warm-up"), params)
-            calls.append(Call(request_id=f"{width} x {height}", arguments=arguments, seed=0))
+            name = f"{width} x {height}"
+            with naming_warm_up(name):
+                arguments = call_arguments(ready.facts, parse_prompt("a warm-up"), params)
+            calls.append(Call(request_id=name, arguments=arguments, seeds=(0,)))
         return calls
+
+
+def _batching(max_size: int, wait_ms: float) -> Batching:
+    if isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 1:
+        raise ConfigError(f"max_batch_size={max_size!r}: give a whole number from 1 on")
+    if isinstance(wait_ms, bool) or not isinstance(wait_ms, (int, float)) or not 0 <= wait_ms < 1e6:
+        raise ConfigError(f"batch_wait_ms={wait_ms!r}: give a number of milliseconds from 0 on")
+    return Batching(max_size=max_size, wait_s=wait_ms / 1000)

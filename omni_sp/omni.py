@@ -6,7 +6,7 @@ import itertools
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.engine import open_engine
 from omni_sp.engine.messages import Call, Ready
+from omni_sp.engine.startup import StartOnScreen, is_terminal
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.call import Prompt, call_arguments, rounded_size, small_arguments
 from omni_sp.requests import (
@@ -27,8 +28,6 @@ from omni_sp.requests import (
     require_known,
     require_params,
 )
-
-_NEWS_AFTER_S = 3.0
 
 
 class Omni:
@@ -51,8 +50,8 @@ class Omni:
         rank_timeout_s: longest silence of working ranks before they count as failed. One denoising step, or the VAE's
             work, must fit into it.
         startup_timeout_s: the same while ranks load the model.
-        show_progress: a bar over the denoising steps, and news while starting takes long, on stderr; None for where
-            stderr is a terminal.
+        show_progress: on stderr, a bar over the parts of the start, how long each took, and a bar over the denoising
+            steps; None for where stderr is a terminal.
 
     Raises:
         ConfigError: an option that cannot be, an unknown one, or fewer GPUs than ranks.
@@ -77,7 +76,7 @@ class Omni:
     ) -> None:
         require_known(unknown, Omni)
         began = time.perf_counter()
-        self._show_progress = _is_terminal() if show_progress is None else show_progress
+        self._show_progress = is_terminal() if show_progress is None else show_progress
         options = engine_options(
             model,
             parallel_config,
@@ -88,7 +87,12 @@ class Omni:
             rank_timeout_s=rank_timeout_s,
             startup_timeout_s=startup_timeout_s,
         )
-        self._engine = open_engine(options, _narrator(self._show_progress))
+        screen = StartOnScreen(self._show_progress)
+        try:
+            self._engine = open_engine(options, screen.show)
+            self._engine.start.finish()
+        finally:
+            screen.close()
         self._startup_s = time.perf_counter() - began
         self._numbers = itertools.count()
 
@@ -165,7 +169,7 @@ class Omni:
         params = require_params(sampling_params)
         arguments = small_arguments(facts, call_arguments(facts, parse_prompt(prompt), params), params)
         seed = 0 if params.seed is None else params.seed
-        call = Call(request_id="check", arguments=arguments, seed=seed, is_check=True)
+        call = Call(request_id="check", arguments=arguments, seeds=(seed,), check="ranks")
         return dict(self._engine.run(call, None).errors)
 
     def close(self) -> None:
@@ -185,7 +189,7 @@ class Omni:
     ) -> Iterator[OmniRequestOutput]:
         for place, (prompt, arguments) in enumerate(requests, start=1):
             seed = self._engine.fresh_seed() if params.seed is None else params.seed
-            call = Call(request_id=f"request-{next(self._numbers)}", arguments=arguments, seed=seed)
+            call = Call(request_id=f"request-{next(self._numbers)}", arguments=arguments, seeds=(seed,))
             with _StepsOnScreen(self._show_progress and self._engine.speaks, place, len(requests)) as screen:
                 done = self._engine.run(call, lambda news: screen.show(news.done, news.total))
             yield output_of(self._engine.ready, call, prompt, params, done, startup_s=self._startup_s)
@@ -218,18 +222,3 @@ class _StepsOnScreen:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _narrator(shown: bool) -> Callable[[str], None]:
-    """News of the start, on stderr, once it has taken a while; quick starts stay silent."""
-    began = time.monotonic()
-
-    def tell(news: str) -> None:
-        if shown and time.monotonic() - began > _NEWS_AFTER_S:
-            print(f"omni-sp: {news}", file=sys.stderr, flush=True)
-
-    return tell
-
-
-def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()

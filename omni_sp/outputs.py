@@ -17,10 +17,11 @@ class OmniRequestOutput:
         images: PIL pictures, one for each output asked for (layers of one picture follow each other); for other
             ``output_type``s, what the pipeline gave.
         videos: one entry for each output: its frames, a list of PIL pictures.
-        metrics: seconds (``startup_s`` until ready, of which ``load_s`` to load the model; ``text_encoder_s``,
-            ``denoise_s``, ``denoise_step_s`` on average, ``vae_s``, ``total_s``), ``num_steps``, ``tokens`` (stream
-            name -> the most tokens that one forward had), ``ranks``, ``seed`` (None where the pipeline takes no
-            generator); of a video ``fps``, the frames to show in a second; of a sound ``sampling_rate``, in Hz.
+        metrics: seconds (``startup_s`` until ready, in ``startup_parts_s`` by part; ``load_s`` to load the model;
+            ``text_encoder_s``, ``denoise_s``, ``denoise_step_s`` on average, ``vae_s``, ``total_s``), ``num_steps``,
+            ``tokens`` (stream name -> the most tokens that one forward had), ``ranks``, ``seed`` (None where the
+            pipeline takes no generator); of a video ``fps``, the frames to show in a second; of a sound
+            ``sampling_rate``, in Hz.
         audios: one entry for each output, of a sound or of a video with sound: a float32 array of channels × samples
             between -1 and 1.
     """

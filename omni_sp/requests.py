@@ -137,9 +137,10 @@ def output_of(
         **done.result.timings,
         "load_s": ready.load_s,
         "startup_s": startup_s,
+        "startup_parts_s": dict(ready.start_s),
         "tokens": dict(done.tokens),
         "ranks": ready.ranks,
-        "seed": call.seed if ready.facts.taken_as("generator") is not None else None,
+        "seed": call.seeds[0] if ready.facts.taken_as("generator") is not None else None,
     }
     if done.result.videos:
         metrics["fps"] = frames_per_second(ready.facts, call.arguments, params.fps)

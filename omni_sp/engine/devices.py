@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
@@ -71,9 +72,9 @@ def joined_device(device: str | None, config: DiffusionParallelConfig) -> str:
     return f"cuda:{local_rank}"
 
 
-def group_backend(devices: list[str]) -> str:
-    """What moves tensors between ranks on these devices. NCCL refuses two ranks on one GPU; gloo then serves both."""
-    if devices[0].startswith("cuda") and len(set(devices)) == len(devices):
+def group_backend(places: Sequence[tuple[str, str]]) -> str:
+    """What moves tensors between ranks on these (machine, device). NCCL refuses two on one GPU; gloo serves both."""
+    if places[0][1].startswith("cuda") and len(set(places)) == len(places):
         return "cpu:gloo,cuda:nccl"
     return "gloo"
 

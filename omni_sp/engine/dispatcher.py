@@ -1,4 +1,4 @@
-"""A queue in front of the ranks, and ranks that come back: one call after the other, whatever becomes of any."""
+"""A queue in front of the ranks, and ranks that come back: call after call, whatever becomes of any."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
+from omni_sp.engine.batching import Batching, apart, together
 from omni_sp.engine.engine import RankEngine
 from omni_sp.engine.launch import Launcher
 from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Progress, Ready
+from omni_sp.engine.startup import WARM_UP
 from omni_sp.errors import (
     EngineClosedError,
     OmniSPError,
@@ -21,9 +23,8 @@ from omni_sp.errors import (
     SamplingParamsError,
 )
 
-STARTING, READY, RESTARTING, DRAINING, CLOSED, FAILED = (
-    "starting", "ready", "restarting", "draining", "closed", "failed",
-)  # fmt: skip
+STARTING, READY, RESTARTING = "starting", "ready", "restarting"
+DRAINING, CLOSED, FAILED = "draining", "closed", "failed"
 _OVER = (DRAINING, CLOSED, FAILED)
 RESTART_AFTER_S = (0.0, 1.0, 5.0, 15.0)
 """Pauses before the first, second, … attempt in a row to start the ranks again; after the last one it is over."""
@@ -36,7 +37,8 @@ class EngineStats:
 
     Attributes:
         queued, running: requests now. done, failed, aborted: requests so far. restarts: of the ranks.
-        steps: denoising steps so far. denoise_s: seconds that the steps of finished requests took, and steps_done their
+        calls: of the pipeline that were done; each is for one request, or for a batch of them.
+        steps: denoising steps so far. denoise_s: seconds that the steps of finished calls took, and steps_done their
             number. start_s: seconds of the last start, by part.
     """
 
@@ -46,6 +48,7 @@ class EngineStats:
     failed: int = 0
     aborted: int = 0
     restarts: int = 0
+    calls: int = 0
     steps: int = 0
     denoise_s: float = 0.0
     steps_done: int = 0
@@ -60,6 +63,7 @@ class Job:
         priority: higher ones come first, equal ones in the order of arrival.
         on_position: told how many come before it, running ones too, whenever that changes. on_progress: told of steps.
         on_end: told once, with what rank 0 answered or with the error.
+        key: equal for jobs that may share a call; None for one that runs alone.
     """
 
     call: Call
@@ -67,7 +71,9 @@ class Job:
     on_position: Callable[[int], None]
     on_progress: OnProgress
     on_end: Callable[[Done | OmniSPError], None]
+    key: Hashable | None = None
     number: int = 0
+    arrived: float = 0.0
     position: int = -1
     is_over: bool = False
     is_aborted: bool = False
@@ -78,14 +84,16 @@ class Job:
 
 
 class Dispatcher:
-    """Owns rank processes, and gives them one job after the other.
+    """Owns rank processes, and gives them one job after the other, or a few at once where that is proven exact.
 
     When a rank dies, raises or falls silent, all are ended and started anew; waiting jobs wait on. A job whose ranks
-    died under it is tried once more, by no fault of its own as far as anybody knows; one whose ranks raised fails.
+    died under it is tried once more, by no fault of its own as far as anybody knows; one whose ranks raised fails. Of a
+    batch that failed, each is tried alone: it may be the fault of one, or of their number.
 
     Args:
         options: what the ranks run. launcher: starts them. warm_up: the calls to run before the first job.
         max_queue_length: jobs that may wait; None for any number. on_news: told what a start is doing.
+        batching: how many may share a call.
     """
 
     def __init__(
@@ -96,13 +104,16 @@ class Dispatcher:
         warm_up: Callable[[Ready], Sequence[Call]],
         max_queue_length: int | None,
         on_news: Callable[[str], None],
+        batching: Batching | None = None,
     ) -> None:
         self._options, self._launcher = options, launcher
         self._warm_up, self._max_queue_length, self._on_news = warm_up, max_queue_length, on_news
+        self._batching = batching or Batching()
         self._lock = threading.Condition(threading.RLock())
         self._queue: list[Job] = []
         self._jobs: dict[str, Job] = {}
-        self._running: Job | None = None
+        self._running: list[Job] = []
+        self._running_as = ""
         self._engine: RankEngine | None = None
         self._error: BaseException | None = None
         self._stats = EngineStats()
@@ -115,13 +126,13 @@ class Dispatcher:
     def stats(self) -> EngineStats:
         """Counts; a copy."""
         with self._lock:
-            now = {"queued": len(self._queue), "running": int(self._running is not None)}
+            now = {"queued": len(self._queue), "running": len(self._running)}
             return replace(self._stats, start_s=dict(self._stats.start_s), **now)
 
     @property
     def is_idle(self) -> bool:
         """True while no job runs."""
-        return self._running is None
+        return not self._running
 
     def start(self, settle: Callable[[BaseException | None], None]) -> bool:
         """Begin to load; ``settle`` is told the outcome. False where it has begun before."""
@@ -145,25 +156,31 @@ class Dispatcher:
                 raise EngineClosedError(f"AsyncOmni is {self.status}{reason}")
             if self._max_queue_length is not None and len(self._queue) >= self._max_queue_length:
                 raise QueueFullError(f"{len(self._queue)} requests wait already, which is the most: try again later")
-            name = job.call.request_id
-            if name in self._jobs:
-                raise SamplingParamsError(f"request_id={name!r} is in use: give another one, or none")
-            job.number = next(self._numbers)
-            self._jobs[name] = job
+            if job.call.request_id in self._jobs:
+                raise SamplingParamsError(f"request_id={job.call.request_id!r} is in use: give another one, or none")
+            job.number, job.arrived = next(self._numbers), time.monotonic()
+            job.key = self._batching.key(self.ready.facts, job.call) if self.ready is not None else None
+            self._jobs[job.call.request_id] = job
             heapq.heappush(self._queue, job)
             self._tell_positions()
             self._lock.notify_all()
 
     def abort(self, request_id: str) -> bool:
-        """Leave a job: at once if it waits, before its next step if it runs. False where there is none of that name."""
+        """Leave a job: at once if it waits, before its next step if it runs. False where there is none of that name.
+
+        One of a batch ends at once; the ranks draw on for the others.
+        """
         with self._lock:
             job = self._jobs.get(request_id)
             if job is None:
                 return False
             job.is_aborted = True
-            if job is self._running:
-                if self._engine is not None:
-                    self._engine.abort(request_id)
+            if job in self._running:
+                if all(one.is_aborted for one in self._running):
+                    if self._engine is not None:
+                        self._engine.abort(self._running_as)
+                else:
+                    self._end(job, RequestAbortedError(f"{request_id} was aborted"))
                 return True
             self._queue.remove(job)
             heapq.heapify(self._queue)
@@ -184,8 +201,8 @@ class Dispatcher:
             if self.status != FAILED:
                 self.status = CLOSED
             closed = EngineClosedError("AsyncOmni was closed")
-            if self._running is not None:
-                self._end(self._running, closed)
+            for job in self._running:
+                self._end(job, closed)
             self._fail_waiting(closed)
             self._lock.notify_all()
             engine, thread = self._engine, self._thread
@@ -193,71 +210,139 @@ class Dispatcher:
             engine.close()
         if thread is not None:
             thread.join(_JOIN_S)
+        self._launcher.close()
 
     def _live(self, settle: Callable[[BaseException | None], None]) -> None:
         """The thread that owns the ranks."""
         try:
-            self._start_ranks()
+            self._start_ranks(tries_batches=True)
         except BaseException as error:
             self._give_up(error)
             settle(error)
             return
         settle(None)
-        while (job := self._next()) is not None:
-            self._run(job)
+        while jobs := self._next():
+            self._run(jobs)
         if self._engine is not None:
             self._engine.close()
 
-    def _next(self) -> Job | None:
-        """The job to run now; None when it is over."""
+    def _next(self) -> list[Job]:
+        """The jobs to run now, in one call; none when it is over."""
         with self._lock:
-            while not self._queue and self.status not in _OVER:
-                self._lock.wait()
+            while self.status not in _OVER and (wait_s := self._wait_s()) != 0:
+                self._lock.wait(wait_s)
             if not self._queue or self.status in (CLOSED, FAILED):
-                return None
-            self._running = heapq.heappop(self._queue)
+                return []
+            jobs = self._first()
+            self._queue = [job for job in self._queue if job not in jobs]
+            heapq.heapify(self._queue)
+            self._running = jobs
+            # A name of its own: an abort of this call is not one of a later call for one of them alone.
+            batch = f"batch {next(self._numbers)} of {len(jobs)} requests"
+            self._running_as = batch if len(jobs) > 1 else jobs[0].call.request_id
             self._tell_positions()
-            return self._running
+            return jobs
 
-    def _run(self, job: Job) -> None:
+    def _first(self) -> list[Job]:
+        """The first job in the queue, and those that may share its call. Under the lock."""
+        ordered = sorted(self._queue)
+        mates = [job for job in ordered[1:] if job.key is not None and job.key == ordered[0].key]
+        return [ordered[0], *mates[: self._batching.max_size - 1]]
+
+    def _wait_s(self) -> float | None:
+        """How long to wait for jobs, or for more of them; None until one comes. Under the lock."""
+        if not self._queue:
+            return None
+        first = self._first()
+        if first[0].key is None or len(first) == self._batching.max_size:
+            return 0
+        return max(0.0, first[0].arrived + self._batching.wait_s - time.monotonic())
+
+    def _run(self, jobs: list[Job]) -> None:
         assert self._engine is not None
         engine = self._engine
-        result: Done | OmniSPError
+        results: Sequence[Done | OmniSPError]
         try:
-            result = engine.run(job.call, lambda news: self._note(job, news))
+            results = self._answers(engine, jobs)
         except OmniSPError as error:
-            result = error
+            results = [error] * len(jobs)
         except BaseException as error:
-            result = RankFailedError(f"{type(error).__name__}: {error}", rank=0)
+            results = [RankFailedError(f"{type(error).__name__}: {error}", rank=0)] * len(jobs)
         with self._lock:
-            self._running = None
-            died = isinstance(result, RankFailedError) and not result.rank_traceback
-            if died and not (job.was_retried or job.is_aborted or job.is_over or self.status in _OVER):
-                job.was_retried = True
-                heapq.heappush(self._queue, job)
-            else:
-                self._end(job, result)
+            self._running = []
+            if isinstance(results[0], Done):
+                self._note_call(results[0])
+            for job, result in zip(jobs, results, strict=True):
+                if self._deserves_another_try(job, result, batch=len(jobs) > 1):
+                    heapq.heappush(self._queue, job)
+                else:
+                    self._end(job, result)
             self._tell_positions()
         if not engine.is_open:
             self._restart()
 
-    def _note(self, job: Job, news: Progress) -> None:
+    def _answers(self, engine: RankEngine, jobs: list[Job]) -> list[Done]:
+        """One call for all of them. Raises as RankEngine.run does."""
+        calls = [job.call for job in jobs]
+        call = calls[0] if len(jobs) == 1 else together(self._running_as, calls)
+        done = engine.run(call, lambda news: self._note(jobs, news))
+        return [done] if len(jobs) == 1 else apart(done, calls)
+
+    def _deserves_another_try(self, job: Job, result: Done | OmniSPError, *, batch: bool) -> bool:
+        """Under the lock; notes that the job has had it."""
+        if isinstance(result, (Done, RequestAbortedError)) or job.is_aborted or job.is_over or self.status in _OVER:
+            return False
+        died = isinstance(result, RankFailedError) and not result.rank_traceback
+        if not batch and (not died or job.was_retried):
+            return False
+        job.was_retried, job.key = True, None
+        return True
+
+    def _note(self, jobs: list[Job], news: Progress) -> None:
         with self._lock:
             self._stats.steps += news.done > 0
-            if not job.is_over:
-                job.on_progress(news)
+            for place, job in enumerate(jobs):
+                if not job.is_over:
+                    shown = news.previews[place : place + 1] if job.call.previews else ()
+                    job.on_progress(replace(news, previews=shown))
 
-    def _start_ranks(self) -> None:
-        began = time.monotonic()
+    def _note_call(self, done: Done) -> None:
+        """Under the lock."""
+        self._stats.calls += 1
+        if done.result is not None:
+            self._stats.denoise_s += done.result.timings.get("denoise_s", 0.0)
+            self._stats.steps_done += done.result.timings.get("num_steps", 0)
+
+    def _try_batches(self, engine: RankEngine) -> bool:
+        """Learn what may share a call. False where the ranks failed over it; they are gone then."""
+
+        def run(call: Call) -> Done:
+            engine.start.tell(WARM_UP, "comparing a batch with its prompts alone")
+            return engine.run(call, None)
+
+        try:
+            self._batching.prove(engine.ready.facts, run, self._on_news)
+        except RankFailedError as error:
+            self._on_news(f"requests are drawn one by one: the ranks failed on a batch: {error}")
+            return False
+        return True
+
+    def _start_ranks(self, *, tries_batches: bool = False) -> None:
         engine = RankEngine(self._options, self._on_news, self._launcher, lambda: self.status == CLOSED)
-        loaded = time.monotonic()
         with self._lock:
             self._engine, self.ready = engine, engine.ready
-        for call in self._warm_up(engine.ready):
-            self._on_news(f"warming up: {call.request_id}")
-            engine.run(call, None)
+        try:
+            engine.warm_up(self._warm_up(engine.ready))
+            # Once is enough: ranks that come later run the same.
+            if tries_batches and not self._try_batches(engine):
+                self._start_ranks()
+                return
+        except BaseException:
+            engine.close()
+            raise
+        engine.start.finish()
         with self._lock:
-            self._stats.start_s = {"load": loaded - began, "warm_up": time.monotonic() - loaded}
+            self.ready, self._stats.start_s = engine.ready, dict(engine.start.seconds)
             if self.status in (STARTING, RESTARTING):
                 self.status = READY
             over = self.status == CLOSED
@@ -301,9 +386,6 @@ class Dispatcher:
         self._jobs.pop(job.call.request_id, None)
         if isinstance(result, Done):
             self._stats.done += 1
-            if result.result is not None:
-                self._stats.denoise_s += result.result.timings.get("denoise_s", 0.0)
-                self._stats.steps_done += result.result.timings.get("num_steps", 0)
         elif isinstance(result, RequestAbortedError):
             self._stats.aborted += 1
         else:
@@ -312,7 +394,7 @@ class Dispatcher:
 
     def _tell_positions(self) -> None:
         """Under the lock."""
-        for position, job in enumerate(sorted(self._queue), start=int(self._running is not None)):
+        for position, job in enumerate(sorted(self._queue), start=len(self._running)):
             if job.position != position:
                 job.position = position
                 job.on_position(position)

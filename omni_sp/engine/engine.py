@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
@@ -24,10 +24,12 @@ from omni_sp.engine.messages import (
     Gone,
     Join,
     Loaded,
+    Loading,
     OnProgress,
     Progress,
     Ready,
 )
+from omni_sp.engine.startup import IMPORTS, JOINING, WARM_UP, WEIGHTS, OnNews, StartUp, naming_warm_up, reading
 from omni_sp.engine.team import Team
 from omni_sp.errors import (
     EngineClosedError,
@@ -37,7 +39,6 @@ from omni_sp.errors import (
     SamplingParamsError,
 )
 
-OnNews = Callable[[str], None]
 Failures = dict[int, Failed | Gone]
 
 _STOP_S = 5.0
@@ -52,6 +53,9 @@ _GONE_S = 0.3
 
 class Engine(Protocol):
     """What Omni needs of its ranks, wherever they are."""
+
+    start: StartUp
+    """Its start; whoever opened it may add a warm-up, and says when it is finished."""
 
     @property
     def ready(self) -> Ready:
@@ -76,9 +80,10 @@ def open_engine(options: EngineOptions, on_news: OnNews, launcher: Launcher | No
     joined = inside_distributed_program()
     if options.config.world_size > 1 and not joined:
         return RankEngine(options, on_news, launcher or SpawnLauncher())
+    start = StartUp(on_news)
     from omni_sp.engine.inplace import InPlaceEngine  # imports diffusers, which a front of other processes never needs
 
-    return InPlaceEngine(options, on_news, joined=joined)
+    return InPlaceEngine(options, start, joined=joined)
 
 
 class RankEngine:
@@ -104,12 +109,13 @@ class RankEngine:
         self._is_to_stop = is_to_stop
         self._closed: str | None = None
         self._lock = threading.Lock()
-        on_news(f"starting {options.config.world_size} ranks")
+        self.start = StartUp(on_news)
+        self.start.tell(IMPORTS, f"starting {options.config.world_size} ranks")
         self._team = Team(options, launcher)
         # An abandoned engine, and the end of the interpreter, end the ranks too.
         self._finalizer = weakref.finalize(self, Team.end, self._team)
         try:
-            self._ready = self._start(on_news)
+            self._ready = self._start()
         except BaseException as error:
             self._shut(f"it did not start: {error}")
             raise
@@ -117,7 +123,7 @@ class RankEngine:
     @property
     def ready(self) -> Ready:
         """What is loaded, where."""
-        return self._ready
+        return replace(self._ready, start_s=dict(self.start.seconds))
 
     @property
     def speaks(self) -> bool:
@@ -166,6 +172,18 @@ class RankEngine:
         worst = {stage: max(answer.errors[stage] for answer in answers.values()) for stage in done.errors}
         return replace(done, errors=worst)
 
+    def warm_up(self, calls: Sequence[Call]) -> None:
+        """Run calls that nobody waits for, as a part of the start.
+
+        Raises:
+            InvalidInputError, RankFailedError: as run(); the message names the call.
+        """
+        for number, call in enumerate(calls):
+            text = f"warming up: {call.request_id}, {number + 1} of {len(calls)}"
+            self.start.tell(WARM_UP, text, number, len(calls))
+            with naming_warm_up(call.request_id):
+                self.run(call, None)
+
     def close(self) -> None:
         """End the ranks. Idempotent."""
         if self._closed is None:
@@ -174,27 +192,40 @@ class RankEngine:
             # Ranks in the middle of a call would not hear a Stop; its caller gets EngineClosedError.
             self._team.end(patience_s=0.0 if self._lock.locked() else _STOP_S)
 
-    def _start(self, on_news: OnNews) -> Ready:
+    def _start(self) -> Ready:
         """Loading, then joining; each in lockstep, so that no rank waits in the rendezvous for a slow one."""
         silence = self._options.startup_timeout_s
-        size, name = self._team.size, self._options.source.name
-        self._collect(Loaded, silence, on_count=lambda n: on_news(f"{name} is loaded on {n} of {size} ranks"))
+        self._collect(Loaded, silence, on_loading=self._tell_loading)
         self._team.send(pickle.dumps(Join()))
-        on_news("joining the ranks")
+        self.start.tell(JOINING, "joining the ranks")
         answers = self._collect(Ready, silence)
         ready: Ready = answers[0]
         return ready
+
+    def _tell_loading(self, far: Mapping[int, Loading | None]) -> None:
+        """How far the slowest rank is. Of a rank, None: it has loaded everything."""
+        size = self._team.size
+        if len(far) < size:
+            self.start.tell(IMPORTS, f"importing libraries: {len(far)} of {size} ranks have", len(far), size)
+            return
+        unfinished = [one for one in far.values() if one is not None]
+        slowest = min(unfinished, key=lambda one: (one.done, one.part != ""), default=None)
+        if slowest is None:
+            self.start.tell(WEIGHTS, "all weights are read", 1, 1)
+        else:
+            self.start.tell(WEIGHTS, reading(slowest.part, slowest.done, slowest.total), slowest.done, slowest.total)
 
     def _collect(
         self,
         kind: type,
         silence_s: float,
         on_progress: OnProgress | None = None,
-        on_count: Callable[[int], None] | None = None,
+        on_loading: Callable[[Mapping[int, Loading | None]], None] | None = None,
     ) -> dict[int, Any]:
         """One answer of this kind from every rank, or the error that their failures amount to."""
         answers: dict[int, Any] = {}
         failures: Failures = {}
+        far: dict[int, Loading | None] = {}
         until = time.monotonic() + silence_s
         while len(answers) + len(failures) < self._team.size:
             heard = self._team.listen(min(until, time.monotonic() + _LOOK_S))
@@ -213,12 +244,13 @@ class RankEngine:
                     until = time.monotonic() + silence_s
                 if isinstance(message, kind):
                     answers[rank] = message
-                    if on_count is not None:
-                        on_count(len(answers))
+                if on_loading is not None and isinstance(message, (Loading, Loaded)):
+                    far[rank] = message if isinstance(message, Loading) else None
+                    on_loading(far)
                 elif isinstance(message, Progress) and on_progress is not None:
                     on_progress(message)
         if failures:
-            _raise_for(failures, self._team.size)
+            _raise_for(failures, self._team.size, apart=on_loading is not None)
         if len(answers) < self._team.size:
             silent = [rank for rank in range(self._team.size) if rank not in answers]
             raise RankFailedError(
@@ -255,15 +287,19 @@ def _patience(message: Failed | Gone) -> float:
     return _ECHO_S if message.is_echo else 0.0
 
 
-def _raise_for(failures: Failures, size: int) -> NoReturn:
+def _raise_for(failures: Failures, size: int, *, apart: bool = False) -> NoReturn:
     """Raise what the ranks' failures amount to.
 
     All ranks refuse (or were aborted) alike: their error, of its own class. Otherwise the root cause: a rank that
     raised on its own account before one that died, and that before one that only lost its peers.
+
+    Args:
+        apart: the ranks were each at work of their own, such as files that only rank 0 reads: a refusal needs no other.
     """
     failed = {rank: message for rank, message in failures.items() if isinstance(message, Failed)}
     refusals = {(message.kind, message.message) for message in failed.values() if message.is_shared}
-    if len(failed) == size and len(refusals) == 1 and all(message.is_shared for message in failed.values()):
+    everybody = len(failed) == size or (apart and len(failed) == len(failures))
+    if everybody and len(refusals) == 1 and all(message.is_shared for message in failed.values()):
         rank, message = min(failed.items())
         error_class = getattr(errors, message.kind, InvalidInputError)
         raise error_class(message.message) from RankTraceback(rank, message.traceback)

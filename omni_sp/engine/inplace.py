@@ -6,13 +6,14 @@ import secrets
 import threading
 import traceback
 import zlib
+from dataclasses import replace
 
 from omni_sp.collectives import gather_ints
 from omni_sp.engine.devices import rank_devices
-from omni_sp.engine.engine import OnNews
 from omni_sp.engine.launch.torchrun import join
 from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Ready
 from omni_sp.engine.runner import Runner
+from omni_sp.engine.startup import IMPORTS, JOINING, WEIGHTS, StartUp, reading
 from omni_sp.errors import EngineClosedError, InvalidInputError, OmniSPError, RankFailedError, ShardingError
 from omni_sp.mesh import ParallelMesh
 
@@ -26,7 +27,7 @@ class InPlaceEngine:
         ConfigError: the degrees are not those of the program around, or there are too few GPUs.
     """
 
-    def __init__(self, options: EngineOptions, on_news: OnNews, *, joined: bool) -> None:
+    def __init__(self, options: EngineOptions, start: StartUp, *, joined: bool) -> None:
         self._closed: str | None = None
         self._lock = threading.Lock()
         if joined:
@@ -34,14 +35,22 @@ class InPlaceEngine:
         else:
             device = rank_devices(options.device, options.config)[0]
         self._mesh = ParallelMesh(options.config)
-        on_news(f"loading {options.source.name}")
-        self._runner = Runner(options, device)
+        self.start = start
+        if not self.speaks:
+            start.hush()
+
+        def on_part(part: str, done: int, total: int) -> None:
+            start.tell(WEIGHTS, reading(part, done, total), done, total)
+
+        start.tell(IMPORTS, f"loading {options.source.name}")
+        self._runner = Runner(options, device, on_part=on_part)
+        start.tell(JOINING, "spreading the model over the ranks" if self._mesh.world_size > 1 else "getting ready")
         self._ready = self._runner.spread(self._mesh)
 
     @property
     def ready(self) -> Ready:
         """What is loaded, where."""
-        return self._ready
+        return replace(self._ready, start_s=dict(self.start.seconds))
 
     @property
     def speaks(self) -> bool:
@@ -69,7 +78,7 @@ class InPlaceEngine:
     def _run(self, call: Call, on_progress: OnProgress | None) -> Done:
         try:
             self._require_same(call)
-            if call.is_check:
+            if call.check:
                 return self._runner.check(call)
             return self._runner.run(call, on_progress)
         except Exception as error:
@@ -112,7 +121,7 @@ class InPlaceEngine:
     def _require_same(self, call: Call) -> None:
         """Refuse calls that differ between ranks, in what can be compared cheaply, on all ranks alike."""
         plain = {name: value for name, value in call.arguments.items() if isinstance(value, (int, float, str))}
-        mine = zlib.crc32(repr((sorted(plain.items()), call.seed)).encode())
+        mine = zlib.crc32(repr((sorted(plain.items()), call.seeds)).encode())
         everybodys = self._everybodys(mine)
         odd = [rank for rank, theirs in enumerate(everybodys) if theirs != everybodys[0]]
         if odd:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.pipelines.call import CallResult, PipelineFacts
@@ -38,18 +38,18 @@ class RankSettings:
 
     Attributes:
         device: this rank's own. backend: what moves tensors, in torch.distributed's words.
-        store_port: where the front's store listens on this machine's loopback.
-        num_threads: for the CPU's kernels; 0 leaves torch's choice. front_pid: the process that must outlive the rank;
-            0 where the kernel cannot watch it.
+        store: the host and port at which the front's store listens.
+        num_threads: for the CPU's kernels; 0 leaves torch's choice. guardian: the process on the rank's machine whose
+            death must end it; 0 where the kernel cannot watch that.
     """
 
     rank: int
     options: EngineOptions
     device: str
     backend: str
-    store_port: int
+    store: tuple[str, int]
     num_threads: int
-    front_pid: int
+    guardian: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +62,16 @@ class Call:
     """Front -> ranks: one call of the pipeline.
 
     Attributes:
-        seed: also makes ranks agree where a pipeline takes no generator.
-        is_check: run it on each rank alone too, and tell how far apart the stages are.
+        seeds: one; or one for each prompt where the arguments hold lists of prompts (see batching.together).
+        check: "ranks" also runs it on each rank alone, "batch" also runs each prompt alone; both tell how far apart the
+            results are.
         can_be_aborted: before every step the ranks agree whether an Abort has come. previews: show how far it is.
     """
 
     request_id: str
     arguments: Mapping[str, Any]
-    seed: int
-    is_check: bool = False
+    seeds: tuple[int, ...]
+    check: Literal["ranks", "batch"] | None = None
     can_be_aborted: bool = False
     previews: bool = False
 
@@ -88,6 +89,19 @@ class Stop:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loading:
+    """Rank -> front: the libraries are imported, and this is what is being read.
+
+    Attributes:
+        part: its name; "" before the first. done: parts that were read before it, of so many.
+    """
+
+    part: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loaded:
     """Rank -> front: the pipeline is in memory."""
 
@@ -99,6 +113,7 @@ class Ready:
     Attributes:
         rank: who says so. ranks: how many there are. layout: who sits where, for people.
         facts: what the pipeline can be asked for. device, dtype: this rank's. load_s: seconds to load and parallelize.
+        start_s: seconds of each part of the start so far, by the front's clock (see startup.CAPTIONS).
     """
 
     rank: int
@@ -108,6 +123,7 @@ class Ready:
     device: str
     dtype: str
     load_s: float
+    start_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +131,12 @@ class Progress:
     """Rank 0 -> front: denoising steps done, of so many.
 
     Attributes:
-        preview: a small picture of how far it is, where one was asked for.
+        previews: small pictures of how far it is, one for each prompt of the call, where they were asked for.
     """
 
     done: int
     total: int
-    preview: Any = None
+    previews: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

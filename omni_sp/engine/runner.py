@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from omni_sp.collectives import gather_ints
+from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, one_of, together
 from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Progress, Ready
-from omni_sp.errors import RequestAbortedError
+from omni_sp.errors import OmniSPError, RequestAbortedError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.call import pipeline_facts, run_call
-from omni_sp.pipelines.check import stage_errors
-from omni_sp.pipelines.load import default_dtype, load_pipeline
+from omni_sp.pipelines.check import difference, stage_errors
+from omni_sp.pipelines.load import OnPart, default_dtype, load_pipeline
 from omni_sp.pipelines.parallelize import ParallelHandle, parallelize
 from omni_sp.pipelines.preview import Previews
 
@@ -29,16 +31,26 @@ class Runner:
 
     Args:
         options: the model and how to load it. device: this rank's own, such as "cuda:1".
+        decodes, on_part: as for load_pipeline().
     """
 
-    def __init__(self, options: EngineOptions, device: str) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        device: str,
+        *,
+        decodes: bool = True,
+        on_part: OnPart = lambda part, done, total: None,
+    ) -> None:
         began = time.perf_counter()
         self._options = options
         self._device = torch.device(device)
         self._dtype = options.dtype or default_dtype(device)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        self._pipe: Any = load_pipeline(options.source, dtype=self._dtype, device=device)
+        self._pipe: Any = load_pipeline(
+            options.source, dtype=self._dtype, device=device, decodes=decodes, on_part=on_part
+        )
         self._handle: ParallelHandle | None = None
         self._load_s = time.perf_counter() - began
 
@@ -86,8 +98,7 @@ class Runner:
                 # A pipeline may also draw from the global generators; ranks must not diverge there.
                 devices = [self._device.index] if self._device.type == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(devices=devices))
-                torch.manual_seed(call.seed)
-            seed = call.seed if self._takes_generator else None
+                torch.manual_seed(call.seeds[0])
             previews = None
             if call.previews and on_progress is not None:
                 previews = stack.enter_context(Previews(self._pipe, arguments.get("height"), arguments.get("width")))
@@ -95,13 +106,13 @@ class Runner:
             def on_step(done: int, total: int) -> None:
                 if on_progress is not None:
                     shows = previews is not None and 0 < done < total and _is_worth_a_look(done, total)
-                    preview = previews.picture() if previews is not None and shows else None
-                    on_progress(Progress(done=done, total=total, preview=preview))
+                    pictures = previews.pictures(len(call.seeds)) if previews is not None and shows else ()
+                    on_progress(Progress(done=done, total=total, previews=pictures))
                 if call.can_be_aborted and done < total and any_rank(is_aborted(), mesh):
                     raise RequestAbortedError(f"{call.request_id} was aborted after {done} of {total} steps")
 
             try:
-                result = run_call(self._pipe, arguments, seed=seed, device=self._device, on_step=on_step)
+                result = run_call(self._pipe, arguments, seed=self._seed(call), device=self._device, on_step=on_step)
             except BaseException:
                 # What a pipeline does at its end: offloaded parts go back, step caches forget.
                 getattr(self._pipe, "maybe_free_model_hooks", lambda: None)()
@@ -109,25 +120,69 @@ class Runner:
         return Done(request_id=call.request_id, result=result, tokens=dict(self._handle.tokens))
 
     def check(self, call: Call) -> Done:
-        """Run a call on this rank alone and over all ranks, and tell how far apart they are. All ranks do it."""
+        """Run a call in two ways, as its ``check`` says, and tell how far apart they are. All ranks do it."""
+        return self._check_batch(call) if call.check == "batch" else self._check_ranks(call)
+
+    def _check_ranks(self, call: Call) -> Done:
+        """On this rank alone, and over all ranks."""
         assert self._handle is not None, "spread() comes before check()"
         mesh = self._handle.mesh
 
         def spread() -> None:
-            torch.manual_seed(call.seed)
+            torch.manual_seed(call.seeds[0])
             self._handle = self._parallelized(mesh)
 
         def alone() -> None:
-            torch.manual_seed(call.seed)
+            torch.manual_seed(call.seeds[0])
             assert self._handle is not None
             self._handle.remove()
 
-        seed = call.seed if self._takes_generator else None
         with torch.random.fork_rng(devices=[self._device.index] if self._device.type == "cuda" else []):
             errors = stage_errors(
-                self._pipe, call.arguments, seed=seed, device=self._device, alone=alone, spread=spread
+                self._pipe, call.arguments, seed=self._seed(call), device=self._device, alone=alone, spread=spread
             )
         return Done(request_id=call.request_id, result=None, tokens=dict(self._handle.tokens), errors=errors)
+
+    def _check_batch(self, call: Call) -> Done:
+        """Each prompt alone, all in a batch, and each in a batch of its own kind, for what a batch itself rounds away.
+
+        Raises:
+            UnsupportedModelError: the pipeline fails on a batch.
+        """
+        count = len(call.seeds)
+        singles = [one_of(call, index) for index in range(count)]
+        try:
+            alone = [self._outcome(single, 1) for single in singles]
+            mixed = self._outcome(call, count)
+            twins = [self._outcome(together(call.request_id, [single] * count), count) for single in singles]
+        except OmniSPError:
+            raise
+        except Exception as error:
+            # Without the text, which may differ between ranks: they fail alike, and go on.
+            name = type(error).__name__
+            raise UnsupportedModelError(f"{type(self._pipe).__name__} raises {name} on a batch") from error
+        errors = {
+            BATCH: max(difference(mine[0], theirs) for mine, theirs in zip(alone, mixed, strict=True)),
+            ROUNDING: max(difference(mine[0], twin) for mine, pair in zip(alone, twins, strict=True) for twin in pair),
+            SMALLEST: max(1e-5, 8 * torch.finfo(getattr(torch, self._dtype)).eps),
+        }
+        return Done(request_id=call.request_id, result=None, tokens={}, errors=errors)
+
+    def _outcome(self, call: Call, count: int) -> list[torch.Tensor]:
+        """The latents of so many prompts; decoded where the pipeline gives no latents."""
+        done = self.run(replace(call, previews=False), answers=False)
+        assert done.result is not None
+        rows = [torch.as_tensor(row).float() for row in (*done.result.images, *done.result.videos)]
+        rows = rows or [torch.as_tensor(row).float() for row in done.result.audios]
+        if len(rows) != count:
+            raise ValueError(f"{len(rows)} results for {count} prompts")
+        return rows
+
+    def _seed(self, call: Call) -> int | tuple[int, ...] | None:
+        """As run_call() takes it."""
+        if not self._takes_generator:
+            return None
+        return call.seeds[0] if len(call.seeds) == 1 else call.seeds
 
     def _parallelized(self, mesh: ParallelMesh) -> ParallelHandle:
         return parallelize(

@@ -13,8 +13,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from omni_sp.engine.devices import group_backend, rank_devices, threads_per_rank
-from omni_sp.engine.launch import Launcher, RankProcess
+from omni_sp.engine.devices import group_backend
+from omni_sp.engine.launch import LOOPBACK, Launcher, RankProcess
 from omni_sp.engine.messages import EngineOptions, Gone, RankSettings, Stop
 
 _POLL_S = 0.5
@@ -26,26 +26,26 @@ class Team:
     """All ranks of one engine. After the constructor they are loading; ``end()`` leaves no process."""
 
     def __init__(self, options: EngineOptions, launcher: Launcher) -> None:
-        config = options.config
-        devices = rank_devices(options.device, config)
-        self.size = config.world_size
+        seats = launcher.seats(options.config, options.device)
+        self.size = len(seats)
         self._owner = os.getpid()
         self._ranks: list[RankProcess] = []
         self._gone: set[int] = set()
         self._sending = threading.Lock()
-        self._store, port = _loopback_store()
+        self._store, port = _store(launcher.meeting_host)
+        backend = group_backend([(seat.machine, seat.device) for seat in seats])
         try:
-            for rank, device in enumerate(devices):
+            for rank, seat in enumerate(seats):
                 process = launcher.start(rank)
                 self._ranks.append(process)
                 settings = RankSettings(
                     rank=rank,
                     options=options,
-                    device=device,
-                    backend=group_backend(devices),
-                    store_port=port,
-                    num_threads=threads_per_rank(self.size),
-                    front_pid=launcher.front_pid(),
+                    device=seat.device,
+                    backend=backend,
+                    store=(launcher.meeting_host, port),
+                    num_threads=seat.num_threads,
+                    guardian=seat.guardian,
                 )
                 _send(process.connection, pickle.dumps(settings))
         except BaseException:
@@ -103,17 +103,17 @@ class Team:
         return rank, Gone(exitcode=self._ranks[rank].wait(1.0))
 
 
-def _loopback_store() -> tuple[Any, int]:
-    """A store for the ranks to meet at, on a free port that only this machine can reach."""
+def _store(host: str) -> tuple[Any, int]:
+    """A store for the ranks to meet at, on a free port. On the loopback, only this machine can reach it."""
     import torch.distributed as dist
 
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((LOOPBACK if host == LOOPBACK else "", 0))
         listener.listen(128)
         port = int(listener.getsockname()[1])
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1",
+            host,
             port,
             is_master=True,
             wait_for_workers=False,

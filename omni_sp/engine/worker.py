@@ -17,7 +17,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from omni_sp.engine.messages import Abort, Call, Failed, Loaded, RankSettings, Stop
+from omni_sp.engine.launch import LOOPBACK
+from omni_sp.engine.messages import Abort, Call, Failed, Loaded, Loading, RankSettings, Stop
 from omni_sp.errors import InvalidInputError, RequestAbortedError, SamplingParamsError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def rank_main(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front: it ends the ranks
     settings = pickle.loads(connection.recv_bytes())
     assert isinstance(settings, RankSettings)
-    die_with(settings.front_pid)
+    die_with(settings.guardian)
     inbox: Inbox = queue.SimpleQueue()
     aborted: Aborted = set()
     threading.Thread(target=_listen, args=(connection, inbox, aborted), daemon=True).start()
@@ -71,7 +72,7 @@ def failure(error: BaseException) -> Failed:
 
 def _live(settings: RankSettings, inbox: Inbox, aborted: Aborted, tell: Tell) -> None:
     """Load, join, and answer calls until Stop."""
-    runner = _load(settings)
+    runner = _load(settings, tell)
     tell(Loaded())
     if isinstance(inbox.get(), Stop):
         return
@@ -84,7 +85,7 @@ def _live(settings: RankSettings, inbox: Inbox, aborted: Aborted, tell: Tell) ->
             if isinstance(message, Exception):
                 raise message
             assert isinstance(message, Call)
-            if message.is_check:
+            if message.check:
                 answer = runner.check(message)
             else:
                 name = message.request_id
@@ -102,8 +103,8 @@ def _live(settings: RankSettings, inbox: Inbox, aborted: Aborted, tell: Tell) ->
         tell(answer)
 
 
-def _load(settings: RankSettings) -> Runner:
-    """Import torch and diffusers and load the pipeline, quietly: rank 0 speaks for all."""
+def _load(settings: RankSettings, tell: Tell) -> Runner:
+    """Import torch and diffusers and load the pipeline, quietly: rank 0 speaks for all. Only rank 0 decodes."""
     if settings.rank > 0:
         warnings.simplefilter("ignore")
     import torch
@@ -113,7 +114,12 @@ def _load(settings: RankSettings) -> Runner:
 
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    runner = Runner(settings.options, settings.device)
+    runner = Runner(
+        settings.options,
+        settings.device,
+        decodes=settings.rank == 0,
+        on_part=lambda part, done, total: tell(Loading(part=part, done=done, total=total)),
+    )
     if settings.rank > 0:
         silence_libraries()
     return runner
@@ -125,11 +131,13 @@ def _join(settings: RankSettings) -> Any:
 
     from omni_sp.mesh import ParallelMesh
 
-    # Ranks of one machine meet on its loopback, whatever its name resolves to.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    host, port = settings.store
+    if host == LOOPBACK:
+        # Ranks of one machine meet on its loopback, whatever its name resolves to.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     timeout = timedelta(seconds=settings.options.rank_timeout_s)
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", settings.store_port, is_master=False, timeout=timeout
+        host, port, is_master=False, timeout=timeout
     )
     dist.init_process_group(
         settings.backend,
@@ -158,14 +166,14 @@ def _listen(connection: Connection, inbox: Inbox, aborted: Aborted) -> None:
             inbox.put(SamplingParamsError(f"an argument cannot be read in the rank processes: {error}"))
 
 
-def die_with(front_pid: int) -> None:
-    """Ask Linux to kill this process when the front dies, also while something holds the interpreter."""
-    if not front_pid or sys.platform != "linux":
+def die_with(guardian: int) -> None:
+    """Ask Linux to kill this process when its parent dies, also while something holds the interpreter."""
+    if not guardian or sys.platform != "linux":
         return
     import ctypes
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != front_pid:
+    if os.getppid() != guardian:
         os._exit(1)
 
 

@@ -138,9 +138,16 @@ def frames_per_second(facts: PipelineFacts, arguments: Mapping[str, Any], fps: f
 
 
 def run_call(
-    pipe: Any, arguments: Mapping[str, Any], *, seed: int | None, device: Any, on_step: OnStep | None = None
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    *,
+    seed: int | tuple[int, ...] | None,
+    device: Any,
+    on_step: OnStep | None = None,
 ) -> CallResult:
-    """Call the pipeline, timed, with a CPU generator of this seed (None where the pipeline takes no generator).
+    """Call the pipeline, timed, with a CPU generator of this seed, or one for each prompt.
+
+    ``seed`` is None where the pipeline takes no generator.
 
     Raises:
         SamplingParamsError: the pipeline itself refused its arguments, before denoising began.
@@ -152,7 +159,9 @@ def run_call(
     from omni_sp.pipelines.timing import StageClock
 
     call = dict(arguments)
-    if seed is not None:
+    if isinstance(seed, tuple):
+        call["generator"] = [torch.Generator("cpu").manual_seed(one) for one in seed]
+    elif seed is not None:
         call["generator"] = torch.Generator("cpu").manual_seed(seed)
     began = time.perf_counter()
     with StageClock(pipe, torch.device(device), on_step) as clock:

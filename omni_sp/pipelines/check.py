@@ -19,7 +19,7 @@ def stage_errors(
     pipe: Any,
     arguments: Mapping[str, Any],
     *,
-    seed: int | None,
+    seed: int | tuple[int, ...] | None,
     device: torch.device,
     alone: Callable[[], None],
     spread: Callable[[], None],
@@ -41,13 +41,15 @@ def stage_errors(
     found = _recorded(pipe, arguments, seed, device)
     return {
         stage: max(
-            (_difference(mine, theirs) for mine, theirs in zip(found.get(stage, []), wanted, strict=True)), default=0.0
+            (difference(mine, theirs) for mine, theirs in zip(found.get(stage, []), wanted, strict=True)), default=0.0
         )
         for stage, wanted in reference.items()
     }
 
 
-def _recorded(pipe: Any, arguments: Mapping[str, Any], seed: int | None, device: torch.device) -> Record:
+def _recorded(
+    pipe: Any, arguments: Mapping[str, Any], seed: int | tuple[int, ...] | None, device: torch.device
+) -> Record:
     record: Record = {}
     with ExitStack() as stack:
         stack.enter_context(_text_recorded(pipe, record))
@@ -99,7 +101,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
-def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, relative to the largest number that is wanted; infinite for another shape, or nan."""
     if found.shape != wanted.shape:
         return float("inf")
     if wanted.numel() == 0:

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,9 @@ _WAY_OUT = (
     f"give a hub id such as Qwen/Qwen-Image, a folder that a diffusers pipeline was saved to, or {SHAPES_MODEL} "
     "(the embedded demo model)"
 )
+
+OnPart = Callable[[str, int, int], None]
+"""Told the name of a part of a pipeline, how many were read before it, and how many there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +67,24 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
     return ModelSource(name=name, location=name)
 
 
-def load_pipeline(source: ModelSource, *, dtype: str | None = None, device: str = "cpu") -> Any:
+def load_pipeline(
+    source: ModelSource,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    decodes: bool = True,
+    on_part: OnPart = lambda part, done, total: None,
+) -> Any:
     """Load a pipeline with diffusers' own loader and move it to a device.
 
     Args:
         source: what resolve_model() found.
         dtype: "float32", "bfloat16" or "float16"; None is bfloat16 on CUDA and float32 on the CPU.
         device: "cpu", "cuda:0", …
+        decodes: False where nobody looks at what this process decodes: the weights of its VAE are then read only if
+            something needs them after all (see deferred).
+        on_part: told of every part before it is read, and how many of how many were read before; and first, with "",
+            once all classes are imported.
 
     Returns:
         The diffusers pipeline, of whatever class the model names.
@@ -81,10 +95,21 @@ def load_pipeline(source: ModelSource, *, dtype: str | None = None, device: str 
     import torch
     from diffusers import DiffusionPipeline
 
-    name = dtype or default_dtype(device)
+    kind = getattr(torch, dtype or default_dtype(device))
     with quiet_libraries():
         try:
-            pipe = DiffusionPipeline.from_pretrained(source.location, dtype=getattr(torch, name))
+            pipeline_class, classes = _classes(source.location)
+            on_part("", 0, len(classes))
+            given: dict[str, Any] = {}
+            if not decodes:
+                from omni_sp.pipelines.deferred import deferrable, deferred
+
+                given = {
+                    name: deferred(classes[name], source.location, name, dtype=kind, device=torch.device(device))
+                    for name in deferrable(pipeline_class, classes)
+                }
+            with _parts_told(on_part):
+                pipe = DiffusionPipeline.from_pretrained(source.location, dtype=kind, **given)
         except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ModelNotFoundError(f"{source.name} cannot be loaded ({type(error).__name__}): {reason}") from error
@@ -123,6 +148,54 @@ def _library_logs() -> tuple[Any, ...]:
     from transformers.utils import logging as transformers_logging
 
     return diffusers_logging, transformers_logging
+
+
+def _classes(location: str) -> tuple[Any, dict[str, Any]]:
+    """The pipeline's class and those of its parts, imported; None where a class is not a library's own."""
+    import importlib
+
+    import diffusers
+
+    index = diffusers.DiffusionPipeline.load_config(location)
+    pipeline_class = getattr(diffusers, str(index["_class_name"]), None)
+    classes: dict[str, Any] = {}
+    for name, entry in index.items():
+        if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[0] is not None:
+            library, class_name = entry
+            known = getattr(diffusers.pipelines, library, None)
+            if known is None and library in ("diffusers", "transformers"):
+                known = importlib.import_module(library)
+            classes[name] = getattr(known, class_name, None)
+    return pipeline_class, classes
+
+
+@contextmanager
+def _parts_told(on_part: OnPart) -> Iterator[None]:
+    """Tell what diffusers' loader is reading: it draws a bar over the parts, which is listened to until the block ends.
+
+    A loader that draws none is silent, and loads all the same.
+    """
+    from diffusers.utils import logging
+
+    original = logging.tqdm
+
+    def listened(*args: Any, **kwargs: Any) -> Any:
+        parts = args[0] if args else None
+        if not str(kwargs.get("desc")).startswith("Loading pipeline") or not isinstance(parts, Sized):
+            return original(*args, **kwargs)
+        return _told(parts, on_part)
+
+    logging.tqdm = listened
+    try:
+        yield
+    finally:
+        logging.tqdm = original
+
+
+def _told(parts: Any, on_part: OnPart) -> Iterator[Any]:
+    for done, entry in enumerate(parts):
+        on_part(str(entry[0]), done, len(parts))
+        yield entry
 
 
 def _local_source(name: str, folder: Path) -> ModelSource:

@@ -42,20 +42,20 @@ class Previews:
     ) -> None:
         vars(self._scheduler or self).pop("step", None)
 
-    def picture(self) -> Image.Image | None:
-        """The first picture (or a video's first frame) as it is now; None where it cannot be told from the latent."""
+    def pictures(self, count: int = 1) -> tuple[Image.Image, ...]:
+        """The first pictures (or videos' first frames) as they are now; none where the latent does not tell."""
         try:
             with torch.no_grad():
-                latent = self._cells()
-                return None if latent is None else _decoded(self._pipe.vae, latent)
+                latent = self._cells(count)
+                return () if latent is None else _decoded(self._pipe.vae, latent)
         except (AttributeError, RuntimeError, TypeError, ValueError):
-            return None  # a latent that is made otherwise than most: no picture is better than no result
+            return ()  # a latent that is made otherwise than most: no picture is better than no result
 
-    def _cells(self) -> torch.Tensor | None:
-        """(1, channels, [1,] rows, columns), small."""
+    def _cells(self, count: int) -> torch.Tensor | None:
+        """(count, channels, [1,] rows, columns), small."""
         if self._latent is None:
             return None
-        latent = self._latent[:1]
+        latent = self._latent[:count]
         if latent.ndim == 3:
             latent = self._pipe._unpack_latents(latent, self._height, self._width, self._pipe.vae_scale_factor)
         latent = latent[:, :, :1] if latent.ndim == 5 else latent
@@ -67,7 +67,7 @@ class Previews:
         return latent
 
 
-def _decoded(vae: Any, latent: torch.Tensor) -> Image.Image:
+def _decoded(vae: Any, latent: torch.Tensor) -> tuple[Image.Image, ...]:
     config = vae.config
     if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
         shape = (1, -1) + (1,) * (latent.ndim - 2)
@@ -79,6 +79,6 @@ def _decoded(vae: Any, latent: torch.Tensor) -> Image.Image:
     else:
         latent = latent / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
     pixels = vae.decode(latent.to(vae.dtype), return_dict=False)[0]
-    frame = pixels[0, :, 0] if pixels.ndim == 5 else pixels[0]
-    levels = ((frame[:3].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+    frames = pixels[:, :3, 0] if pixels.ndim == 5 else pixels[:, :3]
+    levels = ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return tuple(Image.fromarray(level) for level in levels.permute(0, 2, 3, 1).cpu().numpy())

@@ -16,11 +16,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, one_of
 from omni_sp.engine.messages import Abort, Call, Done, Failed, Join, Loaded, Progress, RankSettings, Ready, Stop
 from omni_sp.engine.worker import die_with
 from omni_sp.pipelines.call import CallResult, PipelineFacts
 
 FOREVER_S = 600.0
+BATCHES_ARE_EXACT = {BATCH: 0.0, ROUNDING: 0.0, SMALLEST: 1e-5}
 
 
 def obeys(front: Connection) -> None:
@@ -83,10 +85,15 @@ def falls_silent(front: Connection) -> None:
 def draws_in_steps(front: Connection) -> None:
     """Makes ``steps`` steps, hears aborts between them, and does what ``do`` says after the first one.
 
-    "die", "raise" and "hang" happen on rank 1; with ``once``, a file's name, only where that file is not there yet.
+    "die", "raise" and "hang", also as prompts, happen on rank 1; with ``once``, a file's name, only where that file is
+    not there yet.
     """
     rank = _start(front)
     for call in _calls(front):
+        if call.check == "batch":
+            answer = Done(request_id=call.request_id, result=None, tokens={}, errors=BATCHES_ARE_EXACT)
+            _tell(front, answer)
+            continue
         steps = call.arguments.get("steps", 2)
         for done in range(steps):
             if rank == 0:
@@ -98,7 +105,8 @@ def draws_in_steps(front: Connection) -> None:
                 _tell(front, _failed("RequestAbortedError", "aborted", is_shared=True))
                 break
         else:
-            result = CallResult(images=[dict(call.arguments)], videos=[], timings={}) if rank == 0 else None
+            pictures = [dict(one_of(call, index).arguments) for index in range(len(call.seeds))]
+            result = CallResult(images=pictures, videos=[], timings={}) if rank == 0 else None
             _tell(front, Done(request_id=call.request_id, result=result, tokens={}))
 
 
@@ -111,7 +119,9 @@ def starts_once(front: Connection) -> None:
 
 
 def _mishap(front: Connection, rank: int, arguments: Mapping[str, Any]) -> None:
-    what, once = arguments.get("do"), arguments.get("once")
+    prompts = arguments["prompt"] if isinstance(arguments["prompt"], list) else [arguments["prompt"]]
+    asked = next((prompt for prompt in prompts if prompt in ("die", "raise", "hang")), None)
+    what, once = arguments.get("do", asked), arguments.get("once")
     if what is None or (once is not None and Path(once).exists()):
         return
     if rank == 1:
@@ -149,10 +159,10 @@ def dies_loading(front: Connection) -> None:
 def _start(front: Connection) -> int:
     settings = _receive(front)
     assert isinstance(settings, RankSettings)
-    die_with(settings.front_pid)
+    die_with(settings.guardian)
     _tell(front, Loaded())
     assert isinstance(_receive(front), Join)
-    facts = PipelineFacts(name="ScriptedPipeline", parameters={"prompt": None}, takes_anything=True)
+    facts = PipelineFacts(name="ScriptedPipeline", parameters={"prompt": None, "generator": None}, takes_anything=True)
     rank = settings.rank
     _tell(front, Ready(rank=rank, ranks=2, layout="scripted", facts=facts, device="cpu", dtype="float32", load_s=0.0))
     return rank

@@ -31,7 +31,7 @@ def joined(mesh: ParallelMesh) -> InPlaceEngine:
 def run_case(mesh: ParallelMesh, odd_rank: int, name: str) -> str:
     """What happens when one rank's seed is not the others'."""
     engine = joined(mesh)
-    call = Call(request_id="request-0", arguments={name: 1}, seed=int(mesh.rank == odd_rank))
+    call = Call(request_id="request-0", arguments={name: 1}, seeds=(int(mesh.rank == odd_rank),))
     try:
         engine.run(call, None)
     except (ShardingError, SamplingParamsError) as error:

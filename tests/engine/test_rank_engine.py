@@ -52,7 +52,7 @@ def start(script: str, *, silence_s: float = 60.0) -> RankEngine:
 
 
 def call(**arguments: object) -> Call:
-    return Call(request_id="request-0", arguments=arguments, seed=0)
+    return Call(request_id="request-0", arguments=arguments, seeds=(0,))
 
 
 def test_answers_calls_and_reports_steps() -> None:
@@ -182,11 +182,11 @@ def test_close_from_another_thread_ends_a_call() -> None:
 def test_ranks_watch_the_process_only_from_its_main_thread() -> None:
     launcher = SpawnLauncher()
     seen: list[int] = []
-    thread = threading.Thread(target=lambda: seen.append(launcher.front_pid()))
+    thread = threading.Thread(target=lambda: seen.append(launcher.guardian()))
     thread.start()
     thread.join()
     assert seen == [0]
-    assert launcher.front_pid() > 0
+    assert launcher.guardian() > 0
 
 
 def test_a_front_that_ends_without_a_word_leaves_no_rank(tmp_path: Path) -> None:

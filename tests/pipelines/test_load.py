@@ -15,8 +15,10 @@ import torch
 from huggingface_hub import errors
 
 from omni_sp import ModelNotFoundError
+from omni_sp.pipelines.deferred import is_unread
 from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.shapes import SHAPES_MODEL, shapes_folder
+from tests.pipelines.folders import save_kontext, save_wan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,3 +137,89 @@ def test_damaged_pipelines_are_refused_in_one_line(tmp_path: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "NoSuchPipeline"}))
     with pytest.raises(ModelNotFoundError, match="NoSuchPipeline"):
         load_pipeline(resolve_model(folder))
+
+
+def test_every_part_is_told_before_it_is_read() -> None:
+    from diffusers.utils import logging as diffusers_logging
+
+    bars = diffusers_logging.tqdm
+    told: list[tuple[str, int, int]] = []
+    load_pipeline(resolve_model(SHAPES_MODEL), on_part=lambda *news: told.append(news))
+    assert told[0] == ("", 0, 5)
+    assert [done for _, done, _ in told[1:]] == [0, 1, 2, 3, 4]
+    assert {part for part, _, _ in told[1:]} == {"vae", "text_encoder", "transformer", "tokenizer", "scheduler"}
+    assert {total for _, _, total in told} == {5}
+    assert diffusers_logging.tqdm is bars
+
+
+def held(pipe: Any) -> int:
+    """Bytes of the pipeline's parameters in memory."""
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return sum(one.nbytes for module in modules for one in module.parameters() if not one.is_meta)
+
+
+def test_a_process_that_does_not_decode_holds_no_vae(tmp_path: Path) -> None:
+    save_wan(tmp_path)
+    source = resolve_model(tmp_path)
+    pipe, whole = load_pipeline(source, decodes=False), load_pipeline(source)
+    assert is_unread(pipe.vae)
+    assert held(pipe) == held(whole) - sum(one.nbytes for one in whole.vae.parameters())
+    for name in ("dtype", "device", "training"):
+        assert getattr(pipe.vae, name) == getattr(whole.vae, name)
+    assert dict(pipe.vae.config) == {name: one for name, one in whole.vae.config.items() if name != "_name_or_path"}
+    assert type(pipe.vae).__name__ == type(whole.vae).__name__
+    assert isinstance(pipe.vae, type(whole.vae))
+    assert (pipe.device, pipe.vae_scale_factor_spatial) == (whole.device, whole.vae_scale_factor_spatial)
+    call = {"prompt": "a cat walks", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+
+    def draw(pipe: Any, output_type: str) -> torch.Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(5)
+        return torch.as_tensor(pipe(**call, generator=generator, output_type=output_type).frames)
+
+    assert torch.equal(draw(pipe, "latent"), draw(whole, "latent"))
+    assert is_unread(pipe.vae)
+    # What was to be left unread is read where it is needed after all.
+    assert torch.equal(draw(pipe, "pt"), draw(whole, "pt"))
+    assert type(pipe.vae) is type(whole.vae)
+    assert held(pipe) == held(whole)
+
+
+def test_a_late_read_draws_no_random_numbers_and_keeps_what_was_set() -> None:
+    vae = load_pipeline(resolve_model(SHAPES_MODEL), decodes=False, dtype="bfloat16").vae
+    vae.enable_tiling()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert {parameter.dtype for parameter in vae.decoder.parameters()} == {torch.bfloat16}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert vae.use_tiling
+    assert not vae.training
+
+
+def test_going_elsewhere_reads_the_weights_first() -> None:
+    vae = load_pipeline(resolve_model(SHAPES_MODEL), decodes=False).vae
+    assert is_unread(vae.to("cpu"))
+    moved = vae.to(torch.bfloat16)
+    assert moved is vae
+    assert {(parameter.dtype, parameter.device.type) for parameter in vae.parameters()} == {(torch.bfloat16, "cpu")}
+
+
+def test_pipelines_that_encode_pictures_read_everything_at_once(tmp_path: Path) -> None:
+    save_kontext(tmp_path)
+    pipe = load_pipeline(resolve_model(tmp_path), decodes=False)
+    assert not is_unread(pipe.vae)
+    assert not any(parameter.is_meta for parameter in pipe.vae.parameters())
+
+
+def test_weights_that_are_gone_when_they_are_needed_are_an_error_that_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(shapes_folder(), folder)
+    pipe = load_pipeline(resolve_model(folder), decodes=False)
+    for weights in (folder / "vae").glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(
+        ModelNotFoundError, match=r"the weights of vae .*left unread until now, cannot be read"
+    ) as caught:
+        pipe.vae.decode(torch.zeros(1, 8, 1, 4, 4))
+    assert "\n" not in str(caught.value)
+    assert is_unread(pipe.vae)

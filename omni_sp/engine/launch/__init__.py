@@ -1,12 +1,34 @@
-"""How rank processes come to be: started here (spawn), or already there (torchrun).
+"""How rank processes come to be: started on this machine (spawn), or by the processes that torchrun started (carried).
 
 A launcher of another kind needs no more than ``Launcher`` and ``RankProcess``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
+
+from omni_sp.config import DiffusionParallelConfig
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where a rank runs.
+
+    Attributes:
+        machine: its name. device: the rank's own, such as "cuda:1".
+        num_threads: for the CPU's kernels; 0 leaves torch's choice.
+        guardian: the process there whose death must end the rank; 0 where the rank cannot watch it.
+    """
+
+    machine: str
+    device: str
+    num_threads: int
+    guardian: int
 
 
 class RankProcess(Protocol):
@@ -32,11 +54,22 @@ class RankProcess(Protocol):
 class Launcher(Protocol):
     """Starts rank processes; each runs ``omni_sp.engine.worker.rank_main`` on its end of a pipe."""
 
+    @property
+    def meeting_host(self) -> str:
+        """The address of the front's machine at which all ranks reach it; LOOPBACK where all are on that machine."""
+
+    def seats(self, config: DiffusionParallelConfig, device: str | None) -> Sequence[Seat]:
+        """Where the ranks will run, in rank order; ``device`` as the user gave it.
+
+        Raises:
+            ConfigError: there are too few GPUs, or too few processes to carry them.
+        """
+
     def start(self, rank: int) -> RankProcess:
-        """Start one rank; it says nothing until it has had its RankSettings."""
+        """Start one rank; it says nothing until it has had its RankSettings. Also again, after it has ended."""
 
-    def front_pid(self) -> int:
-        """The process whose death must end the ranks; 0 where they cannot watch it."""
+    def close(self) -> None:
+        """No rank will be started again. Idempotent."""
 
 
-__all__ = ["Launcher", "RankProcess"]
+__all__ = ["LOOPBACK", "Launcher", "RankProcess", "Seat"]

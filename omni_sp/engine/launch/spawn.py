@@ -6,21 +6,24 @@ each of them, so a script needs no ``if __name__ == "__main__"`` guard, a notebo
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
+import platform
 import subprocess
 import sys
 import threading
 from multiprocessing.connection import Connection, Pipe
 
+from omni_sp.config import DiffusionParallelConfig
+from omni_sp.engine.devices import rank_devices, threads_per_rank
+from omni_sp.engine.launch import LOOPBACK, Seat
 from omni_sp.errors import ConfigError
 
 _BOOTSTRAP = """
-import importlib, pickle, sys
+import importlib, json, sys
 from multiprocessing.connection import Connection
-front = Connection(int(sys.argv[1]))
-sys.path[:], module, function = pickle.loads(front.recv_bytes())
-getattr(importlib.import_module(module), function)(front)
+sys.path[:], module, function = json.loads(sys.argv[2])
+getattr(importlib.import_module(module), function)(Connection(int(sys.argv[1])))
 """
 # Other ranks' ends are the front's business to report; torch's C++ warnings about them would flood the terminal.
 _EVERY_RANK = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -74,29 +77,58 @@ class SpawnLauncher:
         self._target = (module, function)
         self._thread_stays = thread_stays
 
+    @property
+    def meeting_host(self) -> str:
+        """The loopback."""
+        return LOOPBACK
+
+    def seats(self, config: DiffusionParallelConfig, device: str | None) -> list[Seat]:
+        """All on this machine.
+
+        Raises:
+            ConfigError: it has fewer GPUs than ranks, or no such GPU.
+        """
+        devices = rank_devices(device, config)
+        threads, guardian = threads_per_rank(len(devices)), self.guardian()
+        return [Seat(machine=platform.node(), device=own, num_threads=threads, guardian=guardian) for own in devices]
+
     def start(self, rank: int) -> SpawnedRank:
         """Start one rank.
 
         Raises:
             ConfigError: this system, or an embedded interpreter, cannot start them.
         """
+        here, there = Pipe()
+        process = self.start_on(there, rank)
+        there.close()
+        return SpawnedRank(process, here)
+
+    def start_on(self, connection: Connection, rank: int) -> subprocess.Popen[bytes]:
+        """Start one rank on its end of a pipe, which stays open here."""
         if os.name != "posix" or not sys.executable:
             raise ConfigError("rank processes need Linux or macOS, and a Python program to start: use degrees 1 × 1")
-        here, there = Pipe()
-        process = subprocess.Popen(
-            [sys.executable, "-c", _BOOTSTRAP, str(there.fileno()), f"omni_sp-rank-{rank}"],
+        path = [entry or os.getcwd() for entry in sys.path]
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                _BOOTSTRAP,
+                str(connection.fileno()),
+                json.dumps([path, *self._target]),
+                f"omni_sp-rank-{rank}",
+            ],
             stdin=subprocess.DEVNULL,
             stdout=_standard_error(),
-            pass_fds=(there.fileno(),),
+            pass_fds=(connection.fileno(),),
             env=_EVERY_RANK | (_ALL_BUT_RANK_0 if rank else {}) | os.environ,
             # A session of their own: Ctrl-C reaches the front alone, which then ends the ranks.
             start_new_session=True,
         )
-        there.close()
-        here.send_bytes(pickle.dumps(([entry or os.getcwd() for entry in sys.path], *self._target)))
-        return SpawnedRank(process, here)
 
-    def front_pid(self) -> int:
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def guardian(self) -> int:
         """The process that ranks watch, if they can.
 
         Linux watches the *thread* that started them: the main thread lives as long as the process, others may not.

@@ -49,7 +49,7 @@ def join(config: DiffusionParallelConfig, device: str | None, timeout_s: float) 
         if own.startswith("cuda"):
             torch.cuda.set_device(own)
         # With a GPU named outright all ranks may share it, and NCCL refuses that.
-        backend = "gloo" if device is not None and ":" in device else group_backend([own])
+        backend = "gloo" if device is not None and ":" in device else group_backend([("", own)])
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         atexit.register(_leave)
     return own

@@ -1,0 +1,139 @@
+"""A start as people see it: part after part, how far each is, and how long each took."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from omni_sp.errors import OmniSPError
+
+IMPORTS, WEIGHTS, JOINING, WARM_UP = "imports", "weights", "joining", "warm_up"
+CAPTIONS = {IMPORTS: "processes and imports", WEIGHTS: "weights", JOINING: "joining", WARM_UP: "warm-up"}
+"""The parts of a start, in their order, as people read them. A start without warm-up has no such part."""
+
+
+class StartNews(str):
+    """What a start is doing, in words for people.
+
+    Attributes:
+        part: one of CAPTIONS. done, total: how far that part is.
+    """
+
+    part: str
+    done: int
+    total: int
+
+    def __new__(cls, text: str, part: str, done: int, total: int) -> StartNews:
+        """A text that also says how far it is."""
+        news = super().__new__(cls, text)
+        news.part, news.done, news.total = part, done, total
+        return news
+
+
+OnNews = Callable[[str], None]
+
+
+class StartUp:
+    """The clock of one start, and its voice.
+
+    A part lasts until the slowest rank is through with it, so the parts follow each other and add up to the whole.
+
+    Args:
+        on_news: told whenever there is something new to say.
+
+    Attributes:
+        seconds: of every part that is over, by its name.
+    """
+
+    def __init__(self, on_news: OnNews) -> None:
+        self._on_news = on_news
+        self._since = time.perf_counter()
+        self._said = ""
+        self._part: str | None = IMPORTS
+        self.seconds: dict[str, float] = {}
+
+    def tell(self, part: str, text: str, done: int = 0, total: int = 1) -> None:
+        """Stand in this part, and say so; what has just been said is not said again."""
+        self._stand_in(part)
+        if text != self._said:
+            self._said = text
+            self._on_news(StartNews(text, part, done, total))
+
+    def hush(self) -> None:
+        """Say nothing from now on: another rank speaks."""
+        self._on_news = lambda news: None
+
+    def finish(self) -> None:
+        """Say that it is over, and how long each part took. The second time, do nothing."""
+        if self._part is not None:
+            self._stand_in(None)
+            self._on_news(f"ready in {in_words(self.seconds)}")
+
+    def _stand_in(self, part: str | None) -> None:
+        if part != self._part and self._part is not None:
+            now = time.perf_counter()
+            self.seconds[self._part] = self.seconds.get(self._part, 0.0) + now - self._since
+            self._since, self._part = now, part
+
+
+def reading(part: str, done: int, total: int) -> str:
+    """Such as "reading text_encoder, 2 of 5"."""
+    return f"reading {part}, {done + 1} of {total}" if part else f"reading the weights of {total} parts"
+
+
+def in_words(seconds: Mapping[str, float]) -> str:
+    """Such as "12.3 s: processes and imports 4.1, weights 5.0, joining 0.4, warm-up 2.8"."""
+    parts = ", ".join(f"{CAPTIONS[part]} {took:.1f}" for part, took in seconds.items())
+    return f"{sum(seconds.values()):.1f} s: {parts}"
+
+
+@contextmanager
+def naming_warm_up(name: str) -> Iterator[None]:
+    """Let an error of ours say which warm-up it is of."""
+    try:
+        yield
+    except OmniSPError as error:
+        error.args = (f"the warm-up {name} failed: {error}", *error.args[1:])
+        raise
+
+
+class StartOnScreen:
+    """Shows the news of starts on stderr: a bar where that is a terminal, else a line for each.
+
+    Args:
+        shown: False to show nothing at all.
+    """
+
+    def __init__(self, shown: bool = True) -> None:
+        self._shown = shown
+        self._bar: Any = None
+
+    def show(self, news: str) -> None:
+        """Show it. What is no part of a start takes the bar away, and is a line."""
+        if not self._shown:
+            return
+        if not isinstance(news, StartNews) or not is_terminal():
+            self.close()
+            print(f"omni-sp: {news}", file=sys.stderr, flush=True)
+            return
+        if self._bar is None:
+            form = "starting {percentage:3.0f}%|{bar:20}| {desc}"
+            self._bar = tqdm(total=len(CAPTIONS), bar_format=form, leave=False, file=sys.stderr)
+        self._bar.n = list(CAPTIONS).index(news.part) + news.done / max(news.total, 1)
+        self._bar.set_description_str(news)
+
+    def close(self) -> None:
+        """Take the bar away, whatever the start has come to."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def is_terminal() -> bool:
+    """True where stderr is read by a person."""
+    return sys.stderr is not None and sys.stderr.isatty()
