@@ -25,6 +25,8 @@ from omni_sp.server.settings import ServerSettings
 _ASKED = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
+# The page's scripts share one scope, so that no file of it needs an address of its own.
+_SCRIPTS = ("page.js", "works.js", "gallery.js", "mask.js")
 _RINGS = re.compile(r"ring of \[([\d |]+)\]")
 _INLINE = re.compile(r"<(style|script)>(.*?)</\1>", re.DOTALL)
 
@@ -34,8 +36,8 @@ def create_page_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     router = APIRouter()
 
     @router.get("/", include_in_schema=False, response_class=HTMLResponse)
-    async def page() -> Response:
-        text, policy = _page()
+    async def show() -> Response:
+        text, policy = page()
         return HTMLResponse(
             text,
             headers={
@@ -60,10 +62,10 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
         ``status`` (as AsyncOmni's), ``model``, counts (``queued``, ``running``, ``done``, ``failed``, ``aborted``,
         ``restarts``, ``steps``), ``steps_per_second`` (denoising steps, on average since the start; None before the
         first) and ``limits`` always. Once it is loaded also ``pipeline`` (a class; None until then), ``makes``
-        ("picture", "video", "sound"), ``makes_videos``, ``takes_image``, ``takes_many_images``, ``needs_image``,
-        ``parameters`` (name -> ``default``, and where they are known ``multiple``, ``minimum``, ``maximum``),
-        ``layout`` (for people), ``rings`` (ranks, row by row: a row is a Ulysses group), ``ranks``, ``device``,
-        ``dtype``, ``load_s``.
+        ("picture", "video", "sound"), ``makes_videos``, ``takes_image``, ``takes_many_images``, ``takes_mask``,
+        ``needs_image``, ``parameters`` (name -> ``default``, and where they are known ``multiple``, ``minimum``,
+        ``maximum``), ``layout`` (for people), ``rings`` (ranks, row by row: a row is a Ulysses group), ``ranks``,
+        ``device``, ``dtype``, ``load_s``.
     """
     stats = omni.stats
     told: dict[str, Any] = {
@@ -75,7 +77,14 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
             for name in ("queued", "running", "done", "failed", "aborted", "restarts", "steps")
         },
         "steps_per_second": _steps_per_second(stats),
-        "limits": {"pixels": settings.max_pixels, "steps": settings.max_steps, "frames": settings.max_frames},
+        "limits": {
+            "pixels": settings.max_pixels,
+            "steps": settings.max_steps,
+            "frames": settings.max_frames,
+            "n": settings.max_n,
+            "images": settings.max_images,
+            "body_bytes": settings.max_body_bytes,
+        },
         "pipeline": None,
     }
     try:
@@ -92,6 +101,7 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
         "takes_image": takes_image,
         # A video starts from one picture: its first frame.
         "takes_many_images": takes_image and not facts.takes_one_image and not facts.makes_videos,
+        "takes_mask": takes_image and facts.makes == "picture" and "mask_image" in facts.parameters,
         "needs_image": facts.needs_image,
         "parameters": _parameters(facts, settings),
         "layout": ready.layout,
@@ -120,6 +130,12 @@ def _parameters(facts: PipelineFacts, settings: ServerSettings) -> dict[str, dic
         if "num_frames" in found:
             found["num_frames"] |= {"multiple": facts.frames_multiple, "minimum": 1, "maximum": settings.max_frames}
         found["fps"] = {"default": facts.sampling_defaults.get("fps", frames_per_second(facts, {}, None)), "minimum": 0}
+    elif facts.makes == "picture":
+        # What POST /v1/images takes and POST /v1/videos does not.
+        if facts.taken_as("num_outputs_per_prompt") is not None:
+            found["n"] = {"default": 1, "multiple": 1, "minimum": 1, "maximum": settings.max_n}
+        if "strength" in facts.parameters:
+            found["strength"] = {"default": facts.parameters["strength"], "minimum": 0, "maximum": 1}
     if facts.taken_as("generator") is not None:
         found["seed"] = {"default": None, "multiple": 1, "minimum": 0, "maximum": MAX_SEED}
     return found
@@ -138,9 +154,12 @@ def _steps_per_second(stats: EngineStats) -> float | None:
 
 
 @cache
-def _page() -> tuple[str, str]:
-    """The page, and the policy under which it runs: no script or style but its own, no address but this server's."""
-    text = files("omni_sp.server").joinpath("page.html").read_text("utf-8")
+def page() -> tuple[str, str]:
+    """The page in one piece, and the policy under which it runs: no script or style but its own, no other address."""
+    folder = files("omni_sp.server").joinpath("web")
+    text, style, *scripts = (folder.joinpath(name).read_text("utf-8") for name in ("page.html", "page.css", *_SCRIPTS))
+    text = text.replace("<style></style>", f"<style>\n{style}</style>", 1)
+    text = text.replace("<script></script>", f"<script>\n{''.join(scripts)}</script>", 1)
     return text, content_security_policy(text)
 
 

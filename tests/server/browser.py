@@ -92,9 +92,16 @@ class Browser:
         self._log.close()
 
     def page(
-        self, url: str, *, width: int = 1280, height: int = 900, is_phone: bool = False, is_dark: bool = False
+        self,
+        url: str,
+        *,
+        width: int = 1280,
+        height: int = 900,
+        is_phone: bool = False,
+        is_dark: bool = False,
+        is_still: bool = False,
     ) -> Page:
-        """A new window with storage of its own, at this address; sizes in CSS pixels."""
+        """A new window with storage of its own, at this address; sizes in CSS pixels. ``is_still``: nothing moves."""
         context = self.send("Target.createBrowserContext")["browserContextId"]
         target = self.send("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -102,7 +109,7 @@ class Browser:
         self._listeners[session] = page.hear
         for domain in ("Page", "Runtime", "Log", "DOM", "Network"):
             page.send(f"{domain}.enable")
-        page.look(width=width, height=height, is_phone=is_phone, is_dark=is_dark)
+        page.look(width=width, height=height, is_phone=is_phone, is_dark=is_dark, is_still=is_still)
         page.go(url)
         return page
 
@@ -172,14 +179,19 @@ class Page:
         """A command for this window."""
         return self._browser.send(method, self._session, **params)
 
-    def look(self, *, width: int, height: int, is_phone: bool = False, is_dark: bool = False) -> None:
+    def look(
+        self, *, width: int, height: int, is_phone: bool = False, is_dark: bool = False, is_still: bool = False
+    ) -> None:
         """Set the window's size in CSS pixels, and what the user prefers."""
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, mobile=is_phone,
             deviceScaleFactor=2 if is_phone else 1,
         )  # fmt: skip
         self.send("Emulation.setTouchEmulationEnabled", enabled=is_phone)
-        features = [{"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}]
+        features = [
+            {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"},
+            {"name": "prefers-reduced-motion", "value": "reduce" if is_still else "no-preference"},
+        ]
         self.send("Emulation.setEmulatedMedia", features=features)
 
     def go(self, url: str) -> None:
@@ -215,10 +227,12 @@ class Page:
             time.sleep(0.05)
 
     def click(self, selector: str) -> None:
-        """Scroll to an element and press the mouse in its middle; something else must not lie over it."""
+        """Scroll to an element until it stays, and press the mouse in its middle; nothing else may lie over it."""
         place = self.tell(
-            f"""(() => {{ const it = document.querySelector({json.dumps(selector)});
-            it.scrollIntoView({{block: "center", behavior: "instant"}}); const box = it.getBoundingClientRect();
+            f"""(async () => {{ const it = document.querySelector({json.dumps(selector)});
+            it.scrollIntoView({{block: "center", behavior: "instant"}}); let box = it.getBoundingClientRect();
+            for (let last = null, looks = 0; last !== box.y && looks < 50; looks++) {{
+              last = box.y; await new Promise((resume) => setTimeout(resume, 20)); box = it.getBoundingClientRect(); }}
             const x = box.x + box.width / 2, y = box.y + box.height / 2, top = document.elementFromPoint(x, y);
             return {{x, y, free: box.width > 0 && it.contains(top)}}; }})()"""
         )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 import urllib.request
 from collections.abc import Iterator
-from importlib.resources import files
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
-from PIL import Image
 
 from omni_sp.async_omni import EngineStats
 from omni_sp.errors import OmniSPError, RankFailedError, SamplingParamsError
-from omni_sp.server.page import content_security_policy, server_info
+from omni_sp.server.page import page as the_page
+from omni_sp.server.page import server_info
 from omni_sp.server.settings import ServerSettings
 from tests.server.browser import Browser
-from tests.server.fakes import EDITS, VIDEOS, FakeOmni, held
-from tests.server.pages import CARDS, FOCUS, READY, STEP, fetch, opened, served, started, text_of
+from tests.server.fakes import EDITS, INPAINTS, PICTURES, VIDEOS, FakeOmni, held
+from tests.server.pages import CARDS, FOCUS, READY, STEP, Relay, ended, fetch, opened, served, started, text_of
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +43,21 @@ def test_info_before_and_after_the_start() -> None:
     assert told["parameters"]["num_inference_steps"]["maximum"] == 50
     assert "num_frames" not in told["parameters"]
     assert "true_cfg_scale" not in told["parameters"]
+    assert told["parameters"]["n"] == {"default": 1, "multiple": 1, "minimum": 1, "maximum": 10}
+    assert "strength" not in told["parameters"]
+    assert not told["takes_mask"]
+    assert told["limits"]["images"] == 16
     assert told["steps_per_second"] is None
+
+
+def test_info_of_a_model_that_fills_in() -> None:
+    facts = replace(INPAINTS, parameters={**INPAINTS.parameters, "strength": 0.6})
+    with served(FakeOmni(facts=facts)) as url:
+        told = fetch(url + "/v1/info")
+    assert told["takes_mask"]
+    assert told["needs_image"]
+    assert not told["takes_many_images"]
+    assert told["parameters"]["strength"] == {"default": 0.6, "minimum": 0, "maximum": 1}
 
 
 def test_info_of_a_video_model() -> None:
@@ -57,6 +68,7 @@ def test_info_of_a_video_model() -> None:
     assert not told["takes_many_images"]
     assert told["parameters"]["num_frames"]["multiple"] == 4
     assert told["parameters"]["fps"]["default"] > 0
+    assert "n" not in told["parameters"]
 
 
 def test_info_tells_how_fast_steps_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +78,7 @@ def test_info_tells_how_fast_steps_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_policy_lets_nothing_in_from_outside() -> None:
-    text = files("omni_sp.server").joinpath("page.html").read_text("utf-8")
-    policy = content_security_policy(text)
+    text, policy = the_page()
     assert policy.startswith("default-src 'none'")
     assert "unsafe" not in policy
     assert "*" not in policy
@@ -137,6 +148,78 @@ def test_a_seed_that_nobody_gave_is_drawn_here_and_told(browser: Browser) -> Non
         page.close()
 
 
+def test_draws_several_pictures_at_once(browser: Browser) -> None:
+    omni = held()
+    with served(omni, max_n=4) as url:
+        page = opened(browser, url)
+        page.type_in("#prompt", "four stars")
+        assert page.tell("document.querySelector('#n').title") == "at least 1, at most 4"
+        page.type_in("#n", "5")
+        page.click("#draw")
+        assert page.tell("document.querySelector('#n').validity.rangeOverflow")
+        page.type_in("#n", "4")
+        page.type_in("#seed", "7")
+        page.click("#draw")
+        page.wait_for(f"{STEP}.startsWith('Step 1 of 4')")
+        # The server shows the first of them.
+        page.wait_for("document.querySelector('#canvas img.rough:first-child')?.naturalWidth > 0")
+        assert page.tell("document.querySelectorAll('#canvas .blank').length") == 3
+        omni.go_on.set()
+        page.wait_for(f"{CARDS} === 4")
+        assert omni.requests[0].params.num_outputs_per_prompt == 4
+        assert page.wait_for("document.querySelector('#caption').textContent").endswith("seed 7 · 4 pictures")
+        page.click("#canvas button:nth-child(2)")
+        assert "picture2 of 4" in text_of(page, "#facts")
+        assert page.tell("document.querySelector('#download').download") == "four-stars-7-2.png"
+        page.go(url + "/")
+        page.wait_for(f"{CARDS} === 4")
+        page.click("#items button")
+        assert "picture1 of 4" in text_of(page, "#facts")  # in the order in which they came
+        assert page.complaints == []
+        page.close()
+
+
+def test_shows_only_the_fields_that_the_pipeline_takes(browser: Browser) -> None:
+    shown = """[...document.querySelectorAll("#form .field")].filter((it) => it.checkVisibility())
+      .map((it) => it.querySelector("textarea, input, button").id).join()"""
+    common = {"prompt": None, "num_inference_steps": 4, "num_images_per_prompt": 1}
+    few = replace(PICTURES, parameters=common)
+    both = replace(PICTURES, parameters={**common, "true_cfg_scale": 4.0, "guidance_scale": 1.0})
+    for facts, names in (
+        (few, "prompt,n,num_inference_steps"),
+        (replace(both, ignores_guidance_scale=True), "prompt,n,num_inference_steps,true_cfg_scale"),
+        (both, "prompt,n,num_inference_steps,true_cfg_scale,guidance_scale"),
+    ):
+        with served(FakeOmni(facts=facts)) as url:
+            page = opened(browser, url)
+            assert page.tell(shown) == names
+            page.close()
+    with served(FakeOmni(facts=few)) as url, served(FakeOmni(facts=EDITS)) as another, Relay(url) as relay:
+        page = opened(browser, relay.url)
+        relay.cut()
+        relay.target = another  # the server began anew, with another model
+        page.tell("refresh()")
+        page.wait_for(f"({shown}).includes('image')")
+        page.close()
+
+
+def test_little_is_said_aloud(browser: Browser) -> None:
+    with served(FakeOmni(steps=40)) as url:
+        page = opened(browser, url)
+        page.tell("""(() => { window.said = [];
+          const note = () => said.push(document.querySelector("#say").textContent);
+          new MutationObserver(note).observe(document.querySelector("#say"), {childList: true}); })()""")
+        page.type_in("#prompt", "a star")
+        page.click("#draw")
+        page.wait_for("window.said.at(-1)?.startsWith('Done in ')")
+        said = page.tell("window.said")
+        assert "Half of it is done." in said
+        assert len(said) <= 4, said
+        live = "[...document.querySelectorAll('[role=status], [role=alert], [aria-live]')].map((it) => it.id).join()"
+        assert page.tell(live) == "key-problem,problem,say"
+        page.close()
+
+
 def test_cancel_aborts_the_request(browser: Browser) -> None:
     omni = held()
     with served(omni) as url:
@@ -149,10 +232,7 @@ def test_cancel_aborts_the_request(browser: Browser) -> None:
         page.wait_for(READY)
         assert text_of(page, "#canvas") == "Cancelled."
         assert page.tell(FOCUS) == "draw"
-        until = time.monotonic() + 5
-        while not omni.requests[0].is_over and time.monotonic() < until:
-            time.sleep(0.02)
-        assert omni.requests[0].outcome == "aborted"
+        assert ended(omni) == "aborted"
         omni.go_on.set()
         page.click("#draw")
         page.wait_for(f"{CARDS} === 1")
@@ -165,6 +245,9 @@ def test_cancel_aborts_the_request(browser: Browser) -> None:
     [
         (RankFailedError("rank 1 ended by signal 9", rank=1), "rank 1 ended", "draw"),
         (SamplingParamsError("width=72: give a multiple of 16"), "width=72", "width"),
+        (SamplingParamsError("num_outputs_per_prompt=1: give 2"), "num_outputs_per_prompt=1", "n"),
+        (SamplingParamsError("negative_prompt: this model wants one"), "wants one", "negative_prompt"),
+        (SamplingParamsError("max_sequence_length=4: too short"), "too short", "draw"),  # the form has no such field
     ],
 )
 def test_errors_are_told_at_their_field(browser: Browser, error: OmniSPError, said: str, focus: str) -> None:
@@ -175,7 +258,12 @@ def test_errors_are_told_at_their_field(browser: Browser, error: OmniSPError, sa
         assert said in page.wait_for("document.querySelector('#problem').textContent")
         page.wait_for(READY)
         assert page.tell(FOCUS) == focus
-        assert page.tell("document.querySelectorAll('[aria-invalid]').length") == (focus == "width")
+        assert page.tell("document.querySelectorAll('[aria-invalid]').length") == (focus != "draw")
+        if focus != "draw":
+            field = f"document.querySelector('#{focus}')"
+            assert page.tell(f"{field}.ariaInvalid + {field}.getAttribute('aria-errormessage')") == "trueproblem"
+            top, bottom = (f"{it}.getBoundingClientRect()" for it in ("document.querySelector('#problem')", field))
+            assert 0 <= page.tell(f"{top}.top - {bottom}.bottom") < 24
         page.click("#draw")
         page.wait_for(f"{CARDS} === 1")
         assert text_of(page, "#problem") == ""
@@ -216,169 +304,3 @@ def test_tells_how_many_come_first(browser: Browser) -> None:
         page.wait_for(f"{CARDS} === 1")
         for one in (other, page):
             one.close()
-
-
-def test_edits_pictures(browser: Browser, tmp_path: Path) -> None:
-    omni = FakeOmni(facts=EDITS)
-    for place, side in enumerate((32, 48)):
-        Image.new("RGB", (side, 16), (200, 0, 0)).save(tmp_path / f"{place}.png")
-    with served(omni) as url:
-        page = opened(browser, url)
-        page.type_in("#prompt", "make it blue")
-        page.click("#draw")
-        assert "starts from a picture" in text_of(page, "#problem")
-        page.choose_files("#image", [tmp_path / "0.png", tmp_path / "1.png"])
-        page.wait_for("document.querySelectorAll('#sources li').length === 2")
-        page.click("#draw")
-        page.wait_for(f"{CARDS} === 1")
-        page.wait_for(READY)
-        images = omni.requests[0].prompt.image
-        assert [image.size for image in images] == [(32, 16), (48, 16)]
-        page.click("#sources button")
-        page.wait_for("document.querySelectorAll('#sources li').length === 1")
-        page.tell(PASTE)
-        page.wait_for("document.querySelectorAll('#sources li').length === 2")
-        # What came out goes in again.
-        page.click("#items button")
-        page.click("#edit")
-        page.type_in("#prompt", "make it green")
-        assert text_of(page, "#draw") == "Edit"
-        page.click("#draw")
-        page.wait_for(f"{CARDS} === 2")
-        assert omni.requests[1].prompt.image.size == (96, 64)
-        assert page.complaints == []
-        page.close()
-
-
-PASTE = """(() => {
-  const held = new DataTransfer();
-  held.items.add(new File(["no matter"], "pasted.png", {type: "image/png"}));
-  document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: held}));
-})()"""
-
-
-# Videos
-
-
-def test_makes_a_video(browser: Browser) -> None:
-    omni = FakeOmni(facts=VIDEOS, hold_at=2)
-    with served(omni) as url:
-        page = opened(browser, url)
-        assert text_of(page, "#draw") == "Make the video"
-        page.type_in("#prompt", "a cat walks")
-        page.type_in("#num_frames", "5")
-        page.type_in("#seed", "3")
-        page.click("#draw")
-        page.wait_for(f"{STEP}.startsWith('50 %')")
-        page.go(url + "/")  # the server goes on, and a reload finds it again
-        page.wait_for(f"{STEP}.startsWith('50 %')")
-        omni.go_on.set()
-        page.wait_for(f"{CARDS} === 1")
-        page.wait_for("document.querySelector('#canvas video')?.videoWidth === 96")
-        assert text_of(page, "#caption").startswith("96 × 64 · ")
-        assert (omni.requests[0].params.num_frames, omni.requests[0].params.seed) == (5, 3)
-        assert len(omni.requests) == 1
-        assert page.complaints == []
-        page.close()
-
-
-def test_cancel_stops_a_video(browser: Browser) -> None:
-    omni = held(facts=VIDEOS)
-    with served(omni) as url:
-        page = opened(browser, url)
-        page.type_in("#prompt", "a cat walks")
-        page.click("#draw")
-        page.wait_for(f"{STEP}.startsWith('25 %')")
-        page.click("#cancel")
-        page.wait_for(READY)
-        until = time.monotonic() + 5
-        while not omni.requests[0].is_over and time.monotonic() < until:
-            time.sleep(0.02)
-        assert omni.requests[0].outcome == "aborted"
-        assert fetch(url + "/v1/videos")["data"] == []
-        page.close()
-
-
-# The server's states
-
-
-def test_asks_for_a_key_and_keeps_it_for_the_tab(browser: Browser) -> None:
-    omni = FakeOmni()
-    with served(omni, api_keys=("secret",)) as url:
-        page = opened(browser, url, is_ready=False)
-        page.wait_for("!document.querySelector('#key-form').hidden")
-        assert page.tell(FOCUS) == "key"
-        page.type_in("#key", "wrong")
-        page.press("Enter")
-        page.wait_for("document.querySelector('#key-problem').textContent !== ''")
-        page.type_in("#key", "secret")
-        page.press("Enter")
-        page.wait_for(READY)
-        assert page.tell("document.querySelector('#key-form').hidden")
-        page.go(url + "/")
-        page.wait_for(READY)
-        page.type_in("#prompt", "a star")
-        page.click("#draw")
-        page.wait_for(f"{CARDS} === 1")
-        page.close()
-
-
-def test_waits_while_the_model_loads_and_says_when_the_server_is_gone(browser: Browser) -> None:
-    class Loading(FakeOmni):
-        async def start(self) -> None:
-            while not self.go_on.is_set():
-                await asyncio.sleep(0.01)
-            await super().start()
-
-    omni = Loading()
-    with served(omni) as url:
-        page = opened(browser, url, is_ready=False)
-        page.wait_for("document.querySelector('#status').textContent === 'loading the model'")
-        assert page.tell("document.querySelector('#draw').disabled")
-        assert text_of(page, "#canvas") == "The model is loading."
-        omni.go_on.set()
-        page.wait_for(READY)
-        assert text_of(page, "#status") == "ready"
-    page.tell("refresh()")
-    assert "does not answer" in text_of(page, "#status")
-    assert page.tell("document.querySelector('#draw').disabled")
-    page.close()
-
-
-# The gallery
-
-
-def test_gallery_gives_settings_back_and_forgets(browser: Browser) -> None:
-    with served(FakeOmni()) as url:
-        page = opened(browser, url)
-        for count, prompt in enumerate(("one", "two", "three"), start=1):
-            page.type_in("#prompt", prompt)
-            page.type_in("#seed", str(count))
-            page.click("#draw")
-            page.wait_for(f"{CARDS} === {count}")
-            page.wait_for(READY)
-        page.click("#items li:nth-child(2) button")
-        assert text_of(page, "#viewer-title") == "two"
-        page.wait_for("document.querySelector('#facts').textContent.startsWith('size96 × 64seed2')")
-        assert "steps4guidance4" in text_of(page, "#facts")  # the model's own
-        assert page.tell("document.querySelector('#download').download") == "two-2.png"
-        page.press("ArrowRight")
-        assert text_of(page, "#viewer-title") == "one"
-        page.click("#delete")
-        page.wait_for(f"{CARDS} === 2 && document.querySelector('#viewer-title').textContent === 'two'")
-        page.click("#reuse")
-        assert not page.tell("document.querySelector('#viewer').open")
-        assert page.tell(FOCUS) == "prompt"
-        assert (
-            page.tell("['prompt', 'seed', 'width'].map((name) => document.getElementById(name).value).join()")
-            == "two,2,"
-        )
-        page.click("#clear")
-        assert page.tell(CARDS) == 2  # it asks first
-        page.click("#clear")
-        page.wait_for(f"{CARDS} === 0")
-        page.go(url + "/")
-        page.wait_for(READY)
-        assert page.tell(CARDS) == 0
-        assert page.complaints == []
-        page.close()

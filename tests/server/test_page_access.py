@@ -10,9 +10,10 @@ from PIL import Image
 
 from omni_sp import DiffusionParallelConfig
 from omni_sp.async_omni import AsyncOmni
+from omni_sp.errors import SamplingParamsError
 from tests.server.browser import Browser, BrowserError
-from tests.server.fakes import EDITS, VIDEOS, FakeOmni
-from tests.server.pages import CARDS, FOCUS, READY, fetch, opened, served, started, text_of
+from tests.server.fakes import INPAINTS, VIDEOS, FakeOmni, held
+from tests.server.pages import CARDS, FOCUS, READY, STEP, ended, fetch, opened, served, started, text_of
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +63,107 @@ def test_works_by_keyboard_alone(browser: Browser) -> None:
         page.press("Escape")
         assert not page.tell("document.querySelector('#viewer').open")
         assert page.tell("document.activeElement.closest('#items') !== null")
+        page.press("Enter", "Control")  # wherever the focus is
+        page.wait_for(f"{CARDS} === 2")
+        page.close()
+
+
+def test_escape_cancels_and_the_focus_stays(browser: Browser) -> None:
+    omni = held()
+    with served(omni) as url:
+        page = opened(browser, url)
+        page.type_in("#prompt", "a star")
+        page.press("Enter", "Control")
+        page.wait_for(f"{STEP}.startsWith('Step 1 of 4')")
+        assert page.tell(FOCUS) == "prompt"
+        page.press("Escape")
+        page.wait_for(READY)
+        assert text_of(page, "#say") == "Cancelled."
+        assert page.tell(FOCUS) == "prompt"
+        assert ended(omni) == "aborted"
+        page.close()
+
+
+def test_a_mask_is_painted_by_keyboard(browser: Browser, tmp_path: Path) -> None:
+    omni = FakeOmni(facts=INPAINTS)
+    Image.new("RGB", (100, 50)).save(tmp_path / "one.png")
+    with served(omni) as url:
+        page = opened(browser, url)
+        page.choose_files("#image", [tmp_path / "one.png"])
+        page.wait_for("document.querySelector('#mask').checkVisibility()")
+        page.tell("document.querySelector('#mask').focus()")
+        page.press("Enter")
+        page.wait_for("document.querySelector('#painter').open")
+        assert page.tell(FOCUS) == "paint"
+        page.press("ArrowLeft")
+        page.press("ArrowLeft")
+        page.press(" ")
+        page.press("Escape")
+        page.wait_for("!document.querySelector('#painter').open")
+        assert page.tell("state.mask === null")  # left without Done
+        page.press("Enter")
+        page.wait_for("document.querySelector('#painter').open")
+        for _ in range(4):  # a brush is two steps wide
+            page.press("ArrowLeft")
+        page.press(" ")
+        page.tell("document.querySelector('#paint-done').focus()")
+        page.press("Enter")
+        page.wait_for("state.mask !== null && !document.querySelector('#painter').open")
+        assert page.tell(FOCUS) == "mask"
+        page.type_in("#prompt", "a star")
+        page.press("Enter", "Control")
+        page.wait_for(f"{CARDS} === 1")
+        mask = omni.requests[0].params.extra_args["mask_image"]
+        assert (mask.getpixel((26, 25)), mask.getpixel((50, 25))) == (255, 0)
+        page.close()
+
+
+def test_nothing_moves_for_who_wants_that(browser: Browser) -> None:
+    omni = held()
+    with served(omni) as url:
+        page = opened(browser, url, is_still=True)
+        page.type_in("#prompt", "two stars")
+        page.type_in("#n", "2")
+        page.press("Enter", "Control")
+        page.wait_for("document.querySelector('#canvas img.rough + .blank') !== null")
+        # What a browser itself moves, a bar without an end, is none of the page's.
+        moving = "document.getAnimations().filter((it) => it.effect.pseudoElement === null).length"
+        assert page.tell(moving) == 0
+        page.look(width=1280, height=900)
+        assert page.tell(moving) > 0  # it can tell
+        omni.go_on.set()
+        page.wait_for(f"{CARDS} === 2")
         page.close()
 
 
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
 def test_fits_a_phone_and_can_be_read(browser: Browser, is_dark: bool, tmp_path: Path) -> None:
     Image.new("RGB", (32, 16)).save(tmp_path / "one.png")
-    with served(FakeOmni(facts=EDITS)) as url:
-        page = opened(browser, url, width=360, height=740, is_phone=True, is_dark=is_dark)
+    omni = FakeOmni(facts=INPAINTS, errors=[SamplingParamsError("width=72: give a multiple of 16")])
+    with served(omni) as url:
+        page = opened(browser, url, width=320, height=640, is_phone=True, is_dark=is_dark)
+
+        def look() -> None:
+            assert page.tell("document.documentElement.scrollWidth") == 320
+            assert page.tell(TOO_SMALL) == []
+            assert page.tell(TOO_FAINT) == []
+
         page.type_in("#prompt", "a-very-long-word-that-nothing-breaks-" * 5)
         page.choose_files("#image", [tmp_path / "one.png"])
         page.click("#draw")
+        page.wait_for("document.querySelector('#problem').textContent")
+        page.wait_for(READY)
+        look()
+        page.click("#draw")
         page.wait_for(f"{CARDS} === 1")
         page.wait_for(READY)
-        for _ in range(2):
-            assert page.tell("document.documentElement.scrollWidth") == 360
-            assert page.tell(TOO_SMALL) == []
-            assert page.tell(TOO_FAINT) == []
-            page.tell("document.querySelector('#items button').click()")
+        look()
+        page.tell("document.querySelector('#mask').click()")
+        page.wait_for("document.querySelector('#painter').open")
+        look()
+        page.press("Escape")
+        page.tell("document.querySelector('#items button').click()")
+        look()
         page.tell("document.querySelector('#facts').style.color = '#777'")
         assert page.tell(TOO_FAINT) != []  # it can tell
         page.close()
@@ -112,7 +196,7 @@ def test_a_click_that_cannot_land_is_an_error(browser: Browser) -> None:
 
 
 # Visible controls that a finger would miss: less than 32 CSS pixels high or wide.
-TOO_SMALL = """[...document.querySelectorAll("button, input, textarea, a.button, label.button")]
+TOO_SMALL = """[...document.querySelectorAll("button, input:not([type=checkbox]), textarea, .button, .check")]
   .map((it) => [it.id || it.textContent, it.getBoundingClientRect()])
   .filter(([, box]) => box.width > 1 && (box.width < 32 || box.height < 32)).map(([name]) => name)"""
 # Visible text with less contrast to what lies behind it than WCAG's 4.5; disabled controls are left out.

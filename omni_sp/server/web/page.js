@@ -1,0 +1,357 @@
+"use strict";
+// The page's parts share one script: page (the server, the form), works (requests under way), gallery, mask.
+
+const $ = (id) => document.getElementById(id);
+const empty = $("empty");  // now and then not in the document
+const FIELDS = ["prompt", "negative_prompt", "width", "height", "n", "num_frames", "fps", "num_inference_steps",
+  "true_cfg_scale", "guidance_scale", "strength", "seed"];
+const NUMBERS = FIELDS.slice(2);
+// What the server calls a field -> what the form calls it.
+const CALLED = { size: "width", input_reference: "image", mask_image: "mask" };
+// key: the API key. info: what GET v1/info said last. works: requests under way; work: the one on the stage.
+// sources: pictures to start from; mask: of the first one. items: the gallery, newest first; shown: the one in the viewer.
+const state = { key: "", info: null, works: [], work: null, sources: [], mask: null, items: [], shown: -1, database: null };
+
+// is_lost: not refused, but broken off; it may go well when the server is back.
+class Problem extends Error {
+  constructor(message, { param = null, status = 0, is_lost = false } = {}) { super(message); Object.assign(this, { param, status, is_lost }); }
+}
+
+// Storage may be forbidden; the page then forgets, and works.
+function recall(storage, name) { try { return JSON.parse(window[storage].getItem(name)); } catch { return null; } }
+function remember(storage, name, value) {
+  try { value === null ? window[storage].removeItem(name) : window[storage].setItem(name, JSON.stringify(value)); } catch { /* forgets */ }
+}
+const sleep = (ms) => new Promise((resume) => setTimeout(resume, ms));
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+const short = (number) => number >= 100 ? number.toFixed(0) : number >= 10 ? number.toFixed(1) : number.toFixed(2);
+const lasting = (s) => s < 100 ? `${Math.ceil(s)} s` : s < 6000 ? `${Math.round(s / 60)} min` : `${short(s / 3600)} h`;
+const say = (text) => { $("say").textContent = text; };
+
+// The server
+
+async function call(path, options = {}) {
+  const headers = new Headers(options.headers);
+  if (state.key) headers.set("Authorization", `Bearer ${state.key}`);
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers, cache: "no-store" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem("The server does not answer.", { is_lost: true });
+  }
+  if (answer.ok) return answer;
+  const told = (await answer.json().catch(() => ({}))).error ?? {};
+  if (answer.status === 401) askForKey(state.key ? "The server does not know this key." : "");
+  // 503: it is starting, or ending to be started anew; 502 and 504 are a proxy's, in front of none.
+  throw new Problem(told.message ?? `The server answered ${answer.status} ${answer.statusText}.`,
+    { param: told.param, status: answer.status, is_lost: [502, 503, 504].includes(answer.status) });
+}
+
+async function* serverEvents(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    let from = Math.max(0, rest.length - 1);
+    rest += value.replaceAll("\r", "");
+    for (let end; (end = rest.indexOf("\n\n", from)) >= 0; from = 0) {
+      const lines = rest.slice(0, end).split("\n").filter((line) => line.startsWith("data:"));
+      rest = rest.slice(end + 2);
+      const data = lines.map((line) => line.slice(5)).join("\n").trim();
+      if (data && data !== "[DONE]") yield JSON.parse(data);
+    }
+  }
+}
+
+function askForKey(problem) {
+  const was_hidden = $("key-form").hidden;
+  $("key-form").hidden = false;
+  if ($("key-problem").textContent !== problem) $("key-problem").textContent = problem;  // said once
+  if (was_hidden) $("key").focus();
+}
+
+async function refresh() {
+  try {
+    const info = await (await call("v1/info")).json();
+    const shape = ({ model, pipeline, parameters, limits } = {}) => JSON.stringify([model, pipeline, parameters, limits]);
+    const is_new = shape(state.info ?? {}) !== shape(info);
+    state.info = info;
+    $("key-form").hidden = true;
+    if (info.pipeline && is_new) fitForm();
+    showServer();
+  } catch (error) {
+    showStatus(error.status === 401 ? "locked" : "silent", error.status === 401 ? "API key needed" : error.message);
+    state.info = state.info && { ...state.info, status: "silent" };
+  }
+  showButtons();
+}
+
+async function keepFresh() {
+  for (;;) {
+    if (!document.hidden) await refresh();
+    await sleep(state.info?.status === "ready" && !state.works.length ? 4000 : 1500);
+  }
+}
+
+// Wait until the server is ready again, as long as it takes.
+async function serverBack(signal) {
+  for (;;) {
+    await refresh();
+    signal.throwIfAborted();
+    if (state.info?.status === "ready") return;
+    if (state.info?.status === "failed") throw new Problem("The server has failed; its log says why.");
+    await sleep(1000);
+    signal.throwIfAborted();
+  }
+}
+
+// Only what is out of the ordinary is said aloud, and that it is over.
+function showStatus(is, text) {
+  const was = $("status").dataset.is;
+  const is_odd = (status) => ["silent", "restarting", "draining", "failed", "closed"].includes(status);
+  $("status").dataset.is = is;
+  if ($("status").textContent !== text) $("status").textContent = text;
+  if (was !== is && (is_odd(is) || is_odd(was))) say(text);
+}
+
+function showServer() {
+  const { info } = state;
+  const waits = info.queued ? `, ${info.queued} waiting` : "";
+  const words = { ready: info.running ? `drawing${waits}` : "ready", starting: "loading the model",
+    restarting: "the ranks are starting again", draining: "shutting down", closed: "closed", failed: "failed" };
+  showStatus(info.status, words[info.status] ?? info.status);
+  $("model").textContent = info.pipeline ? `${info.model} · ${info.pipeline}` : info.model;
+  $("server").hidden = !info.pipeline;
+  showTitle();
+  if (!info.pipeline) return;
+  $("rings").className = info.running ? "busy" : "";
+  $("rings").setAttribute("aria-label", info.layout);
+  $("rings").title = info.layout;
+  $("rings").replaceChildren(...info.rings.map((ring) => make("div", {}, ...ring.map((rank) => make("span", {}, `${rank}`)))));
+  const ulysses = info.rings[0]?.length ?? 1;
+  const facts = {
+    Ranks: info.ranks > 1 ? `${info.ranks} = ${ulysses} Ulysses × ${info.ranks / ulysses} ring` : "1",
+    Device: `${info.device}, ${info.dtype}`,
+    Speed: info.steps_per_second ? `${short(info.steps_per_second)} steps/s` : "not measured yet",
+  };
+  $("server-facts").replaceChildren(
+    ...Object.entries(facts).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+}
+
+function showTitle() {
+  const { work, info } = state;
+  const far = work?.max ? `${Math.floor(100 * work.value / work.max)} % · ` : "";
+  document.title = `${far}${info?.model ?? "Omni-SP"}${info ? " · Omni-SP" : ""}`;
+}
+
+// The form
+
+function fitForm() {
+  const { info } = state;
+  for (const field of document.querySelectorAll("[data-takes]")) {
+    const name = field.dataset.takes;
+    const about = info.parameters[name];
+    field.hidden = name === "image" ? !info.takes_image : !about;
+    const input = $(name);
+    if (!about || input.type !== "number") continue;
+    input.placeholder = about.default ?? (name === "seed" ? "random" : "default");
+    input.step = about.multiple ?? "any";
+    input.title = [about.minimum > 0 && `at least ${about.minimum}`, about.maximum < Number.MAX_SAFE_INTEGER && `at most ${about.maximum}`,
+      about.multiple > 1 && name !== "num_frames" && `a multiple of ${about.multiple}`].filter(Boolean).join(", ");
+    for (const [side, bound] of [["min", about.minimum], ["max", about.maximum]])
+      // Beyond that, JavaScript would make another number of it.
+      bound === undefined ? input.removeAttribute(side) : input[side] = Math.min(bound, Number.MAX_SAFE_INTEGER);
+  }
+  document.querySelector("label[for=guidance_scale]").textContent = info.parameters.true_cfg_scale ? "Distilled guidance" : "Guidance";
+  $("image").multiple = info.takes_many_images;
+  if (!info.takes_image) state.sources = [];
+  showSources();
+  showLength();
+  if (!state.work && empty.isConnected) shapeCanvas({});
+}
+
+// Frames and frames a second as seconds.
+function showLength() {
+  const about = state.info?.parameters ?? {};
+  $("length").hidden = !about.num_frames;
+  if (!about.num_frames) return;
+  const [frames, fps] = ["num_frames", "fps"].map((name) => Number($(name).value || about[name]?.default));
+  const rule = about.num_frames.multiple > 1 ? `Frames: 1 + a multiple of ${about.num_frames.multiple}.` : "";
+  $("length").textContent = [frames > 0 && fps > 0 ? `${short(frames / fps)} s of video.` : "", rule].join(" ").trim();
+}
+
+function showSources() {
+  const { info, sources } = state;
+  $("sources").replaceChildren(...sources.map((picture, place) => {
+    const remove = make("button", { type: "button", "aria-label": `Remove picture ${place + 1}` }, "×");
+    remove.onclick = () => {
+      sources.splice(place, 1);
+      if (!place) state.mask = null;
+      showSources();
+      ($("sources").children[Math.min(place, sources.length - 1)]?.querySelector("button") ?? $("image")).focus();
+    };
+    const shown = make("li", {}, shownOf(picture, `Picture ${place + 1} to start from`), remove);
+    if (!place && state.mask) {
+      const mask = shownOf(state.mask, "");
+      mask.className = "mask";
+      remove.before(mask);
+    }
+    return shown;
+  }));
+  if (!info?.pipeline) return;
+  $("image-label").textContent = !sources.length ? "Add a picture" : info.takes_many_images ? "Add another" : "Replace it";
+  $("image-hint").textContent = (info.needs_image ? "This model starts from a picture. " : info.makes_videos ? "The first frame. " : "To edit one. ")
+    + "PNG, JPEG or WebP; drop and paste work too.";
+  $("mask-field").hidden = !info.takes_mask || !sources.length;
+  $("mask").textContent = state.mask ? "Change the mask" : "Paint a mask";
+  $("mask-remove").hidden = !state.mask;
+  $("mask-hint").textContent = state.mask ? "Only what is painted is drawn anew." : "It says what is to be drawn anew.";
+  for (const side of ["width", "height"])
+    $(side).placeholder = sources.length ? "auto" : info.parameters[side]?.default ?? "default";
+  $("draw").textContent = info.makes_videos ? "Make the video" : sources.length ? "Edit" : "Draw";
+}
+
+function addSources(files) {
+  const { info } = state;
+  const pictures = [...files].filter((file) => /^image\/(png|jpeg|webp)$/.test(file.type));
+  showProblem(null);
+  if (pictures.length) {
+    if (!info.takes_many_images || !state.sources.length) state.mask = null;
+    state.sources = info.takes_many_images ? [...state.sources, ...pictures] : pictures.slice(0, 1);
+  }
+  showSources();
+  if (pictures.length < files.length) showProblem(new Problem("Only PNG, JPEG and WebP pictures can be read.", { param: "image" }));
+}
+
+function showButtons() {
+  const { info, work } = state;
+  const is_able = info?.status === "ready" && info.makes !== "sound";
+  // Videos are jobs: the next may be ordered while one is made.
+  $("draw").disabled = !is_able || state.works.some((one) => one.kind === "picture");
+  if (work || !empty.isConnected) return;
+  const words = { starting: "The model is loading.", restarting: "The ranks are starting again.", draining: "The server is shutting down.",
+    failed: "The server has failed; its log says why.", silent: "The server does not answer. This page goes on when it does." };
+  const sound = "This model makes sound, which this page does not offer.";
+  const text = info?.makes === "sound" ? sound : words[info?.status] ?? "What you draw appears here.";
+  if (empty.textContent !== text && empty.textContent !== "Cancelled.") empty.textContent = text;
+}
+
+function readForm() {
+  const { info, sources } = state;
+  const settings = {};
+  for (const name of FIELDS) {
+    const text = $(name).value.trim();
+    if ($(name).closest("[hidden]") || text === "") continue;
+    settings[name] = NUMBERS.includes(name) ? Number(text) : text;
+  }
+  if (!settings.prompt) throw new Problem("Say what there is to be seen.", { param: "prompt" });
+  if (("width" in settings) !== ("height" in settings)) {
+    // One side alone: the other is the model's own.
+    const other = "width" in settings ? "height" : "width";
+    const known = info.parameters[other]?.default;
+    if (!known || sources.length) throw new Problem(`Give the ${other} too, or neither.`, { param: other });
+    settings[other] = known;
+  }
+  const { pixels, images, body_bytes } = info.limits;
+  if (settings.width * settings.height > pixels)
+    throw new Problem(`${settings.width} × ${settings.height} pixels are more than this server draws: ${pixels}.`, { param: "size" });
+  if (info.needs_image && !sources.length) throw new Problem("This model starts from a picture: add one.", { param: "image" });
+  if (sources.length > images) throw new Problem(`${sources.length} pictures are more than this server takes: ${images}.`, { param: "image" });
+  const bytes = [...sources, state.mask].reduce((sum, file) => sum + (file?.size ?? 0), 10_000);
+  if (bytes > body_bytes) throw new Problem(`The pictures are larger than this server takes: ${short(body_bytes / 2 ** 20)} MiB.`, { param: "image" });
+  // Chosen here, so that the gallery can tell it, and a request that was lost can be sent again.
+  if (info.parameters.seed) settings.seed ??= crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+  return settings;
+}
+
+function writeForm(settings) {
+  for (const name of FIELDS) $(name).value = settings[name] ?? "";
+  keepForm();
+}
+function keepForm() {
+  remember("localStorage", "omni-sp-form", Object.fromEntries(FIELDS.map((name) => [name, $(name).value])));
+  showLength();
+}
+
+// An error, under the field that it names, else above the button.
+function showProblem(error) {
+  for (const field of document.querySelectorAll("[aria-invalid]")) {
+    field.removeAttribute("aria-invalid");
+    field.removeAttribute("aria-errormessage");
+  }
+  const name = error?.param?.replace(/\W.*/, "");
+  const field = name ? $(CALLED[name] ?? name) : null;
+  const place = field && $("form").contains(field) ? field.closest(".field:not([hidden])") : null;
+  $("problem").textContent = "";
+  if (place) place.parentElement.className === "numbers" ? place.after($("problem")) : place.append($("problem"));
+  else $("buttons").before($("problem"));
+  $("problem").textContent = error?.message ?? "";
+  if (!place) return;
+  field.setAttribute("aria-invalid", "true");
+  field.setAttribute("aria-errormessage", "problem");
+  field.focus();
+}
+
+// What the user does
+
+$("form").onsubmit = (event) => {
+  event.preventDefault();
+  // A second click on the same video comes before the server has named the first.
+  if ($("draw").disabled || state.works.some((one) => !one.id && one.kind === "video")) return;
+  try {
+    begin(readForm());
+  } catch (error) { showProblem(error); }
+};
+$("form").oninput = keepForm;
+$("reset").onclick = () => {
+  writeForm({});
+  Object.assign(state, { sources: [], mask: null });
+  showSources();
+  showProblem(null);
+  $("prompt").focus();
+};
+document.addEventListener("keydown", (event) => {
+  if (document.querySelector("dialog[open]") || event.isComposing || $("key-form").contains(event.target)) return;
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); $("form").requestSubmit(); }
+  if (event.key === "Escape" && state.work) cancel(state.work);
+});
+$("cancel").onclick = () => { if (state.work) cancel(state.work); };
+$("image").onchange = () => { addSources($("image").files); $("image").value = ""; };
+document.addEventListener("paste", (event) => { if (state.info?.takes_image && event.clipboardData.files.length) addSources(event.clipboardData.files); });
+// Pictures may be dropped anywhere; nowhere does the browser leave the page for them.
+const bringsFiles = (event) => event.dataTransfer?.types.includes("Files");
+document.addEventListener("dragover", (event) => {
+  if (!bringsFiles(event)) return;
+  event.preventDefault();
+  document.body.classList.toggle("over", Boolean(state.info?.takes_image));
+});
+document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("over"); });
+document.addEventListener("drop", (event) => {
+  if (!bringsFiles(event)) return;
+  event.preventDefault();
+  document.body.classList.remove("over");
+  if (state.info?.takes_image) addSources(event.dataTransfer.files);
+});
+$("key-form").onsubmit = (event) => {
+  event.preventDefault();
+  state.key = $("key").value.trim();
+  remember("sessionStorage", "omni-sp-key", state.key);
+  $("key-problem").textContent = "";
+  refresh().then(() => { if ($("key-form").hidden) $("prompt").focus(); });
+};
+for (const event of ["online", "offline"]) addEventListener(event, refresh);
+document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
+
+addEventListener("DOMContentLoaded", async () => {
+  state.key = recall("sessionStorage", "omni-sp-key") ?? "";
+  writeForm(recall("localStorage", "omni-sp-form") ?? {});
+  keepFresh();
+  takeUp(await openGallery());
+});

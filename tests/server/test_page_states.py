@@ -1,0 +1,138 @@
+"""The page while its server loads, is away, begins anew or wants a key; and the gallery that outlives all that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from omni_sp.errors import EngineClosedError
+from tests.server.browser import Browser
+from tests.server.fakes import FakeOmni, held
+from tests.server.pages import CARDS, FOCUS, READY, STEP, Relay, ended, opened, served, started, text_of
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with started(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+def test_a_picture_that_is_lost_on_its_way_is_drawn_again(browser: Browser) -> None:
+    omni = held()
+    with served(omni) as url, Relay(url) as relay:
+        page = opened(browser, relay.url)
+        page.type_in("#prompt", "a star")
+        page.click("#draw")
+        page.wait_for(f"{STEP}.startsWith('Step 1 of 4')")
+        relay.cut()
+        page.wait_for(f"{STEP} === 'The connection broke. It is drawn when the server is back.'")
+        page.wait_for("document.querySelector('#status').textContent === 'The server does not answer.'")
+        assert ended(omni) == "aborted"
+        omni.go_on.set()
+        relay.target = url
+        page.wait_for(f"{CARDS} === 1")
+        page.wait_for(READY)
+        assert text_of(page, "#problem") == ""
+        first, second = omni.requests
+        assert first.params.seed == second.params.seed
+        page.close()
+
+
+def test_waits_for_a_server_that_ends_and_begins_anew(browser: Browser) -> None:
+    omni = FakeOmni(errors=[EngineClosedError("the server is shutting down: try again later")])
+    with served(omni) as url:
+        page = opened(browser, url)
+        page.type_in("#prompt", "a star")
+        omni.force_status = "restarting"
+        page.tell("document.querySelector('#form').requestSubmit()")
+        page.wait_for(f"{STEP}.startsWith('the server is shutting down')")
+        page.wait_for("document.querySelector('#status').textContent === 'the ranks are starting again'")
+        assert text_of(page, "#say") == "the ranks are starting again"
+        omni.force_status = None
+        page.wait_for(f"{CARDS} === 1")
+        assert len(omni.requests) == 2
+        page.close()
+
+
+def test_asks_for_a_key_and_keeps_it_for_the_tab(browser: Browser) -> None:
+    omni = FakeOmni()
+    with served(omni, api_keys=("secret",)) as url:
+        page = opened(browser, url, is_ready=False)
+        page.wait_for("!document.querySelector('#key-form').hidden")
+        assert page.tell(FOCUS) == "key"
+        page.type_in("#key", "wrong")
+        page.press("Enter")
+        page.wait_for("document.querySelector('#key-problem').textContent !== ''")
+        page.type_in("#key", "secret")
+        page.press("Enter")
+        page.wait_for(READY)
+        assert page.tell("document.querySelector('#key-form').hidden")
+        page.go(url + "/")
+        page.wait_for(READY)
+        page.type_in("#prompt", "a star")
+        page.click("#draw")
+        page.wait_for(f"{CARDS} === 1")
+        page.close()
+
+
+def test_waits_while_the_model_loads_and_says_when_the_server_is_gone(browser: Browser) -> None:
+    class Loading(FakeOmni):
+        async def start(self) -> None:
+            while not self.go_on.is_set():
+                await asyncio.sleep(0.01)
+            await super().start()
+
+    omni = Loading()
+    with served(omni) as url:
+        page = opened(browser, url, is_ready=False)
+        page.wait_for("document.querySelector('#status').textContent === 'loading the model'")
+        assert page.tell("document.querySelector('#draw').disabled")
+        assert text_of(page, "#canvas") == "The model is loading."
+        omni.go_on.set()
+        page.wait_for(READY)
+        assert text_of(page, "#status") == "ready"
+    page.tell("refresh()")
+    assert "does not answer" in text_of(page, "#status")
+    assert page.tell("document.querySelector('#draw').disabled")
+    page.close()
+
+
+# The gallery
+
+
+def test_gallery_gives_settings_back_and_forgets(browser: Browser) -> None:
+    with served(FakeOmni()) as url:
+        page = opened(browser, url)
+        for count, prompt in enumerate(("one", "two", "three"), start=1):
+            page.type_in("#prompt", prompt)
+            page.type_in("#seed", str(count))
+            page.click("#draw")
+            page.wait_for(f"{CARDS} === {count}")
+            page.wait_for(READY)
+        page.click("#items li:nth-child(2) button")
+        assert text_of(page, "#viewer-title") == "two"
+        page.wait_for("document.querySelector('#facts').textContent.startsWith('size96 × 64seed2')")
+        assert "steps4guidance4" in text_of(page, "#facts")  # the model's own
+        assert page.tell("document.querySelector('#download').download") == "two-2.png"
+        page.press("ArrowRight")
+        assert text_of(page, "#viewer-title") == "one"
+        page.click("#delete")
+        page.wait_for(f"{CARDS} === 2 && document.querySelector('#viewer-title').textContent === 'two'")
+        page.click("#reuse")
+        assert not page.tell("document.querySelector('#viewer').open")
+        assert page.tell(FOCUS) == "prompt"
+        assert (
+            page.tell("['prompt', 'seed', 'width'].map((name) => document.getElementById(name).value).join()")
+            == "two,2,"
+        )
+        page.click("#clear")
+        assert page.tell(CARDS) == 2  # it asks first
+        page.click("#clear")
+        page.wait_for(f"{CARDS} === 0")
+        page.go(url + "/")
+        page.wait_for(READY)
+        assert page.tell(CARDS) == 0
+        assert page.complaints == []
+        page.close()
