@@ -6,13 +6,31 @@ RUN := $(VENV)/bin/python
 DEMO_DEVICE ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 4 ] && echo auto || echo cpu)
 SERVE_DEVICE ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 2 ] && echo auto || echo cpu)
 
-.PHONY: install demo serve test lint check clean
+# A second environment, with vLLM: its build for CPUs, so that it needs no GPU and no gigabytes of CUDA.
+VLLM_VENV := .venv-vllm
+# Compiled is what is used, when it is used first: compiling all of it takes longer than installing it.
+VLLM_RUN := PYTHONDONTWRITEBYTECODE= $(VLLM_VENV)/bin/python
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
+VLLM_TORCH = $(shell grep '^torch==' requirements-vllm.txt)
+
+.PHONY: install install-vllm demo serve test test-vllm lint check clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+install-vllm: $(VLLM_VENV)/.installed
+
+# The last line but one is the proof: the command starts, and knows what it was built for.
+$(VLLM_VENV)/.installed: requirements-vllm.txt pyproject.toml compat/pyproject.toml compat/vllm-name/pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) $(VLLM_TORCH) || $(VLLM_PIP) --index-url https://download.pytorch.org/whl/cpu $(VLLM_TORCH)
+	$(VLLM_PIP) --requirement requirements-vllm.txt
+	$(VLLM_PIP) --no-build-isolation ./compat/vllm-name --editable . --editable ./compat
+	$(VLLM_RUN) $(VLLM_VENV)/bin/vllm --version | grep cpu
 	touch $@
 
 demo: install
@@ -27,6 +45,10 @@ serve: install
 test: install
 	$(RUN) -m pytest
 
+# What needs vLLM, and what it shares with this package in versions other than those of `make test`.
+test-vllm: install-vllm
+	$(VLLM_RUN) -m pytest tests/compat tests/server/test_images.py tests/server/test_openai_client.py
+
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -35,4 +57,4 @@ lint: install
 check: lint test
 
 clean:
-	rm -rf $(VENV) pictures .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) pictures .pytest_cache .mypy_cache .ruff_cache

@@ -4,8 +4,9 @@ python -m benchmarks.serving --ranks 2 --clients 1 2 4 8
 
 The bare loop runs on ranks of its own: the same pipeline, parallelized alike, called directly. It, AsyncOmni and the
 server take turns with the same requests, in an order drawn anew for every round, one request at a time. Then as many
-clients as asked for send requests at once. Last come many small requests, before and after which the memory of all
-processes is read.
+clients as asked for send requests at once, again in turns; beside requests a second stands the processor time of the
+server's own process, which other work on the machine does not change. Last come many small requests, before and after
+which the memory of all processes is read.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 from benchmarks.interleaved import RESULTS, machine
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
+from omni_sp.engine.startup import in_words
 from omni_sp.events import RequestDone
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.shapes import SHAPES_MODEL
@@ -155,19 +157,35 @@ async def overhead(options: argparse.Namespace, omni: AsyncOmni, address: str) -
     return seconds
 
 
-def load(address: str, options: argparse.Namespace, clients: int) -> dict[str, float]:
+def load(address: str, pid: int, options: argparse.Namespace, clients: int) -> dict[str, float]:
     """So many clients at once, each sending its next request when the last one is answered."""
-    count = options.requests * clients
+    count = max(clients, options.requests)
     with ThreadPoolExecutor(clients) as pool:
-        began = time.perf_counter()
+        began, cpu_s = time.perf_counter(), cpu_seconds(pid)
         waits = list(pool.map(lambda seed: http_request(address, options.size, options.steps, seed), range(count)))
         took = time.perf_counter() - began
     return {
         "clients": clients,
         "requests_per_s": count / took,
+        "front_cpu_ms": (cpu_seconds(pid) - cpu_s) / count * 1e3,
         "p50_s": statistics.median(waits),
         "p99_s": sorted(waits)[min(count - 1, round(0.99 * count))],
     }
+
+
+def loads(address: str, pid: int, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Every number of clients in turns, and the medians: other work on the machine comes and goes."""
+    rows: dict[int, list[dict[str, float]]] = {clients: [] for clients in options.clients}
+    for number in range(options.load_rounds):
+        for clients in random.Random(number).sample(options.clients, len(options.clients)):
+            rows[clients].append(load(address, pid, options, clients))
+    return [{name: statistics.median(row[name] for row in found) for name in found[0]} for found in rows.values()]
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far, without its children."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mib(pid: int) -> dict[str, float]:
@@ -201,12 +219,14 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             if name != SERVER:
                 line += f"{statistics.median(found['step']) * 1e3:10.1f}{paired(seconds, name, 'step'):8.3f}"
             print(line, flush=True)
-        print(f"\n{'clients':>8}{'requests/s':>12}{'p50 s':>9}{'p99 s':>9}")
-        result["load"] = []
-        for clients in options.clients:
-            row = await asyncio.to_thread(load, address, options, clients)
-            result["load"].append(row)
-            print(f"{clients:8}{row['requests_per_s']:12.2f}{row['p50_s']:9.2f}{row['p99_s']:9.2f}", flush=True)
+        print(f"\n{'clients':>8}{'requests/s':>12}{'front CPU ms':>14}{'p50 s':>9}{'p99 s':>9}")
+        result["load"] = await asyncio.to_thread(loads, address, pid, options)
+        for row in result["load"]:
+            print(
+                f"{row['clients']:8}{row['requests_per_s']:12.2f}{row['front_cpu_ms']:14.1f}{row['p50_s']:9.2f}"
+                f"{row['p99_s']:9.2f}",
+                flush=True,
+            )
         before = resident_mib(pid)
         for seed in range(options.many):
             await asyncio.to_thread(http_request, address, 64, 2, seed)
@@ -215,8 +235,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         grown = {name: after[name] - before[name] for name in before}
         print(f"\nmemory over {options.many} requests: front {before['front']:.0f} {grown['front']:+.1f} MiB, ", end="")
         print(f"ranks together {before['ranks']:.0f} {grown['ranks']:+.1f} MiB")
-    parts = ", ".join(f"{part} {took:.1f} s" for part, took in result["start_s"].items())
-    print(f"start-up of AsyncOmni: {parts}")
+    print(f"start-up of AsyncOmni: {in_words(result['start_s'])}")
     return result
 
 
@@ -228,7 +247,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--requests", type=int, default=4, help="of each client")
+    parser.add_argument("--requests", type=int, default=16, help="of all clients together")
+    parser.add_argument("--load-rounds", type=int, default=5)
     parser.add_argument("--many", type=int, default=200, help="requests over which memory is watched")
     options = parser.parse_args()
     result = asyncio.run(measure(options))

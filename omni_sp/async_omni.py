@@ -12,7 +12,8 @@ from types import TracebackType
 
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.batching import Batching
-from omni_sp.engine.dispatcher import Dispatcher, EngineStats, Job
+from omni_sp.engine.dispatcher import Dispatcher
+from omni_sp.engine.jobs import EngineStats, Job
 from omni_sp.engine.launch import Launcher
 from omni_sp.engine.launch.carried import CarriedLauncher, carry, job_rank, require_job_of
 from omni_sp.engine.launch.spawn import SpawnLauncher

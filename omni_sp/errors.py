@@ -58,12 +58,14 @@ class RankFailedError(EngineError):
     Attributes:
         rank: the number of the rank that failed first.
         rank_traceback: its traceback as text; empty when the process died without one (killed, out of memory).
+        has_died: its process ended by itself, which need not have anything to do with what was asked of it.
     """
 
-    def __init__(self, message: str, *, rank: int, rank_traceback: str = "") -> None:
+    def __init__(self, message: str, *, rank: int, rank_traceback: str = "", has_died: bool = False) -> None:
         super().__init__(message)
         self.rank = rank
         self.rank_traceback = rank_traceback
+        self.has_died = has_died
 
 
 class EngineClosedError(EngineError):

@@ -117,7 +117,7 @@ class ParallelMesh:
                 candidate = dist.new_group(ranks)
             if self.rank in ranks:
                 mine, group = tuple(ranks), candidate
-        backends = _backends(group)
+        backends = backends_of(group)
         # What travels along "sequence" is gathered, not exchanged.
         passes = group is not None and name in ("ring", "ulysses") and backends.get("cpu") == "gloo"
         outbox = Outbox.open(group) if group is not None and passes else None
@@ -134,7 +134,7 @@ class ParallelMesh:
         return f"{self.config.equation}; ring of [{rows}]"
 
 
-def _backends(group: dist.ProcessGroup | None) -> dict[str, str]:
+def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
     """Device type -> library, from a group's own description (``cpu:gloo,cuda:nccl``)."""
     if group is None:
         return {}

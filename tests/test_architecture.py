@@ -19,6 +19,7 @@ LEVELS = {
     "collectives": 3,
     "attention": 4,
     "sharding": 5,
+    "llm": 5,
     "pipelines": 6,
     "engine": 7,
     "files": 8,
@@ -30,7 +31,7 @@ LEVELS = {
     "cli": 11,
 }
 # Packages that only these rooms may import.
-RESERVED = {"diffusers": {"sharding", "pipelines"}, "transformers": {"pipelines"}, "ray": set(), "vllm": set()}
+RESERVED = {"diffusers": {"sharding", "pipelines"}, "transformers": {"pipelines", "llm"}, "ray": set(), "vllm": {"llm"}}
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 

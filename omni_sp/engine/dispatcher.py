@@ -6,13 +6,14 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from omni_sp.engine.batching import Batching, apart, together
 from omni_sp.engine.engine import RankEngine
+from omni_sp.engine.jobs import EngineStats, Job
 from omni_sp.engine.launch import Launcher
-from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Progress, Ready
+from omni_sp.engine.messages import Call, Done, EngineOptions, Progress, Ready
 from omni_sp.engine.startup import WARM_UP
 from omni_sp.errors import (
     EngineClosedError,
@@ -29,58 +30,6 @@ _OVER = (DRAINING, CLOSED, FAILED)
 RESTART_AFTER_S = (0.0, 1.0, 5.0, 15.0)
 """Pauses before the first, second, … attempt in a row to start the ranks again; after the last one it is over."""
 _JOIN_S = 30.0
-
-
-@dataclass
-class EngineStats:
-    """Counts since the start, for people and for monitoring.
-
-    Attributes:
-        queued, running: requests now. done, failed, aborted: requests so far. restarts: of the ranks.
-        calls: of the pipeline that were done; each is for one request, or for a batch of them.
-        steps: denoising steps so far. denoise_s: seconds that the steps of finished calls took, and steps_done their
-            number. start_s: seconds of the last start, by part.
-    """
-
-    queued: int = 0
-    running: int = 0
-    done: int = 0
-    failed: int = 0
-    aborted: int = 0
-    restarts: int = 0
-    calls: int = 0
-    steps: int = 0
-    denoise_s: float = 0.0
-    steps_done: int = 0
-    start_s: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """A call and whom to tell about it. Everything is told from the dispatcher's threads, and must not block.
-
-    Attributes:
-        priority: higher ones come first, equal ones in the order of arrival.
-        on_position: told how many come before it, running ones too, whenever that changes. on_progress: told of steps.
-        on_end: told once, with what rank 0 answered or with the error.
-        key: equal for jobs that may share a call; None for one that runs alone.
-    """
-
-    call: Call
-    priority: int
-    on_position: Callable[[int], None]
-    on_progress: OnProgress
-    on_end: Callable[[Done | OmniSPError], None]
-    key: Hashable | None = None
-    number: int = 0
-    arrived: float = 0.0
-    position: int = -1
-    is_over: bool = False
-    is_aborted: bool = False
-    was_retried: bool = False
-
-    def __lt__(self, other: Job) -> bool:
-        return (-self.priority, self.number) < (-other.priority, other.number)
 
 
 class Dispatcher:
@@ -278,7 +227,8 @@ class Dispatcher:
                 else:
                     self._end(job, result)
             self._tell_positions()
-        if not engine.is_open:
+        if not engine.is_open and self.status not in _OVER:
+            self._on_news(f"the ranks start again: {results[0]}")
             self._restart()
 
     def _answers(self, engine: RankEngine, jobs: list[Job]) -> list[Done]:
@@ -292,7 +242,7 @@ class Dispatcher:
         """Under the lock; notes that the job has had it."""
         if isinstance(result, (Done, RequestAbortedError)) or job.is_aborted or job.is_over or self.status in _OVER:
             return False
-        died = isinstance(result, RankFailedError) and not result.rank_traceback
+        died = isinstance(result, RankFailedError) and result.has_died
         if not batch and (not died or job.was_retried):
             return False
         job.was_retried, job.key = True, None

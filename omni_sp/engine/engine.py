@@ -17,6 +17,7 @@ from omni_sp.engine.launch.spawn import SpawnLauncher
 from omni_sp.engine.launch.torchrun import inside_distributed_program
 from omni_sp.engine.messages import (
     Abort,
+    Alive,
     Call,
     Done,
     EngineOptions,
@@ -26,6 +27,7 @@ from omni_sp.engine.messages import (
     Loaded,
     Loading,
     OnProgress,
+    Ping,
     Progress,
     Ready,
 )
@@ -49,6 +51,7 @@ _LOOK_S = 0.5  # how soon a start that is to be given up is
 _REFUSAL_S = 10.0
 _ECHO_S = 3.0
 _GONE_S = 0.3
+_SIGN_S = 2.0  # for the answer to a Ping
 
 
 class Engine(Protocol):
@@ -252,13 +255,22 @@ class RankEngine:
         if failures:
             _raise_for(failures, self._team.size, apart=on_loading is not None)
         if len(answers) < self._team.size:
-            silent = [rank for rank in range(self._team.size) if rank not in answers]
-            raise RankFailedError(
-                f"no word from rank {', '.join(map(str, silent))} for {silence_s:g} s: raise the timeout if "
-                "the work takes longer than that",
-                rank=silent[0],
-            )
+            raise self._silence({*range(self._team.size)} - set(answers), silence_s)
         return answers
+
+    def _silence(self, silent: set[int], silence_s: float) -> RankFailedError:
+        """The error for ranks that say nothing. Those that give no sign of life are to blame; others wait for them."""
+        self._team.send(pickle.dumps(Ping()))
+        lifeless, until = set(silent), time.monotonic() + _SIGN_S
+        while lifeless and time.monotonic() < until:
+            lifeless -= {rank for rank, message in self._team.listen(until) if isinstance(message, Alive)}
+        way_out = "raise the timeout if the work takes longer than that"
+        if lifeless:
+            way_out = f"it gives no sign of life, so that its process is stopped or stuck; otherwise {way_out}"
+        blamed = sorted(lifeless or silent)
+        return RankFailedError(
+            f"no word from rank {', '.join(map(str, blamed))} for {silence_s:g} s: {way_out}", rank=blamed[0]
+        )
 
     def _require_open(self) -> None:
         if self._closed is not None:
@@ -305,7 +317,7 @@ def _raise_for(failures: Failures, size: int, *, apart: bool = False) -> NoRetur
         raise error_class(message.message) from RankTraceback(rank, message.traceback)
     rank, cause = min(failures.items(), key=lambda item: (_depth(item[1]), item[0]))
     if isinstance(cause, Gone):
-        raise RankFailedError(f"rank {rank} of {size} {_end(cause.exitcode)}", rank=rank)
+        raise RankFailedError(f"rank {rank} of {size} {_end(cause.exitcode)}", rank=rank, has_died=True)
     text = cause.message.strip() or "no message"
     raise RankFailedError(
         f"rank {rank} of {size} raised {cause.kind}: {text}", rank=rank, rank_traceback=cause.traceback

@@ -84,6 +84,16 @@ class Abort:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ping:
+    """Front -> ranks: give a sign of life, also in the middle of a call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alive:
+    """Rank -> front: the answer to Ping. Its process runs, whatever its call waits for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stop:
     """Front -> ranks: leave."""
 

@@ -82,6 +82,7 @@ class Team:
             _await(alive, seconds)
         for process in self._ranks:
             process.connection.close()
+        self._store = None  # its port is free again, whoever still holds this team
 
     def _hear(self, seconds: float) -> list[tuple[int, Any]]:
         listening = {process.connection: rank for rank, process in enumerate(self._ranks) if rank not in self._gone}

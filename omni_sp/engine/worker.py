@@ -18,12 +18,14 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from omni_sp.engine.launch import LOOPBACK
-from omni_sp.engine.messages import Abort, Call, Failed, Loaded, Loading, RankSettings, Stop
+from omni_sp.engine.messages import Abort, Alive, Call, Failed, Loaded, Loading, Ping, RankSettings, Stop
 from omni_sp.errors import InvalidInputError, RequestAbortedError, SamplingParamsError
 
 if TYPE_CHECKING:
     from omni_sp.engine.runner import Runner
 
+_FRONT_FIRST_S = 10.0
+"""So much later than the front an exchange gives up: the front knows which rank is to blame."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ECHOES = ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl", "broken pipe")
 
@@ -40,10 +42,14 @@ def rank_main(connection: Connection) -> None:
     die_with(settings.guardian)
     inbox: Inbox = queue.SimpleQueue()
     aborted: Aborted = set()
-    threading.Thread(target=_listen, args=(connection, inbox, aborted), daemon=True).start()
+    sending = threading.Lock()
 
     def tell(message: Any) -> None:
-        connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        payload = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        with sending:
+            connection.send_bytes(payload)
+
+    threading.Thread(target=_listen, args=(connection, inbox, aborted, tell), daemon=True).start()
 
     try:
         _live(settings, inbox, aborted, tell)
@@ -135,7 +141,7 @@ def _join(settings: RankSettings) -> Any:
     if host == LOOPBACK:
         # Ranks of one machine meet on its loopback, whatever its name resolves to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    timeout = timedelta(seconds=settings.options.rank_timeout_s)
+    timeout = timedelta(seconds=settings.options.rank_timeout_s + _FRONT_FIRST_S)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         host, port, is_master=False, timeout=timeout
     )
@@ -149,7 +155,7 @@ def _join(settings: RankSettings) -> Any:
     return ParallelMesh(settings.options.config)
 
 
-def _listen(connection: Connection, inbox: Inbox, aborted: Aborted) -> None:
+def _listen(connection: Connection, inbox: Inbox, aborted: Aborted, tell: Tell) -> None:
     """Hand on messages; when the front is gone, end this process, whatever its main thread is doing."""
     while True:
         try:
@@ -160,6 +166,8 @@ def _listen(connection: Connection, inbox: Inbox, aborted: Aborted) -> None:
             message = pickle.loads(payload)
             if isinstance(message, Abort):
                 aborted.add(message.request_id)  # heard in the middle of a call
+            elif isinstance(message, Ping):
+                tell(Alive())
             else:
                 inbox.put(message)
         except Exception as error:

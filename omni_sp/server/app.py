@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from omni_sp.async_omni import AsyncOmni
@@ -24,10 +24,16 @@ from omni_sp.server.files import FileStore
 from omni_sp.server.images import create_image_router
 from omni_sp.server.metrics import MeteredOmni, Metrics
 from omni_sp.server.page import create_page_router
+from omni_sp.server.pictures import MEDIA_TYPES
+from omni_sp.server.reference import add_reference
 from omni_sp.server.requests import check_model
 from omni_sp.server.security import BodyLimit, Guard, RequestIds
 from omni_sp.server.settings import ServerSettings
 from omni_sp.server.videos import create_video_router
+
+_HEALTH: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Not yet, or no longer: ``status`` says which.", "content": {"application/json": {}}}
+}
 
 
 def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
@@ -61,13 +67,20 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
             if is_temporary:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
-    app = FastAPI(title="Omni-SP", summary=f"{settings.names[0]}, in OpenAI's shapes", lifespan=lifespan)
+    app = FastAPI(
+        title="Omni-SP",
+        summary=f"{settings.names[0]}, in OpenAI's shapes",
+        lifespan=lifespan,
+        docs_url=None,  # ours needs nothing from elsewhere
+        redoc_url=None,
+    )
     app.state.omni, app.state.settings = metered, settings
     app.include_router(_server_router(metered, settings, files, metrics))
     app.include_router(create_image_router(metered, settings, files))
     app.include_router(create_chat_router(metered, settings))
     app.include_router(create_video_router(metered, settings, files))
     app.include_router(create_page_router(metered, settings))
+    add_reference(app, needs_key=bool(settings.api_keys))
     add_error_handlers(app)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
@@ -90,14 +103,14 @@ def _server_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore, 
     created = int(time.time())
 
     @router.head("/health", include_in_schema=False)
-    @router.get("/health", summary="200 once requests are drawn, else 503 and why")
+    @router.get("/health", summary="200 once requests are drawn, else 503 and why", responses=_HEALTH)
     async def health() -> Response:
         status = omni.status
         if status == "ready":
             return JSONResponse({"status": status})
         return JSONResponse({"status": status}, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
 
-    @router.get("/metrics", summary="For Prometheus")
+    @router.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)
     async def metrics_page() -> Response:
         return Response(await asyncio.to_thread(metrics.page), media_type=CONTENT_TYPE_LATEST)
 
@@ -111,7 +124,11 @@ def _server_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore, 
         return _model(name, created)
 
     @router.get(
-        "/v1/files/{file_id}/content", name="file_content", summary="Fetch a picture", response_class=FileResponse
+        "/v1/files/{file_id}/content",
+        name="file_content",
+        summary="Fetch a picture",
+        response_class=FileResponse,
+        responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}}},
     )
     async def file_content(file_id: str) -> FileResponse:
         try:

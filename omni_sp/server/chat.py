@@ -17,7 +17,16 @@ from starlette.responses import JSONResponse, Response
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.events import RequestDone, RequestFailed
 from omni_sp.outputs import OmniRequestOutput
-from omni_sp.server.drawing import KEEP_ALIVE, Events, EventStream, begun, error_bytes, event_bytes, finished
+from omni_sp.server.drawing import (
+    KEEP_ALIVE,
+    STREAMED,
+    Events,
+    EventStream,
+    begun,
+    error_bytes,
+    event_bytes,
+    finished,
+)
 from omni_sp.server.errors import ApiError
 from omni_sp.server.fetch import fetch
 from omni_sp.server.pictures import MEDIA_TYPES, as_base64, decode_data_url, decode_picture, encode_picture
@@ -32,6 +41,24 @@ from omni_sp.server.requests import (
 )
 from omni_sp.server.settings import ServerSettings
 
+# For the API's description; what is wrong with a message, last_user_message() says in words.
+_PART = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {
+        "type": {"enum": ["text", "image_url"]},
+        "text": {"type": "string"},
+        "image_url": {"type": "object", "required": ["url"], "properties": {"url": {"type": "string"}}},
+    },
+}
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
+    },
+}
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -51,7 +78,7 @@ class ChatFields(DrawingFields):
     request, and mean nothing here.
     """
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, json_schema_extra={"items": _MESSAGE})]
     stream_options: StreamOptions | None = None
     num_outputs_per_prompt: Annotated[int, Field(ge=1)] | None = None
     height: Annotated[int, Field(ge=1)] | None = None
@@ -73,7 +100,7 @@ def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     """The route ``/v1/chat/completions``."""
     router = APIRouter(prefix="/v1/chat", tags=["chat"])
 
-    @router.post("/completions", summary="Draw pictures, as the answer in a chat")
+    @router.post("/completions", summary="Draw pictures, as the answer in a chat", responses=STREAMED)
     async def completions(fields: ChatFields, request: Request) -> Response:
         one_choice = fields.num_outputs_per_prompt is not None
         drawn = _as_drawing(fields)

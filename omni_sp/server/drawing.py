@@ -22,6 +22,11 @@ from omni_sp.server.errors import CLIENT_CLOSED, ApiError, as_api_error
 KEEP_ALIVE = b": still here\n\n"
 """A comment, which clients of server-sent events skip; it keeps proxies from closing a silent connection."""
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "At once, or with ``stream`` as events.", "content": {"text/event-stream": {}}}
+}
+"""What the API's description says of a route whose answer may be an EventStream."""
+
 Events = AsyncGenerator[RequestEvent | None, None]
 
 

@@ -27,6 +27,7 @@ CLIENT_CLOSED = 499
 """Nobody waits for the answer any more (nginx's number for it)."""
 RETRY_AFTER_S = 5
 _LOG = logging.getLogger(__name__)
+_UNREADABLE = "There was an error parsing the body"  # FastAPI, of bytes that are no text, or nested too deep
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Our names -> the names that requests have for them.
 _PARAMS = {"height": "size", "width": "size", "num_outputs_per_prompt": "n"}
@@ -34,6 +35,8 @@ _NAMED = re.compile(
     r"\b(height|width|num_frames|fps|num_inference_steps|guidance_scale|true_cfg_scale|num_outputs_per_prompt|"
     r"negative_prompt|max_sequence_length|strength|mask_image|seed|image|prompt)\b"
 )
+# What torch raises on GPUs, Python, and torch on CPUs, which has no class for it.
+_NO_MEMORY = re.compile(r"\braised (\w*OutOfMemoryError|MemoryError|RuntimeError: .*can't allocate memory)")
 
 
 class ApiError(HTTPException):
@@ -87,6 +90,9 @@ def as_api_error(error: BaseException) -> ApiError:
         # Its traceback belongs into the server's log, not into the answer.
         _LOG.error("rank %d failed: %s\n%s", error.rank, error, error.rank_traceback)
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if _NO_MEMORY.search(what):
+            way_out = "ask for a smaller size, fewer frames or a smaller n"
+            return ApiError(500, f"out of memory: {way_out} ({what})", code="out_of_memory")
         return ApiError(500, f"a rank process failed while it drew this: {what}", code="rank_failed")
     if isinstance(error, OmniSPError):
         _LOG.error("%s: %s", type(error).__name__, error)
@@ -96,7 +102,9 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     _LOG.error("unforeseen", exc_info=error)
-    return ApiError(500, "something in the server broke; its log says what", code="internal_error")
+    # It travels on to uvicorn, which closes the connection: a client not told so would send its next request into that.
+    told = {"Connection": "close"}
+    return ApiError(500, "something in the server broke; its log says what", code="internal_error", headers=told)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -105,6 +113,8 @@ def add_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404 and error.detail == "Not Found":
             error = ApiError(404, f"there is no route {request.method} {request.url.path}", code="unknown_url")
+        elif isinstance(error, HTTPException) and error.detail == _UNREADABLE:
+            error = ApiError(400, "the body cannot be read: send a JSON object in UTF-8", code="invalid_json")
         return as_api_error(error).response()
 
     for kind in (HTTPException, RequestValidationError, ValidationError, OmniSPError, Exception):

@@ -17,7 +17,16 @@ from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.events import RequestDone, RequestFailed, RequestProgress, RequestQueued
 from omni_sp.outputs import OmniRequestOutput
-from omni_sp.server.drawing import KEEP_ALIVE, Events, EventStream, begun, error_bytes, event_bytes, finished
+from omni_sp.server.drawing import (
+    KEEP_ALIVE,
+    STREAMED,
+    Events,
+    EventStream,
+    begun,
+    error_bytes,
+    event_bytes,
+    finished,
+)
 from omni_sp.server.errors import ApiError, unknown_field
 from omni_sp.server.files import FileStore
 from omni_sp.server.pictures import MEDIA_TYPES, SUFFIXES, as_base64, decode_picture, edit_mask, encode_picture
@@ -43,14 +52,14 @@ def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
     async def decoded(data: bytes, param: str) -> Image.Image:
         return await asyncio.to_thread(decode_picture, data, param=param, max_pixels=settings.max_pixels)
 
-    @router.post("/generations", summary="Draw pictures")
+    @router.post("/generations", summary="Draw pictures", responses=STREAMED)
     async def generations(fields: ImageFields, request: Request) -> Response:
         check_image(fields, settings)
         facts = require_pictures(omni, settings)
         prompt = prompt_of(fields.prompt, [], facts)
         return await _answer(omni, settings, files, request, fields, prompt, sampling_params(fields, settings))
 
-    @router.post("/edits", summary="Edit pictures", openapi_extra=_form_schema())
+    @router.post("/edits", summary="Edit pictures", responses=STREAMED, openapi_extra=_form_schema())
     async def edits(request: Request) -> Response:
         fields, uploads, mask = await _form(request, settings)
         check_image(fields, settings)

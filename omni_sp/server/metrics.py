@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import OmniDiffusionSamplingParams
-from omni_sp.engine.dispatcher import EngineStats
+from omni_sp.engine.jobs import EngineStats
 from omni_sp.engine.messages import Ready
 from omni_sp.errors import EngineClosedError
 from omni_sp.events import RequestDone, RequestEvent, RequestProgress
@@ -156,6 +156,7 @@ class _EngineCollector(Collector):
         for outcome in ("done", "failed", "aborted"):
             requests.add_metric([outcome], getattr(stats, outcome))
         yield requests
+        yield CounterMetricFamily("omni_sp_calls", "Calls of the pipeline, each for a request or a batch", stats.calls)
         yield CounterMetricFamily("omni_sp_steps", "Denoising steps", stats.steps)
         yield CounterMetricFamily("omni_sp_restarts", "Restarts of the ranks", stats.restarts)
         yield GaugeMetricFamily("omni_sp_ready", "1 if requests are drawn", float(status == "ready"))

@@ -129,7 +129,8 @@ def _parameters(facts: PipelineFacts, settings: ServerSettings) -> dict[str, dic
     if facts.makes_videos:
         if "num_frames" in found:
             found["num_frames"] |= {"multiple": facts.frames_multiple, "minimum": 1, "maximum": settings.max_frames}
-        found["fps"] = {"default": facts.sampling_defaults.get("fps", frames_per_second(facts, {}, None)), "minimum": 0}
+        default = facts.sampling_defaults.get("fps", frames_per_second(facts, {}, None))
+        found["fps"] = {"default": default, "minimum": 0.1}
     elif facts.makes == "picture":
         # What POST /v1/images takes and POST /v1/videos does not.
         if facts.taken_as("num_outputs_per_prompt") is not None:

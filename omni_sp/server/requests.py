@@ -20,6 +20,8 @@ _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 _Form = TypeVar("_Form", bound=BaseModel)
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
+# The pattern is for the API's description; what is wrong with a size, parse_size() says in words.
+Size = Annotated[str, Field(json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"})]
 
 
 class Fields(BaseModel):
@@ -47,7 +49,7 @@ class DrawingFields(Fields):
 
     model: str | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    size: str | None = None
+    size: Size | None = None
     negative_prompt: Text | None = None
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: float | None = None

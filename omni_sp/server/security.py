@@ -8,6 +8,7 @@ import hmac
 import ipaddress
 import re
 import secrets
+import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from omni_sp.server.errors import ApiError
 from omni_sp.server.settings import ServerSettings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_DISCARD_S = 1.0
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # What a finished picture's URL says cannot be guessed, and whoever was given it may fetch it with nothing else.
 _OPEN = re.compile(r"/v1/files/[^/]+/content")
@@ -77,7 +79,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         path, method, headers = scope["path"], scope["method"], Headers(scope=scope)
-        if not (path == "/v1" or path.startswith("/v1/")) or (method in ("GET", "HEAD") and _OPEN.fullmatch(path)):
+        if not (path == "/v1" or path.startswith("/v1/")) or is_open(method, path):
             return None
         if self._keys:
             return None if self._has_key(headers) else _unauthorized("authorization" in headers)
@@ -113,6 +115,9 @@ class Guard:
 class BodyLimit:
     """Ends requests whose body is too large, or stops coming.
 
+    An answer that is ready before the body has come waits a moment for it, and throws it away: a client that is still
+    sending when the connection closes may lose the answer.
+
     Raises, where the application reads the body:
         ApiError: 413, or 408.
     """
@@ -125,8 +130,11 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > self._max_bytes:
+            if "expect" not in headers:  # who waits for our consent has sent nothing yet
+                await self._discard(receive)
             await self._too_large().response()(scope, receive, send)
             return
         received, is_whole = 0, False
@@ -148,7 +156,26 @@ class BodyLimit:
                     raise self._too_large()
             return message
 
-        await self._app(scope, receive_some, send)
+        async def send_after_body(message: Message) -> None:
+            nonlocal is_whole
+            if message["type"] == "http.response.start" and not is_whole:
+                is_whole = True
+                await self._discard(receive)
+            await send(message)
+
+        await self._app(scope, receive_some, send_after_body)
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read the rest of a body, for a moment, and no more than may be sent here."""
+        until, left = time.monotonic() + _DISCARD_S, self._max_bytes
+        while left > 0 and (seconds := until - time.monotonic()) > 0:
+            try:
+                message = await asyncio.wait_for(receive(), seconds)
+            except (TimeoutError, asyncio.TimeoutError):  # two classes in Python 3.10
+                return
+            left -= len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
     def _too_large(self) -> ApiError:
         return ApiError(
@@ -165,6 +192,11 @@ class BodyLimit:
             code="timeout",
             headers={"Connection": "close"},
         )
+
+
+def is_open(method: str, path: str) -> bool:
+    """Is this, below /v1, for whoever knows the path?"""
+    return method.upper() in ("GET", "HEAD") and _OPEN.fullmatch(path) is not None
 
 
 def _hostname(netloc: str) -> str | None:

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import DiffusionParallelConfig
+from omni_sp.engine.startup import StartOnScreen
 from omni_sp.errors import ConfigError, EngineClosedError, InvalidInputError, OmniSPError
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.server.app import create_app
@@ -69,6 +70,8 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add("--file-max-age", type=float, default=_DEFAULTS.file_max_age_s, metavar="S", help="keep them so long")
     add("--file-max-mib", type=int, default=_DEFAULTS.file_max_total_bytes // _MIB, metavar="N", help="keep so much")
     add("--max-queue-length", type=int, default=_DEFAULTS.max_queue_length, metavar="N", help="requests that wait")
+    add("--max-batch-size", type=int, default=1, metavar="N", help="requests drawn together, at most (%(default)s)")
+    add("--batch-wait-ms", type=float, default=0.0, metavar="MS", help="how long one may wait for others (%(default)g)")
     add("--max-pixels", type=int, default=_DEFAULTS.max_pixels, metavar="N", help="of a picture (%(default)s)")
     add("--max-steps", type=int, default=_DEFAULTS.max_steps, metavar="N", help="of a request (%(default)s)")
     add("--max-n", type=int, default=_DEFAULTS.max_n, metavar="N", help="results of a request (%(default)s)")
@@ -90,14 +93,18 @@ def serve(options: argparse.Namespace) -> int:
         options.model,
         DiffusionParallelConfig(ulysses_degree=options.ulysses_degree, ring_degree=options.ring_degree),
         max_queue_length=settings.max_queue_length,
+        max_batch_size=options.max_batch_size,
+        batch_wait_ms=options.batch_wait_ms,
         warmup=[_height_width(size) for size in options.warmup],
-        on_news=_tell,
+        on_news=StartOnScreen().show,
         device=None if options.device == "auto" else options.device,
         dtype=None if options.dtype == "auto" else options.dtype,
         attention_backend=options.attention_backend,
         rank_timeout_s=options.rank_timeout,
         startup_timeout_s=options.startup_timeout,
     )
+    if not omni.is_front:  # a process of torchrun that carries a rank
+        asyncio.run(omni.start())
     with listening(settings.host, settings.port) as listener:
         return asyncio.run(run_server(omni, settings, listener))
 

@@ -29,7 +29,7 @@ from omni_sp.server.fetch import fetch
 from omni_sp.server.files import FileStore
 from omni_sp.server.jobs import COMPLETED, FAILED, Job
 from omni_sp.server.pictures import decode_data_url, decode_picture, encode_picture
-from omni_sp.server.requests import Fields, Text, check_model, from_form, parse_size
+from omni_sp.server.requests import Fields, Size, Text, check_model, from_form, parse_size
 from omni_sp.server.settings import ServerSettings
 from omni_sp.server.video_jobs import VideoJobs
 
@@ -59,9 +59,9 @@ class VideoFields(Fields):
     prompt: Annotated[Text, Field(min_length=1)] | None = None
     model: str | None = None
     seconds: Annotated[float, BeforeValidator(_as_number), Field(gt=0, le=3600)] | None = None
-    size: str | None = None
+    size: Size | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None
-    fps: Annotated[float, Field(gt=0, le=240)] | None = None
+    fps: Annotated[float, Field(ge=0.1, le=240)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
@@ -127,7 +127,12 @@ def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
         await jobs.delete(video_id)
         return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
-    @router.get("/{video_id}/content", summary="Fetch a finished video", response_class=FileResponse)
+    @router.get(
+        "/{video_id}/content",
+        summary="Fetch a finished video",
+        response_class=FileResponse,
+        responses={200: {"content": {media_type: {} for media_type in ("video/mp4", "image/webp", "audio/wav")}}},
+    )
     async def content(video_id: str, variant: str = "video") -> FileResponse:
         job = _found(jobs, video_id)
         if variant not in ("video", "thumbnail", "audio"):

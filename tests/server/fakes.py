@@ -14,7 +14,7 @@ from PIL import Image
 
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import OmniDiffusionSamplingParams
-from omni_sp.engine.dispatcher import EngineStats
+from omni_sp.engine.jobs import EngineStats
 from omni_sp.engine.messages import Ready
 from omni_sp.errors import (
     EngineClosedError,

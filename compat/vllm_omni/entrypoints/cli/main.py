@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
+from omni_sp.cli import BAD_INPUT
 from omni_sp.cli import main as omni_sp_main
+from omni_sp.errors import ConfigError
+from vllm_omni.entrypoints.cli.words import as_omni_sp
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -14,5 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: without the program's name; None for those of this program.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(omni_sp_main([word for word in words if word != "--omni"]))
+    try:
+        words = as_omni_sp(sys.argv[1:] if arguments is None else arguments, os.environ)
+    except ConfigError as error:
+        print(f"omni-sp: error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    sys.exit(omni_sp_main(words))

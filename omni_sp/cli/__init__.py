@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from omni_sp.cli.wishes import prompt_of, sampling_params, with_cfg_scale
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.engine.startup import in_words, is_terminal
 from omni_sp.errors import ConfigError, InvalidInputError, OmniSPError, SamplingParamsError
 from omni_sp.files import OutputFiles, read_picture
 from omni_sp.pipelines.shapes import SHAPES_MODEL
@@ -54,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_check_options(commands.add_parser("check", help="is a model exact over several ranks?", allow_abbrev=False))
     _add_models_options(commands.add_parser("models", help="what is known of which transformer", allow_abbrev=False))
     serving = commands.add_parser("serve", help="answer OpenAI's clients over HTTP", allow_abbrev=False)
+    commands.add_parser("serve-llm", help="vLLM's server for language models, with our flags", add_help=False)
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["serve-llm"]:
+        return _ended(_serve_llm, argparse.Namespace(words=words[1:], debug=False))
     if words[:1] == ["serve"]:
         _add_serve_options(serving)  # here alone: nobody else should wait for a web framework, or need one
     return _run(parser, words)
@@ -88,10 +93,9 @@ def generate(options: argparse.Namespace) -> int:
     if not options.prompt and not options.image:
         raise SamplingParamsError('no prompt: give at least one --prompt "..."')
     config = DiffusionParallelConfig(ulysses_degree=options.ulysses_degree, ring_degree=options.ring_degree)
-    params = _sampling_params(options)
+    params = sampling_params(options)
     pictures = [read_picture(path) for path in options.image]
-    num_prompts = max(len(options.prompt), 1)
-    files = OutputFiles(options.output, num_outputs=num_prompts * (params.num_outputs_per_prompt or 1))
+    files = OutputFiles(options.output, num_outputs=max(len(options.prompt), 1) * (params.num_outputs_per_prompt or 1))
     options.saved = files.saved
     from omni_sp.omni import Omni  # after everything that can be refused without it
 
@@ -106,9 +110,9 @@ def generate(options: argparse.Namespace) -> int:
         facts = omni.info.facts
         files.expect(facts)
         if options.cfg_scale is not None:
-            params = _with_cfg_scale(params, options.cfg_scale, is_true=facts.taken_as("true_cfg_scale") is not None)
+            params = with_cfg_scale(params, options.cfg_scale, is_true=facts.taken_as("true_cfg_scale") is not None)
         pictures = [picture.convert(facts.image_mode) for picture in pictures]
-        outputs = omni.generate_each([_prompt(text, pictures) for text in options.prompt or [None]], params)
+        outputs = omni.generate_each([prompt_of(text, pictures) for text in options.prompt or [None]], params)
         if omni.speaks:
             _print_layout(omni, options.model)
         for output in outputs:
@@ -141,7 +145,7 @@ def check(options: argparse.Namespace) -> int:
         attention_backend=options.attention_backend,
     ) as omni:
         pictures = [picture.convert(omni.info.facts.image_mode) for picture in pictures]
-        errors = omni.check(_prompt(options.prompt, pictures), params)
+        errors = omni.check(prompt_of(options.prompt, pictures), params)
         if not omni.speaks:
             return 0
         _print_layout(omni, options.model)
@@ -172,6 +176,13 @@ def models(options: argparse.Namespace) -> int:
     counts = [f"{sum(one.state == name for one in states)} {name}" for name in ("exact", "refused", "unproven")]
     print(f"{len(states)} classes: {', '.join(counts)}")
     return 0
+
+
+def _serve_llm(options: argparse.Namespace) -> int:
+    """Become vLLM's own command: its flags are its own business."""
+    from omni_sp.llm.serve import serve_llm
+
+    return serve_llm(options.words)
 
 
 def _add_check_options(parser: _Parser) -> None:
@@ -330,63 +341,11 @@ def _give_up(options: argparse.Namespace, message: str, exitcode: int) -> int:
     return exitcode
 
 
-def _sampling_params(options: argparse.Namespace) -> OmniDiffusionSamplingParams:
-    """All but --cfg-scale, which means what the pipeline has."""
-    given = (options.cfg_scale is not None) + (options.true_cfg_scale is not None)
-    if given > 1:
-        raise SamplingParamsError("--cfg-scale and --true-cfg-scale are two names of one thing: give one of them")
-    params = OmniDiffusionSamplingParams(
-        height=options.height,
-        width=options.width,
-        num_frames=options.num_frames,
-        fps=options.fps,
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale,
-        true_cfg_scale=options.true_cfg_scale if options.cfg_scale is None else options.cfg_scale,
-        negative_prompt=options.negative_prompt,
-        num_outputs_per_prompt=options.num_outputs_per_prompt,
-        seed=options.seed,
-        max_sequence_length=options.max_sequence_length,
-        extra_args=dict(_extra(entry) for entry in options.extra),
-    )
-    if "output_type" in params.extra_args:
-        raise SamplingParamsError(
-            "--extra output_type: files are written from finished results; use Omni(...) for others"
-        )
-    return params
-
-
-def _extra(entry: str) -> tuple[str, Any]:
-    name, equals, value = entry.partition("=")
-    if not equals or not name:
-        raise SamplingParamsError(f"--extra {entry}: give NAME=JSON, such as strength=0.6")
-    try:
-        return name, json.loads(value)
-    except ValueError as error:
-        raise SamplingParamsError(
-            f"--extra {entry}: {value!r} is no JSON; text needs quotes of its own: --extra '{name}=\"{value}\"'"
-        ) from error
-
-
-def _with_cfg_scale(params: OmniDiffusionSamplingParams, scale: float, *, is_true: bool) -> OmniDiffusionSamplingParams:
-    """--cfg-scale for this pipeline, whose only guidance may be guidance_scale."""
-    if is_true:
-        return params
-    if params.guidance_scale is not None:
-        raise SamplingParamsError("--cfg-scale and --guidance-scale mean the same to this pipeline: give one of them")
-    return dataclasses.replace(params, guidance_scale=scale, true_cfg_scale=None)
-
-
-def _prompt(text: str | None, pictures: list[Any]) -> str | dict[str, Any]:
-    if not pictures:
-        return text or ""
-    return {"prompt": text, "image": pictures if len(pictures) > 1 else pictures[0]}
-
-
 def _print_layout(omni: Omni, model: str) -> None:
     info = omni.info
-    print(f"model   {model}: {info.facts.name}, {info.dtype} on {info.device}, loaded in {info.load_s:.1f} s")
-    print(f"layout  {info.layout}", flush=True)
+    start = "" if is_terminal() else f"start   {in_words(info.start_s)}\n"  # a terminal has just been told
+    print(f"model   {model}: {info.facts.name}, {info.dtype} on {info.device}")
+    print(f"{start}layout  {info.layout}", flush=True)
 
 
 def _print_times(output: OmniRequestOutput) -> None:

@@ -1,0 +1,115 @@
+"""``vllm serve MODEL --omni`` as ``omni-sp serve MODEL``: what vLLM's users type is honoured, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from omni_sp.errors import ConfigError
+
+_SEVERAL_VALUES = ("--served-model-name", "--api-key")
+_DTYPES = {"half": "float16", "float": "float32"}
+_WHY_NOT = {
+    "--usp and --ring say how many processes or GPUs share a picture; leave it out": (
+        "--tensor-parallel-size -tp --pipeline-parallel-size -pp --data-parallel-size -dp --cfg-parallel-size "
+        "--vae-patch-parallel-size --enable-expert-parallel -ep --num-gpus"
+    ),
+    "it is for vLLM's text engine, which does not run here; leave it out": (
+        "--gpu-memory-utilization --max-model-len --max-num-seqs --max-num-batched-tokens --kv-cache-dtype "
+        "--kv-cache-memory-bytes --block-size --swap-space --enforce-eager --enable-prefix-caching "
+        "--enable-chunked-prefill --compilation-config -cc --chat-template --tokenizer --generation-config"
+    ),
+    "this server keeps no log of requests, and /metrics counts them; leave it out": (
+        "--uvicorn-log-level --disable-uvicorn-access-log --disable-access-log-for-endpoints --enable-log-requests "
+        "--disable-log-requests --disable-log-stats --log-stats --log-level --logging-config --log-config-file"
+    ),
+    "every request has its own seed, steps and guidance; name them there": "--seed --default-sampling-params",
+    "weights run as they are, in --dtype; leave it out": "--quantization -q --load-format",
+    "only classes of diffusers and transformers are loaded; leave it out": "--trust-remote-code",
+    "the cache of the hub is used (HF_HOME moves it); download another revision and name its folder": (
+        "--revision --download-dir"
+    ),
+    "a proxy in front does that; leave it out, and keep --host at this machine": (
+        "--ssl-keyfile --ssl-certfile --ssl-ca-certs --root-path --middleware"
+    ),
+    "options come from the command line alone; write them there": "--config",
+    "one process listens, and one set of ranks draws; leave it out": "--api-server-count --headless",
+    "one diffusers pipeline is served, from its own folder; leave it out": "--stage-configs-path --deploy-config",
+    "token and head counts that nothing divides are always taken; leave it out": "--ulysses-mode",
+    "results are exact, and nothing is kept from step to step; leave it out": "--cache-backend --cache-config",
+    "weights stay on their GPU; leave it out": "--enable-cpu-offload --enable-layerwise-offload",
+    "the VAE decodes a picture whole; leave it out": "--vae-use-slicing --vae-use-tiling",
+}
+REFUSED = {option: why for why, options in _WHY_NOT.items() for option in options.split()}
+"""Options of vLLM and vLLM-Omni that mean nothing here, and what to do instead."""
+
+
+def as_omni_sp(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The same request to ``omni-sp``.
+
+    Args:
+        words: of vLLM's command, from the subcommand on. environment: where vLLM looks for ``VLLM_API_KEY``; without
+            that, a server that was locked would be open here.
+
+    Raises:
+        ConfigError: an option that is vLLM's alone, or a value that cannot be.
+    """
+    words = [word for word in words if word != "--omni"]
+    if words[:1] != ["serve"]:
+        return words
+    translated = ["serve", *_translated(words[1:])]
+    key = environment.get("VLLM_API_KEY")
+    if key and not any(word.startswith(("--api-key=", "--api-key-file")) for word in translated):
+        translated.append(f"--api-key={key}")
+    return translated
+
+
+def _translated(words: Sequence[str]) -> Iterator[str]:
+    rest = list(words)
+    is_model_known = not words[:1] or not words[0].startswith("-") or any(re.match("--model(=|$)", w) for w in words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            yield word
+            continue
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        _refuse_what_is_not_ours(name)
+        values = [value] if equals else []
+        if name == "--help":
+            yield name  # vLLM's users ask for --help=all
+        elif name in _SEVERAL_VALUES:
+            while rest and not equals and not rest[0].startswith("-"):
+                values.append(rest.pop(0))
+            if len(values) > 1 and not is_model_known:
+                raise ConfigError(f"{name} takes every word after it: name the model first, vllm serve MODEL --omni")
+            yield from (f"{name}={one}" for one in values) if values else [name]
+        elif name in ("--model", "--dtype", "--allowed-origins"):
+            if not values and not rest:
+                raise ConfigError(f"{name} needs a value")
+            value = value if values else rest.pop(0)
+            yield from _with_our_name(name, value)
+        else:
+            yield name + equals + value
+
+
+def _with_our_name(name: str, value: str) -> Iterator[str]:
+    if name == "--model":
+        yield value
+    elif name == "--dtype":
+        yield f"{name}={_DTYPES.get(value, value)}"
+    else:
+        try:
+            origins = json.loads(value)
+        except ValueError:
+            origins = None
+        if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
+            raise ConfigError(f"""{name} {value}: give a JSON list, such as '["https://example.org"]'""")
+        yield from (f"--allow-origin={origin}" for origin in origins)
+
+
+def _refuse_what_is_not_ours(name: str) -> None:
+    why = REFUSED.get(name) or REFUSED.get(name.replace("--no-", "--", 1))
+    if why:
+        raise ConfigError(f"no option {name} with --omni: {why}")

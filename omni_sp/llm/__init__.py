@@ -1,0 +1,22 @@
+"""Long prompts sooner: Llama, Mistral and Qwen over ranks that share a prompt's tokens, inside vLLM or without it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omni_sp.llm.offline import LLM as LLM
+    from omni_sp.llm.parallel import parallelize as parallelize
+
+__all__ = ["LLM", "parallelize"]
+
+_HOMES = {"LLM": "omni_sp.llm.offline", "parallelize": "omni_sp.llm.parallel"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, so that neither door needs the packages of the other."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,59 @@
+"""Tiny language models saved to a folder, as vLLM's users have them: tokenizer and chat template included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.pipelines.folders import WORDS, tokenizer
+
+CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}make"
+LENGTH = 256
+_SIZE = {
+    "vocab_size": len(WORDS) + 3,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,  # heads of 32 numbers: the fewest that vLLM's kernels for CPUs know
+    "max_position_embeddings": LENGTH,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def save(folder: Path, kind: str, num_key_value_heads: int) -> Any:
+    """Save a model, and give it back as transformers runs it."""
+    config = getattr(transformers, f"{kind}Config")(**_SIZE, num_key_value_heads=num_key_value_heads)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            random = torch.randn(parameter.shape, generator=generator)
+            is_norm = parameter.ndim == 1 and not name.endswith("bias")
+            parameter.copy_(1 + 0.3 * random if is_norm else 0.15 * random)
+    model.save_pretrained(folder)
+    words = tokenizer(LENGTH)
+    words.chat_template = CHAT
+    words.save_pretrained(folder)
+    return model
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """Token ids without those that mean something."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, _SIZE["vocab_size"], (length,), generator=generator).tolist() for length in lengths]  # type: ignore[arg-type]
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """What transformers says, token ids."""
+    with torch.no_grad():
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    row: list[int] = ids[0, len(prompt) :].tolist()
+    return row
