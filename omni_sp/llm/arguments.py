@@ -62,8 +62,7 @@ def for_vllm(arguments: Sequence[str]) -> list[str]:
         own = [_OTHERS, others] if others is not None else []
         return [*line.rest, *own, _TENSOR[0], str(settings.world_size)]
     for flag, what in _NOT_BESIDE.items():
-        value = line.value_of(flag)
-        if flag in line.flags() and value != "1":
+        if flag in line.flags() and (flag == "--enable-lora" or line.value_of(flag) != "1"):
             raise ConfigError(f"sequence parallelism does not run beside {what}: leave {flag}")
     model = line.value_of("--model") or line.positional_after("serve")
     if model is not None:

@@ -5,23 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-
-def held(model: Any) -> dict[str, int]:
-    """Bytes of a rank: of the decoder's matrices, of all weights, and of a token's keys and values."""
-    matrices = weights = kept = 0
-    seen: set[int] = set()
-    for name, parameter in model.named_parameters():
-        if parameter.data_ptr() in seen:
-            continue
-        seen.add(parameter.data_ptr())
-        weights += parameter.nbytes
-        matrices += parameter.nbytes if "_proj.weight" in name else 0
-    for layer in model.model.layers:
-        attention = layer.self_attn.attn
-        kept += 2 * attention.num_kv_heads * attention.head_size * 4
-    return {"matrices": matrices, "weights": weights, "kept_per_token": kept}
+from tests.llm.folders import held
 
 
 def main() -> None:

@@ -201,7 +201,7 @@ def test_stock_commands_with_our_flags_answer_a_chat(tmp_path: Path, kind: str, 
         "api_server": [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)],
     }[name]
     with server(tmp_path, [*command, *flags]) as url:
-        assert chat(url, tmp_path, WORDS) == expected(model, tmp_path, WORDS)
+        assert chat(url, tmp_path, WORDS).strip() == expected(model, tmp_path, WORDS).strip()
         with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
             metrics = answer.read().decode()
     assert 'omni_sp_llm_steps_total{mode="ulysses"}' in metrics

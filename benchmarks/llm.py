@@ -1,0 +1,248 @@
+"""A language model inside vLLM: stock tensor parallelism against sequence parallelism and the shift between the two.
+
+python -m benchmarks.llm --prompts 128 512 2048           # time to the first token, and tokens a second after it
+python -m benchmarks.llm --quality                        # log-likelihood of a text, whichever way it is computed
+
+Needs vLLM (`make install-vllm`, then .venv-vllm/bin/python). Every engine is loaded once and stays; they take turns in
+an order that is drawn anew for every round, and those whose turn it is not are stopped (SIGSTOP), so that none takes
+another's cores. The model is a small Llama with random weights: what is compared is time and bytes, not what it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.interleaved import Timing, paired, report, save
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "TP2": {"tensor_parallel_size": 2},
+    "SP2": {"ulysses_sequence_parallel_size": 2},
+    "shift": {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True, "shift_parallel_threshold": 64},
+}
+QUALITY: dict[str, dict[str, Any]] = {
+    "TP1": {},
+    "TP2": ENGINES["TP2"],
+    "SP2": ENGINES["SP2"],
+    "TP2 SP2": {"tensor_parallel_size": 2, "ulysses_sequence_parallel_size": 2},
+    "shift": ENGINES["shift"],
+}
+MODEL = {
+    "vocab_size": 2048,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 8192,
+}
+ANSWER = 33
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class Engine:
+    """An engine in a process group of its own, stopped between its turns."""
+
+    def __init__(self, model: Path, options: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.llm", "--engine", json.dumps({"model": str(model), **options})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | _ENVIRONMENT,
+            start_new_session=True,
+        )
+        self.ask(None)
+        self._signal(signal.SIGSTOP)
+
+    def turn(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Go on, answer, and stop again."""
+        self._signal(signal.SIGCONT)
+        try:
+            return self.ask(question)
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def ask(self, question: dict[str, Any] | None) -> dict[str, Any]:
+        """The engine's answer; None waits for it to be ready."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        if question is not None:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("answer "):
+                answer: dict[str, Any] = json.loads(line.removeprefix("answer "))
+                return answer
+        raise SystemExit("an engine ended; its log is above")
+
+    def close(self) -> None:
+        """End it, with everything that it started."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+
+def engine_main(options: dict[str, Any]) -> None:
+    """The engine's own process: questions on stdin, answers on stdout."""
+    from vllm import SamplingParams
+
+    # By its own name: what is sent to the ranks is looked up there.
+    from benchmarks.llm import count_bytes, read_bytes
+    from omni_sp.llm import LLM
+
+    llm = LLM(
+        dtype="float32", skip_tokenizer_init=True, max_model_len=8192, max_num_batched_tokens=8192, max_num_seqs=8,
+        enable_prefix_caching=False, enforce_eager=True, **options,
+    )  # fmt: skip
+    llm.apply_model(count_bytes)
+    print("answer {}", flush=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        prompts = [{"prompt_token_ids": ids} for ids in question["prompts"]]
+        params = SamplingParams(
+            temperature=0.0, max_tokens=question["count"], ignore_eos=True, detokenize=False,
+            prompt_logprobs=0 if question.get("likelihood") else None,
+        )  # fmt: skip
+        llm.apply_model(read_bytes)
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        took = time.perf_counter() - began
+        answer: dict[str, Any] = {"seconds": took, "bytes": llm.apply_model(read_bytes)[0]}
+        if question.get("likelihood"):
+            entries = zip(question["prompts"][0][1:], outputs[0].prompt_logprobs[1:], strict=True)
+            answer["likelihood"] = sum(table[token].logprob for token, table in entries)
+        print("answer", json.dumps(answer), flush=True)
+
+
+def count_bytes(model: Any) -> None:
+    """In a rank: note what every all-reduce of a layer sends, as a ring of so many ranks sends it."""
+    from vllm.distributed import get_tensor_model_parallel_world_size
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    ranks = get_tensor_model_parallel_world_size()
+    model._reduced = 0
+
+    def note(_linear: Any, _args: Any, output: Any) -> None:
+        if ranks > 1 and (not hasattr(model, "_weave") or not model._weave._step.shares_tokens):
+            model._reduced += output[0].nbytes * 2 * (ranks - 1) // ranks
+
+    for module in model.modules():
+        if isinstance(module, RowParallelLinear):
+            module.register_forward_hook(note)
+
+
+def read_bytes(model: Any) -> float:
+    """In a rank: bytes that left it, per layer, since the last time."""
+    total = model._reduced
+    model._reduced = 0
+    if hasattr(model, "_weave"):
+        traffic = model._weave._axis.traffic
+        total += traffic.bytes.get("exchange", 0)
+        traffic.reset()
+    return float(total / len(model.model.layers))
+
+
+def make_model(folder: Path) -> None:
+    """A small Llama with random weights."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL)).save_pretrained(folder)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 2048], metavar="TOKENS")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N")
+    parser.add_argument("--quality", action="store_true", help="compare log-likelihoods instead")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        engine_main(json.loads(options.engine))
+        return
+    with tempfile.TemporaryDirectory(prefix="omni-sp-llm-") as folder:
+        make_model(Path(folder))
+        if options.quality:
+            quality(Path(folder))
+        else:
+            speed(Path(folder), options.prompts, options.rounds)
+
+
+def speed(model: Path, lengths: list[int], rounds: int) -> None:
+    """Time to the first token and seconds a token after it, for prompts of these lengths."""
+    engines: dict[str, Engine] = {}
+    try:
+        for name, options in ENGINES.items():
+            print(f"starting {name}", flush=True)
+            engines[name] = Engine(model, options)
+        first = {(name, length): Timing() for name in ENGINES for length in lengths}
+        after = {(name, length): Timing() for name in ENGINES for length in lengths}
+        for number in range(-1, rounds):
+            for length in lengths:
+                prompt = random.Random(length).choices(range(3, MODEL["vocab_size"]), k=length)
+                for name in random.Random(1000 * number + length).sample(list(ENGINES), len(ENGINES)):
+                    begun = engines[name].turn({"prompts": [prompt], "count": 1})
+                    whole = engines[name].turn({"prompts": [prompt], "count": ANSWER})
+                    if number >= 0:
+                        first[name, length].seconds.append(begun["seconds"])
+                        first[name, length].facts["bytes_per_layer"] = begun["bytes"]
+                        after[name, length].seconds.append((whole["seconds"] - begun["seconds"]) / (ANSWER - 1))
+    finally:
+        for engine in engines.values():
+            engine.close()
+    timings: dict[str, Timing] = {}
+    print(" prompt engine  first token s  TP2 / it  KiB a layer   s a token  TP2 / it")
+    for length in lengths:
+        for name in ENGINES:
+            of_length = {other: first[other, length] for other in ENGINES}
+            of_answer = {other: after[other, length] for other in ENGINES}
+            told, said = of_length[name], of_answer[name]
+            first_ratio, after_ratio = paired(of_length, "TP2", name), paired(of_answer, "TP2", name)
+            print(
+                f"{length:>7} {name:>6} {told.median:>14.3f} {first_ratio:>9.2f} "
+                f"{told.facts['bytes_per_layer'] / 1024:>12.0f} {said.median:>11.4f} {after_ratio:>9.2f}"
+            )
+            timings[f"{name}, {length} tokens, first"] = told
+            timings[f"{name}, {length} tokens, each after"] = said
+    report(save("llm-speed", {"model": MODEL, "engines": ENGINES, "prompts": lengths, "rounds": rounds}, timings))
+
+
+def quality(model: Path) -> None:
+    """The log-likelihood of one row of tokens, by every way to compute it."""
+    row = random.Random(1).choices(range(3, MODEL["vocab_size"]), k=301)
+    found: dict[str, float] = {}
+    for name, options in QUALITY.items():
+        engine = Engine(model, options)
+        try:
+            found[name] = engine.turn({"prompts": [row], "count": 1, "likelihood": True})["likelihood"]
+        finally:
+            engine.close()
+        print(f"{name:>8} {found[name]:.6f}   {found[name] / found['TP1'] - 1:+.1e} of TP1", flush=True)
+    timings = {name: Timing(facts={"log_likelihood": value}) for name, value in found.items()}
+    report(save("llm-quality", {"model": MODEL, "engines": QUALITY, "tokens": len(row)}, timings))
+
+
+if __name__ == "__main__":
+    main()
