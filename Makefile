@@ -47,7 +47,7 @@ test: install
 
 # What needs vLLM, and what it shares with this package in versions other than those of `make test`.
 test-vllm: install-vllm
-	$(VLLM_RUN) -m pytest tests/compat tests/llm/test_vllm.py tests/server/test_openai_client.py
+	$(VLLM_RUN) -m pytest tests/compat tests/llm/test_vllm.py
 
 lint: install
 	$(RUN) -m ruff check .

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
-import json
 import re
 import sys
 import traceback

@@ -225,6 +225,12 @@ def _linear(stock: Any) -> dict[str, Any]:
     }
 
 
+def keep_weight(linear: Any) -> None:
+    """Let a layer's matrix stay as it is: vLLM's build for CPUs packs it and drops it, and we look at parts of it."""
+    linear.skip_weight_relayout = True  # 0.30
+    linear._cpu_skip_gemm_dispatch = True  # 0.31 on
+
+
 def require_stock(linear: Any, name: str) -> None:
     """Refuse a layer that somebody has exchanged for another."""
     from vllm.model_executor.layers import linear as layers

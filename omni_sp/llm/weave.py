@@ -180,8 +180,8 @@ class _Makers:
         }[kind](stock)
         with adapter.making_layers_for(self._inner):
             linear = getattr(layers, kind)(**arguments)
-        # vLLM's build for CPUs packs matrices and drops them; tensor parallelism looks at parts of them.
-        linear._cpu_skip_gemm_dispatch = self._keeps
+        if self._keeps:
+            adapter.keep_weight(linear)
         return linear
 
 

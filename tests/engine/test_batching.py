@@ -220,10 +220,10 @@ def test_sizes_and_waits_that_cannot_be_are_refused() -> None:
 
 def test_in_a_batch_every_request_gets_the_picture_that_it_gets_alone() -> None:
     """The demo model on two ranks: prompts of different lengths, with and without guidance, previews for who asked."""
-    prompts = ["a red circle", "a small yellow star on a green background", "a star"]
+    prompts = ["a red circle", "a small yellow star on a green background"]
 
     async def one(omni: AsyncOmni, place: int, **guidance: Any) -> list[RequestEvent]:
-        params = OmniDiffusionSamplingParams(width=80, height=64, num_inference_steps=3, seed=place, **guidance)
+        params = OmniDiffusionSamplingParams(width=80, height=64, num_inference_steps=2, seed=place, **guidance)
         return [event async for event in omni.generate(prompts[place], params, previews=place != 1)]
 
     def picture(events: list[RequestEvent]) -> Any:
@@ -233,10 +233,10 @@ def test_in_a_batch_every_request_gets_the_picture_that_it_gets_alone() -> None:
 
     async def program() -> None:
         config = DiffusionParallelConfig(ulysses_degree=2)
-        async with AsyncOmni("omni-sp/shapes", config, device="cpu", max_batch_size=3, batch_wait_ms=2000) as omni:
+        async with AsyncOmni("omni-sp/shapes", config, device="cpu", max_batch_size=2, batch_wait_ms=2000) as omni:
             for guidance in ({}, {"negative_prompt": "blue", "true_cfg_scale": 2.0}):
                 before = omni.stats.calls
-                batch = await asyncio.gather(*(one(omni, place, **guidance) for place in range(3)))
+                batch = await asyncio.gather(*(one(omni, place, **guidance) for place in range(2)))
                 assert omni.stats.calls == before + 1
                 for place, events in enumerate(batch):
                     shown = [e.preview for e in events if isinstance(e, RequestProgress) and e.preview is not None]

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,34 +79,13 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
     assert models == 1
     computed = sum(map(len, first)) + sum(map(len, again))
     assert ulysses_tokens < computed, "no prefix was taken from the cache"
-
-
-def test_two_by_two_holds_half_the_weights_once_and_a_quarter_of_the_cache(tmp_path: Path) -> None:
-    """Qwen2 with biases, tensor × sequence parallel 2 × 2, n-gram speculation beside it."""
-    model = save(tmp_path, "Qwen2", num_key_value_heads=2)
-    batch = prompts(1, 7, 13, 34, 161)
-    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    result = engine(
-        tmp_path,
-        [batch],
-        tensor_parallel_size=2,
-        ulysses_sequence_parallel_size=2,
-        enable_shift_parallel=True,
-        shift_parallel_threshold=20,
-        speculative_config=speculation,
-    )
-    assert result["said"] == [[greedy(model, prompt, COUNT) for prompt in batch]]
-    assert result["steps"][0]
-    assert result["steps"][2]
     config = model.config
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head_dim = hidden // config.num_attention_heads
-    layer = hidden * (2 * hidden + 2 * config.num_key_value_heads * head_dim) + 3 * hidden * inner
-    matrices = config.num_hidden_layers * layer * 4
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    layer = 2 * hidden * head_dim * (config.num_attention_heads + config.num_key_value_heads) + 3 * hidden * inner
     for rank in result["held"]:
-        # Shift parallelism adds nothing: both ways of a step use these.
-        assert rank["matrices"] == matrices // 2
-        # 2 kv heads over 4 ranks: one each, as vLLM's own tensor parallelism keeps them.
+        # Both ways of a step use these, so that shift parallelism adds nothing.
+        assert rank["matrices"] == config.num_hidden_layers * layer * 4
+        # One kv head over two ranks: one each, as vLLM's own tensor parallelism keeps it.
         assert rank["kept_per_token"] == config.num_hidden_layers * 2 * head_dim * 4
 
 
@@ -183,47 +161,65 @@ def expected(model: Any, folder: Path, words: str) -> str:
     return str(tokenizer.decode(said, skip_special_tokens=True))
 
 
+def completed(url: str, model: Path, batch: list[list[int]]) -> list[list[int]]:
+    """The token ids that the server says after each prompt; all are asked at once."""
+    body = {"model": str(model), "prompt": batch, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body | {"return_token_ids": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        choices = json.load(answer)["choices"]
+    return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: int(choice["index"]))]
+
+
+def steps(url: str) -> dict[str, float]:
+    """How many steps ran which way, from /metrics."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    start = 'omni_sp_llm_steps_total{mode="'
+    return {
+        line.removeprefix(start).partition('"')[0]: float(line.split()[-1]) for line in lines if line.startswith(start)
+    }
+
+
 WORDS = "a red circle on a blue cat in the snow walks on the star"
 
 
-@pytest.mark.parametrize(
-    ("kind", "door"),
-    [
-        ("Llama", "serve --ulysses-sequence-parallel-size 2 --enable-shift-parallel --shift-parallel-threshold 8"),
-        ("Mistral", "api_server --tensor-parallel-size 2 --sequence-parallel-size 2"),
-    ],
-)
-def test_stock_commands_with_our_flags_answer_a_chat(tmp_path: Path, kind: str, door: str) -> None:
-    model = save(tmp_path, kind, num_key_value_heads=2)
-    name, *flags = door.split()
-    command = {
-        "serve": [str(Path(sys.executable).with_name("vllm")), "serve", str(tmp_path)],
-        "api_server": [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)],
-    }[name]
-    with server(tmp_path, [*command, *flags]) as url:
+def test_vllm_serve_with_our_flags_answers_a_chat(tmp_path: Path) -> None:
+    model = save(tmp_path, "Llama", num_key_value_heads=2)
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tmp_path)]
+    flags = "--ulysses-sequence-parallel-size 2"
+    with server(tmp_path, [*command, *flags.split()]) as url:
         assert chat(url, tmp_path, WORDS).strip() == expected(model, tmp_path, WORDS).strip()
-        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-            metrics = answer.read().decode()
-    assert 'omni_sp_llm_steps_total{mode="ulysses"}' in metrics
-    by_heads = next(line for line in metrics.splitlines() if line.startswith('omni_sp_llm_steps_total{mode="tensor"}'))
-    assert (float(by_heads.split()[-1]) > 0) == (name == "serve")
+        assert completed(url, tmp_path, prompts(5, 1)) == [greedy(model, one, COUNT) for one in prompts(5, 1)]
+        assert steps(url)["ulysses"]
+        assert not steps(url)["tensor"]
+
+
+def test_the_api_server_at_two_by_two_says_what_transformers_says(tmp_path: Path) -> None:
+    """Qwen2 with biases, tensor × sequence parallel 2 × 2 and the shift between them, n-gram speculation beside it."""
+    model = save(tmp_path, "Qwen2", num_key_value_heads=2)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)]
+    flags = "--tensor-parallel-size 2 --sequence-parallel-size 2 --enable-shift-parallel --shift-parallel-threshold 20"
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with server(tmp_path, [*command, *flags.split(), "--speculative-config", json.dumps(speculation)]) as url:
+        batch = prompts(1, 7, 13, 34, 161)
+        assert completed(url, tmp_path, batch) == [greedy(model, one, COUNT) for one in batch]
+        assert chat(url, tmp_path, WORDS).strip() == expected(model, tmp_path, WORDS).strip()
+        assert all(steps(url).values())
 
 
 def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path: Path) -> None:
-    save(tmp_path, "Llama", num_key_value_heads=2)
-    (tmp_path / "gpt").mkdir()
-    (tmp_path / "gpt" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
-    serve = ["-m", "vllm.entrypoints.cli.main", "serve"]
-    for arguments, told in (
-        ([str(tmp_path / "gpt"), "--sequence-parallel-size", "2"], "GPT2LMHeadModel"),
-        ([str(tmp_path), "--sequence-parallel-size", "2", "--enable-lora"], "LoRA"),
-        ([str(tmp_path), "--enable-shift-parallel"], "--ulysses-sequence-parallel-size"),
-    ):
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    for command in (vllm, [str(Path(sys.executable).with_name("omni-sp")), "serve-llm"]):
         done = subprocess.run(
-            [sys.executable, *serve, *arguments],
+            [*command, str(tmp_path), "--sequence-parallel-size", "2"],
             cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
         assert done.returncode == 2
         ours = [line for line in done.stderr.splitlines() if line.startswith("omni-sp: error:")]
         assert len(ours) == 1
-        assert told in ours[0]
+        assert "GPT2LMHeadModel" in ours[0]
