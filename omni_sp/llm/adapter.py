@@ -91,6 +91,10 @@ def refuse_what_is_not_handled(vllm_config: Any, settings: LlmParallelConfig) ->
         raise ConfigError(
             f"speculation by {speculation.method!r} reads hidden states of its own model: use n-gram speculation"
         )
+    if model.runner_type != "generate":
+        raise ConfigError(f"sequence parallelism inside vLLM generates text, and this runs for {model.runner_type!r}")
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        raise ConfigError("sequence parallelism does not run with kv_sharing_fast_prefill: leave it")
     if not model.enforce_eager:
         raise ConfigError(
             "sequence parallelism runs eagerly for now: add --enforce-eager (in Python enforce_eager=True)"

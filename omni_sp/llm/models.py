@@ -1,4 +1,4 @@
-"""vLLM's decoders, able to share tokens. Where nobody asked for that, they *are* vLLM's own."""
+"""vLLM's decoders, able to share tokens. Where nobody asks for that, they do what vLLM's own do."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ def sharing_tokens(architecture: str) -> Any:
     stock = adapter.stock_class(architecture)
 
     class SharingTokens(stock):  # type: ignore[valid-type, misc]  # known when it runs
-        """A stock decoder whose steps are cut over ranks; see omni_sp.llm.weave."""
+        """A stock decoder whose steps are cut over ranks where that was asked for; see omni_sp.llm.weave.
 
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            if adapter.settings_of(kwargs["vllm_config"]) is None:
-                return stock(*args, **kwargs)  # no instance of this class, so __init__ below is not called
-            return super().__new__(cls)
+        vLLM derives classes of its own from it (for embeddings, for classification), so it stays one to derive from.
+        """
 
-        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        def __init__(self, *, vllm_config: Any, prefix: str = "", **more: Any) -> None:
             settings = adapter.settings_of(vllm_config)
-            assert settings is not None
-            adapter.refuse_what_is_not_handled(vllm_config, settings)
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
-            self._weave = Weave(self, settings)
+            if settings is not None:
+                adapter.refuse_what_is_not_handled(vllm_config, settings)
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **more)
+            self._weave = None if settings is None else Weave(self, settings)
 
         def forward(
-            self, input_ids: Any, positions: Any, intermediate_tensors: Any = None, inputs_embeds: Any = None
+            self,
+            input_ids: Any,
+            positions: Any,
+            intermediate_tensors: Any = None,
+            inputs_embeds: Any = None,
+            **more: Any,
         ) -> Any:
             """All tokens of the step in, their last hidden states out, on every rank."""
+            if self._weave is None:
+                return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
             assert intermediate_tensors is None, "pipeline parallelism was refused"
             return self._weave.run(self.model, input_ids, positions, inputs_embeds)
 

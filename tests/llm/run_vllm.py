@@ -12,10 +12,12 @@ from tests.llm.folders import held
 def main() -> None:
     case = json.loads(Path(sys.argv[1]).read_text())
     from vllm import SamplingParams
+    from vllm.model_executor.models.adapters import as_embedding_model
 
-    from omni_sp.llm import LLM
+    from omni_sp.llm import LLM, models
 
     llm = LLM(**case["options"])
+    assert issubclass(as_embedding_model(models.LlamaForCausalLM), models.LlamaForCausalLM)
     sampling = SamplingParams(temperature=0.0, max_tokens=case["count"], ignore_eos=True, detokenize=False)
     said = []
     for batch in case["batches"]:
