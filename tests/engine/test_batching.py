@@ -120,10 +120,10 @@ def batches_of(location: str, dtype: str | None = None, strip_mask: bool = False
     return batching.proven, told
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_pipeline_that_masks_its_padding_is_proven_and_one_that_does_not_is_caught(dtype: str) -> None:
-    assert batches_of("omni-sp/shapes", dtype) == ({False, True}, [])
-    kinds, told = batches_of("omni-sp/shapes", dtype, strip_mask=True)
+def test_a_pipeline_that_masks_its_padding_is_proven_and_one_that_does_not_is_caught() -> None:
+    assert batches_of("omni-sp/shapes") == ({False, True}, [])
+    assert batches_of("omni-sp/shapes", "bfloat16") == ({False, True}, [])
+    kinds, told = batches_of("omni-sp/shapes", strip_mask=True)
     assert kinds == set()
     assert [news.partition(":")[0] for news in told] == [
         "requests are drawn one by one",

@@ -89,15 +89,6 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
         assert rank["kept_per_token"] == config.num_hidden_layers * 2 * head_dim * 4
 
 
-def test_without_our_flags_vllms_own_models_are_what_they_were(tmp_path: Path) -> None:
-    """One process, as vLLM's users run it; classes for embeddings are derived as vLLM does it."""
-    model = save(tmp_path, "Llama", num_key_value_heads=2)
-    batch = prompts(7, 34)
-    result = engine(tmp_path, [batch], enforce_eager=True)
-    assert result["said"] == [[greedy(model, prompt, COUNT) for prompt in batch]]
-    assert result["steps"] is None
-
-
 @contextlib.contextmanager
 def server(folder: Path, arguments: list[str]) -> Iterator[str]:
     """A running server's address; afterwards none of its processes is there."""

@@ -16,8 +16,8 @@ FIRST = {entry.name: entry_id for entry_id, entry in reversed(ENTRIES.items())}
 # Every class on all layouts, further modes of it where Ulysses meets ring and where a rank may have no token.
 RUNS = [
     (entry_id, layout)
-    for layout in LAYOUTS
     for entry_id, entry in ENTRIES.items()
+    for layout in LAYOUTS
     if FIRST[entry.name] == entry_id or layout in ((2, 2), (3, 1))
 ]
 
@@ -31,8 +31,8 @@ def test_followed_through_its_own_code(ranks: RankPool, entry_id: str, layout: t
         assert tokens
 
 
-@pytest.mark.parametrize("entry_id", PLANNED)
 @pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS, ids=lambda degree: str(degree))
+@pytest.mark.parametrize("entry_id", PLANNED)
 def test_cut_by_its_plan(ranks: RankPool, entry_id: str, ulysses: int, ring: int) -> None:
     for error, restored, tokens, _ in ranks.run(compare, entry_id, False, ulysses=ulysses, ring=ring):
         assert error <= 1e-5
