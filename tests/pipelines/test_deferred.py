@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,12 @@ import torch
 from omni_sp.pipelines.deferred import deferrable, deferred, is_unread
 from tests.pipelines.zoo.all import ENTRIES
 from tests.pipelines.zoo.check import draw
+from tests.thorough import THOROUGH
 
 FIRST = {entry.name: entry for entry in reversed(ENTRIES.values())}
 # What is read too late is late, and right all the same: OMNI_SP_THOROUGH=1 tries every pipeline, else these.
 SOME = ("FluxPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "WanPipeline", "DiTPipeline", "LTX2Pipeline")
-TRIED = list(FIRST) if os.environ.get("OMNI_SP_THOROUGH") == "1" else [name for name in SOME if name in FIRST]
+TRIED = list(FIRST) if THOROUGH else [name for name in SOME if name in FIRST]
 # These look at numbers among the weights, or decode, also where they are asked for latents.
 NEED_IT_FOR_LATENTS = {"DiTPipeline": {"vae"}, "LTX2Pipeline": {"vae", "audio_vae"}}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -11,8 +9,8 @@ from tests.pipelines.zoo.all import ENTRIES
 from tests.pipelines.zoo.check import LAYOUTS, compare
 from tests.pipelines.zoo.planned import ENTRIES as PLANNED
 from tests.ranks import RankPool
+from tests.thorough import THOROUGH
 
-THOROUGH = os.environ.get("OMNI_SP_THOROUGH") == "1"
 # Where Ulysses meets ring, and where shares are uneven, in turns; OMNI_SP_THOROUGH=1 runs each pipeline on both.
 RUNS = [
     (entry_id, layout)

@@ -23,8 +23,9 @@ from omni_sp.pipelines.shapes.world import (
     random_scene,
     unit_outline,
 )
+from tests.thorough import THOROUGH
 
-_NUM_PROMPTS = 64
+_NUM_PROMPTS = 64 if THOROUGH else 32
 _BATCH_SIZE = 16
 
 

@@ -24,13 +24,18 @@ from omni_sp.pipelines.facts import PipelineFacts
 from tests.server.fakes import EDITS, PICTURES, VIDEOS, FakeOmni
 from tests.server.serving import Served, serving
 from tests.server.test_images import png
+from tests.thorough import THOROUGH
 
 CHECKS = [
     not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance,
     response_headers_conformance,
 ]  # fmt: skip
 FEW = settings(
-    max_examples=25, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=100 if THOROUGH else 12,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
 # What the fakes can do. Words at random never name the model, and numbers at random are no size of it.
 POSSIBLE = {

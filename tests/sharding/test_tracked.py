@@ -24,6 +24,7 @@ from omni_sp.sharding.tracked import TokenTensor, cut, dealt_evenly, unwrapped
 from omni_sp.sharding.tracked.spans import joined
 from tests.ranks import RankPool
 from tests.sharding.operations import OPS, WRITE, Op
+from tests.thorough import THOROUGH
 
 Step = tuple[str, int, int, int, int]
 """An operation, the numbers of two tensors, and two numbers for it to use as it likes."""
@@ -178,7 +179,7 @@ def run_alone(mesh: ParallelMesh, inference: bool) -> tuple[dict[str, list[str]]
     return troubles, all_refused
 
 
-@pytest.mark.parametrize(("num_ranks", "inference"), [(2, True), (3, False)])
+@pytest.mark.parametrize(("num_ranks", "inference"), [(2, True), *([(3, False)] if THOROUGH else [])])
 def test_every_operation_alone(ranks: RankPool, num_ranks: int, inference: bool) -> None:
     # Nothing that a model may do is refused, except to turn a tensor in place.
     assert ranks.run(run_alone, inference, ulysses=num_ranks) == [({}, {"transpose_"})] * num_ranks

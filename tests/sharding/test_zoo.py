@@ -10,15 +10,16 @@ from omni_sp.sharding.plans.proven import PROVEN, REFUSED
 from tests.ranks import ROOT, RankPool
 from tests.sharding.zoo.all import ENTRIES
 from tests.sharding.zoo.check import LAYOUTS, compare
+from tests.thorough import THOROUGH
 
 PLANNED = [entry_id for entry_id, entry in ENTRIES.items() if entry.name in planned_models()]
 FIRST = {entry.name: entry_id for entry_id, entry in reversed(ENTRIES.items())}
-# Every class on all layouts, further modes of it where Ulysses meets ring and where a rank may have no token.
+# Every class on all layouts, further modes of it where Ulysses meets ring; thoroughly, also on uneven shares.
 RUNS = [
     (entry_id, layout)
     for entry_id, entry in ENTRIES.items()
     for layout in LAYOUTS
-    if FIRST[entry.name] == entry_id or layout in ((2, 2), (3, 1))
+    if FIRST[entry.name] == entry_id or layout == (2, 2) or (THOROUGH and layout == (3, 1))
 ]
 
 
