@@ -13,6 +13,7 @@ from omni_sp.omni import Omni
 from tests.engine.processes import becomes_true, children
 from tests.pipelines.folders import save_wan_i2v
 from tests.ranks import ROOT
+from tests.thorough import thorough_only
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,7 @@ def test_bad_input_is_one_line(words: list[str], told: str, capsys: pytest.Captu
     assert error.count("\n") == 1
 
 
+@thorough_only
 def test_a_pipeline_that_makes_videos_of_a_picture_is_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from omni_sp import Omni, OmniDiffusionSamplingParams, ParallelMesh
 from tests.pipelines import folders
 from tests.ranks import RankPool
+from tests.thorough import thorough_only
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "make the red circle on the green snow"
@@ -110,6 +111,7 @@ def test_a_video_is_drawn_and_can_be_read_back(saved: Path, tmp_path: Path) -> N
     assert np.corrcoef(frames.ravel(), pixels(drawn.videos[0]).ravel())[0, 1] > 0.8
 
 
+@thorough_only
 def test_a_picture_becomes_videos_over_two_ranks(saved: Path, tmp_path: Path) -> None:
     words = ["--model", saved / "wan-i2v", "--image", saved / "picture.png", "--prompt", PROMPT, *options(VIDEO)]
     words += ["--num-outputs-per-prompt", 2, "--ring", 2, "--output", "new/clip.mp4"]

@@ -25,6 +25,7 @@ from PIL import Image
 
 from tests.compat.test_doors import IMPORTS
 from tests.server.serving import PATIENCE_S, until
+from tests.thorough import thorough_only
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here: make test-vllm", allow_module_level=True)
@@ -121,6 +122,7 @@ def test_sigterm_ends_it_with_all_its_processes(started: Started) -> None:
         pass  # its port is free again
 
 
+@thorough_only
 def test_help_with_omni_is_ours() -> None:
     done = run(VLLM, "serve", "--omni", "--help")
     assert done.returncode == 0, done.stderr
@@ -153,6 +155,7 @@ def test_without_omni_it_is_vllm_to_the_byte() -> None:
     assert "unrecognized arguments: --usp 2" in theirs.stderr
 
 
+@thorough_only
 def test_vllm_alone_has_no_door() -> None:
     done = run(sys.executable, "-c", WITHOUT_OUR_DOOR, "serve omni-sp/shapes --omni")
     assert "exit code 1" in done.stdout

@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.engine.processes import becomes_true
+from tests.thorough import thorough_only
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120.0
@@ -111,6 +112,7 @@ def test_a_carried_rank_that_is_killed_comes_back_and_all_end_with_the_program(p
     assert (program / "over").exists()
 
 
+@thorough_only
 def test_a_killed_front_leaves_no_rank(program: Path) -> None:
     with torchrun(program, "program.py", stderr=subprocess.DEVNULL) as job:
         wait_for(program / "ready", job)

@@ -19,6 +19,7 @@ from omni_sp.errors import RankFailedError
 from omni_sp.server.errors import as_api_error
 from tests.engine.processes import alive, becomes_true
 from tests.server.serving import PATIENCE_S, Program, error_of, is_free, running, until
+from tests.thorough import thorough_only
 
 SILENCE_S = 6.0
 STEPS, MANY_STEPS = 20, 200
@@ -134,6 +135,7 @@ def test_one_of_three_may_leave_and_the_others_are_right(
             assert drawing.picture() == expected[seed]
 
 
+@thorough_only
 def test_two_servers_share_a_host_and_one_ends_under_load(
     server: Program, expected: dict[int, bytes], tmp_path: Path
 ) -> None:
