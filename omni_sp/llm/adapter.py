@@ -32,7 +32,7 @@ _MLP_PARTS = ("gate_up_proj", "down_proj")
 
 
 def version() -> str:
-    """VLLM's own."""
+    """The version of vLLM."""
     import vllm
 
     return str(vllm.__version__)
@@ -46,7 +46,7 @@ def register(architecture: str, target: str) -> None:
 
 
 def stock_class(architecture: str) -> type[Any]:
-    """VLLM's own class."""
+    """The class that vLLM itself has for it."""
     module, name = ARCHITECTURES[architecture]
     stock: type[Any] = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
     return stock

@@ -50,7 +50,7 @@ class LlmParallelConfig:
         return self.sequence_parallel_size > 1
 
     def additional_config(self, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """VLLM's ``additional_config`` with these settings in it, and the user's own entries."""
+        """The ``additional_config`` of vLLM with these settings in it, and the user's own entries."""
         merged = dict(others or {})
         if CONFIG_KEY in merged:
             raise ConfigError(f"additional_config already holds {CONFIG_KEY!r}: give the degrees in one place")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,13 @@ from omni_sp.errors import (
     SamplingParamsError,
 )
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
-from tests.engine.processes import alive, becomes_true, children
+from tests.engine.processes import alive, becomes_true
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
 
 
-@pytest.fixture(autouse=True)
-def _no_process_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.chdir(tmp_path)
-    before = children()
-    yield
-    gc.collect()
-    assert becomes_true(lambda: children() <= before, 5.0)
+pytestmark = pytest.mark.usefixtures("no_process_left")
 
 
 def scripted(script: str = "draws_in_steps", **options: Any) -> AsyncOmni:

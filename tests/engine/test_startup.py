@@ -10,7 +10,6 @@ import pty
 import struct
 import sys
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from omni_sp.engine.startup import (
 from omni_sp.errors import ModelNotFoundError, RankFailedError, SamplingParamsError
 from omni_sp.pipelines.load import ModelSource
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from tests.engine.processes import becomes_true, children
+from tests.engine.processes import children
 from tests.engine.readers import Read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,13 +43,7 @@ TWO = DiffusionParallelConfig(ulysses_degree=2)
 PATIENCE_S = 120.0
 
 
-@pytest.fixture(autouse=True)
-def _no_process_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.chdir(tmp_path)
-    before = children()
-    yield
-    assert becomes_true(lambda: children() <= before, 5.0)
+pytestmark = pytest.mark.usefixtures("no_process_left")
 
 
 def scripted(script: str, news: list[str]) -> RankEngine:

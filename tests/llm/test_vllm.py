@@ -20,6 +20,7 @@ import pytest
 
 from tests.engine.processes import becomes_true
 from tests.llm.folders import greedy, prompts, save
+from tests.thorough import thorough_only
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here: make test-vllm", allow_module_level=True)
@@ -87,6 +88,37 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
         assert rank["matrices"] == config.num_hidden_layers * layer * 4
         # One kv head over two ranks: one each, as vLLM's own tensor parallelism keeps it.
         assert rank["kept_per_token"] == config.num_hidden_layers * 2 * head_dim * 4
+
+
+@thorough_only
+def test_at_two_by_two_a_rank_holds_half_the_matrices_once_and_a_quarter_of_the_heads(tmp_path: Path) -> None:
+    model = save(tmp_path, "Mistral", num_key_value_heads=4)
+    batch = prompts(1, 34)
+    result = engine(
+        tmp_path,
+        [batch],
+        tensor_parallel_size=2,
+        ulysses_sequence_parallel_size=2,
+        enable_shift_parallel=True,
+        shift_parallel_threshold=20,
+    )
+    assert result["said"] == [[greedy(model, prompt, COUNT) for prompt in batch]]
+    config = model.config
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, 32
+    layer = 2 * hidden * head_dim * (config.num_attention_heads + config.num_key_value_heads) + 3 * hidden * inner
+    for rank in result["held"]:
+        assert rank["matrices"] == config.num_hidden_layers * layer * 4 // 2
+        assert rank["kept_per_token"] == config.num_hidden_layers * 2 * head_dim * 4
+
+
+@thorough_only
+def test_without_our_flags_vllms_own_models_are_what_they_were(tmp_path: Path) -> None:
+    """One process, as vLLM's users run it; classes for embeddings are derived as vLLM does it."""
+    model = save(tmp_path, "Llama", num_key_value_heads=2)
+    batch = prompts(7, 34)
+    result = engine(tmp_path, [batch], enforce_eager=True)
+    assert result["said"] == [[greedy(model, prompt, COUNT) for prompt in batch]]
+    assert result["steps"] is None
 
 
 @contextlib.contextmanager
@@ -211,11 +243,14 @@ def test_the_api_server_at_two_by_two_says_what_transformers_says(tmp_path: Path
         assert all(steps(url).values())
 
 
-def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("through_vllm", [False, pytest.param(True, marks=thorough_only)])
+def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path: Path, through_vllm: bool) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
-    door = [str(Path(sys.executable).with_name("omni-sp")), "serve-llm"]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"] if through_vllm else [
+        str(Path(sys.executable).with_name("omni-sp")), "serve-llm"
+    ]  # fmt: skip
     done = subprocess.run(
-        [*door, str(tmp_path), "--sequence-parallel-size", "2"],
+        [*command, str(tmp_path), "--sequence-parallel-size", "2"],
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 2
