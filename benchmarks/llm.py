@@ -1,7 +1,7 @@
 """A language model inside vLLM: stock tensor parallelism against sequence parallelism and the shift between the two.
 
 python -m benchmarks.llm --prompts 128 512 2048           # time to the first token, and tokens a second after it
-python -m benchmarks.llm --quality                        # log-likelihood of a text, whichever way it is computed
+python -m benchmarks.llm --quality     # log-likelihood of a text and memory of a rank, whichever way it is computed
 
 Needs vLLM (`make install-vllm`, then .venv-vllm/bin/python). Every engine is loaded once and stays; they take turns in
 an order that is drawn anew for every round, and those whose turn it is not are stopped (SIGSTOP), so that none takes
@@ -27,7 +27,7 @@ from benchmarks.interleaved import Timing, paired, report, save
 ENGINES: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_parallel_size": 2},
     "SP2": {"ulysses_sequence_parallel_size": 2},
-    "shift": {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True, "shift_parallel_threshold": 64},
+    "shift": {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True},
 }
 QUALITY: dict[str, dict[str, Any]] = {
     "TP1": {},
@@ -35,6 +35,7 @@ QUALITY: dict[str, dict[str, Any]] = {
     "SP2": ENGINES["SP2"],
     "TP2 SP2": {"tensor_parallel_size": 2, "ulysses_sequence_parallel_size": 2},
     "shift": ENGINES["shift"],
+    "TP2 shift": {**ENGINES["shift"], "tensor_parallel_size": 2},
 }
 MODEL = {
     "vocab_size": 2048,
@@ -61,10 +62,12 @@ class Engine:
     """An engine in a process group of its own, stopped between its turns."""
 
     def __init__(self, model: Path, options: dict[str, Any]) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the engine
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.llm", "--engine", json.dumps({"model": str(model), **options})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._log,
             text=True,
             env=os.environ | _ENVIRONMENT,
             start_new_session=True,
@@ -91,12 +94,14 @@ class Engine:
             if line.startswith("answer "):
                 answer: dict[str, Any] = json.loads(line.removeprefix("answer "))
                 return answer
-        raise SystemExit("an engine ended; its log is above")
+        self._log.seek(0)
+        raise SystemExit(self._log.read()[-4000:] + "\nan engine ended; its log is above")
 
     def close(self) -> None:
         """End it, with everything that it started."""
         self._signal(signal.SIGKILL)
         self._process.wait()
+        self._log.close()
 
     def _signal(self, number: int) -> None:
         os.killpg(self._process.pid, number)
@@ -109,6 +114,7 @@ def engine_main(options: dict[str, Any]) -> None:
     # By its own name: what is sent to the ranks is looked up there.
     from benchmarks.llm import count_bytes, read_bytes
     from omni_sp.llm import LLM
+    from tests.llm.folders import held
 
     llm = LLM(
         dtype="float32", skip_tokenizer_init=True, max_model_len=8192, max_num_batched_tokens=8192, max_num_seqs=8,
@@ -131,6 +137,9 @@ def engine_main(options: dict[str, Any]) -> None:
         if question.get("likelihood"):
             entries = zip(question["prompts"][0][1:], outputs[0].prompt_logprobs[1:], strict=True)
             answer["likelihood"] = sum(table[token].logprob for token, table in entries)
+            answer["held"] = llm.apply_model(held)
+        if llm.steps is not None:
+            answer["threshold"] = llm.steps.threshold
         print("answer", json.dumps(answer), flush=True)
 
 
@@ -143,7 +152,8 @@ def count_bytes(model: Any) -> None:
     model._reduced = 0
 
     def note(_linear: Any, _args: Any, output: Any) -> None:
-        if ranks > 1 and (not hasattr(model, "_weave") or not model._weave._step.shares_tokens):
+        weave = getattr(model, "_weave", None)
+        if ranks > 1 and (weave is None or not weave._step.shares_tokens):
             model._reduced += output[0].nbytes * 2 * (ranks - 1) // ranks
 
     for module in model.modules():
@@ -155,8 +165,9 @@ def read_bytes(model: Any) -> float:
     """In a rank: bytes that left it, per layer, since the last time."""
     total = model._reduced
     model._reduced = 0
-    if hasattr(model, "_weave"):
-        traffic = model._weave._axis.traffic
+    weave = getattr(model, "_weave", None)
+    if weave is not None:
+        traffic = weave._axis.traffic
         total += traffic.bytes.get("exchange", 0)
         traffic.reset()
     return float(total / len(model.model.layers))
@@ -208,6 +219,7 @@ def speed(model: Path, lengths: list[int], rounds: int) -> None:
                     if number >= 0:
                         first[name, length].seconds.append(begun["seconds"])
                         first[name, length].facts["bytes_per_layer"] = begun["bytes"]
+                        first[name, length].facts["threshold"] = begun.get("threshold", -1)
                         after[name, length].seconds.append((whole["seconds"] - begun["seconds"]) / (ANSWER - 1))
     finally:
         for engine in engines.values():
@@ -230,18 +242,42 @@ def speed(model: Path, lengths: list[int], rounds: int) -> None:
 
 
 def quality(model: Path) -> None:
-    """The log-likelihood of one row of tokens, by every way to compute it."""
+    """The log-likelihood of one row of tokens, by every way to compute it, and what a rank holds for that."""
     row = random.Random(1).choices(range(3, MODEL["vocab_size"]), k=301)
-    found: dict[str, float] = {}
+    timings: dict[str, Timing] = {}
+    print("Matrices that vLLM packs for the CPU cannot be counted; those that the shift looks at are not packed.")
+    print("           log-likelihood  / TP1 - 1   MiB of matrices  by formula   KV bytes a token  by formula")
     for name, options in QUALITY.items():
         engine = Engine(model, options)
         try:
-            found[name] = engine.turn({"prompts": [row], "count": 1, "likelihood": True})["likelihood"]
+            found = engine.turn({"prompts": [row], "count": 1, "likelihood": True})
         finally:
             engine.close()
-        print(f"{name:>8} {found[name]:.6f}   {found[name] / found['TP1'] - 1:+.1e} of TP1", flush=True)
-    timings = {name: Timing(facts={"log_likelihood": value}) for name, value in found.items()}
+        value, most = (
+            found["likelihood"],
+            {what: max(rank[what] for rank in found["held"]) for what in found["held"][0]},
+        )
+        matrices, kept = by_formula(options)
+        counted = most["matrices"] / 2**20 or "packed"
+        timings[name] = Timing(
+            facts={"log_likelihood": value, **most, "matrices_formula": matrices, "kept_formula": kept}
+        )
+        print(
+            f"{name:>9} {value:>15.6f} {value / timings['TP1'].facts['log_likelihood'] - 1:>+11.1e} "
+            f"{counted:>17} {matrices / 2**20:>11.2f} {most['kept_per_token']:>18} {kept:>11}",
+            flush=True,
+        )
     report(save("llm-quality", {"model": MODEL, "engines": QUALITY, "tokens": len(row)}, timings))
+
+
+def by_formula(options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of the decoder's matrices on a rank, 1/T of all, and of a token's keys and values, 1/(T · S) of them."""
+    tensor, sequence = options.get("tensor_parallel_size", 1), options.get("ulysses_sequence_parallel_size", 1)
+    hidden, layers, kv_heads = MODEL["hidden_size"], MODEL["num_hidden_layers"], MODEL["num_key_value_heads"]
+    head_dim = hidden // MODEL["num_attention_heads"]
+    layer = 2 * hidden * hidden + 2 * hidden * kv_heads * head_dim + 3 * hidden * MODEL["intermediate_size"]
+    kept = 2 * max(1, kv_heads // (tensor * sequence)) * head_dim
+    return layers * layer * 4 // tensor, layers * kept * 4
 
 
 if __name__ == "__main__":

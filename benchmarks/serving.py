@@ -227,14 +227,14 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
                 f"{row['p99_s']:9.2f}",
                 flush=True,
             )
-        before = resident_mib(pid)
+        memory = [resident_mib(pid)]
         for seed in range(options.many):
             await asyncio.to_thread(http_request, address, 64, 2, seed)
-        after = resident_mib(pid)
-        result["memory_mib"] = {"before": before, "after": after, "requests": options.many}
-        grown = {name: after[name] - before[name] for name in before}
-        print(f"\nmemory over {options.many} requests: front {before['front']:.0f} {grown['front']:+.1f} MiB, ", end="")
-        print(f"ranks together {before['ranks']:.0f} {grown['ranks']:+.1f} MiB")
+            if (seed + 1) % max(1, options.many // 2) == 0:
+                memory.append(resident_mib(pid))
+        result["memory_mib"] = memory
+        print(f"\nMiB before, half way through and after {options.many} requests: ", end="")
+        print("; ".join(f"{name} {', '.join(f'{one[name]:.1f}' for one in memory)}" for name in memory[0]))
     print(f"start-up of AsyncOmni: {in_words(result['start_s'])}")
     return result
 
@@ -245,10 +245,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--size", type=int, default=176, help="pixels of a side")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=45)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--requests", type=int, default=16, help="of all clients together")
-    parser.add_argument("--load-rounds", type=int, default=5)
+    parser.add_argument("--load-rounds", type=int, default=3)
     parser.add_argument("--many", type=int, default=200, help="requests over which memory is watched")
     options = parser.parse_args()
     result = asyncio.run(measure(options))

@@ -19,7 +19,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="hub id or folder of a Llama, Mistral, Qwen2 or Qwen3")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that split the weights")
     parser.add_argument("--sequence-parallel-size", type=int, default=2, metavar="N", help="ranks that share tokens")
-    parser.add_argument("--shift-parallel-threshold", type=int, default=None, metavar="N", help="use shift parallelism")
+    parser.add_argument("--enable-shift-parallel", action="store_true", help="few tokens: tensor parallelism")
+    parser.add_argument("--shift-parallel-threshold", type=int, metavar="N", help="the most tokens of those (measured)")
     parser.add_argument("--question", action="append", default=[], help="what to ask; repeatable")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer (%(default)s)")
     parser.add_argument("--max-model-len", type=int, default=None, metavar="N", help="tokens of prompt and answer")
@@ -30,16 +31,14 @@ def main() -> None:
 
     from omni_sp.llm import LLM
 
-    shift = {} if options.shift_parallel_threshold is None else {
-        "enable_shift_parallel": True, "shift_parallel_threshold": options.shift_parallel_threshold
-    }  # fmt: skip
     llm = LLM(
         options.model,
         tensor_parallel_size=options.tensor_parallel_size,
         ulysses_sequence_parallel_size=options.sequence_parallel_size,
         max_model_len=options.max_model_len,
         dtype=options.dtype,
-        **shift,
+        enable_shift_parallel=options.enable_shift_parallel,
+        shift_parallel_threshold=options.shift_parallel_threshold,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=options.max_tokens)
     conversation: list[dict[str, str]] = []

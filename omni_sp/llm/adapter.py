@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from omni_sp.errors import ConfigError, UnsupportedModelError
-from omni_sp.llm.settings import LlmParallelConfig
+from omni_sp.llm.settings import LlmParallelConfig, Wishes
 from omni_sp.mesh import Axis, backends_of
 from omni_sp.shared_memory import Outbox
 
@@ -71,26 +71,16 @@ def refuse_what_is_not_handled(vllm_config: Any, settings: LlmParallelConfig) ->
             f"{settings.sequence_parallel_size} × {settings.tensor_parallel_size} = {settings.world_size}: let our "
             "flags, or omni_sp.llm.LLM, set it"
         )
-    if parallel.pipeline_parallel_size > 1:
-        raise ConfigError("sequence parallelism does not run with pipeline parallelism: use pipeline_parallel_size=1")
-    if parallel.data_parallel_size > 1:
-        raise ConfigError("sequence parallelism does not run with data parallelism: start one server for each replica")
-    if vllm_config.lora_config is not None:
-        raise ConfigError(
-            "sequence parallelism does not run with LoRA: merge the adapter into the weights, or leave it"
-        )
-    if vllm_config.quant_config is not None and (settings.enable_shift_parallel or settings.tensor_parallel_size > 1):
-        raise ConfigError(
-            "quantised weights have no plain views to share with tensor parallelism: leave enable_shift_parallel and "
-            "inner tensor parallelism, or use the unquantised model"
-        )
-    if getattr(model, "uses_mrope", False):
-        raise ConfigError("models with multimodal rotary embeddings (mrope) are not handled: use tensor parallelism")
-    speculation = vllm_config.speculative_config
-    if speculation is not None and speculation.method not in ("ngram", "ngram_gpu", "suffix"):
-        raise ConfigError(
-            f"speculation by {speculation.method!r} reads hidden states of its own model: use n-gram speculation"
-        )
+    quantised, speculation = vllm_config.quant_config, vllm_config.speculative_config
+    Wishes(
+        enable_lora=vllm_config.lora_config is not None,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        data_parallel_size=parallel.data_parallel_size,
+        quantization=None if quantised is None else quantised.get_name(),
+        speculation=None if speculation is None else speculation.method,
+        has_mrope=bool(getattr(model, "uses_mrope", False)),
+        attention_heads=model.hf_text_config.num_attention_heads,
+    ).require_handled(settings)
     if model.runner_type != "generate":
         raise ConfigError(f"sequence parallelism inside vLLM generates text, and this runs for {model.runner_type!r}")
     if vllm_config.cache_config.kv_sharing_fast_prefill:
@@ -98,12 +88,6 @@ def refuse_what_is_not_handled(vllm_config: Any, settings: LlmParallelConfig) ->
     if not model.enforce_eager:
         raise ConfigError(
             "sequence parallelism runs eagerly for now: add --enforce-eager (in Python enforce_eager=True)"
-        )
-    heads = model.hf_text_config.num_attention_heads
-    if heads % settings.world_size:
-        raise ConfigError(
-            f"{heads} attention heads are not divisible by {settings.world_size} ranks, which vLLM needs: choose "
-            "degrees whose product divides them"
         )
 
 
@@ -155,6 +139,24 @@ def world_rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())
+
+
+def as_rank_0(value: Any) -> Any:
+    """What rank 0 of vLLM's tensor parallel group gave, on every rank. A collective."""
+    from vllm.distributed import parallel_state
+
+    return parallel_state.get_tp_group().broadcast_object(value, src=0)
+
+
+def most_tokens(vllm_config: Any) -> int:
+    """The most tokens of a step."""
+    return int(vllm_config.scheduler_config.max_num_batched_tokens)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a device has yet to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def reduce_over_world(tensor: torch.Tensor) -> torch.Tensor:

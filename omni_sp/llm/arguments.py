@@ -9,21 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from omni_sp.errors import ConfigError
-from omni_sp.llm.architectures import require_known_model
+from omni_sp.llm.refusals import method_of, require_handled_model
 from omni_sp.llm.settings import CONFIG_KEY, LlmParallelConfig
 
 _SEQUENCE = ("--ulysses-sequence-parallel-size", "--sequence-parallel-size")
 _SHIFT, _THRESHOLD = "--enable-shift-parallel", "--shift-parallel-threshold"
 _TENSOR = ("--tensor-parallel-size", "-tp")
 _OTHERS, _EAGER = "--additional-config", "--enforce-eager"
-# Known before anything is started; vllm_config says the rest, in the ranks.
-_NOT_BESIDE = {
-    "--enable-lora": "LoRA (merge the adapter into the weights, or leave it)",
-    "--pipeline-parallel-size": "pipeline parallelism",
-    "-pp": "pipeline parallelism",
-    "--data-parallel-size": "data parallelism (start one server for each replica)",
-    "-dp": "data parallelism (start one server for each replica)",
-}
 
 
 def is_vllms_command() -> bool:
@@ -46,27 +38,28 @@ def for_vllm(arguments: Sequence[str]) -> list[str]:
         if shift or threshold is not None:
             raise ConfigError(f"{_SHIFT} and {_THRESHOLD} need {_SEQUENCE[0]} N: the ranks that share a prompt")
         return list(arguments)
-    given: dict[str, Any] = {} if threshold is None else {"shift_parallel_threshold": threshold}
     settings = LlmParallelConfig(
         sequence_parallel_size=sequence,
         tensor_parallel_size=line.take_number(*_TENSOR) or 1,
         enable_shift_parallel=shift,
-        **given,
+        shift_parallel_threshold=threshold,
     )
-    if threshold is not None and not shift:
-        raise ConfigError(f"{_THRESHOLD} needs {_SHIFT}")
     others = line.take_value(_OTHERS)
     if any(flag.startswith(f"{_OTHERS}.") for flag in line.flags()):
         raise ConfigError(f"give {_OTHERS} as one JSON object beside {_SEQUENCE[0]}")
     if not settings.is_asked_for:
         own = [_OTHERS, others] if others is not None else []
         return [*line.rest, *own, _TENSOR[0], str(settings.world_size)]
-    for flag, what in _NOT_BESIDE.items():
-        if flag in line.flags() and (flag == "--enable-lora" or line.value_of(flag) != "1"):
-            raise ConfigError(f"sequence parallelism does not run beside {what}: leave {flag}")
     model = line.value_of("--model") or line.positional_after("serve")
-    if model is not None:
-        require_known_model(model)
+    require_handled_model(
+        model,
+        settings,
+        enable_lora="--enable-lora" in line.flags(),
+        pipeline_parallel_size=line.number_of("--pipeline-parallel-size", "-pp") or 1,
+        data_parallel_size=line.number_of("--data-parallel-size", "-dp") or 1,
+        quantization=line.value_of("--quantization", "-q"),
+        speculation=method_of(line.value_of("--speculative-config", "-sc")),
+    )
     merged = settings.additional_config(_json(others) if others is not None else None)
     eager = [] if _EAGER in line.flags() else [_EAGER]
     return [*line.rest, *eager, _TENSOR[0], str(settings.world_size), _OTHERS, json.dumps(merged)]
@@ -114,9 +107,13 @@ class _Line:
         self.rest = kept
         return found
 
-    def value_of(self, name: str) -> str | None:
-        """The value of a flag, which stays."""
-        return _Line(self.rest).take_value(name) if name in self.flags() else None
+    def value_of(self, *names: str) -> str | None:
+        """The value of a flag, whatever it is called of these; it stays."""
+        return _Line(self.rest).take_value(*names)
+
+    def number_of(self, *names: str) -> int | None:
+        """Likewise, a number."""
+        return _Line(self.rest).take_number(*names)
 
     def positional_after(self, word: str) -> str | None:
         """What follows a command word and is no flag."""

@@ -23,7 +23,7 @@ def sharing_tokens(architecture: str) -> Any:
             if settings is not None:
                 adapter.refuse_what_is_not_handled(vllm_config, settings)
             super().__init__(vllm_config=vllm_config, prefix=prefix, **more)
-            self._weave = None if settings is None else Weave(self, settings)
+            self._weave = None if settings is None else Weave(self, settings, adapter.most_tokens(vllm_config))
 
         def forward(
             self,

@@ -7,9 +7,11 @@ from typing import Any
 import vllm
 
 from omni_sp.errors import ConfigError
-from omni_sp.llm.architectures import require_known_model
-from omni_sp.llm.settings import DEFAULT_SHIFT_THRESHOLD, LlmParallelConfig
+from omni_sp.llm.refusals import method_of, require_handled_model
+from omni_sp.llm.settings import LlmParallelConfig
 from omni_sp.llm.steps import StepCounts, count_here
+
+_WISHES = ("enable_lora", "pipeline_parallel_size", "data_parallel_size", "quantization")
 
 
 class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
@@ -20,7 +22,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
         tensor_parallel_size: ranks that split the weights; beside sequence parallelism, within it.
         ulysses_sequence_parallel_size: ranks that share the tokens of a step. 1: this is vLLM's own, unchanged.
         enable_shift_parallel: steps of few tokens run by tensor parallelism over all ranks, with the same weights.
-        shift_parallel_threshold: the most tokens of such a step.
+        shift_parallel_threshold: the most tokens of such a step. None: measured at the first one, each way in turns.
         options: everything else that vLLM takes.
 
     Raises:
@@ -34,7 +36,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
         tensor_parallel_size: int = 1,
         ulysses_sequence_parallel_size: int = 1,
         enable_shift_parallel: bool = False,
-        shift_parallel_threshold: int = DEFAULT_SHIFT_THRESHOLD,
+        shift_parallel_threshold: int | None = None,
         **options: Any,
     ) -> None:
         settings = LlmParallelConfig(
@@ -45,7 +47,12 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
         )
         self._counter = None
         if settings.is_asked_for:
-            require_known_model(model)
+            require_handled_model(
+                model,
+                settings,
+                speculation=method_of(options.get("speculative_config")),
+                **{name: options[name] for name in _WISHES if name in options},
+            )
             self._counter = count_here()
             options["additional_config"] = settings.additional_config(options.get("additional_config"))
             options.setdefault("enforce_eager", True)
@@ -58,5 +65,5 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
 
     @property
     def steps(self) -> StepCounts | None:
-        """How the steps so far ran; None without sequence parallelism."""
+        """How the steps so far ran, and up to which length by tensor parallelism; None without sequence parallelism."""
         return None if self._counter is None else self._counter.read()

@@ -10,9 +10,8 @@ from typing import NoReturn
 
 from omni_sp.errors import ConfigError
 from omni_sp.llm.arguments import for_vllm
-from omni_sp.llm.settings import DEFAULT_SHIFT_THRESHOLD
 
-HELP = f"""\
+HELP = """\
 usage: omni-sp serve-llm MODEL [our flags] [every flag of `vllm serve`]
 
 Starts vLLM's own server. With `vllm serve` itself, these flags work just as well.
@@ -20,7 +19,7 @@ Starts vLLM's own server. With `vllm serve` itself, these flags work just as wel
   --ulysses-sequence-parallel-size N   ranks that share the tokens of a prompt (also --sequence-parallel-size)
   --tensor-parallel-size N             ranks, within each of those, that split the weights; the product is what runs
   --enable-shift-parallel              steps of few tokens run by tensor parallelism over all ranks
-  --shift-parallel-threshold N         the most tokens of such a step ({DEFAULT_SHIFT_THRESHOLD})
+  --shift-parallel-threshold N         the most tokens of such a step (else measured at the first step)
 
 Llama, Mistral, Qwen2 and Qwen3. The rest is vLLM's:
 """

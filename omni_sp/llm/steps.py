@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _FILE = "OMNI_SP_LLM_STEPS"
-_FORM = struct.Struct("<5q")
+_FORM = struct.Struct("<6q")
 
 
 class StepCounts(NamedTuple):
-    """Steps and tokens since the start, by how they ran; ``models``: how many were made to count here."""
+    """Steps and tokens since the start, by how they ran.
+
+    ``models``: how many were made to count here. ``threshold``: the most tokens of a step that runs by tensor
+    parallelism; -1 where that is not measured yet, or not asked for.
+    """
 
     ulysses_steps: int
     ulysses_tokens: int
     tensor_steps: int
     tensor_tokens: int
     models: int
+    threshold: int
 
 
 class StepCounter:
@@ -59,7 +64,11 @@ class StepCounter:
     def begin(self) -> None:
         """A model is made that will count here."""
         counts = self.read()
-        self._memory[:] = _FORM.pack(*counts._replace(models=counts.models + 1))
+        self._memory[:] = _FORM.pack(*counts._replace(models=counts.models + 1, threshold=-1))
+
+    def tell(self, threshold: int) -> None:
+        """Note up to how many tokens a step runs by tensor parallelism."""
+        self._memory[:] = _FORM.pack(*self.read()._replace(threshold=threshold))
 
     def read(self) -> StepCounts:
         """What was counted so far."""
@@ -77,8 +86,8 @@ class _Collector:
         self._counter = counter
 
     def collect(self) -> Iterator[Any]:
-        """Two counters with a label for how a step ran."""
-        from prometheus_client.core import CounterMetricFamily
+        """Two counters with a label for how a step ran, and where the ways part."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         counts = self._counter.read()
         steps = CounterMetricFamily("omni_sp_llm_steps", "Steps, by how they ran", labels=["mode"])
@@ -88,6 +97,8 @@ class _Collector:
             tokens.add_metric([mode], getattr(counts, f"{mode}_tokens"))
         yield steps
         yield tokens
+        what = "The most tokens of a step that runs by tensor parallelism; -1: not known yet, or not asked for"
+        yield GaugeMetricFamily("omni_sp_llm_shift_threshold_tokens", what, value=counts.threshold)
 
 
 def count_here() -> StepCounter:

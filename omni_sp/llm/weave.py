@@ -8,6 +8,7 @@ same matrices, as tensor parallelism over all T·S ranks does.
 
 from __future__ import annotations
 
+import logging
 from types import MethodType
 from typing import Any
 
@@ -20,7 +21,10 @@ from omni_sp.collectives import gather
 from omni_sp.llm import adapter
 from omni_sp.llm.settings import LlmParallelConfig
 from omni_sp.llm.steps import StepCounter
+from omni_sp.llm.threshold import measure, threshold
 from omni_sp.mesh import Axis
+
+_log = logging.getLogger("vllm.omni_sp")  # below vLLM's, whose level and form it takes
 
 
 class Step:
@@ -28,12 +32,14 @@ class Step:
 
     Attributes:
         shares_tokens: tokens are cut (Ulysses); else every rank has all of them (tensor parallelism).
+        attends: False while ways are timed: there is nothing to attend to, and it would take both alike.
         count: tokens of the step. lengths: how many of them each rank holds. Where there are fewer tokens than ranks,
             zeros are added at the end, so that no rank runs on nothing.
     """
 
     def __init__(self) -> None:
         self.shares_tokens = True
+        self.attends = True
         self.count = 0
         self.lengths: tuple[int, ...] = ()
 
@@ -48,10 +54,11 @@ class Weave:
 
     Args:
         model: vLLM's ``...ForCausalLM``, just made, without weights. settings: the degrees.
+        most: the most tokens of a step.
     """
 
-    def __init__(self, model: Any, settings: LlmParallelConfig) -> None:
-        self._settings = settings
+    def __init__(self, model: Any, settings: LlmParallelConfig, most: int) -> None:
+        self._most = most
         self._axis, weights_group = adapter.groups(settings)
         self._step = Step()
         self._counter = StepCounter.of_this_process() if adapter.world_rank() == 0 else None
@@ -61,18 +68,51 @@ class Weave:
         self._set_sizes()
         if self._counter is not None:
             self._counter.begin()
+        self._threshold = settings.shift_parallel_threshold if settings.enable_shift_parallel else -1
+        if self._counter is not None and self._threshold is not None:
+            self._counter.tell(self._threshold)
 
     def run(self, model: Any, input_ids: Any, positions: torch.Tensor, inputs_embeds: Any) -> torch.Tensor:
         """One step of the decoder: the last hidden states of all tokens, on every rank."""
+        if self._threshold is None:
+            self._threshold = self._measured_threshold(model, positions)
         count = positions.shape[-1]
-        shift = self._settings.enable_shift_parallel and count <= self._settings.shift_parallel_threshold
+        shares_tokens = count > self._threshold
+        if self._counter is not None:
+            self._counter.add(count, shares_tokens=shares_tokens)
+        return self._run(model, input_ids, positions, inputs_embeds, shares_tokens=shares_tokens)
+
+    def _measured_threshold(self, model: Any, positions: torch.Tensor) -> int:
+        """Time steps of more and more tokens, each way; the cache is neither read nor written."""
+
+        def run(count: int, shares_tokens: bool) -> None:
+            nothing = positions.new_zeros(count)
+            self._run(model, nothing, nothing, None, shares_tokens=shares_tokens)
+            adapter.synchronize(positions.device)
+
+        self._step.attends = False
+        try:
+            trials = measure(run, self._most, adapter.as_rank_0)
+        finally:
+            self._step.attends = True
+        found = threshold(trials)
+        if self._counter is not None:
+            self._counter.tell(found)
+            told = ", ".join(
+                f"{trial.tokens} {trial.tensor_s * 1e3:.2f} / {trial.ulysses_s * 1e3:.2f}" for trial in trials
+            )
+            _log.info("shift threshold: %d tokens (tokens, ms by tensor parallelism / Ulysses: %s)", found, told)
+        return found
+
+    def _run(
+        self, model: Any, input_ids: Any, positions: torch.Tensor, inputs_embeds: Any, *, shares_tokens: bool
+    ) -> torch.Tensor:
+        count = positions.shape[-1]
         before = self._step.shares_tokens
-        self._step.begin(count, self._axis.size, shares_tokens=not shift)
+        self._step.begin(count, self._axis.size, shares_tokens=shares_tokens)
         if self._step.shares_tokens != before:
             self._set_sizes()
-        if self._counter is not None:
-            self._counter.add(count, shares_tokens=not shift)
-        if shift:
+        if not shares_tokens:
             hidden: torch.Tensor = model(input_ids, positions, None, inputs_embeds)
             return hidden
         embedded = model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
@@ -199,9 +239,12 @@ def _exchange_around(attention: Any, heads: tuple[HeadShare, ...], axis: Axis, s
     head_dim = attention.head_size
     num_heads, num_kv_heads = heads[-1].query[1], heads[-1].key[1]
 
+    def attend(query: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        return stock(query, *rest, **named) if step.attends else query
+
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any) -> Any:
         if not step.shares_tokens:
-            return stock(query, key, value, *rest, **named)
+            return attend(query, key, value, *rest, **named)
         layout = UlyssesLayout(axis, heads, step.lengths, step.lengths)
         own = query.shape[0]
         scattered = ScatterHeads(
@@ -213,7 +256,7 @@ def _exchange_around(attention: Any, heads: tuple[HeadShare, ...], axis: Axis, s
         )
         # As many rows as the cache has slots for: a row of filler would overwrite what is somebody's.
         query, key, value = (tensor[0, : step.count] for tensor in scattered.wait()[:3])
-        out = stock(query.flatten(1), key.flatten(1), value.flatten(1), *rest, **named)
+        out = attend(query.flatten(1), key.flatten(1), value.flatten(1), *rest, **named)
         filler = sum(step.lengths) - step.count
         out = F.pad(out, (0, 0, 0, filler)) if filler else out
         gathered = GatherHeads(out.view(1, sum(step.lengths), -1, head_dim), layout)

@@ -1,7 +1,11 @@
-"""Tiny language models saved to a folder, as vLLM's users have them: tokenizer and chat template included."""
+"""Tiny language models saved to a folder, as vLLM's users have them: tokenizer and chat template included.
+
+python -m tests.llm.folders FOLDER [Llama|Mistral|Qwen2|Qwen3]      # random weights: to try commands with
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +77,7 @@ def held(model: Any) -> dict[str, int]:
         attention = layer.self_attn.attn
         kept += 2 * attention.num_kv_heads * attention.head_size * 4
     return {"matrices": matrices, "weights": weights, "kept_per_token": kept}
+
+
+if __name__ == "__main__":
+    save(Path(sys.argv[1]), *(sys.argv[2:3] or ["Llama"]), num_key_value_heads=2)

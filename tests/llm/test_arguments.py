@@ -33,13 +33,15 @@ def test_without_our_flags_nothing_changes() -> None:
 @pytest.mark.parametrize(
     ("line", "ranks", "sequence", "tensor", "shift", "threshold"),
     [
-        ("serve M --ulysses-sequence-parallel-size 2", 2, 2, 1, False, 512),
-        ("serve M --tensor-parallel-size 4 --sequence-parallel-size 2", 8, 2, 4, False, 512),
-        ("--model M -tp 2 --sequence_parallel_size=3 --enable_shift_parallel", 6, 3, 2, True, 512),
+        ("serve M --ulysses-sequence-parallel-size 2", 2, 2, 1, False, None),
+        ("serve M --tensor-parallel-size 4 --sequence-parallel-size 2", 8, 2, 4, False, None),
+        ("--model M -tp 2 --sequence_parallel_size=3 --enable_shift_parallel", 6, 3, 2, True, None),
         ("serve M --sequence-parallel-size 2 --enable-shift-parallel --shift-parallel-threshold 64", 2, 2, 1, True, 64),
     ],
 )
-def test_our_flags_become_vllms(line: str, ranks: int, sequence: int, tensor: int, shift: bool, threshold: int) -> None:
+def test_our_flags_become_vllms(
+    line: str, ranks: int, sequence: int, tensor: int, shift: bool, threshold: int | None
+) -> None:
     rewritten = for_vllm(line.split())
     assert rewritten[rewritten.index("--tensor-parallel-size") + 1] == str(ranks)
     assert rewritten.count("--tensor-parallel-size") == 1
@@ -76,6 +78,9 @@ def test_the_users_own_additional_config_stays() -> None:
         ("--sequence-parallel-size 2 --enable-lora", "LoRA"),
         ("--sequence-parallel-size 2 --pipeline-parallel-size 2", "pipeline parallelism"),
         ("--sequence-parallel-size 2 -dp 2", "data parallelism"),
+        ("--sequence-parallel-size 2 --enable-shift-parallel --quantization fp8", "quantised by 'fp8'"),
+        ("--sequence-parallel-size 2 -tp 2 -q awq", "quantised by 'awq'"),
+        ('--sequence-parallel-size 2 --speculative-config {"method":"eagle3","model":"x"}', "'eagle3'"),
         ("--sequence-parallel-size 2 --additional-config []", "JSON object"),
         ("--sequence-parallel-size 2 --additional-config {", "no JSON"),
         ('--sequence-parallel-size 2 --additional-config {"omni_sp":{}}', "one place"),
@@ -94,6 +99,29 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
         for_vllm(["--model", str(tmp_path), "--sequence-parallel-size", "2"])
 
 
+@pytest.mark.parametrize(
+    ("entries", "flags", "told"),
+    [
+        ({"num_attention_heads": 6}, "--sequence-parallel-size 4", "6 attention heads"),
+        ({"rope_scaling": {"mrope_section": [8, 12, 12]}}, "--sequence-parallel-size 2", "mrope"),
+        ({"rope_parameters": {"mrope_section": [8, 12, 12]}}, "--sequence-parallel-size 2", "mrope"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "--sequence-parallel-size 2 -tp 2", "'gptq'"),
+    ],
+)
+def test_what_a_models_configuration_forbids_is_told_before_anything_starts(
+    tmp_path: Path, entries: dict[str, object], flags: str, told: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **entries}))
+    with pytest.raises(ConfigError, match=told):
+        for_vllm(["serve", str(tmp_path), *flags.split()])
+
+
+def test_quantised_weights_go_with_ulysses_alone(tmp_path: Path) -> None:
+    content = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert for_vllm(["serve", str(tmp_path), "--sequence-parallel-size", "2"])
+
+
 def test_steps_are_counted_across_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMNI_SP_LLM_STEPS", raising=False)
     assert StepCounter.of_this_process() is None
@@ -105,7 +133,9 @@ def test_steps_are_counted_across_processes(monkeypatch: pytest.MonkeyPatch) -> 
     rank.add(9, shares_tokens=True)
     rank.add(1, shares_tokens=False)
     rank.add(2, shares_tokens=False)
-    assert front.read() == StepCounts(1, 9, 2, 3, 1)
+    assert front.read() == StepCounts(1, 9, 2, 3, 1, -1)
+    rank.tell(64)
+    assert front.read() == StepCounts(1, 9, 2, 3, 1, 64)
     front.remove()
     front.remove()
     assert StepCounter.of_this_process() is None

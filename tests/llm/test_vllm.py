@@ -74,10 +74,11 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
         enable_prefix_caching=True,
     )
     assert result["said"] == [[greedy(model, prompt, COUNT) for prompt in batch] for batch in (first, again)]
-    ulysses_steps, ulysses_tokens, tensor_steps, _, models = result["steps"]
+    ulysses_steps, ulysses_tokens, tensor_steps, _, models, threshold = result["steps"]
     assert ulysses_steps
     assert tensor_steps
     assert models == 1
+    assert threshold == 20
     computed = sum(map(len, first)) + sum(map(len, again))
     assert ulysses_tokens < computed, "no prefix was taken from the cache"
     config = model.config
