@@ -22,7 +22,7 @@ from omni_sp.engine.messages import Call, Done, Progress, Ready
 from omni_sp.engine.startup import naming_warm_up
 from omni_sp.errors import ConfigError, EngineClosedError, OmniSPError
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
-from omni_sp.pipelines.call import call_arguments
+from omni_sp.pipelines.call import call_arguments, warm_up_arguments
 from omni_sp.requests import (
     Model,
     PromptInput,
@@ -57,7 +57,8 @@ class AsyncOmni:
             prompt and seed. Each gets the picture that it gets alone, to rounding: the start draws small pictures both
             ways, and where they differ, requests are drawn one by one (``on_news`` says so).
         batch_wait_ms: how long such a request may wait for others when the ranks are free.
-        warmup: (height, width) of pictures that are drawn, a step each, before it is ready.
+        warmup: (height, width) of pictures that are drawn, a step each, before it is ready. Where the pipeline starts
+            from pictures, plain grey ones are given to it.
         on_news: told in a few words what a start is doing. launcher: starts the rank processes; by default on this
             machine.
         options: device, dtype, attention_backend, attention_strategy, rank_timeout_s (it bounds the time between two
@@ -199,8 +200,9 @@ class AsyncOmni:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         def on_progress(news: Progress) -> None:
-            preview = next(iter(news.previews), None)
-            tell(RequestProgress(request_id=name, done=news.done, total=news.total, preview=preview))
+            shown = news.previews
+            preview = next(iter(shown), None)
+            tell(RequestProgress(request_id=name, done=news.done, total=news.total, preview=preview, previews=shown))
 
         def on_end(result: Done | OmniSPError) -> None:
             if isinstance(result, Done):
@@ -241,10 +243,9 @@ class AsyncOmni:
     def _warm_up_calls(self, ready: Ready) -> list[Call]:
         calls = []
         for height, width in self._warmup:
-            params = OmniDiffusionSamplingParams(height=height, width=width, num_inference_steps=1, seed=0)
             name = f"{width} x {height}"
             with naming_warm_up(name):
-                arguments = call_arguments(ready.facts, parse_prompt("a warm-up"), params)
+                arguments = warm_up_arguments(ready.facts, height, width)
             calls.append(Call(request_id=name, arguments=arguments, seeds=(0,)))
         return calls
 

@@ -24,12 +24,14 @@ class RequestProgress:
 
     Attributes:
         preview: a small picture of how far it is, where previews were asked for and the pipeline allows them.
+        previews: one of each picture of the request; ``preview`` is the first of them.
     """
 
     request_id: str
     done: int
     total: int
     preview: Image.Image | None = None
+    previews: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

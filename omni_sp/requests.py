@@ -40,11 +40,13 @@ def engine_options(
     """The options that Omni documents, checked.
 
     Raises:
-        ConfigError: an option that cannot be. ModelNotFoundError: no such model.
+        ConfigError: an option that cannot be. UnsupportedAttentionError: no such strategy.
+        ModelNotFoundError: no such model.
     """
     if parallel_config is not None and not isinstance(parallel_config, DiffusionParallelConfig):
         raise ConfigError(f"parallel_config={parallel_config!r}: give a DiffusionParallelConfig")
     check_device_name(device)
+    _check_attention(attention_backend, attention_strategy)
     return EngineOptions(
         source=resolve_model(model),
         config=parallel_config or DiffusionParallelConfig(),
@@ -157,6 +159,20 @@ def output_of(
         audios=done.result.audios,
         metrics=metrics,
     )
+
+
+def _check_attention(backend: str, strategy: str) -> None:
+    """Refuse a kernel and a strategy that there are not, before anything is loaded or started for them."""
+    if (backend, strategy) == ("auto", "omni_sp"):
+        return  # the attention core imports torch, for which a front of other processes need not wait
+    from omni_sp.attention import check_strategy, kernel_names, missing_package
+
+    if backend not in kernel_names():
+        raise ConfigError(f"no attention kernel is called {backend!r}; choose from {', '.join(kernel_names())}")
+    missing = missing_package(backend)
+    if missing is not None:
+        raise ConfigError(f"attention kernel {backend!r} needs {missing}, or leave the choice to 'auto'")
+    check_strategy(strategy)
 
 
 def _is_picture(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The attention core: tensors in, tensors out, exact for every shape; knows no model."""
 
 from omni_sp.attention.entry import agree_on_layout, local_attention, sequence_parallel_attention
-from omni_sp.attention.kernels import Capabilities, Kernel, kernel_names, register_kernel
+from omni_sp.attention.kernels import Capabilities, Kernel, kernel_names, missing_package, register_kernel
 from omni_sp.attention.layout import SequenceLayout, shares
 from omni_sp.attention.strategy import STRATEGIES, Strategy, check_strategy, select_strategy
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_strategy",
     "kernel_names",
     "local_attention",
+    "missing_package",
     "register_kernel",
     "select_strategy",
     "sequence_parallel_attention",

@@ -251,9 +251,10 @@ class Dispatcher:
     def _note(self, jobs: list[Job], news: Progress) -> None:
         with self._lock:
             self._stats.steps += news.done > 0
+            each = len(news.previews) // len(jobs)
             for place, job in enumerate(jobs):
                 if not job.is_over:
-                    shown = news.previews[place : place + 1] if job.call.previews else ()
+                    shown = news.previews[place * each : (place + 1) * each] if job.call.previews else ()
                     job.on_progress(replace(news, previews=shown))
 
     def _note_call(self, done: Done) -> None:

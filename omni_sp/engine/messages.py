@@ -141,7 +141,7 @@ class Progress:
     """Rank 0 -> front: denoising steps done, of so many.
 
     Attributes:
-        previews: small pictures of how far it is, one for each prompt of the call, where they were asked for.
+        previews: small pictures of how far it is, one for each picture of the call, prompt by prompt, where asked for.
     """
 
     done: int

@@ -59,6 +59,7 @@ class Runner:
         began = time.perf_counter()
         facts = pipeline_facts(self._pipe, self._options.source.sampling_defaults)
         self._takes_generator = facts.taken_as("generator") is not None
+        self._several_as = facts.taken_as("num_outputs_per_prompt") or ""
         self._handle = self._parallelized(mesh)
         self._load_s += time.perf_counter() - began
         return Ready(
@@ -99,14 +100,14 @@ class Runner:
                 devices = [self._device.index] if self._device.type == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(devices=devices))
                 torch.manual_seed(call.seeds[0])
-            previews = None
+            previews, num_outputs = None, len(call.seeds) * (arguments.get(self._several_as) or 1)
             if call.previews and on_progress is not None:
                 previews = stack.enter_context(Previews(self._pipe, arguments.get("height"), arguments.get("width")))
 
             def on_step(done: int, total: int) -> None:
                 if on_progress is not None:
                     shows = previews is not None and 0 < done < total and _is_worth_a_look(done, total)
-                    pictures = previews.pictures(len(call.seeds)) if previews is not None and shows else ()
+                    pictures = previews.pictures(num_outputs) if previews is not None and shows else ()
                     on_progress(Progress(done=done, total=total, previews=pictures))
                 if call.can_be_aborted and done < total and any_rank(is_aborted(), mesh):
                     raise RequestAbortedError(f"{call.request_id} was aborted after {done} of {total} steps")

@@ -29,6 +29,7 @@ __all__ = [
     "rounded_size",
     "run_call",
     "small_arguments",
+    "warm_up_arguments",
 ]
 
 DEFAULT_FPS = 16.0
@@ -44,6 +45,9 @@ _OURS = ("generator", "return_dict", "prompt", "negative_prompt", "image")
 _PICTURE_LISTS = ("images", "input_images")
 # Names that pipelines use, and the packages that bring them.
 _PACKAGES = {"ftfy": "ftfy", "BeautifulSoup": "beautifulsoup4"}
+# A pipeline that has a name for one of these fails without it. Mode and colour of a plain one.
+_OTHER_PICTURES = {"mask_image": ("L", "white"), "control_image": ("RGB", "grey")}
+_WARM_UP_FRAMES = 17  # one more than a multiple of what the VAEs of videos make one frame of
 # Seconds of a sound.
 _DURATIONS = ("audio_end_in_s", "audio_length_in_s", "audio_duration", "audio_duration_s", "duration")
 
@@ -126,6 +130,35 @@ def small_arguments(
         small.pop("max_area", None)
         _add_area(facts, small)
     return small
+
+
+def warm_up_arguments(facts: PipelineFacts, height: int, width: int) -> dict[str, Any]:
+    """As call_arguments(), for one step at this size that nobody looks at.
+
+    Grey pictures stand in for those that the pipeline cannot do without, and all of them is to be drawn anew. Where it
+    takes no size, theirs decides.
+    """
+    from PIL import Image
+
+    def plain(mode: str = facts.image_mode, colour: str = "grey") -> Image.Image:
+        return Image.new(mode, (width, height), colour)
+
+    image = plain() if facts.needs_image else None
+    extra: dict[str, Any] = {name: plain(*looks) for name, looks in _OTHER_PICTURES.items() if name in facts.parameters}
+    if _needs_video(facts):
+        extra["video"] = [plain()] * _WARM_UP_FRAMES
+    is_given = image is not None or bool(extra)
+    if is_given and "strength" in facts.parameters:
+        extra["strength"] = 1.0  # of less, a single step would leave none
+    is_sized = "height" in facts.parameters or not is_given
+    params = OmniDiffusionSamplingParams(
+        height=height if is_sized else None,
+        width=width if is_sized else None,
+        num_inference_steps=1,
+        extra_args=extra,
+    )
+    text = "a warm-up" if facts.taken_as("prompt") is not None else None
+    return call_arguments(facts, Prompt(text=text, image=image), params)
 
 
 def frames_per_second(facts: PipelineFacts, arguments: Mapping[str, Any], fps: float | None) -> float:
@@ -215,6 +248,12 @@ def drawn_otherwise(facts: PipelineFacts, arguments: Mapping[str, Any], result: 
     if result.videos and isinstance(num_frames, int) and num_frames != len(frames):
         told.append(f"{len(frames)} frames instead of {num_frames}")
     return f"{facts.name} drew {' and '.join(told)}, as it does on one process" if told else None
+
+
+def _needs_video(facts: PipelineFacts) -> bool:
+    """Whether it starts from a video: it says so, or is told how strongly to change one and takes no picture."""
+    takes = facts.parameters.keys()
+    return "video" in facts.required or ({"video", "strength"} <= takes and takes.isdisjoint(NAMES["image"]))
 
 
 def _as_the_pipeline_has_it(facts: PipelineFacts, name: str, value: Any) -> Any:

@@ -157,10 +157,14 @@ async def _stream(events: Events, fields: ImageFields, kind: str) -> AsyncGenera
                 elif isinstance(event, RequestQueued) and fields.progress:
                     yield event_bytes(_progress(kind, step=None, total=None, position=event.position))
                 elif isinstance(event, RequestProgress):
+                    is_shown = _is_due(event, shown, wanted)
                     if fields.progress and (event.done, event.total) != step:
                         step = event.done, event.total
-                        yield event_bytes(_progress(kind, step=event.done, total=event.total, position=0))
-                    if event.preview is not None and _is_due(event, shown, wanted):
+                        told = _progress(kind, step=event.done, total=event.total, position=0)
+                        if is_shown and len(event.previews) > 1:  # of several, OpenAI's events show but one
+                            told["previews"] = [await _rough(one, fields) for one in event.previews]
+                        yield event_bytes(told)
+                    if event.preview is not None and is_shown:
                         yield event_bytes(
                             {
                                 "type": f"{kind}.partial_image",
@@ -186,8 +190,15 @@ def _is_due(event: RequestProgress, shown: int, wanted: int) -> bool:
 
 
 def _progress(kind: str, *, step: int | None, total: int | None, position: int) -> dict[str, Any]:
-    """Ours: ``position`` requests come before this one; ``step`` of ``total``, null while it waits."""
+    """Ours: ``position`` requests come before this one; ``step`` of ``total``, null while it waits.
+
+    Of several pictures, ``previews`` are added to it when a preview is due: one of each.
+    """
     return {"type": f"{kind}.progress", "step": step, "total": total, "position": position}
+
+
+async def _rough(picture: Image.Image, fields: ImageFields) -> dict[str, str]:
+    return {"b64_json": as_base64(await _encoded(picture, fields)), "output_format": fields.output_format or "png"}
 
 
 async def _completed(

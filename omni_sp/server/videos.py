@@ -93,7 +93,13 @@ def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
             await jobs.close(settings.drain_timeout_s)
 
     router = APIRouter(prefix="/v1/videos", tags=["videos"], lifespan=lifespan)
+    _add_orders(router, omni, settings, jobs)
+    _add_jobs(router, jobs)
+    _add_content(router, jobs)
+    return router
 
+
+def _add_orders(router: APIRouter, omni: AsyncOmni, settings: ServerSettings, jobs: VideoJobs) -> None:
     @router.post("", summary="Make a video", openapi_extra=_body_schema())
     async def create(request: Request) -> JSONResponse:
         order, picture = await _order(request, settings)
@@ -103,6 +109,8 @@ def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
         except sqlite3.Error as error:
             raise ApiError(507, f"the job could not be written down: {error}", code="storage_failed") from error
 
+
+def _add_jobs(router: APIRouter, jobs: VideoJobs) -> None:
     @router.get("", summary="List videos")
     async def list_videos(
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -127,6 +135,8 @@ def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
         await jobs.delete(video_id)
         return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
+
+def _add_content(router: APIRouter, jobs: VideoJobs) -> None:
     @router.get(
         "/{video_id}/content",
         summary="Fetch a finished video",
@@ -154,8 +164,6 @@ def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
             content_disposition_type="inline",
             headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "private"},
         )
-
-    return router
 
 
 def as_video(job: Job) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import omni_sp.attention.kernels.optional
 import omni_sp.engine.dispatcher
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
@@ -243,9 +244,18 @@ def test_draining_is_bounded_and_so_is_closing() -> None:
     bounded(program)
 
 
-def test_what_is_refused_before_it_waits() -> None:
+def test_what_is_refused_before_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="did you mean device"):
         scripted(devise="cpu")
+    with pytest.raises(ConfigError, match=r"no attention kernel is called 'flsh'; choose from auto, cpu_flash, "):
+        AsyncOmni("no/such-model", attention_backend="flsh")  # before anybody looks for the model
+    monkeypatch.setattr(omni_sp.attention.kernels.optional, "find_spec", lambda _package: None)
+    for name, told in (
+        ("flash_attn_4", "needs flash_attn.cute, which is not installed: pip install flash-attn-4"),
+        ("sage_lossy", "needs sageattention, which is not installed: install SageAttention 2"),
+    ):
+        with pytest.raises(ConfigError, match=f"attention kernel '{name}' {told}"):
+            AsyncOmni("no/such-model", attention_backend=name)
 
     async def program() -> None:
         async with scripted(max_queue_length=1) as omni:
@@ -281,7 +291,9 @@ def test_the_real_thing(tmp_path: Path) -> None:
 
     async def pictures(omni: AsyncOmni, name: str, steps: int = 3, act: Any = None) -> list[RequestEvent]:
         events: list[RequestEvent] = []
-        params = OmniDiffusionSamplingParams(width=64, height=64, num_inference_steps=steps, seed=3)
+        params = OmniDiffusionSamplingParams(
+            width=64, height=64, num_inference_steps=steps, seed=3, num_outputs_per_prompt=2
+        )
         async for event in omni.generate("a red circle", params, request_id=name, previews=True):
             events.append(event)
             if act is not None and isinstance(event, RequestProgress) and event.done == 2:
@@ -294,9 +306,12 @@ def test_the_real_thing(tmp_path: Path) -> None:
         async with AsyncOmni("omni-sp/shapes", config, device="cpu", warmup=[(64, 64)]) as omni:
             before = await pictures(omni, "a")
             assert isinstance(before[-1], RequestDone)
-            shown = [event.preview for event in before if isinstance(event, RequestProgress) and event.preview]
+            shown = [event for event in before if isinstance(event, RequestProgress) and event.preview]
             assert shown
-            assert all(picture.size == (64, 64) for picture in shown)
+            for event in shown:
+                assert [picture.size for picture in event.previews] == [(64, 64)] * 2
+                assert event.preview is event.previews[0]
+                assert event.previews[0].tobytes() != event.previews[1].tobytes()
             loop = asyncio.get_running_loop()
             aborted = await pictures(omni, "b", 40, lambda: loop.create_task(omni.abort("b")))
             assert isinstance(error_of(aborted), RequestAbortedError)

@@ -234,6 +234,7 @@ def test_in_a_batch_every_request_gets_the_picture_that_it_gets_alone() -> None:
                 for place, events in enumerate(batch):
                     shown = [e.preview for e in events if isinstance(e, RequestProgress) and e.preview is not None]
                     assert bool(shown) == (place != 1)
+                    assert all(len(e.previews) <= 1 for e in events if isinstance(e, RequestProgress))
                     alone = await one(omni, place, **guidance)
                     assert np.abs(picture(alone) - picture(events)).max() <= 1
                     assert alone[-1].output.metrics["seed"] == place  # type: ignore[union-attr]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,12 @@ from omni_sp.pipelines.call import (
     rounded_size,
     run_call,
     small_arguments,
+    warm_up_arguments,
 )
 from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.results import CallResult, result_of
 from omni_sp.pipelines.shapes import SHAPES_MODEL
+from tests.pipelines.folders import save_kontext, save_wan, save_wan_i2v
 
 IMAGE = PipelineFacts(
     name="ImagePipeline",
@@ -471,3 +475,42 @@ def test_a_package_that_a_pipeline_stumbles_over_is_named(shapes: Any, monkeypat
     monkeypatch.setattr(type(shapes), "check_inputs", clean)
     with pytest.raises(ConfigError, match="QwenImagePipeline needs a package: pip install ftfy"):
         run_call(shapes, SMALL, seed=7, device="cpu")
+
+
+def test_a_warm_up_brings_what_the_signature_asks_for() -> None:
+    def brought(name: str) -> dict[str, Any]:
+        arguments = warm_up_arguments(pipeline_facts(bare(name)), 64, 96)
+        assert arguments["num_inference_steps"] == 1
+        looks = {key: (value.mode, value.size) for key, value in arguments.items() if isinstance(value, Image.Image)}
+        rest = {key: arguments[key] for key in ("height", "width", "strength") if key in arguments}
+        return looks | rest | {key: len(value) for key, value in arguments.items() if isinstance(value, list)}
+
+    size = {"height": 64, "width": 96}
+    grey, mask = ("RGB", (96, 64)), ("L", (96, 64))
+    assert brought("QwenImagePipeline") == brought("FluxKontextPipeline") == size
+    assert brought("QwenImageEditPipeline") == brought("WanImageToVideoPipeline") == size | {"image": grey}
+    assert brought("QwenImageInpaintPipeline") == size | {"image": grey, "mask_image": mask, "strength": 1.0}
+    assert brought("FluxControlPipeline") == size | {"control_image": grey}
+    assert brought("StableDiffusionXLImg2ImgPipeline") == {"image": grey, "strength": 1.0}
+    assert brought("LucyEditPipeline") == size | {"video": 17}
+    assert brought("WanVideoToVideoPipeline") == size | {"video": 17, "strength": 1.0}
+    with pytest.raises(SamplingParamsError, match="WanAnimatePipeline needs pose_video"):
+        brought("WanAnimatePipeline")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pipelines_that_start_from_pictures_can_be_warmed_up(tmp_path: Path) -> None:
+    from diffusers import FluxInpaintPipeline, WanVideoToVideoPipeline
+
+    def loaded(save: Callable[[Path], None]) -> Any:
+        save(tmp_path / save.__name__)
+        return load_pipeline(resolve_model(tmp_path / save.__name__), device="cpu")
+
+    edits = FluxInpaintPipeline.from_pipe(loaded(save_kontext))
+    changes = WanVideoToVideoPipeline.from_pipe(loaded(save_wan))
+    for pipe in (edits, changes, loaded(save_wan_i2v)):
+        pipe.set_progress_bar_config(disable=True)
+        result = run_call(pipe, warm_up_arguments(pipeline_facts(pipe), 32, 48), seed=0, device="cpu")
+        assert result.timings["num_steps"] == 1
+        drawn = result.images or result.videos[0]
+        assert drawn[0].size == (48, 32)

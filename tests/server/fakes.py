@@ -260,10 +260,10 @@ class FakeOmni(AsyncOmni):
             if done:
                 await asyncio.sleep(self._step_s)
                 self._num_steps += 1
-                yield RequestProgress(request_id=request.id, done=done, total=total)
-                if request.previews:
-                    preview = Image.new("RGB", (24, 16), (10 * done % 256, 0, 0))
-                    yield RequestProgress(request_id=request.id, done=done, total=total, preview=preview)
+                count = (request.params.num_outputs_per_prompt or 1) if request.previews else 0
+                shown = tuple(Image.new("RGB", (24, 16), (10 * done % 256, place, 0)) for place in range(count))
+                preview = next(iter(shown), None)
+                yield RequestProgress(request_id=request.id, done=done, total=total, preview=preview, previews=shown)
             while done == self._hold_at and not self.go_on.is_set():
                 self._raise_if_over(request)
                 await asyncio.sleep(_POLL_S)

@@ -219,6 +219,23 @@ def test_a_stream_tells_steps_previews_and_the_result(served: Served) -> None:
     assert events[-1]["type"] == "image_generation.completed"
     assert events[-1]["size"] == "96x64"
     assert set(events[-1]["usage"]) >= {"input_tokens", "output_tokens", "total_tokens", "input_tokens_details"}
+    assert not any("previews" in event for event in events)
+
+
+def test_of_several_pictures_a_stream_shows_each(served: Served) -> None:
+    body = {"prompt": "x", "stream": True, "num_inference_steps": 6, "n": 3, "partial_images": 2}
+    quiet = served.stream(GENERATIONS, body)
+    assert [event["type"].split(".")[1] for event in quiet] == ["partial_image"] * 2 + ["completed"] * 3
+    events = served.stream(GENERATIONS, {**body, "progress": True, "output_format": "jpeg"})
+    shown = [event for event in events if "previews" in event]
+    assert [(event["type"], event["step"]) for event in shown] == [
+        ("image_generation.progress", step) for step in (2, 4)
+    ]
+    partial = [event["b64_json"] for event in events if event["type"] == "image_generation.partial_image"]
+    for event, first in zip(shown, partial, strict=True):
+        assert [one["output_format"] for one in event["previews"]] == ["jpeg"] * 3
+        assert event["previews"][0]["b64_json"] == first
+        assert picture(event["previews"][2]["b64_json"]).size == (24, 16)
 
 
 def test_waiting_streams_tell_their_place_and_stay_alive() -> None:

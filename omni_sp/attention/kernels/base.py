@@ -59,12 +59,15 @@ class Kernel:
             (batch, heads, q_tokens) in fp32 (fp64 for fp64). What they hold for rows that no key may attend does not
             matter: ``attend`` overrides it.
         lossy: it approximates. Such a kernel runs where it is named, never by "auto".
+        modules: of packages that are no part of an installation; it needs one of them. install: how to come by it.
     """
 
     name: str
     capabilities: Capabilities
     run: Run
     lossy: bool = False
+    modules: tuple[str, ...] = ()
+    install: str = ""
 
 
 def refusal(kernel: Kernel, call: KernelCall) -> str | None:

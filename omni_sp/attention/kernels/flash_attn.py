@@ -37,15 +37,14 @@ def _runner(modules: tuple[str, ...], install: str, lse_option: str) -> Run:
     return run
 
 
-FLASH_ATTN_2 = Kernel(
-    "flash_attn_2", _capabilities(256), _runner(("flash_attn",), "pip install flash-attn", "return_attn_probs")
-)
+def _kernel(name: str, max_head_dim: int, modules: tuple[str, ...], install: str, lse_option: str) -> Kernel:
+    run = _runner(modules, install, lse_option)
+    return Kernel(name, _capabilities(max_head_dim), run, modules=modules, install=install)
+
+
+FLASH_ATTN_2 = _kernel("flash_attn_2", 256, ("flash_attn",), "pip install flash-attn", "return_attn_probs")
 # The wheel and a build from source install under different names.
-FLASH_ATTN_3 = Kernel(
-    "flash_attn_3",
-    _capabilities(256),
-    _runner(("flash_attn_interface", "fa3_fwd_interface"), "pip install fa3-fwd", "return_attn_probs"),
+FLASH_ATTN_3 = _kernel(
+    "flash_attn_3", 256, ("flash_attn_interface", "fa3_fwd_interface"), "pip install fa3-fwd", "return_attn_probs"
 )
-FLASH_ATTN_4 = Kernel(
-    "flash_attn_4", _capabilities(128), _runner(("flash_attn.cute",), "pip install flash-attn-4", "return_lse")
-)
+FLASH_ATTN_4 = _kernel("flash_attn_4", 128, ("flash_attn.cute",), "pip install flash-attn-4", "return_lse")

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import importlib
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from typing import Any
 
 from omni_sp.errors import UnsupportedAttentionError
+
+
+def is_installed(module: str) -> bool:
+    """Whether there is such a module, without importing any of its package: a front has no use for a GPU's memory."""
+    package, *inner = module.split(".")
+    spec, name = find_spec(package), package
+    for part in inner:
+        places = None if spec is None else spec.submodule_search_locations
+        name = f"{name}.{part}"
+        spec = None if places is None else PathFinder.find_spec(name, list(places))
+    return spec is not None
 
 
 def optional_function(modules: tuple[str, ...], name: str, install: str) -> Any:

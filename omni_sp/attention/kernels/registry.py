@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from omni_sp.attention.kernels.base import Kernel, KernelCall, refusal
+from omni_sp.attention.kernels.optional import is_installed
 from omni_sp.errors import UnsupportedAttentionError
 
 # Module and name of each kernel; "auto" takes the first that can serve a call. A module is imported when one of its
@@ -48,6 +49,19 @@ def _load(name: str) -> Kernel:
     module, attribute = _PLACES[name]
     kernel: Kernel = getattr(importlib.import_module(module), attribute)
     return kernel
+
+
+def missing_package(name: str) -> str | None:
+    """What the kernel called ``name`` needs and is not installed, and how to install it; None where it lacks nothing.
+
+    Nothing is imported for it, so that a process which will not run the kernel can tell.
+    """
+    if name == "auto":
+        return None
+    kernel = _load(name)
+    if not kernel.modules or any(map(is_installed, kernel.modules)):
+        return None
+    return f"{' or '.join(kernel.modules)}, which is not installed: {kernel.install}"
 
 
 def select_kernel(name: str, call: KernelCall) -> Kernel:

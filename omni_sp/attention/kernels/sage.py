@@ -7,6 +7,8 @@ import torch
 from omni_sp.attention.kernels.base import Capabilities, Kernel
 from omni_sp.attention.kernels.optional import optional_function
 
+_MODULES, _INSTALL = ("sageattention",), "install SageAttention 2 from its source"
+
 
 def _run(
     query: torch.Tensor,
@@ -17,7 +19,7 @@ def _run(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # Version 1, which is what PyPI has, gives no LSE.
-    function = optional_function(("sageattention",), "sageattn", "install SageAttention 2 from its source")
+    function = optional_function(_MODULES, "sageattn", _INSTALL)
     out, lse = function(query, key, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale, return_lse=True)
     return out, lse
 
@@ -34,4 +36,6 @@ SAGE_LOSSY = Kernel(
     ),
     _run,
     lossy=True,
+    modules=_MODULES,
+    install=_INSTALL,
 )

@@ -132,13 +132,13 @@ function shapeCanvas({ width, height, n = 1 }, num_sources = state.sources.lengt
   for (const [name, value] of Object.entries({ columns, rows, ratio: ratio * columns / rows })) $("canvas").style.setProperty(`--${name}`, value);
 }
 
-function showPreview(work, blob) {
+function showPreview(work, blob, place = 0) {
   const picture = shownOf(blob, "The picture so far");
   picture.className = "rough";
   picture.addEventListener("load", () => {
     if (state.work !== work || work.is_done) return;
-    const first = $("canvas").firstElementChild;  // of several pictures, the first one is shown
-    first ? first.replaceWith(picture) : $("canvas").append(picture);
+    const there = $("canvas").children[place];
+    there ? there.replaceWith(picture) : $("canvas").append(picture);
   });
 }
 
@@ -200,6 +200,7 @@ async function drawOnce(work) {
     for await (const event of serverEvents(answer)) {
       if (event.error) throw new Problem(event.error.message, { param: event.error.param, is_lost: event.status === 503 });
       const kind = `${event.type}`.split(".").pop();
+      (event.previews ?? []).forEach((one, place) => showPreview(work, asBlob(one), place));
       if (kind === "progress" && event.total) tellSteps(work, event.step, event.total);
       else if (kind === "progress") tellPosition(work, event.position ?? 0);
       else if (kind === "partial_image") showPreview(work, asBlob(event));
