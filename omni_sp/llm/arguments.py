@@ -15,6 +15,7 @@ from omni_sp.llm.settings import CONFIG_KEY, LlmParallelConfig
 _SEQUENCE = ("--ulysses-sequence-parallel-size", "--sequence-parallel-size")
 _SHIFT, _THRESHOLD = "--enable-shift-parallel", "--shift-parallel-threshold"
 _TENSOR = ("--tensor-parallel-size", "-tp")
+_MEMORY = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 _OTHERS, _EAGER = "--additional-config", "--enforce-eager"
 
 
@@ -63,6 +64,16 @@ def for_vllm(arguments: Sequence[str]) -> list[str]:
     merged = settings.additional_config(_json(others) if others is not None else None)
     eager = [] if _EAGER in line.flags() else [_EAGER]
     return [*line.rest, *eager, _TENSOR[0], str(settings.world_size), _OTHERS, json.dumps(merged)]
+
+
+def world_size(rewritten: Sequence[str]) -> int:
+    """Ranks of an engine, from arguments as vLLM knows them."""
+    return _Line(rewritten).number_of(*_TENSOR) or 1
+
+
+def tells_memory(rewritten: Sequence[str]) -> bool:
+    """Whether the arguments say how much memory the cache may have."""
+    return not set(_Line(rewritten).flags()).isdisjoint(_MEMORY)
 
 
 class _Line:

@@ -7,11 +7,13 @@ from typing import Any
 import vllm
 
 from omni_sp.errors import ConfigError
+from omni_sp.llm import adapter, cpu
 from omni_sp.llm.refusals import method_of, require_handled_model
 from omni_sp.llm.settings import LlmParallelConfig
 from omni_sp.llm.steps import StepCounts, count_here
 
 _WISHES = ("enable_lora", "pipeline_parallel_size", "data_parallel_size", "quantization")
+_MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 
 
 class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
@@ -53,6 +55,8 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
                 speculation=method_of(options.get("speculative_config")),
                 **{name: options[name] for name in _WISHES if name in options},
             )
+            if adapter.runs_on_cpu():
+                cpu.settle(settings.world_size, memory_is_told=not _MEMORY.isdisjoint(options))
             self._counter = count_here()
             options["additional_config"] = settings.additional_config(options.get("additional_config"))
             options.setdefault("enforce_eager", True)

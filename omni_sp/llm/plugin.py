@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from omni_sp.errors import InvalidInputError
-from omni_sp.llm import adapter, arguments, steps
+from omni_sp.llm import adapter, arguments, cpu, steps
 
 _MODELS = "omni_sp.llm.models"
 
@@ -24,3 +24,5 @@ def register() -> None:
     if rewritten != sys.argv[1:]:
         sys.argv[1:] = rewritten
         steps.count_here()
+        if adapter.runs_on_cpu():
+            cpu.settle(arguments.world_size(rewritten), memory_is_told=arguments.tells_memory(rewritten))
