@@ -1,6 +1,6 @@
 """A language model inside vLLM: stock tensor parallelism against sequence parallelism and the shift between the two.
 
-python -m benchmarks.llm --prompts 128 512 2048           # time to the first token, and tokens a second after it
+python -m benchmarks.llm --prompts 128 512 2048           # time to the first token, to those after it, and throughput
 python -m benchmarks.llm --quality     # log-likelihood of a text and memory of a rank, whichever way it is computed
 
 Needs vLLM (`make install-vllm`, then .venv-vllm/bin/python). Every engine is loaded once and stays; they take turns in
@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from benchmarks.interleaved import Timing, paired, report, save
 
@@ -47,6 +49,7 @@ MODEL = {
     "max_position_embeddings": 8192,
 }
 ANSWER = 33
+FIGURES = FIRST, AFTER, SEVERAL = "first", "each after", "several at once"
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -202,43 +205,53 @@ def main() -> None:
 
 
 def speed(model: Path, lengths: list[int], rounds: int) -> None:
-    """Time to the first token and seconds a token after it, for prompts of these lengths."""
+    """Time to the first token, seconds a token after it, and tokens a second of several requests at once."""
     engines: dict[str, Engine] = {}
+    found = {(what, length, name): Timing() for what in FIGURES for length in lengths for name in ENGINES}
     try:
         for name, options in ENGINES.items():
             print(f"starting {name}", flush=True)
             engines[name] = Engine(model, options)
-        first = {(name, length): Timing() for name in ENGINES for length in lengths}
-        after = {(name, length): Timing() for name in ENGINES for length in lengths}
-        for number in range(-1, rounds):
+        for number in tqdm(range(-1, rounds), desc="rounds, the first to warm up"):
             for length in lengths:
-                prompt = random.Random(length).choices(range(3, MODEL["vocab_size"]), k=length)
+                prompts = prompts_of(length)
                 for name in random.Random(1000 * number + length).sample(list(ENGINES), len(ENGINES)):
-                    begun = engines[name].turn({"prompts": [prompt], "count": 1})
-                    whole = engines[name].turn({"prompts": [prompt], "count": ANSWER})
-                    if number >= 0:
-                        first[name, length].seconds.append(begun["seconds"])
-                        first[name, length].facts["bytes_per_layer"] = begun["bytes"]
-                        first[name, length].facts["threshold"] = begun.get("threshold", -1)
-                        after[name, length].seconds.append((whole["seconds"] - begun["seconds"]) / (ANSWER - 1))
+                    begun = engines[name].turn({"prompts": prompts[:1], "count": 1})
+                    whole = engines[name].turn({"prompts": prompts[:1], "count": ANSWER})
+                    several = engines[name].turn({"prompts": prompts, "count": ANSWER})
+                    if number < 0:
+                        continue
+                    after = (whole["seconds"] - begun["seconds"]) / (ANSWER - 1)
+                    for what, seconds in zip(FIGURES, (begun["seconds"], after, several["seconds"]), strict=True):
+                        found[what, length, name].seconds.append(seconds)
+                    found[FIRST, length, name].facts["bytes_per_layer"] = begun["bytes"]
+                    found[FIRST, length, name].facts["threshold"] = begun.get("threshold", -1)
     finally:
         for engine in engines.values():
             engine.close()
-    timings: dict[str, Timing] = {}
-    print(" prompt engine  first token s  TP2 / it  KiB a layer   s a token  TP2 / it")
+    print("prompt engine  first token s  TP2 / it  KiB a layer  s a token  TP2 / it  requests  tokens/s  TP2 / it")
     for length in lengths:
+        num_requests = len(prompts_of(length))
         for name in ENGINES:
-            of_length = {other: first[other, length] for other in ENGINES}
-            of_answer = {other: after[other, length] for other in ENGINES}
-            told, said = of_length[name], of_answer[name]
-            first_ratio, after_ratio = paired(of_length, "TP2", name), paired(of_answer, "TP2", name)
+            told = {what: found[what, length, name] for what in FIGURES}
+            all_of = {what: {other: found[what, length, other] for other in ENGINES} for what in FIGURES}
+            ratio = {what: f"{paired(timings, 'TP2', name):>9.2f}" for what, timings in all_of.items()}
+            tokens_per_s = num_requests * (length + ANSWER) / told[SEVERAL].median
             print(
-                f"{length:>7} {name:>6} {told.median:>14.3f} {first_ratio:>9.2f} "
-                f"{told.facts['bytes_per_layer'] / 1024:>12.0f} {said.median:>11.4f} {after_ratio:>9.2f}"
+                f"{length:>6} {name:>6} {told[FIRST].median:>14.3f} {ratio[FIRST]} "
+                f"{told[FIRST].facts['bytes_per_layer'] / 1024:>12.0f} {told[AFTER].median:>10.4f} {ratio[AFTER]} "
+                f"{num_requests:>9} {tokens_per_s:>9.0f} {ratio[SEVERAL]}"
             )
-            timings[f"{name}, {length} tokens, first"] = told
-            timings[f"{name}, {length} tokens, each after"] = said
-    report(save("llm-speed", {"model": MODEL, "engines": ENGINES, "prompts": lengths, "rounds": rounds}, timings))
+    settings = {"model": MODEL, "engines": ENGINES, "prompts": lengths, "rounds": rounds, "answer": ANSWER}
+    saved = {f"{name}, {length} tokens, {what}": timing for (what, length, name), timing in found.items()}
+    report(save("llm-speed", settings, saved))
+
+
+def prompts_of(length: int) -> list[list[int]]:
+    """As many prompts of a length as come at once."""
+    count = max(1, min(8, 4096 // length))
+    draw = random.Random(length)
+    return [draw.choices(range(3, MODEL["vocab_size"]), k=length) for _ in range(count)]
 
 
 def quality(model: Path) -> None:

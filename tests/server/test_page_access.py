@@ -119,13 +119,13 @@ def test_a_mask_is_painted_by_keyboard(browser: Browser, tmp_path: Path) -> None
 
 
 def test_nothing_moves_for_who_wants_that(browser: Browser) -> None:
-    omni = held()
+    omni = FakeOmni(hold_at=0)  # before any preview, when empty places wait for pictures
     with served(omni) as url:
         page = opened(browser, url, is_still=True)
         page.type_in("#prompt", "two stars")
         page.type_in("#n", "2")
         page.press("Enter", "Control")
-        page.wait_for("document.querySelector('#canvas img.rough + .blank') !== null")
+        page.wait_for("document.querySelectorAll('#canvas .blank').length === 2")
         # What a browser itself moves, a bar without an end, is none of the page's.
         moving = "document.getAnimations().filter((it) => it.effect.pseudoElement === null).length"
         assert page.tell(moving) == 0
