@@ -50,12 +50,12 @@ test: install
 
 # What needs vLLM, and what it shares with this package in versions other than those of `make test`.
 test-vllm: install-vllm
-	$(VLLM_RUN) -m pytest tests/compat tests/llm/test_vllm.py
+	$(VLLM_RUN) -m pytest tests/compat tests/llm/vllm/test_engines.py
 
 # The same inside older ones, each of which stands before the newest on the path while its turn is.
 test-vllm-range: install-vllm $(VLLM_FOLDERS:=/.installed)
 	set -e; for folder in $(VLLM_FOLDERS); do PYTHONPATH=$(CURDIR)/$$folder OMNI_SP_VLLM=$$(basename $$folder) \
-		$(VLLM_RUN) -m pytest tests/llm/test_vllm.py; done
+		$(VLLM_RUN) -m pytest tests/llm/vllm/test_engines.py; done
 
 $(VLLM_VENV)/versions/%/.installed: $(VLLM_VENV)/.installed
 	rm -rf $(@D)

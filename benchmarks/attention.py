@@ -33,7 +33,13 @@ from benchmarks.interleaved import (
     table,
     take_turns,
 )
-from omni_sp.attention import SequenceLayout, local_attention, select_strategy, sequence_parallel_attention, shares
+from omni_sp.attention import (
+    SequenceLayout,
+    local_attention,
+    select_strategy,
+    sequence_parallel_attention,
+    split_evenly,
+)
 from omni_sp.errors import OmniSPError
 from omni_sp.mesh import ParallelMesh
 from tests.attention.reference import attention, relative_error
@@ -82,7 +88,7 @@ def run(mesh: ParallelMesh, settings: Settings) -> Answer:
     """On one rank: every contender's rounds, and what else is told of them."""
     warnings.simplefilter("ignore")  # the peers' own
     whole = whole_row(settings)
-    lengths = shares(settings.tokens, mesh.world_size)
+    lengths = split_evenly(settings.tokens, mesh.world_size)
     layout = SequenceLayout(lengths, lengths)
     query, key, value = (x.split(list(lengths), dim=1)[mesh.rank].contiguous() for x in whole)
     fewer = [x[:, :, : -(-settings.heads // mesh.world_size)].contiguous() for x in whole]

@@ -155,8 +155,8 @@ def count_bytes(model: Any) -> None:
     model._reduced = 0
 
     def note(_linear: Any, _args: Any, output: Any) -> None:
-        weave = getattr(model, "_weave", None)
-        if ranks > 1 and (weave is None or not weave._step.shares_tokens):
+        weave = getattr(model, "_shift_parallel", None)
+        if ranks > 1 and (weave is None or not weave._step.is_ulysses):
             model._reduced += output[0].nbytes * 2 * (ranks - 1) // ranks
 
     for module in model.modules():
@@ -168,7 +168,7 @@ def read_bytes(model: Any) -> float:
     """In a rank: bytes that left it, per layer, since the last time."""
     total = model._reduced
     model._reduced = 0
-    weave = getattr(model, "_weave", None)
+    weave = getattr(model, "_shift_parallel", None)
     if weave is not None:
         traffic = weave._axis.traffic
         total += traffic.bytes.get("exchange", 0)

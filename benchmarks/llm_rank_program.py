@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmarks.interleaved import Timing, machine, report, save, take_turns
-from omni_sp.attention.layout import head_shares, shares
+from omni_sp.attention.layout import head_shares, split_evenly
 from omni_sp.attention.ulysses import GatherHeads, ScatterHeads, UlyssesLayout
 from omni_sp.mesh import Axis, backends_of
 
@@ -81,7 +81,7 @@ class Weights:
     def __init__(self, model: Model, tensor: int, **kind: Any) -> None:
         share = head_shares(model.heads, model.kv_heads, tensor)[0][0]
         self.heads, self.kv_heads = share.num_query, share.num_key
-        self.inner = shares(model.inner, tensor)[0]
+        self.inner = split_evenly(model.inner, tensor)[0]
 
         def drawn(outputs: int, inputs: int) -> torch.Tensor:
             return torch.randn(outputs, inputs, **kind).mul_(inputs**-0.5)
@@ -113,13 +113,13 @@ class Program:
         self._model, self._way, self._weights, self._tokens, self._cache = model, way, weights, tokens, cache
         size = way.sequence
         heads = head_shares(weights.heads, weights.kv_heads, size)[0]
-        lengths = shares(max(tokens, size), size) if way.exchanges else (tokens,)
+        lengths = split_evenly(max(tokens, size), size) if way.exchanges else (tokens,)
         self.adders = Axis("tensor", tuple(range(0, way.num_adders * size, size)), 0, None, {})
         self.traders = _traders(size if way.exchanges else 1)
         self._layout = UlyssesLayout(self.traders, heads, lengths, lengths)
         # What the matrices make here: heads of all that this rank holds, or of its own.
         mine = heads[0] if way.is_few else head_shares(weights.heads, weights.kv_heads, 1)[0][0]
-        inner = shares(weights.inner, size)[0] if way.is_few else weights.inner
+        inner = split_evenly(weights.inner, size)[0] if way.is_few else weights.inner
         self._heads, self._kv_heads, width = mine.num_query, mine.num_key, model.head_dim
         held, used = (weights.heads, weights.kv_heads, weights.kv_heads), (self._heads, self._kv_heads, self._kv_heads)
         self._qkv = _first_rows(weights.qkv, [width * count for count in held], [width * count for count in used])

@@ -208,7 +208,7 @@ def main() -> None:
         # Nothing is exchanged, so nobody can be asked; lengths and heads here are divided evenly.
         with (
             patch("omni_sp.attention.entry.gather_ints", pretend_all_ranks_alike),
-            patch("omni_sp.sharding.forward.gather_ints", pretend_all_ranks_alike),
+            patch("omni_sp.sharding.forward_context.gather_ints", pretend_all_ranks_alike),
         ):
             one = measure(workload, config, options)
         dist.destroy_process_group()

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.interleaved import RESULTS, machine
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
-from omni_sp.engine.startup import in_words
+from omni_sp.engine.startup import format_seconds
 from omni_sp.events import RequestDone
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.shapes import SHAPES_MODEL
@@ -235,7 +235,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["memory_mib"] = memory
         print(f"\nMiB before, half way through and after {options.many} requests: ", end="")
         print("; ".join(f"{name} {', '.join(f'{one[name]:.1f}' for one in memory)}" for name in memory[0]))
-    print(f"start-up of AsyncOmni: {in_words(result['start_s'])}")
+    print(f"start-up of AsyncOmni: {format_seconds(result['start_s'])}")
     return result
 
 

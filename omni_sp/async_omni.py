@@ -14,15 +14,15 @@ from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.batching import Batching
 from omni_sp.engine.dispatcher import Dispatcher
 from omni_sp.engine.jobs import EngineStats, Job
-from omni_sp.engine.launch import Launcher
-from omni_sp.engine.launch.carried import CarriedLauncher, carry, job_rank, require_job_of
-from omni_sp.engine.launch.spawn import SpawnLauncher
-from omni_sp.engine.launch.torchrun import inside_distributed_program
 from omni_sp.engine.messages import Call, Done, Progress, Ready
-from omni_sp.engine.startup import naming_warm_up
+from omni_sp.engine.ranks import Launcher
+from omni_sp.engine.ranks.spawn import SpawnLauncher
+from omni_sp.engine.ranks.torchrun import inside_distributed_program
+from omni_sp.engine.ranks.torchrun_supervised import TorchrunLauncher, job_rank, require_job_of, supervise_rank
+from omni_sp.engine.startup import warm_up_errors_named
 from omni_sp.errors import ConfigError, EngineClosedError, OmniSPError
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
-from omni_sp.pipelines.call import call_arguments, warm_up_arguments
+from omni_sp.pipelines.arguments import call_arguments, warm_up_arguments
 from omni_sp.requests import (
     Model,
     PromptInput,
@@ -36,7 +36,7 @@ from omni_sp.requests import (
 __all__ = ["AsyncOmni", "EngineStats"]
 
 _DRAIN_S = 30.0
-_LOOK_S = 0.05
+_POLL_S = 0.05
 _NEW_SEED = 2**31
 
 
@@ -88,7 +88,7 @@ class AsyncOmni:
         if launcher is None and inside_distributed_program():
             require_job_of(self._options.config)
             self.is_front = job_rank() == 0
-            launcher = CarriedLauncher() if self.is_front else None
+            launcher = TorchrunLauncher() if self.is_front else None
         self._dispatcher = Dispatcher(
             self._options,
             launcher or SpawnLauncher(thread_stays=True),
@@ -128,20 +128,20 @@ class AsyncOmni:
             SystemExit: in a process of torchrun other than rank 0's, once rank 0's is over.
         """
         if not self.is_front:
-            carry(self._options.config, self._options.device)
+            supervise_rank(self._options.config, self._options.device)
             raise SystemExit(0)
         loop = asyncio.get_running_loop()
         started: asyncio.Future[None] = loop.create_future()
 
-        def settle(error: BaseException | None) -> None:
-            def tell() -> None:
+        def on_started(error: BaseException | None) -> None:
+            def report() -> None:
                 if not started.done():
                     started.set_result(None) if error is None else started.set_exception(error)
 
             with contextlib.suppress(RuntimeError):  # the loop is gone
-                loop.call_soon_threadsafe(tell)
+                loop.call_soon_threadsafe(report)
 
-        if self._dispatcher.start(settle):
+        if self._dispatcher.start(on_started):
             await started
 
     async def drain(self, timeout_s: float = _DRAIN_S) -> None:
@@ -149,7 +149,7 @@ class AsyncOmni:
         self._dispatcher.drain()
         until = time.monotonic() + timeout_s
         while not self._dispatcher.is_idle and time.monotonic() < until:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
         await self.close()
 
     async def close(self) -> None:
@@ -190,38 +190,38 @@ class AsyncOmni:
             SamplingParamsError: bad input; nothing was queued. QueueFullError: too many wait.
             EngineClosedError: it is draining, closed or has failed, or has not started yet.
         """
-        params, parsed, facts = require_params(sampling_params), parse_prompt(prompt), self.info.facts
+        params, parsed, capabilities = require_params(sampling_params), parse_prompt(prompt), self.info.capabilities
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[RequestEvent] = asyncio.Queue()
         name = request_id or f"request-{uuid.uuid4().hex}"
 
-        def tell(event: RequestEvent) -> None:
+        def report(event: RequestEvent) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is gone
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         def on_progress(news: Progress) -> None:
             shown = news.previews
             preview = next(iter(shown), None)
-            tell(RequestProgress(request_id=name, done=news.done, total=news.total, preview=preview, previews=shown))
+            report(RequestProgress(request_id=name, done=news.done, total=news.total, preview=preview, previews=shown))
 
         def on_end(result: Done | OmniSPError) -> None:
             if isinstance(result, Done):
                 startup_s = sum(self.stats.start_s.values())
                 output = output_of(self.info, job.call, parsed, params, result, startup_s=startup_s)
-                tell(RequestDone(request_id=name, output=output))
+                report(RequestDone(request_id=name, output=output))
             else:
-                tell(RequestFailed(request_id=name, error=result))
+                report(RequestFailed(request_id=name, error=result))
 
         job = Job(
             call=Call(
                 request_id=name,
-                arguments=call_arguments(facts, parsed, params),
+                arguments=call_arguments(capabilities, parsed, params),
                 seeds=(secrets.randbelow(_NEW_SEED) if params.seed is None else params.seed,),
                 can_be_aborted=True,
                 previews=previews,
             ),
             priority=priority,
-            on_position=lambda position: tell(RequestQueued(request_id=name, position=position)),
+            on_position=lambda position: report(RequestQueued(request_id=name, position=position)),
             on_progress=on_progress,
             on_end=on_end,
         )
@@ -244,8 +244,8 @@ class AsyncOmni:
         calls = []
         for height, width in self._warmup:
             name = f"{width} x {height}"
-            with naming_warm_up(name):
-                arguments = warm_up_arguments(ready.facts, height, width)
+            with warm_up_errors_named(name):
+                arguments = warm_up_arguments(ready.capabilities, height, width)
             calls.append(Call(request_id=name, arguments=arguments, seeds=(0,)))
         return calls
 

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from omni_sp.mesh import Axis
-from omni_sp.shared_memory import Outbox
+from omni_sp.shared_memory import SharedMemoryChannel
 
 _DIRECT = {"cpu": ("gloo", "mpi", "fake"), "cuda": ("nccl", "fake")}
 
 
-def _stages(device: torch.device, axis: Axis) -> bool:
+def _needs_host_staging(device: torch.device, axis: Axis) -> bool:
     """True where tensors of this device must cross through host memory."""
     library = axis.backends.get(device.type, "")
     return device.type != "cpu" and library not in _DIRECT.get(device.type, ())
@@ -33,7 +33,7 @@ class Exchange(Protocol):
         places: for each rank a flat tensor, to be filled with what goes there before :meth:`start`.
     """
 
-    places: tuple[torch.Tensor, ...]
+    send_buffers: tuple[torch.Tensor, ...]
 
     def start(self) -> None:
         """Send what is in ``places``, which must not be touched afterwards."""
@@ -55,8 +55,8 @@ def exchange(
             is the same in both.
         dtype, device: of what is sent. axis: the ranks, more than one.
     """
-    if device.type == "cpu" and axis.outbox is not None:
-        return _MemoryExchange(send_sizes, recv_sizes, dtype, axis, axis.outbox, "exchange")
+    if device.type == "cpu" and axis.channel is not None:
+        return _MemoryExchange(send_sizes, recv_sizes, dtype, axis, axis.channel, "exchange")
     return _GroupExchange(send_sizes, recv_sizes, dtype, device, axis)
 
 
@@ -69,25 +69,25 @@ class _MemoryExchange:
         recv_sizes: Sequence[int],
         dtype: torch.dtype,
         axis: Axis,
-        outbox: Outbox,
+        channel: SharedMemoryChannel,
         kind: str,
     ) -> None:
         self._axis, self._kind = axis, kind
         self._received = torch.empty(sum(recv_sizes), dtype=dtype)
         self._into = list(self._received.split(list(recv_sizes)))
         leaving = [0 if rank == axis.rank else size * dtype.itemsize for rank, size in enumerate(send_sizes)]
-        self._parcel = outbox.start(leaving)
-        places = [place.view(dtype) for place in self._parcel.places]
+        self._pending = channel.start(leaving)
+        send_buffers = [place.view(dtype) for place in self._pending.send_buffers]
         # What this rank keeps is written where it is wanted, and not copied again.
-        places[axis.rank], self._into[axis.rank] = self._into[axis.rank], places[axis.rank]
-        self.places = tuple(places)
+        send_buffers[axis.rank], self._into[axis.rank] = self._into[axis.rank], send_buffers[axis.rank]
+        self.send_buffers = tuple(send_buffers)
 
     def start(self) -> None:
-        self._axis.traffic.add(self._kind, sum(place.nbytes for place in self._parcel.places))
-        self._parcel.send()
+        self._axis.traffic.add(self._kind, sum(place.nbytes for place in self._pending.send_buffers))
+        self._pending.send()
 
     def wait(self) -> torch.Tensor:
-        self._parcel.receive([place.view(torch.uint8) for place in self._into])
+        self._pending.receive([place.view(torch.uint8) for place in self._into])
         return self._received
 
 
@@ -104,9 +104,11 @@ class _GroupExchange:
     ) -> None:
         self._axis, self._device = axis, device
         self._send = torch.empty(sum(send_sizes), dtype=dtype, device=device)
-        self._received = torch.empty(sum(recv_sizes), dtype=dtype, device="cpu" if _stages(device, axis) else device)
+        self._received = torch.empty(
+            sum(recv_sizes), dtype=dtype, device="cpu" if _needs_host_staging(device, axis) else device
+        )
         self._sizes = [[size * dtype.itemsize for size in sizes] for sizes in (send_sizes, recv_sizes)]
-        self.places = tuple(self._send.split(list(send_sizes)))
+        self.send_buffers = tuple(self._send.split(list(send_sizes)))
         self._work: dist.Work | None = None
 
     def start(self) -> None:
@@ -130,21 +132,21 @@ class _GroupExchange:
         return self._received.to(self._device)
 
 
-class Shift(Protocol):
+class PendingShift(Protocol):
     """A ring shift under way: this rank's block goes to the next rank, the previous rank's block comes in."""
 
     def wait(self) -> torch.Tensor:
         """The previous rank's block, once it is here and this rank's own may be touched again."""
 
 
-def shift(send: torch.Tensor, recv_size: int, axis: Axis) -> Shift:
+def shift(send: torch.Tensor, recv_size: int, axis: Axis) -> PendingShift:
     """Start to pass ``send`` (flat, contiguous) to the next rank and take ``recv_size`` elements from the previous."""
     following, previous = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
-    if send.device.type == "cpu" and axis.outbox is not None:
+    if send.device.type == "cpu" and axis.channel is not None:
         send_sizes, recv_sizes = [0] * axis.size, [0] * axis.size
         send_sizes[following], recv_sizes[previous] = send.numel(), recv_size
-        through_memory = _MemoryExchange(send_sizes, recv_sizes, send.dtype, axis, axis.outbox, "shift")
-        through_memory.places[following].copy_(send)
+        through_memory = _MemoryExchange(send_sizes, recv_sizes, send.dtype, axis, axis.channel, "shift")
+        through_memory.send_buffers[following].copy_(send)
         through_memory.start()
         return through_memory
     return _GroupShift(send, recv_size, axis.ranks[following], axis.ranks[previous], axis)
@@ -156,21 +158,21 @@ class _GroupShift:
     def __init__(self, send: torch.Tensor, recv_size: int, following: int, previous: int, axis: Axis) -> None:
         self._device = send.device
         # Kept until wait(): a send buffer that were freed earlier would be sent as garbage.
-        self._send = send.cpu() if _stages(send.device, axis) else send
-        self._landing = self._send.new_empty(recv_size)
+        self._send = send.cpu() if _needs_host_staging(send.device, axis) else send
+        self._received = self._send.new_empty(recv_size)
         # Both ends know the lengths, so an empty block is skipped by sender and receiver alike.
         operations = []
         if self._send.numel():
             operations.append(dist.P2POp(dist.isend, self._send.view(torch.uint8), following, axis.group))
-        if self._landing.numel():
-            operations.append(dist.P2POp(dist.irecv, self._landing.view(torch.uint8), previous, axis.group))
+        if self._received.numel():
+            operations.append(dist.P2POp(dist.irecv, self._received.view(torch.uint8), previous, axis.group))
         axis.traffic.add("shift", send.numel() * send.element_size())
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> torch.Tensor:
         for work in self._works:
             work.wait()
-        return self._landing.to(self._device)
+        return self._received.to(self._device)
 
 
 def gather(tensor: torch.Tensor, lengths: Sequence[int], dim: int, axis: Axis) -> torch.Tensor:
@@ -186,7 +188,7 @@ def gather(tensor: torch.Tensor, lengths: Sequence[int], dim: int, axis: Axis) -
     # The collective wants equal pieces; the rows added here are cut off again below and never seen.
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
-    staged = _stages(padded.device, axis)
+    staged = _needs_host_staging(padded.device, axis)
     source = padded.cpu() if staged else padded
     whole = source.new_empty((axis.size, *source.shape))
     axis.traffic.add("gather", source.numel() * source.element_size() * (axis.size - 1))
@@ -196,11 +198,11 @@ def gather(tensor: torch.Tensor, lengths: Sequence[int], dim: int, axis: Axis) -
     return (joined.to(tensor.device) if staged else joined).movedim(0, dim)
 
 
-def add_up(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The sum over all ranks of tensors of one shape; every rank gets the same."""
     if axis.size == 1:
         return tensor
-    device = torch.device("cpu") if _stages(tensor.device, axis) else tensor.device
+    device = torch.device("cpu") if _needs_host_staging(tensor.device, axis) else tensor.device
     # Sums of 16-bit numbers are made in 32 bit, as kernels do.
     dtype = torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
     total = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)

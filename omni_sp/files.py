@@ -20,7 +20,7 @@ from omni_sp.pipelines.export import (
 
 if TYPE_CHECKING:
     from omni_sp.outputs import OmniRequestOutput
-    from omni_sp.pipelines.facts import PipelineFacts
+    from omni_sp.pipelines.capabilities import PipelineCapabilities
 
 _SUFFIXES = {"picture": ".png", "video": ".mp4", "sound": ".wav"}
 
@@ -72,26 +72,28 @@ class OutputFiles:
         except OSError as error:
             raise ConfigError(f"--output {self._target} cannot be written: {error.strerror or error}") from error
 
-    def expect(self, facts: PipelineFacts) -> None:
+    def expect(self, capabilities: PipelineCapabilities) -> None:
         """Make sure, before anything is drawn, that what this pipeline makes can be written.
 
         Raises:
             ConfigError: it makes something else than the file's suffix says, or a package is missing.
         """
-        if self._kind not in (None, facts.makes):
-            suffixes = "an image suffix such as .png" if facts.makes == "picture" else _SUFFIXES[facts.makes]
-            raise ConfigError(
-                f"{facts.name} makes {facts.makes}s, and --output {self._path} is a {self._kind} file: use {suffixes}, "
-                "or a folder"
+        if self._kind not in (None, capabilities.makes):
+            suffixes = (
+                "an image suffix such as .png" if capabilities.makes == "picture" else _SUFFIXES[capabilities.makes]
             )
-        if facts.makes == "video":
-            require_video_writer()
-        if facts.makes == "sound" and facts.sampling_rate is None:
             raise ConfigError(
-                f"{facts.name} does not say its sampling rate: use Omni(...), and write the sounds yourself"
+                f"{capabilities.name} makes {capabilities.makes}s, and --output {self._path} is a {self._kind} file: "
+                f"use {suffixes}, or a folder"
+            )
+        if capabilities.makes == "video":
+            require_video_writer()
+        if capabilities.makes == "sound" and capabilities.sampling_rate is None:
+            raise ConfigError(
+                f"{capabilities.name} does not say its sampling rate: use Omni(...), and write the sounds yourself"
             )
         if self._path is None:
-            self._target = Path(f"{facts.makes}s")
+            self._target = Path(f"{capabilities.makes}s")
 
     def save(self, output: OmniRequestOutput) -> Iterator[str]:
         """Write what one prompt gave, file by file. Yields a line for people as each is finished."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
-from omni_sp.shared_memory import Outbox
+from omni_sp.shared_memory import SharedMemoryChannel
 
 _AXES = ("cfg", "ring", "ulysses")
 
@@ -52,7 +52,7 @@ class Axis:
     rank: int
     group: dist.ProcessGroup | None
     backends: dict[str, str]
-    outbox: Outbox | None = None
+    channel: SharedMemoryChannel | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
@@ -120,8 +120,8 @@ class ParallelMesh:
         backends = backends_of(group)
         # What travels along "sequence" is gathered, not exchanged.
         passes = group is not None and name in ("ring", "ulysses") and backends.get("cpu") == "gloo"
-        outbox = Outbox.open(group) if group is not None and passes else None
-        return Axis(name, mine, mine.index(self.rank), group, backends, outbox)
+        channel = SharedMemoryChannel.open(group) if group is not None and passes else None
+        return Axis(name, mine, mine.index(self.rank), group, backends, channel)
 
     def describe(self) -> str:
         """One line for people: the equation, and who sits where."""

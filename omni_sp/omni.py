@@ -15,9 +15,9 @@ from tqdm import tqdm
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.engine import open_engine
 from omni_sp.engine.messages import Call, Ready
-from omni_sp.engine.startup import StartOnScreen, is_terminal
+from omni_sp.engine.startup import StartupDisplay, is_terminal
 from omni_sp.outputs import OmniRequestOutput
-from omni_sp.pipelines.call import Prompt, call_arguments, rounded_size, small_arguments
+from omni_sp.pipelines.arguments import Prompt, call_arguments, rounded_size, small_arguments
 from omni_sp.requests import (
     Model,
     PromptInput,
@@ -87,7 +87,7 @@ class Omni:
             rank_timeout_s=rank_timeout_s,
             startup_timeout_s=startup_timeout_s,
         )
-        screen = StartOnScreen(self._show_progress)
+        screen = StartupDisplay(self._show_progress)
         try:
             self._engine = open_engine(options, screen.show)
             self._engine.start.finish()
@@ -102,9 +102,9 @@ class Omni:
         return self._engine.ready
 
     @property
-    def speaks(self) -> bool:
+    def is_main(self) -> bool:
         """True in the one process that talks to people: everywhere but on ranks above 0 of a joined program."""
-        return self._engine.speaks
+        return self._engine.is_main
 
     def generate(
         self,
@@ -136,13 +136,13 @@ class Omni:
     ) -> Iterator[OmniRequestOutput]:
         """As generate(), one output at a time, as soon as it is finished. All prompts are checked first."""
         params = require_params(sampling_params)
-        facts = self._engine.ready.facts
+        capabilities = self._engine.ready.capabilities
         parsed = [parse_prompt(prompt) for prompt in prompt_list(prompts)]
-        calls = [call_arguments(facts, prompt, params) for prompt in parsed]
-        drawn = rounded_size(facts, calls[0])
+        calls = [call_arguments(capabilities, prompt, params) for prompt in parsed]
+        drawn = rounded_size(capabilities, calls[0])
         if drawn is not None:
             warnings.warn(
-                f"{facts.name} draws whole tokens: {calls[0]['width']} x {calls[0]['height']} pixels become "
+                f"{capabilities.name} draws whole tokens: {calls[0]['width']} x {calls[0]['height']} pixels become "
                 f"{drawn[1]} x {drawn[0]}, as on one process",
                 stacklevel=3,
             )
@@ -165,9 +165,9 @@ class Omni:
         Raises:
             As generate().
         """
-        facts = self._engine.ready.facts
+        capabilities = self._engine.ready.capabilities
         params = require_params(sampling_params)
-        arguments = small_arguments(facts, call_arguments(facts, parse_prompt(prompt), params), params)
+        arguments = small_arguments(capabilities, call_arguments(capabilities, parse_prompt(prompt), params), params)
         seed = 0 if params.seed is None else params.seed
         call = Call(request_id="check", arguments=arguments, seeds=(seed,), check="ranks")
         return dict(self._engine.run(call, None).errors)
@@ -188,9 +188,9 @@ class Omni:
         self, requests: list[tuple[Prompt, dict[str, Any]]], params: OmniDiffusionSamplingParams
     ) -> Iterator[OmniRequestOutput]:
         for place, (prompt, arguments) in enumerate(requests, start=1):
-            seed = self._engine.fresh_seed() if params.seed is None else params.seed
+            seed = self._engine.new_seed() if params.seed is None else params.seed
             call = Call(request_id=f"request-{next(self._numbers)}", arguments=arguments, seeds=(seed,))
-            with _StepsOnScreen(self._show_progress and self._engine.speaks, place, len(requests)) as screen:
+            with _StepsOnScreen(self._show_progress and self._engine.is_main, place, len(requests)) as screen:
                 done = self._engine.run(call, lambda news: screen.show(news.done, news.total))
             yield output_of(self._engine.ready, call, prompt, params, done, startup_s=self._startup_s)
 

@@ -16,7 +16,7 @@ from omni_sp.engine.devices import check_device_name
 from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.outputs import OmniRequestOutput
-from omni_sp.pipelines.call import Prompt, drawn_otherwise, frames_per_second
+from omni_sp.pipelines.arguments import Prompt, frames_per_second, output_deviation
 from omni_sp.pipelines.load import resolve_model
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -142,13 +142,13 @@ def output_of(
         "startup_parts_s": dict(ready.start_s),
         "tokens": dict(done.tokens),
         "ranks": ready.ranks,
-        "seed": call.seeds[0] if ready.facts.taken_as("generator") is not None else None,
+        "seed": call.seeds[0] if ready.capabilities.argument_name("generator") is not None else None,
     }
     if done.result.videos:
-        metrics["fps"] = frames_per_second(ready.facts, call.arguments, params.fps)
+        metrics["fps"] = frames_per_second(ready.capabilities, call.arguments, params.fps)
     if done.result.audios:
-        metrics["sampling_rate"] = ready.facts.sampling_rate
-    told = drawn_otherwise(ready.facts, call.arguments, done.result)
+        metrics["sampling_rate"] = ready.capabilities.sampling_rate
+    told = output_deviation(ready.capabilities, call.arguments, done.result)
     if told is not None:
         warnings.warn(told, stacklevel=3)
     return OmniRequestOutput(

@@ -85,7 +85,7 @@ def _holds(pid: int, descriptor: int, token: int) -> bool:
         return False
 
 
-class Outbox:
+class SharedMemoryChannel:
     """What one rank sends along one row of ranks that can all read each other's memory.
 
     All ranks start and wait for the same exchanges in the same order, and that alone tells when memory may be written
@@ -97,7 +97,7 @@ class Outbox:
     """
 
     @classmethod
-    def open(cls, group: dist.ProcessGroup) -> Outbox | None:
+    def open(cls, group: dist.ProcessGroup) -> SharedMemoryChannel | None:
         """An outbox on every rank of ``group``, or on none. All call it at the same point of the program.
 
         Whether all can read each other's memory is tried out, not guessed from host names. None where they cannot,
@@ -126,7 +126,7 @@ class Outbox:
         self._seen = -1  # the newest exchange that was waited for
         self._theirs: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
 
-    def start(self, sizes: Sequence[int]) -> Parcel:
+    def start(self, sizes: Sequence[int]) -> ChannelExchange:
         """Make room for ``sizes[rank]`` bytes to each rank: fill the parcel's ``places``, then ``send`` it."""
         ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
         index = next((i for i, slot in enumerate(self._slots) if self._is_free(slot)), len(self._slots))
@@ -139,18 +139,18 @@ class Outbox:
         number, segment = self._started, slot.segment
         self._started += 1
         offsets = [0, *ends[:-1]]
-        places = [segment.bytes[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
+        send_buffers = [segment.bytes[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
         where = (number, index, segment.number, segment.descriptor, segment.num_bytes)
-        return Parcel(self, number, slot, places, torch.tensor([[*where, offset] for offset in offsets]))
+        return ChannelExchange(self, number, slot, send_buffers, torch.tensor([[*where, offset] for offset in offsets]))
 
-    def arrived(self, parcel: Parcel, messages: list[list[int]], sizes: Sequence[int]) -> list[torch.Tensor]:
+    def arrived(self, pending: ChannelExchange, messages: list[list[int]], sizes: Sequence[int]) -> list[torch.Tensor]:
         """The pieces of an exchange that everybody has sent, ``sizes[rank]`` bytes in each rank's memory."""
         pieces = []
         for rank, (message, size) in enumerate(zip(messages, sizes, strict=True)):
             number, slot, segment, descriptor, num_bytes, offset = message
-            if number != parcel.number:
+            if number != pending.number:
                 raise ShardingError(
-                    f"the ranks fell out of step: this one waits for exchange {parcel.number}, rank {rank} of its row "
+                    f"the ranks fell out of step: this one waits for exchange {pending.number}, rank {rank} of its row "
                     f"sends exchange {number}; every rank must run the same attentions in the same order"
                 )
             if not size:
@@ -161,10 +161,10 @@ class Outbox:
             pieces.append(self._theirs[rank, slot][1][offset : offset + size])
         return pieces
 
-    def done(self, parcel: Parcel) -> None:
+    def done(self, pending: ChannelExchange) -> None:
         """This rank has read all of an exchange."""
-        self._seen = max(self._seen, parcel.number)
-        parcel.slot.free_from = self._started
+        self._seen = max(self._seen, pending.number)
+        pending.slot.free_from = self._started
 
     def _is_free(self, slot: _Slot) -> bool:
         return slot.free_from is not None and slot.free_from <= self._seen
@@ -174,7 +174,7 @@ class Outbox:
         return _Segment(self._segments, max(num_bytes, mmap.PAGESIZE))
 
 
-class Parcel:
+class ChannelExchange:
     """One exchange of an outbox.
 
     Attributes:
@@ -182,10 +182,15 @@ class Parcel:
     """
 
     def __init__(
-        self, outbox: Outbox, number: int, slot: _Slot, places: list[torch.Tensor], messages: torch.Tensor
+        self,
+        channel: SharedMemoryChannel,
+        number: int,
+        slot: _Slot,
+        send_buffers: list[torch.Tensor],
+        messages: torch.Tensor,
     ) -> None:
-        self.number, self.slot, self.places = number, slot, places
-        self._outbox = outbox
+        self.number, self.slot, self.send_buffers = number, slot, send_buffers
+        self._outbox = channel
         self._messages = messages
         self._received = torch.empty_like(messages)
         self._work: dist.Work | None = None

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from omni_sp import DiffusionParallelConfig
-from omni_sp.engine.worker import die_with
+from omni_sp.engine.worker import die_with_parent
 from omni_sp.mesh import ParallelMesh
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +119,7 @@ class RankPool:
 def _serve(rank: int, port: int, pipe: Connection) -> None:
     """A rank's life: wait for a job, run it, answer."""
     sys.path.insert(0, str(ROOT))
-    die_with(os.getppid())  # a test run that is killed must not leave its ranks
+    die_with_parent(os.getppid())  # a test run that is killed must not leave its ranks
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     meshes: dict[tuple[DiffusionParallelConfig, bool], ParallelMesh] = {}

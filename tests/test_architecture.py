@@ -59,7 +59,7 @@ FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_arrows_run_downward(path: Path) -> None:
     room = room_of(path)
-    assert room in LEVELS, f"{room} is a new room: give it a level here and a line in docs/house.md"
+    assert room in LEVELS, f"{room} is a new room: give it a level here and a line in docs/architecture.md"
     for module in imports_of(path):
         parts = module.split(".")
         if parts[0] == "omni_sp" and len(parts) > 1 and parts[1] in LEVELS and parts[1] != room:
@@ -71,7 +71,7 @@ def test_arrows_run_downward(path: Path) -> None:
 def test_every_room_is_on_the_map() -> None:
     rooms = {room_of(path) for path in FILES}
     assert rooms == set(LEVELS)
-    told = (PACKAGE.parent / "docs" / "house.md").read_text()
+    told = (PACKAGE.parent / "docs" / "architecture.md").read_text()
     assert all(room in told for room in rooms)
 
 

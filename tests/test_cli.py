@@ -23,7 +23,7 @@ from omni_sp import ConfigError, OmniDiffusionSamplingParams, OmniRequestOutput,
 from omni_sp.cli import main
 from omni_sp.engine.messages import Ready
 from omni_sp.files import OutputFiles, read_picture
-from omni_sp.pipelines.call import PipelineFacts
+from omni_sp.pipelines.arguments import PipelineCapabilities
 from tests.engine.processes import alive, becomes_true, children
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,11 +264,13 @@ class FakeOmni:
     """Draws one picture, then fails; knows what it was asked."""
 
     asked: OmniDiffusionSamplingParams | None = None
-    facts = PipelineFacts(name="FakePipeline", parameters={"prompt": None, "guidance_scale": 5.0})
-    speaks = True
+    capabilities = PipelineCapabilities(name="FakePipeline", parameters={"prompt": None, "guidance_scale": 5.0})
+    is_main = True
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.info = Ready(rank=0, ranks=1, layout="", facts=self.facts, device="cpu", dtype="float32", load_s=0.0)
+        self.info = Ready(
+            rank=0, ranks=1, layout="", capabilities=self.capabilities, device="cpu", dtype="float32", load_s=0.0
+        )
 
     def __enter__(self) -> FakeOmni:
         return self
@@ -311,7 +313,7 @@ def test_cfg_scale_is_guidance_scale_where_there_is_no_true_one(
 class FakeFilm(FakeOmni):
     """Draws a video for every prompt."""
 
-    facts = PipelineFacts(name="Film", parameters={"prompt": None, "image": None}, makes_videos=True)
+    capabilities = PipelineCapabilities(name="Film", parameters={"prompt": None, "image": None}, makes_videos=True)
     prompts: ClassVar[list[Any]] = []
 
     def generate_each(self, prompts: list[Any], params: OmniDiffusionSamplingParams) -> Iterator[OmniRequestOutput]:
@@ -395,7 +397,7 @@ def test_a_sound_of_unknown_rate_is_refused_before_drawing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(omni_sp.omni, "Omni", FakeOmni)
-    monkeypatch.setattr(FakeOmni, "facts", PipelineFacts(name="Song", parameters={}, makes_sounds=True))
+    monkeypatch.setattr(FakeOmni, "capabilities", PipelineCapabilities(name="Song", parameters={}, makes_sounds=True))
     assert run("--prompt", "a") == 2
     assert "Song does not say its sampling rate" in capsys.readouterr().err
 

@@ -41,7 +41,7 @@ def run_exchanges(mesh: ParallelMesh, program: list[int], dtype: torch.dtype) ->
         recv_sizes = [sizes[source, axis.rank] for source in range(num_ranks)]
         if step >= 0:
             coming = exchange(send_sizes, recv_sizes, dtype, torch.device("cpu"), axis)
-            for target, place in enumerate(coming.places):
+            for target, place in enumerate(coming.send_buffers):
                 place.copy_(piece(number, axis.rank, target, send_sizes[target]))
             coming.start()
             under_way[number] = coming
@@ -110,9 +110,9 @@ def test_two_segments_take_turns_and_nothing_is_left(ranks: RankPool) -> None:
 def run_out_of_step(mesh: ParallelMesh) -> str:
     """Rank 1 has started one exchange more."""
     own = ParallelMesh(mesh.config)
-    assert own.ulysses.outbox is not None
+    assert own.ulysses.channel is not None
     if own.rank == 1:
-        own.ulysses.outbox.start([0, 0])
+        own.ulysses.channel.start([0, 0])
     try:
         run_exchanges(own, [0, -1], torch.float32)
     except ShardingError as error:
@@ -130,7 +130,7 @@ def has_outboxes(mesh: ParallelMesh, unwilling: int) -> list[bool]:
     """Whether the axes have shared memory where one rank wants none."""
     with patch.dict(os.environ, {"OMNI_SP_SHARED_MEMORY": "0"} if mesh.rank == unwilling else {}):
         own = ParallelMesh(mesh.config)
-    return [axis.outbox is not None for axis in (own.ulysses, own.ring)]
+    return [axis.channel is not None for axis in (own.ulysses, own.ring)]
 
 
 def test_a_row_shares_memory_wholly_or_not_at_all(ranks: RankPool) -> None:

@@ -2,7 +2,7 @@
 
 from omni_sp.attention.entry import agree_on_layout, local_attention, sequence_parallel_attention
 from omni_sp.attention.kernels import Capabilities, Kernel, kernel_names, missing_package, register_kernel
-from omni_sp.attention.layout import SequenceLayout, shares
+from omni_sp.attention.layout import SequenceLayout, split_evenly
 from omni_sp.attention.strategy import STRATEGIES, Strategy, check_strategy, select_strategy
 
 __all__ = [
@@ -19,5 +19,5 @@ __all__ = [
     "register_kernel",
     "select_strategy",
     "sequence_parallel_attention",
-    "shares",
+    "split_evenly",
 ]

@@ -16,7 +16,7 @@ from omni_sp.errors import ShardingError, UnsupportedAttentionError
 from omni_sp.mesh import Axis, ParallelMesh
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_FACTS = ("batch", "heads", "kv_heads", "head_dim", "dtype", "key_mask", "is_causal")
+_COMPARED = ("batch", "heads", "kv_heads", "head_dim", "dtype", "key_mask", "is_causal")
 
 
 def sequence_parallel_attention(
@@ -71,12 +71,12 @@ def sequence_parallel_attention(
     _check_layout(query, key, layout, mesh, is_causal)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    able = _able(kernel, query, key_mask, is_causal)
+    able = _select_kernel(kernel, query, key_mask, is_causal)
 
-    return _over_ranks(query, key, value, key_mask, mesh, layout, is_causal, scale, able, head_groups)
+    return _hybrid_attention(query, key, value, key_mask, mesh, layout, is_causal, scale, able, head_groups)
 
 
-def _over_ranks(
+def _hybrid_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -94,7 +94,7 @@ def _over_ranks(
     row_lengths = layout.query[row], layout.key[row]
     key_lengths = [sum(layout.key[start : start + degree]) for start in range(0, mesh.sequence.size, degree)]
 
-    def attend_row(
+    def attend_group(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, share: HeadShare
     ) -> torch.Tensor:
         return ring_attention(
@@ -105,7 +105,7 @@ def _over_ranks(
             key_lengths=key_lengths,
             key_mask=mask,
             is_causal=is_causal,
-            fronts=layout.fronts,
+            front_lengths=layout.front_lengths,
             scale=scale,
             kernel=kernel,
             key_of_query=share.key_of_query,
@@ -113,18 +113,18 @@ def _over_ranks(
 
     num_heads, num_kv_heads = query.shape[2], key.shape[2]
     if degree == 1:
-        return attend_row(query, key, value, key_mask, head_shares(num_heads, num_kv_heads, 1)[0][0]).contiguous()
+        return attend_group(query, key, value, key_mask, head_shares(num_heads, num_kv_heads, 1)[0][0]).contiguous()
     if head_groups is None:
         # Of the average row, not of this one: rows of different length must not choose differently, or their ring
         # ranks would pass each other blocks of different groups.
         row_tokens = sum(layout.query) // ring.size
-        row_bytes = row_tokens * query.shape[0] * query.shape[3] * query.element_size()
-        head_groups = choose_head_groups(query.device.type, num_heads, degree, row_bytes)
+        head_bytes = row_tokens * query.shape[0] * query.shape[3] * query.element_size()
+        head_groups = choose_head_groups(query.device.type, num_heads, degree, head_bytes)
     groups = [
         UlyssesLayout(mesh.ulysses, heads, *row_lengths)
         for heads in head_shares(num_heads, num_kv_heads, degree, head_groups)
     ]
-    return pipelined(query, key, value, key_mask, groups, attend_row)
+    return pipelined(query, key, value, key_mask, groups, attend_group)
 
 
 def local_attention(
@@ -141,7 +141,7 @@ def local_attention(
     _check_inputs(query, key, value, key_mask)
     share = head_shares(query.shape[2], key.shape[2], 1)[0][0]
     out, _ = attend(
-        _able(kernel, query, key_mask, is_causal),
+        _select_kernel(kernel, query, key_mask, is_causal),
         query,
         key,
         value,
@@ -153,7 +153,7 @@ def local_attention(
     return out
 
 
-def _able(kernel: str, query: torch.Tensor, key_mask: torch.Tensor | None, is_causal: bool) -> Kernel:
+def _select_kernel(kernel: str, query: torch.Tensor, key_mask: torch.Tensor | None, is_causal: bool) -> Kernel:
     call = KernelCall(query.device.type, query.dtype, query.shape[-1], key_mask is not None, is_causal)
     return select_kernel(kernel, call)
 
@@ -176,7 +176,7 @@ def agree_on_layout(
         int(is_causal),
     )
     rows = gather_ints((query.shape[1], key.shape[1], *facts), axis)
-    for index, name in enumerate(_FACTS):
+    for index, name in enumerate(_COMPARED):
         values = [row[2 + index] for row in rows]
         if len(set(values)) > 1:
             shown = [str(_DTYPES[value]) for value in values] if name == "dtype" else [str(value) for value in values]
@@ -217,8 +217,10 @@ def _check_layout(
 ) -> None:
     """A layout that is not this rank's own would send the wrong rows: refuse it."""
     axis = mesh.sequence
-    if layout.fronts is not None and len(layout.fronts) != mesh.ring.size:
-        raise ShardingError(f"{layout} is a zigzag over {len(layout.fronts)} ring ranks, the mesh has {mesh.ring.size}")
+    if layout.front_lengths is not None and len(layout.front_lengths) != mesh.ring.size:
+        raise ShardingError(
+            f"{layout} is a zigzag over {len(layout.front_lengths)} ring ranks, the mesh has {mesh.ring.size}"
+        )
     if len(layout.query) != axis.size or len(layout.key) != axis.size:
         raise ShardingError(f"{layout} speaks of {len(layout.query)} ranks, the mesh has {axis.size}")
     held = (query.shape[1], key.shape[1])

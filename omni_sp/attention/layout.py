@@ -8,7 +8,7 @@ from functools import lru_cache
 from omni_sp.errors import UnsupportedAttentionError
 
 
-def shares(total: int, parts: int) -> tuple[int, ...]:
+def split_evenly(total: int, parts: int) -> tuple[int, ...]:
     """Cut ``total`` into ``parts`` shares that differ by at most one, larger first (``torch.tensor_split``'s)."""
     base, surplus = divmod(total, parts)
     return tuple(base + (index < surplus) for index in range(parts))
@@ -30,35 +30,38 @@ class SequenceLayout:
 
     query: tuple[int, ...]
     key: tuple[int, ...]
-    fronts: tuple[int, ...] | None = None
+    front_lengths: tuple[int, ...] | None = None
 
     @classmethod
     def zigzag(cls, total: int, *, ring: int, ulysses: int) -> SequenceLayout:
         """The balanced layout of ``total`` tokens for causal attention on ring × ulysses ranks."""
-        chunks = shares(total, 2 * ring)
+        chunks = split_evenly(total, 2 * ring)
         rows = [chunks[r] + chunks[2 * ring - 1 - r] for r in range(ring)]
-        held = tuple(piece for row in rows for piece in shares(row, ulysses))
+        held = tuple(piece for row in rows for piece in split_evenly(row, ulysses))
         return cls(held, held, chunks[:ring])
 
     def positions(self, rank: int) -> tuple[int, ...]:
         """The global positions of the tokens that a rank holds, for cutting a row (queries and keys alike)."""
-        if self.fronts is None:
+        if self.front_lengths is None:
             start = sum(self.query[:rank])
             return tuple(range(start, start + self.query[rank]))
-        ring = len(self.fronts)
+        ring = len(self.front_lengths)
         ulysses = len(self.query) // ring
         row = rank // ulysses
         rows = [sum(self.query[r * ulysses : (r + 1) * ulysses]) for r in range(ring)]
-        fronts, backs = self.fronts, [total - front for total, front in zip(rows, self.fronts, strict=True)]
-        first = sum(fronts[:row])
-        second = sum(fronts) + sum(backs[row + 1 :])
-        held = [*range(first, first + fronts[row]), *range(second, second + backs[row])]
+        front_lengths, backs = (
+            self.front_lengths,
+            [total - front for total, front in zip(rows, self.front_lengths, strict=True)],
+        )
+        first = sum(front_lengths[:row])
+        second = sum(front_lengths) + sum(backs[row + 1 :])
+        held = [*range(first, first + front_lengths[row]), *range(second, second + backs[row])]
         start = sum(self.query[row * ulysses : rank])
         return tuple(held[start : start + self.query[rank]])
 
 
 @dataclass(frozen=True)
-class CausalPart:
+class CausalRegion:
     """What of one block of keys a ring rank attends to: queries from ``query_start`` on, keys up to ``key_stop``.
 
     ``is_causal``: within that part each query sees only what lies before it; otherwise all of it.
@@ -69,15 +72,19 @@ class CausalPart:
     is_causal: bool
 
 
-def causal_part(fronts: tuple[int, ...] | None, rank: int, origin: int) -> CausalPart | None:
+def causal_region(front_lengths: tuple[int, ...] | None, rank: int, origin: int) -> CausalRegion | None:
     """The part of the block of ring rank ``origin`` that causality lets ``rank`` see; None where there is none."""
     if origin == rank:
-        return CausalPart(0, None, True)
-    if fronts is None:
-        return CausalPart(0, None, False) if origin < rank else None
+        return CausalRegion(0, None, True)
+    if front_lengths is None:
+        return CausalRegion(0, None, False) if origin < rank else None
     # An earlier rank's second chunk lies behind all that this one holds; of a later rank's block only this one's second
     # chunk sees anything, and that all of it.
-    return CausalPart(0, fronts[origin], False) if origin < rank else CausalPart(fronts[rank], None, False)
+    return (
+        CausalRegion(0, front_lengths[origin], False)
+        if origin < rank
+        else CausalRegion(front_lengths[rank], None, False)
+    )
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,8 @@ def head_shares(num_heads: int, num_kv_heads: int, degree: int, groups: int = 1)
     repeats = num_heads // num_kv_heads
     result: list[list[HeadShare]] = [[] for _ in range(groups)]
     start = 0
-    for count in shares(num_heads, degree):
-        for group, part in zip(result, shares(count, groups), strict=True):
+    for count in split_evenly(num_heads, degree):
+        for group, part in zip(result, split_evenly(count, groups), strict=True):
             group.append(_head_share(start, start + part, repeats))
             start += part
     return tuple(tuple(group) for group in result)

@@ -36,7 +36,7 @@ class Merger:
         before, now = (so_far_lse - level).exp_(), (lse - level).exp_()
         total = before + now
         total.masked_fill_(total == 0, 1)
-        so_far.mul_(_per_row(before.div_(total))).add_(out.to(lse.dtype) * _per_row(now.div_(total)))
+        so_far.mul_(_per_token(before.div_(total))).add_(out.to(lse.dtype) * _per_token(now.div_(total)))
         so_far_lse.copy_(top + total.log_())
 
     def result(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +46,6 @@ class Merger:
         return self._out.to(dtype), self._lse
 
 
-def _per_row(weight: torch.Tensor) -> torch.Tensor:
+def _per_token(weight: torch.Tensor) -> torch.Tensor:
     """(batch, heads, tokens) -> (batch, tokens, heads, 1), beside an output."""
     return weight.transpose(1, 2).unsqueeze(-1)

@@ -9,25 +9,25 @@ import torch
 from omni_sp.attention.layout import HeadShare
 from omni_sp.attention.ulysses import GatherHeads, ScatterHeads, UlyssesLayout
 
-AttendRow = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, HeadShare], torch.Tensor]
+AttendGroup = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, HeadShare], torch.Tensor]
 
 _MAX_GROUPS = 4
 _MIN_GROUP_BYTES = 4 << 20
 """A smaller exchange costs more to start than it can hide."""
 
 
-def choose_head_groups(device: str, num_heads: int, degree: int, row_bytes: int) -> int:
+def choose_head_groups(device: str, num_heads: int, degree: int, head_bytes: int) -> int:
     """How many groups pay.
 
     Args:
-        row_bytes: bytes of one head of an average row's queries; the same on all ranks, as the others are.
+        head_bytes: bytes of one head of an average row's queries; the same on all ranks, as the others are.
 
     On a CPU the exchange takes the cores that the attention runs on, so nothing can hide behind anything: 1.
     """
     per_rank = num_heads // degree
     if device == "cpu" or per_rank < 2:
         return 1
-    return max(1, min(_MAX_GROUPS, per_rank, per_rank * row_bytes // _MIN_GROUP_BYTES))
+    return max(1, min(_MAX_GROUPS, per_rank, per_rank * head_bytes // _MIN_GROUP_BYTES))
 
 
 def pipelined(
@@ -36,7 +36,7 @@ def pipelined(
     value: torch.Tensor,
     key_mask: torch.Tensor | None,
     groups: Sequence[UlyssesLayout],
-    attend_row: AttendRow,
+    attend_group: AttendGroup,
 ) -> torch.Tensor:
     """Scatter, attend and gather, group by group; one group is the plain path.
 
@@ -55,7 +55,7 @@ def pipelined(
         mask = received if index == 0 else mask
         if index + 1 < len(groups):
             coming = ScatterHeads(query, key, value, None, groups[index + 1])
-        returning.append(GatherHeads(attend_row(q, k, v, mask, layout.mine), layout))
+        returning.append(GatherHeads(attend_group(q, k, v, mask, layout.own_heads), layout))
     for gather in returning:
         gather.write(result)
     return result

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from omni_sp.attention.kernels import Kernel, attend
-from omni_sp.attention.layout import CausalPart, causal_part
+from omni_sp.attention.layout import CausalRegion, causal_region
 from omni_sp.attention.merge import Merger
 from omni_sp.attention.packing import mask_elements, pack_mask, unpack_mask
 from omni_sp.collectives import shift
@@ -50,7 +50,7 @@ def ring_attention(
     key_lengths: Sequence[int],
     key_mask: torch.Tensor | None,
     is_causal: bool,
-    fronts: tuple[int, ...] | None,
+    front_lengths: tuple[int, ...] | None,
     scale: float,
     kernel: Kernel,
     key_of_query: tuple[int, ...] | None,
@@ -69,7 +69,7 @@ def ring_attention(
     merger = Merger()
 
     def add(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, origin: int) -> None:
-        part = causal_part(fronts, axis.rank, origin) if is_causal else CausalPart(0, None, False)
+        part = causal_region(front_lengths, axis.rank, origin) if is_causal else CausalRegion(0, None, False)
         if part is None:
             return
         keys = slice(0, part.key_stop)

@@ -34,13 +34,13 @@ class UlyssesLayout:
     key: tuple[int, ...]
 
     @property
-    def mine(self) -> HeadShare:
+    def own_heads(self) -> HeadShare:
         """This rank's heads."""
         return self.heads[self.axis.rank]
 
 
 @dataclass(frozen=True)
-class _Bundle:
+class _PackedTensors:
     """Tensors (batch, tokens, heads, head_dim) with the same tokens, whose numbers travel side by side in one row.
 
     ``spans`` gives for each rank and each tensor the (start, stop) of the heads that go there; ``lengths`` the tokens
@@ -48,13 +48,13 @@ class _Bundle:
     """
 
     tensors: tuple[torch.Tensor, ...]
-    spans: tuple[tuple[tuple[int, int], ...], ...]
+    head_ranges: tuple[tuple[tuple[int, int], ...], ...]
     lengths: tuple[int, ...]
 
     def width(self, rank: int) -> int:
         """Numbers in a row for ``rank``'s heads."""
         head_dim = self.tensors[0].shape[-1]
-        return sum(stop - start for start, stop in self.spans[rank]) * head_dim
+        return sum(stop - start for start, stop in self.head_ranges[rank]) * head_dim
 
     def numel(self, source: int, target: int) -> int:
         """Elements that travel from one rank to another."""
@@ -65,7 +65,7 @@ class _Bundle:
         batch, tokens, _, head_dim = self.tensors[0].shape
         rows = out.view(tokens, batch, self.width(target))
         column = 0
-        for tensor, (start, stop) in zip(self.tensors, self.spans[target], strict=True):
+        for tensor, (start, stop) in zip(self.tensors, self.head_ranges[target], strict=True):
             width = (stop - start) * head_dim
             piece = rows[:, :, column : column + width].unflatten(-1, (stop - start, head_dim))
             piece.copy_(tensor[:, :, start:stop].transpose(0, 1))
@@ -74,24 +74,26 @@ class _Bundle:
     def read(self, rows: torch.Tensor, rank: int) -> list[torch.Tensor]:
         """Views (batch, all tokens, heads, head_dim) of rows (all tokens, batch, width) for ``rank``'s heads."""
         head_dim = self.tensors[0].shape[-1]
-        counts = [stop - start for start, stop in self.spans[rank]]
+        counts = [stop - start for start, stop in self.head_ranges[rank]]
         pieces = rows.split([count * head_dim for count in counts], dim=-1)
         return [
             piece.unflatten(-1, (count, head_dim)).transpose(0, 1) for piece, count in zip(pieces, counts, strict=True)
         ]
 
 
-def _bundles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: UlyssesLayout) -> list[_Bundle]:
+def _pack_groups(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: UlyssesLayout
+) -> list[_PackedTensors]:
     """Query, key and value in one row where they share their lengths on every rank, else query apart.
 
     The decision looks at all ranks' lengths, never at this rank's alone: everyone must decide alike.
     """
     if layout.query == layout.key:
-        spans = tuple((share.query, share.key, share.key) for share in layout.heads)
-        return [_Bundle((query, key, value), spans, layout.query)]
+        head_ranges = tuple((share.query, share.key, share.key) for share in layout.heads)
+        return [_PackedTensors((query, key, value), head_ranges, layout.query)]
     return [
-        _Bundle((query,), tuple((share.query,) for share in layout.heads), layout.query),
-        _Bundle((key, value), tuple((share.key, share.key) for share in layout.heads), layout.key),
+        _PackedTensors((query,), tuple((share.query,) for share in layout.heads), layout.query),
+        _PackedTensors((key, value), tuple((share.key, share.key) for share in layout.heads), layout.key),
     ]
 
 
@@ -115,17 +117,17 @@ class ScatterHeads:
     ) -> None:
         self._layout = layout
         axis, me, self._batch = layout.axis, layout.axis.rank, query.shape[0]
-        self._bundles = _bundles(query, key, value, layout)
+        self._packed_groups = _pack_groups(query, key, value, layout)
         self._masked = key_mask is not None
         mask = None if key_mask is None else pack_mask(key_mask, query.dtype)
         outgoing = [self._segments(me, target) for target in range(axis.size)]
         self._incoming = [self._segments(source, me) for source in range(axis.size)]
         send_sizes, recv_sizes = [sum(sizes) for sizes in outgoing], [sum(sizes) for sizes in self._incoming]
         self._exchange = exchange(send_sizes, recv_sizes, query.dtype, query.device, axis)
-        for target, (part, sizes) in enumerate(zip(self._exchange.places, outgoing, strict=True)):
+        for target, (part, sizes) in enumerate(zip(self._exchange.send_buffers, outgoing, strict=True)):
             *places, mask_place = part.split(sizes)
-            for bundle, place in zip(self._bundles, places, strict=True):
-                bundle.write(target, place)
+            for packed, place in zip(self._packed_groups, places, strict=True):
+                packed.write(target, place)
             if mask is not None:
                 mask_place.copy_(mask)
         self._exchange.start()
@@ -133,22 +135,22 @@ class ScatterHeads:
     def wait(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Query, key, value and mask of the row's tokens, for this rank's heads."""
         received, layout, me = self._exchange.wait(), self._layout, self._layout.axis.rank
-        if len(self._bundles) == 1 and not self._masked:
-            bundle = self._bundles[0]
-            query, key, value = bundle.read(received.view(sum(layout.query), self._batch, bundle.width(me)), me)
+        if len(self._packed_groups) == 1 and not self._masked:
+            packed = self._packed_groups[0]
+            query, key, value = packed.read(received.view(sum(layout.query), self._batch, packed.width(me)), me)
             return query, key, value, None
-        return _sort(received, self._incoming, self._bundles, layout, self._batch, self._masked)
+        return _unpack(received, self._incoming, self._packed_groups, layout, self._batch, self._masked)
 
     def _segments(self, source: int, target: int) -> list[int]:
         """Elements of each part of what travels from one rank to another; the mask is the last."""
-        mask = mask_elements(self._layout.key[source] * self._batch, self._bundles[0].tensors[0].dtype)
-        return [*(bundle.numel(source, target) for bundle in self._bundles), mask if self._masked else 0]
+        mask = mask_elements(self._layout.key[source] * self._batch, self._packed_groups[0].tensors[0].dtype)
+        return [*(packed.numel(source, target) for packed in self._packed_groups), mask if self._masked else 0]
 
 
-def _sort(
+def _unpack(
     received: torch.Tensor,
     sizes: Sequence[Sequence[int]],
-    bundles: Sequence[_Bundle],
+    packed_groups: Sequence[_PackedTensors],
     layout: UlyssesLayout,
     batch: int,
     masked: bool,
@@ -157,9 +159,9 @@ def _sort(
     me = layout.axis.rank
     pieces = [part.split(list(size)) for part, size in zip(received.split([sum(s) for s in sizes]), sizes, strict=True)]
     tensors: list[torch.Tensor] = []
-    for index, bundle in enumerate(bundles):
-        rows = torch.cat([piece[index] for piece in pieces]).view(sum(bundle.lengths), batch, bundle.width(me))
-        tensors += bundle.read(rows, me)
+    for index, packed in enumerate(packed_groups):
+        rows = torch.cat([piece[index] for piece in pieces]).view(sum(packed.lengths), batch, packed.width(me))
+        tensors += packed.read(rows, me)
     mask = None
     if masked:
         parts = [unpack_mask(piece[-1], length, batch) for piece, length in zip(pieces, layout.key, strict=True)]
@@ -176,13 +178,13 @@ class GatherHeads:
     def __init__(self, out: torch.Tensor, layout: UlyssesLayout) -> None:
         self._layout, self._out = layout, out
         batch, _, _, head_dim = out.shape
-        me, mine = layout.axis.rank, layout.mine.num_query
+        me, mine = layout.axis.rank, layout.own_heads.num_query
         numbers = [batch * share.num_query * head_dim for share in layout.heads]
         # What stays here is not sent.
         send_sizes = [0 if rank == me else tokens * numbers[me] for rank, tokens in enumerate(layout.query)]
         self._sizes = [0 if rank == me else layout.query[me] * number for rank, number in enumerate(numbers)]
         self._exchange = exchange(send_sizes, self._sizes, out.dtype, out.device, layout.axis)
-        for place, rows in zip(self._exchange.places, out.split(list(layout.query), dim=1), strict=True):
+        for place, rows in zip(self._exchange.send_buffers, out.split(list(layout.query), dim=1), strict=True):
             if place.numel():
                 place.view(-1, batch, mine, head_dim).copy_(rows.transpose(0, 1))
         self._exchange.start()

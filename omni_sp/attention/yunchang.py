@@ -99,7 +99,7 @@ class YunchangAttention:
             return f"needs heads that ulysses_degree divides, {query.shape[2]} over {degree} is not"
         if key_mask is not None:
             return "takes no mask"
-        if layout.fronts is not None:
+        if layout.front_lengths is not None:
             return "is not used with zigzag layouts"
         if query.device.type != "cuda" and ring > 1:
             return "gives wrong results in its plain torch ring (its log-sum-exp is zero)"

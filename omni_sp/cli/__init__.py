@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from omni_sp.cli.wishes import prompt_of, sampling_params, with_cfg_scale
+from omni_sp.cli.options import make_prompt, sampling_params, with_cfg_scale
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
-from omni_sp.engine.startup import in_words, is_terminal
+from omni_sp.engine.startup import format_seconds, is_terminal
 from omni_sp.errors import ConfigError, InvalidInputError, OmniSPError, SamplingParamsError
 from omni_sp.files import OutputFiles, read_picture
 from omni_sp.pipelines.shapes import SHAPES_MODEL
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("serve-llm", help="vLLM's server for language models, with our flags", add_help=False)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["serve-llm"]:
-        return _ended(_serve_llm, argparse.Namespace(words=words[1:], debug=False))
+        return _exit_code(_serve_llm, argparse.Namespace(words=words[1:], debug=False))
     if words[:1] == ["serve"]:
         _add_serve_options(serving)  # here alone: nobody else should wait for a web framework, or need one
     return _run(parser, words)
@@ -105,16 +105,18 @@ def generate(options: argparse.Namespace) -> int:
         attention_backend=options.attention_backend,
         attention_strategy=options.attention_strategy,
     ) as omni:
-        facts = omni.info.facts
-        files.expect(facts)
+        capabilities = omni.info.capabilities
+        files.expect(capabilities)
         if options.cfg_scale is not None:
-            params = with_cfg_scale(params, options.cfg_scale, is_true=facts.taken_as("true_cfg_scale") is not None)
-        pictures = [picture.convert(facts.image_mode) for picture in pictures]
-        outputs = omni.generate_each([prompt_of(text, pictures) for text in options.prompt or [None]], params)
-        if omni.speaks:
+            params = with_cfg_scale(
+                params, options.cfg_scale, is_true=capabilities.argument_name("true_cfg_scale") is not None
+            )
+        pictures = [picture.convert(capabilities.image_mode) for picture in pictures]
+        outputs = omni.generate_each([make_prompt(text, pictures) for text in options.prompt or [None]], params)
+        if omni.is_main:
             _print_layout(omni, options.model)
         for output in outputs:
-            if omni.speaks:
+            if omni.is_main:
                 _print_times(output)
                 for line in files.save(output):
                     print(line, flush=True)
@@ -142,9 +144,9 @@ def check(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         attention_backend=options.attention_backend,
     ) as omni:
-        pictures = [picture.convert(omni.info.facts.image_mode) for picture in pictures]
-        errors = omni.check(prompt_of(options.prompt, pictures), params)
-        if not omni.speaks:
+        pictures = [picture.convert(omni.info.capabilities.image_mode) for picture in pictures]
+        errors = omni.check(make_prompt(options.prompt, pictures), params)
+        if not omni.is_main:
             return 0
         _print_layout(omni, options.model)
     print("stage, and its largest difference from one process, relative to its largest number")
@@ -178,7 +180,7 @@ def models(options: argparse.Namespace) -> int:
 
 def _serve_llm(options: argparse.Namespace) -> int:
     """Become vLLM's own command: its flags are its own business."""
-    from omni_sp.llm.serve import serve_llm
+    from omni_sp.llm.vllm.serve import serve_llm
 
     return serve_llm(options.words)
 
@@ -200,7 +202,7 @@ def _add_check_options(parser: _Parser) -> None:
 
 def _add_serve_options(parser: _Parser) -> None:
     try:
-        from omni_sp.server.serve import add_serve_options
+        from omni_sp.server.process import add_serve_options
     except ModuleNotFoundError as error:
         parser.exit(BAD_INPUT, f"omni-sp: error: serving needs {error.name}: pip install 'omni-sp[serve]'\n")
     add_serve_options(parser)
@@ -298,21 +300,21 @@ def _run(parser: _Parser, arguments: Sequence[str] | None) -> int:
     command: Callable[[argparse.Namespace], int] = options.run
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]  # the rest of its arguments is not looked at
-        return _ended(command, options)
+        return _exit_code(command, options)
 
 
-def _ended(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+def _exit_code(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """The exit code of a subcommand, whatever becomes of it."""
     try:
         return command(options)
     except KeyboardInterrupt:
-        return _give_up(options, "stopped by Ctrl-C", INTERRUPTED)
+        return _exit_with(options, "stopped by Ctrl-C", INTERRUPTED)
     except InvalidInputError as error:
-        return _give_up(options, str(error), BAD_INPUT)
+        return _exit_with(options, str(error), BAD_INPUT)
     except OmniSPError as error:
-        return _give_up(options, str(error), FAILED)
+        return _exit_with(options, str(error), FAILED)
     except Exception as error:
-        return _give_up(options, f"{type(error).__name__}: {error}", FAILED)
+        return _exit_with(options, f"{type(error).__name__}: {error}", FAILED)
 
 
 def _with_dashes(word: str) -> str:
@@ -328,7 +330,7 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
     print(f"omni-sp: note: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _give_up(options: argparse.Namespace, message: str, exitcode: int) -> int:
+def _exit_with(options: argparse.Namespace, message: str, exitcode: int) -> int:
     with contextlib.suppress(BrokenPipeError):
         if options.debug:
             traceback.print_exc()
@@ -341,8 +343,8 @@ def _give_up(options: argparse.Namespace, message: str, exitcode: int) -> int:
 
 def _print_layout(omni: Omni, model: str) -> None:
     info = omni.info
-    start = "" if is_terminal() else f"start   {in_words(info.start_s)}\n"  # a terminal has just been told
-    print(f"model   {model}: {info.facts.name}, {info.dtype} on {info.device}")
+    start = "" if is_terminal() else f"start   {format_seconds(info.start_s)}\n"  # a terminal has just been told
+    print(f"model   {model}: {info.capabilities.name}, {info.dtype} on {info.device}")
     print(f"{start}layout  {info.layout}", flush=True)
 
 

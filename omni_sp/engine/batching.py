@@ -14,7 +14,7 @@ from typing import Any
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.engine.messages import Call, Done
 from omni_sp.errors import InvalidInputError
-from omni_sp.pipelines.call import PipelineFacts, Prompt, call_arguments, small_arguments
+from omni_sp.pipelines.arguments import PipelineCapabilities, Prompt, call_arguments, small_arguments
 
 BATCH, ROUNDING, SMALLEST = "batch", "rounding", "smallest"
 """Names of the errors that a batch's check answers with."""
@@ -39,7 +39,7 @@ class Batching:
     wait_s: float = 0.0
     proven: set[bool] = field(default_factory=set)
 
-    def key(self, facts: PipelineFacts, call: Call) -> Hashable | None:
+    def key(self, capabilities: PipelineCapabilities, call: Call) -> Hashable | None:
         """What calls must have in common to share one; None for a call that is made alone."""
         rest = dict(call.arguments)
         prompts = [rest.pop(name, None) for name in _PROMPTS]
@@ -47,7 +47,7 @@ class Batching:
         texts = prompts if is_guided else prompts[:1]
         if self.max_size == 1 or is_guided not in self.proven or not all(isinstance(text, str) for text in texts):
             return None
-        count = rest.get(facts.taken_as("num_outputs_per_prompt") or "")
+        count = rest.get(capabilities.argument_name("num_outputs_per_prompt") or "")
         # Another text, a picture or a list could be one for each prompt, and nobody here knows.
         is_plain = all(
             name == "output_type" or value is None or isinstance(value, (bool, int, float))
@@ -55,7 +55,9 @@ class Batching:
         )
         return (is_guided, *sorted(rest.items())) if is_plain and count in (None, 1) else None
 
-    def prove(self, facts: PipelineFacts, run: Callable[[Call], Done], tell: Callable[[str], None]) -> None:
+    def prove(
+        self, capabilities: PipelineCapabilities, run: Callable[[Call], Done], report: Callable[[str], None]
+    ) -> None:
         """Draw two small pictures alone and together, without negative prompts and with them, and note what agrees.
 
         Args:
@@ -66,24 +68,24 @@ class Batching:
         for is_guided in (False, True):
             what = "requests with negative prompts" if is_guided else "requests"
             try:
-                call = _trial(facts, is_guided=is_guided)
+                call = _trial(capabilities, is_guided=is_guided)
                 if call is None:
                     continue
                 errors = run(call).errors
             except InvalidInputError as error:
-                tell(f"{what} are drawn one by one: {error}")
+                report(f"{what} are drawn one by one: {error}")
                 continue
             batch, rounding, smallest = errors[BATCH], errors[ROUNDING], errors[SMALLEST]
             if batch <= min(max(smallest, _TIMES * rounding), _TIMES * smallest):
                 self.proven.add(is_guided)
             else:
-                tell(
-                    f"{what} are drawn one by one: {facts.name} draws otherwise in a batch (relative error "
+                report(
+                    f"{what} are drawn one by one: {capabilities.name} draws otherwise in a batch (relative error "
                     f"{batch:.0e}, of which {rounding:.0e} is there with equal prompts)"
                 )
 
 
-def together(name: str, calls: Sequence[Call]) -> Call:
+def merge_calls(name: str, calls: Sequence[Call]) -> Call:
     """One call for all of these, which have the same key()."""
     first = calls[0]
     lists = {name: [call.arguments[name] for call in calls] for name in _PROMPTS if name in first.arguments}
@@ -96,14 +98,14 @@ def together(name: str, calls: Sequence[Call]) -> Call:
     )
 
 
-def one_of(call: Call, index: int) -> Call:
+def call_for(call: Call, index: int) -> Call:
     """The call of one prompt, also out of those that together() joined."""
     lists = {name: call.arguments.get(name) for name in _PROMPTS}
     own = {name: texts[index] for name, texts in lists.items() if isinstance(texts, list)}
     return replace(call, arguments={**call.arguments, **own}, seeds=call.seeds[index : index + 1])
 
 
-def apart(done: Done, calls: Sequence[Call]) -> list[Done]:
+def split_result(done: Done, calls: Sequence[Call]) -> list[Done]:
     """Each call's own part of what together() gave.
 
     Raises:
@@ -122,17 +124,17 @@ def apart(done: Done, calls: Sequence[Call]) -> list[Done]:
     return parts
 
 
-def _trial(facts: PipelineFacts, *, is_guided: bool) -> Call | None:
+def _trial(capabilities: PipelineCapabilities, *, is_guided: bool) -> Call | None:
     """Two small pictures in a batch; None where there can be none."""
-    takes = facts.parameters
+    takes = capabilities.parameters
     needed = {"prompt", "generator"} | ({"negative_prompt"} if is_guided else set())
-    if facts.needs_image or not needed <= takes.keys():
+    if capabilities.needs_image or not needed <= takes.keys():
         return None
     scale = 2.0 if is_guided and "true_cfg_scale" in takes else None
     params = OmniDiffusionSamplingParams(true_cfg_scale=scale)
     calls = []
     for seed, (text, other) in enumerate([(_SHORT, _LONG), (_LONG, _SHORT)]):
         prompt = Prompt(text=text, negative_text=other if is_guided else None)
-        arguments = small_arguments(facts, call_arguments(facts, prompt, params), params)
+        arguments = small_arguments(capabilities, call_arguments(capabilities, prompt, params), params)
         calls.append(Call(request_id=f"batch-check-{seed}", arguments=arguments, seeds=(seed,)))
-    return replace(together("batch-check", calls), check="batch")
+    return replace(merge_calls("batch-check", calls), check="batch")

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from omni_sp.engine.batching import Batching, apart, together
+from omni_sp.engine.batching import Batching, merge_calls, split_result
 from omni_sp.engine.engine import RankEngine
 from omni_sp.engine.jobs import EngineStats, Job
-from omni_sp.engine.launch import Launcher
 from omni_sp.engine.messages import Call, Done, EngineOptions, Progress, Ready
+from omni_sp.engine.ranks import Launcher
 from omni_sp.engine.startup import WARM_UP
 from omni_sp.errors import (
     EngineClosedError,
@@ -83,12 +83,14 @@ class Dispatcher:
         """True while no job runs."""
         return not self._running
 
-    def start(self, settle: Callable[[BaseException | None], None]) -> bool:
+    def start(self, on_started: Callable[[BaseException | None], None]) -> bool:
         """Begin to load; ``settle`` is told the outcome. False where it has begun before."""
         if self._thread is not None:
             return False
         # Ranks end with the thread that started them, so that thread stays.
-        self._thread = threading.Thread(target=self._live, args=(settle,), name="omni-sp-dispatcher", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run_loop, args=(on_started,), name="omni-sp-dispatcher", daemon=True
+        )
         self._thread.start()
         return True
 
@@ -108,10 +110,10 @@ class Dispatcher:
             if job.call.request_id in self._jobs:
                 raise SamplingParamsError(f"request_id={job.call.request_id!r} is in use: give another one, or none")
             job.number, job.arrived = next(self._numbers), time.monotonic()
-            job.key = self._batching.key(self.ready.facts, job.call) if self.ready is not None else None
+            job.key = self._batching.key(self.ready.capabilities, job.call) if self.ready is not None else None
             self._jobs[job.call.request_id] = job
             heapq.heappush(self._queue, job)
-            self._tell_positions()
+            self._notify_positions()
             self._lock.notify_all()
 
     def abort(self, request_id: str) -> bool:
@@ -134,7 +136,7 @@ class Dispatcher:
             self._queue.remove(job)
             heapq.heapify(self._queue)
             self._end(job, RequestAbortedError(f"{request_id} was aborted before it began"))
-            self._tell_positions()
+            self._notify_positions()
             return True
 
     def drain(self) -> None:
@@ -161,15 +163,15 @@ class Dispatcher:
             thread.join(_JOIN_S)
         self._launcher.close()
 
-    def _live(self, settle: Callable[[BaseException | None], None]) -> None:
+    def _run_loop(self, on_started: Callable[[BaseException | None], None]) -> None:
         """The thread that owns the ranks."""
         try:
             self._start_ranks(tries_batches=True)
         except BaseException as error:
             self._give_up(error)
-            settle(error)
+            on_started(error)
             return
-        settle(None)
+        on_started(None)
         while jobs := self._next():
             self._run(jobs)
         if self._engine is not None:
@@ -189,7 +191,7 @@ class Dispatcher:
             # A name of its own: an abort of this call is not one of a later call for one of them alone.
             batch = f"batch {next(self._numbers)} of {len(jobs)} requests"
             self._running_as = batch if len(jobs) > 1 else jobs[0].call.request_id
-            self._tell_positions()
+            self._notify_positions()
             return jobs
 
     def _first(self) -> list[Job]:
@@ -226,7 +228,7 @@ class Dispatcher:
                     heapq.heappush(self._queue, job)
                 else:
                     self._end(job, result)
-            self._tell_positions()
+            self._notify_positions()
         if not engine.is_open and self.status not in _OVER:
             self._on_news(f"the ranks start again: {results[0]}")
             self._restart()
@@ -234,9 +236,9 @@ class Dispatcher:
     def _answers(self, engine: RankEngine, jobs: list[Job]) -> list[Done]:
         """One call for all of them. Raises as RankEngine.run does."""
         calls = [job.call for job in jobs]
-        call = calls[0] if len(jobs) == 1 else together(self._running_as, calls)
+        call = calls[0] if len(jobs) == 1 else merge_calls(self._running_as, calls)
         done = engine.run(call, lambda news: self._note(jobs, news))
-        return [done] if len(jobs) == 1 else apart(done, calls)
+        return [done] if len(jobs) == 1 else split_result(done, calls)
 
     def _deserves_another_try(self, job: Job, result: Done | OmniSPError, *, batch: bool) -> bool:
         """Under the lock; notes that the job has had it."""
@@ -268,11 +270,11 @@ class Dispatcher:
         """Learn what may share a call. False where the ranks failed over it; they are gone then."""
 
         def run(call: Call) -> Done:
-            engine.start.tell(WARM_UP, "comparing a batch with its prompts alone")
+            engine.start.report(WARM_UP, "comparing a batch with its prompts alone")
             return engine.run(call, None)
 
         try:
-            self._batching.prove(engine.ready.facts, run, self._on_news)
+            self._batching.prove(engine.ready.capabilities, run, self._on_news)
         except RankFailedError as error:
             self._on_news(f"requests are drawn one by one: the ranks failed on a batch: {error}")
             return False
@@ -343,7 +345,7 @@ class Dispatcher:
             self._stats.failed += 1
         job.on_end(result)
 
-    def _tell_positions(self) -> None:
+    def _notify_positions(self) -> None:
         """Under the lock."""
         for position, job in enumerate(sorted(self._queue), start=len(self._running)):
             if job.position != position:

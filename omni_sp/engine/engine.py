@@ -12,9 +12,6 @@ from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 from omni_sp import errors
-from omni_sp.engine.launch import Launcher
-from omni_sp.engine.launch.spawn import SpawnLauncher
-from omni_sp.engine.launch.torchrun import inside_distributed_program
 from omni_sp.engine.messages import (
     Abort,
     Alive,
@@ -22,17 +19,29 @@ from omni_sp.engine.messages import (
     Done,
     EngineOptions,
     Failed,
-    Gone,
     Join,
     Loaded,
     Loading,
     OnProgress,
     Ping,
     Progress,
+    RankExited,
     Ready,
 )
-from omni_sp.engine.startup import IMPORTS, JOINING, WARM_UP, WEIGHTS, OnNews, StartUp, naming_warm_up, reading
-from omni_sp.engine.team import Team
+from omni_sp.engine.ranks import Launcher
+from omni_sp.engine.ranks.processes import RankProcesses
+from omni_sp.engine.ranks.spawn import SpawnLauncher
+from omni_sp.engine.ranks.torchrun import inside_distributed_program
+from omni_sp.engine.startup import (
+    IMPORTS,
+    JOINING,
+    WARM_UP,
+    WEIGHTS,
+    OnNews,
+    Startup,
+    reading_text,
+    warm_up_errors_named,
+)
 from omni_sp.errors import (
     EngineClosedError,
     InvalidInputError,
@@ -41,23 +50,23 @@ from omni_sp.errors import (
     SamplingParamsError,
 )
 
-Failures = dict[int, Failed | Gone]
+Failures = dict[int, Failed | RankExited]
 
 _STOP_S = 5.0
 _NEW_SEED = 2**31
-_LOOK_S = 0.5  # how soon a start that is to be given up is
+_POLL_S = 0.5  # how soon a start that is to be given up is
 # After a failure, how long to wait for the others' word. A refusal is expected of all of them; behind an echo there is
 # a cause; a rank that raised on its own account needs no witness, and the rest may be waiting for it in an exchange.
-_REFUSAL_S = 10.0
-_ECHO_S = 3.0
-_GONE_S = 0.3
-_SIGN_S = 2.0  # for the answer to a Ping
+_SHARED_ERROR_S = 10.0
+_PEER_LOSS_S = 3.0
+_EXIT_S = 0.3
+_PING_S = 2.0  # for the answer to a Ping
 
 
 class Engine(Protocol):
     """What Omni needs of its ranks, wherever they are."""
 
-    start: StartUp
+    start: Startup
     """Its start; whoever opened it may add a warm-up, and says when it is finished."""
 
     @property
@@ -65,10 +74,10 @@ class Engine(Protocol):
         """What is loaded, where."""
 
     @property
-    def speaks(self) -> bool:
+    def is_main(self) -> bool:
         """True in the one process that shows progress to people."""
 
-    def fresh_seed(self) -> int:
+    def new_seed(self) -> int:
         """A seed at random, the same on every rank."""
 
     def run(self, call: Call, on_progress: OnProgress | None) -> Done:
@@ -83,8 +92,10 @@ def open_engine(options: EngineOptions, on_news: OnNews, launcher: Launcher | No
     joined = inside_distributed_program()
     if options.config.world_size > 1 and not joined:
         return RankEngine(options, on_news, launcher or SpawnLauncher())
-    start = StartUp(on_news)
-    from omni_sp.engine.inplace import InPlaceEngine  # imports diffusers, which a front of other processes never needs
+    start = Startup(on_news)
+    from omni_sp.engine.ranks.local import (
+        InPlaceEngine,
+    )  # imports diffusers, which a front of other processes never needs
 
     return InPlaceEngine(options, start, joined=joined)
 
@@ -112,15 +123,15 @@ class RankEngine:
         self._is_to_stop = is_to_stop
         self._closed: str | None = None
         self._lock = threading.Lock()
-        self.start = StartUp(on_news)
-        self.start.tell(IMPORTS, f"starting {options.config.world_size} ranks")
-        self._team = Team(options, launcher)
+        self.start = Startup(on_news)
+        self.start.report(IMPORTS, f"starting {options.config.world_size} ranks")
+        self._ranks = RankProcesses(options, launcher)
         # An abandoned engine, and the end of the interpreter, end the ranks too.
-        self._finalizer = weakref.finalize(self, Team.end, self._team)
+        self._finalizer = weakref.finalize(self, RankProcesses.end, self._ranks)
         try:
             self._ready = self._start()
         except BaseException as error:
-            self._shut(f"it did not start: {error}")
+            self._shut_down(f"it did not start: {error}")
             raise
 
     @property
@@ -129,11 +140,11 @@ class RankEngine:
         return replace(self._ready, start_s=dict(self.start.seconds))
 
     @property
-    def speaks(self) -> bool:
+    def is_main(self) -> bool:
         """True: the front speaks for its ranks."""
         return True
 
-    def fresh_seed(self) -> int:
+    def new_seed(self) -> int:
         """A seed at random."""
         return secrets.randbelow(_NEW_SEED)
 
@@ -144,7 +155,7 @@ class RankEngine:
 
     def abort(self, request_id: str) -> None:
         """Have the ranks leave a call before its next step, from any thread; run() then raises."""
-        self._team.send(pickle.dumps(Abort(request_id=request_id)))
+        self._ranks.send(pickle.dumps(Abort(request_id=request_id)))
 
     def run(self, call: Call, on_progress: OnProgress | None) -> Done:
         """Run one call on all ranks.
@@ -162,14 +173,14 @@ class RankEngine:
         with self._lock:
             self._require_open()
             try:
-                self._team.send(payload)
+                self._ranks.send(payload)
                 answers = self._collect(Done, self._options.rank_timeout_s, on_progress=on_progress)
             except (InvalidInputError, RequestAbortedError):
                 raise
             except BaseException as error:
                 if self._closed is not None:  # close() in another thread
                     raise EngineClosedError(f"the engine was closed during a call: {self._closed}") from error
-                self._shut(f"an earlier call failed: {str(error) or type(error).__name__}")
+                self._shut_down(f"an earlier call failed: {str(error) or type(error).__name__}")
                 raise
         done: Done = answers[0]
         worst = {stage: max(answer.errors[stage] for answer in answers.values()) for stage in done.errors}
@@ -183,8 +194,8 @@ class RankEngine:
         """
         for number, call in enumerate(calls):
             text = f"warming up: {call.request_id}, {number + 1} of {len(calls)}"
-            self.start.tell(WARM_UP, text, number, len(calls))
-            with naming_warm_up(call.request_id):
+            self.start.report(WARM_UP, text, number, len(calls))
+            with warm_up_errors_named(call.request_id):
                 self.run(call, None)
 
     def close(self) -> None:
@@ -193,30 +204,32 @@ class RankEngine:
             self._closed = "close() was called"
             self._finalizer.detach()
             # Ranks in the middle of a call would not hear a Stop; its caller gets EngineClosedError.
-            self._team.end(patience_s=0.0 if self._lock.locked() else _STOP_S)
+            self._ranks.end(patience_s=0.0 if self._lock.locked() else _STOP_S)
 
     def _start(self) -> Ready:
         """Loading, then joining; each in lockstep, so that no rank waits in the rendezvous for a slow one."""
         silence = self._options.startup_timeout_s
-        self._collect(Loaded, silence, on_loading=self._tell_loading)
-        self._team.send(pickle.dumps(Join()))
-        self.start.tell(JOINING, "joining the ranks")
+        self._collect(Loaded, silence, on_loading=self._report_loading)
+        self._ranks.send(pickle.dumps(Join()))
+        self.start.report(JOINING, "joining the ranks")
         answers = self._collect(Ready, silence)
         ready: Ready = answers[0]
         return ready
 
-    def _tell_loading(self, far: Mapping[int, Loading | None]) -> None:
+    def _report_loading(self, far: Mapping[int, Loading | None]) -> None:
         """How far the slowest rank is. Of a rank, None: it has loaded everything."""
-        size = self._team.size
+        size = self._ranks.size
         if len(far) < size:
-            self.start.tell(IMPORTS, f"importing libraries: {len(far)} of {size} ranks have", len(far), size)
+            self.start.report(IMPORTS, f"importing libraries: {len(far)} of {size} ranks have", len(far), size)
             return
         unfinished = [one for one in far.values() if one is not None]
         slowest = min(unfinished, key=lambda one: (one.done, one.part != ""), default=None)
         if slowest is None:
-            self.start.tell(WEIGHTS, "all weights are read", 1, 1)
+            self.start.report(WEIGHTS, "all weights are read", 1, 1)
         else:
-            self.start.tell(WEIGHTS, reading(slowest.part, slowest.done, slowest.total), slowest.done, slowest.total)
+            self.start.report(
+                WEIGHTS, reading_text(slowest.part, slowest.done, slowest.total), slowest.done, slowest.total
+            )
 
     def _collect(
         self,
@@ -230,8 +243,8 @@ class RankEngine:
         failures: Failures = {}
         far: dict[int, Loading | None] = {}
         until = time.monotonic() + silence_s
-        while len(answers) + len(failures) < self._team.size:
-            heard = self._team.listen(min(until, time.monotonic() + _LOOK_S))
+        while len(answers) + len(failures) < self._ranks.size:
+            heard = self._ranks.listen(min(until, time.monotonic() + _POLL_S))
             if self._is_to_stop():
                 raise EngineClosedError("it was closed")
             if not heard and time.monotonic() < until:
@@ -239,9 +252,9 @@ class RankEngine:
             if not heard:
                 break
             for rank, message in heard:
-                if isinstance(message, (Failed, Gone)):
+                if isinstance(message, (Failed, RankExited)):
                     failures.setdefault(rank, message)
-                    until = min(until, time.monotonic() + _patience(message))
+                    until = min(until, time.monotonic() + _wait_after_failure_s(message))
                     continue
                 if not failures:
                     until = time.monotonic() + silence_s
@@ -253,17 +266,17 @@ class RankEngine:
                 elif isinstance(message, Progress) and on_progress is not None:
                     on_progress(message)
         if failures:
-            _raise_for(failures, self._team.size, apart=on_loading is not None)
-        if len(answers) < self._team.size:
-            raise self._silence({*range(self._team.size)} - set(answers), silence_s)
+            _raise_for(failures, self._ranks.size, apart=on_loading is not None)
+        if len(answers) < self._ranks.size:
+            raise self._silence_error({*range(self._ranks.size)} - set(answers), silence_s)
         return answers
 
-    def _silence(self, silent: set[int], silence_s: float) -> RankFailedError:
+    def _silence_error(self, silent: set[int], silence_s: float) -> RankFailedError:
         """The error for ranks that say nothing. Those that give no sign of life are to blame; others wait for them."""
-        self._team.send(pickle.dumps(Ping()))
-        lifeless, until = set(silent), time.monotonic() + _SIGN_S
+        self._ranks.send(pickle.dumps(Ping()))
+        lifeless, until = set(silent), time.monotonic() + _PING_S
         while lifeless and time.monotonic() < until:
-            lifeless -= {rank for rank, message in self._team.listen(until) if isinstance(message, Alive)}
+            lifeless -= {rank for rank, message in self._ranks.listen(until) if isinstance(message, Alive)}
         way_out = "raise the timeout if the work takes longer than that"
         if lifeless:
             way_out = f"it gives no sign of life, so that its process is stopped or stuck; otherwise {way_out}"
@@ -276,12 +289,12 @@ class RankEngine:
         if self._closed is not None:
             raise EngineClosedError(f"this Omni is closed: {self._closed}; make a new one")
 
-    def _shut(self, reason: str) -> None:
+    def _shut_down(self, reason: str) -> None:
         """End the ranks without ceremony: they may stand anywhere."""
         if self._closed is None:
             self._closed = reason
         self._finalizer.detach()
-        self._team.end()
+        self._ranks.end()
 
 
 class RankTraceback(Exception):  # noqa: N818  (a text that Python prints above the error it caused)
@@ -291,12 +304,12 @@ class RankTraceback(Exception):  # noqa: N818  (a text that Python prints above 
         super().__init__(f"on rank {rank}:\n\n{text}")
 
 
-def _patience(message: Failed | Gone) -> float:
-    if isinstance(message, Gone):
-        return _GONE_S
+def _wait_after_failure_s(message: Failed | RankExited) -> float:
+    if isinstance(message, RankExited):
+        return _EXIT_S
     if message.is_shared:
-        return _REFUSAL_S
-    return _ECHO_S if message.is_echo else 0.0
+        return _SHARED_ERROR_S
+    return _PEER_LOSS_S if message.is_peer_loss else 0.0
 
 
 def _raise_for(failures: Failures, size: int, *, apart: bool = False) -> NoReturn:
@@ -315,8 +328,8 @@ def _raise_for(failures: Failures, size: int, *, apart: bool = False) -> NoRetur
         rank, message = min(failed.items())
         error_class = getattr(errors, message.kind, InvalidInputError)
         raise error_class(message.message) from RankTraceback(rank, message.traceback)
-    rank, cause = min(failures.items(), key=lambda item: (_depth(item[1]), item[0]))
-    if isinstance(cause, Gone):
+    rank, cause = min(failures.items(), key=lambda item: (_cause_order(item[1]), item[0]))
+    if isinstance(cause, RankExited):
         raise RankFailedError(f"rank {rank} of {size} {_end(cause.exitcode)}", rank=rank, has_died=True)
     text = cause.message.strip() or "no message"
     raise RankFailedError(
@@ -324,10 +337,10 @@ def _raise_for(failures: Failures, size: int, *, apart: bool = False) -> NoRetur
     ) from RankTraceback(rank, cause.traceback)
 
 
-def _depth(message: Failed | Gone) -> int:
-    if isinstance(message, Gone):
+def _cause_order(message: Failed | RankExited) -> int:
+    if isinstance(message, RankExited):
         return 1
-    return 2 if message.is_echo else 0
+    return 2 if message.is_peer_loss else 0
 
 
 def _end(exitcode: int | None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from omni_sp.config import DiffusionParallelConfig
-from omni_sp.pipelines.call import CallResult, PipelineFacts
+from omni_sp.pipelines.arguments import CallResult, PipelineCapabilities
 from omni_sp.pipelines.load import ModelSource
 
 
@@ -49,7 +49,7 @@ class RankSettings:
     backend: str
     store: tuple[str, int]
     num_threads: int
-    guardian: int
+    parent_pid: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class Ready:
     rank: int
     ranks: int
     layout: str
-    facts: PipelineFacts
+    capabilities: PipelineCapabilities
     device: str
     dtype: str
     load_s: float
@@ -167,18 +167,18 @@ class Failed:
         kind: the class of the error. message: its text. traceback: as Python prints it.
         is_shared: all ranks raise it alike at the same point, and stand ready for the next call: one of our own
             InvalidInputErrors, or an abort.
-        is_echo: the error tells of another rank's end (a broken connection), not of its own cause.
+        is_peer_loss: the error tells of another rank's end (a broken connection), not of its own cause.
     """
 
     kind: str
     message: str
     traceback: str
     is_shared: bool
-    is_echo: bool
+    is_peer_loss: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gone:
+class RankExited:
     """What the front notes when a rank's process has ended. ``exitcode``: negative for a signal; None: unknown."""
 
     exitcode: int | None

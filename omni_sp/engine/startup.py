@@ -17,7 +17,7 @@ CAPTIONS = {IMPORTS: "processes and imports", WEIGHTS: "weights", JOINING: "join
 """The parts of a start, in their order, as people read them. A start without warm-up has no such part."""
 
 
-class StartNews(str):
+class StartupMessage(str):
     """What a start is doing, in words for people.
 
     Attributes:
@@ -28,7 +28,7 @@ class StartNews(str):
     done: int
     total: int
 
-    def __new__(cls, text: str, part: str, done: int, total: int) -> StartNews:
+    def __new__(cls, text: str, part: str, done: int, total: int) -> StartupMessage:
         """A text that also says how far it is."""
         news = super().__new__(cls, text)
         news.part, news.done, news.total = part, done, total
@@ -38,7 +38,7 @@ class StartNews(str):
 OnNews = Callable[[str], None]
 
 
-class StartUp:
+class Startup:
     """The clock of one start, and its voice.
 
     A part lasts until the slowest rank is through with it, so the parts follow each other and add up to the whole.
@@ -53,47 +53,47 @@ class StartUp:
     def __init__(self, on_news: OnNews) -> None:
         self._on_news = on_news
         self._since = time.perf_counter()
-        self._said = ""
+        self._last_text = ""
         self._part: str | None = IMPORTS
         self.seconds: dict[str, float] = {}
 
-    def tell(self, part: str, text: str, done: int = 0, total: int = 1) -> None:
+    def report(self, part: str, text: str, done: int = 0, total: int = 1) -> None:
         """Stand in this part, and say so; what has just been said is not said again."""
-        self._stand_in(part)
-        if text != self._said:
-            self._said = text
-            self._on_news(StartNews(text, part, done, total))
+        self._enter(part)
+        if text != self._last_text:
+            self._last_text = text
+            self._on_news(StartupMessage(text, part, done, total))
 
-    def hush(self) -> None:
+    def mute(self) -> None:
         """Say nothing from now on: another rank speaks."""
         self._on_news = lambda news: None
 
     def finish(self) -> None:
         """Say that it is over, and how long each part took. The second time, do nothing."""
         if self._part is not None:
-            self._stand_in(None)
-            self._on_news(f"ready in {in_words(self.seconds)}")
+            self._enter(None)
+            self._on_news(f"ready in {format_seconds(self.seconds)}")
 
-    def _stand_in(self, part: str | None) -> None:
+    def _enter(self, part: str | None) -> None:
         if part != self._part and self._part is not None:
             now = time.perf_counter()
             self.seconds[self._part] = self.seconds.get(self._part, 0.0) + now - self._since
             self._since, self._part = now, part
 
 
-def reading(part: str, done: int, total: int) -> str:
+def reading_text(part: str, done: int, total: int) -> str:
     """Such as "reading text_encoder, 2 of 5"."""
     return f"reading {part}, {done + 1} of {total}" if part else f"reading the weights of {total} parts"
 
 
-def in_words(seconds: Mapping[str, float]) -> str:
+def format_seconds(seconds: Mapping[str, float]) -> str:
     """Such as "12.3 s: processes and imports 4.1, weights 5.0, joining 0.4, warm-up 2.8"."""
     parts = ", ".join(f"{CAPTIONS[part]} {took:.1f}" for part, took in seconds.items())
     return f"{sum(seconds.values()):.1f} s: {parts}"
 
 
 @contextmanager
-def naming_warm_up(name: str) -> Iterator[None]:
+def warm_up_errors_named(name: str) -> Iterator[None]:
     """Let an error of ours say which warm-up it is of."""
     try:
         yield
@@ -102,7 +102,7 @@ def naming_warm_up(name: str) -> Iterator[None]:
         raise
 
 
-class StartOnScreen:
+class StartupDisplay:
     """Shows the news of starts on stderr: a bar where that is a terminal, else a line for each.
 
     Args:
@@ -117,7 +117,7 @@ class StartOnScreen:
         """Show it. What is no part of a start takes the bar away, and is a line."""
         if not self._shown:
             return
-        if not isinstance(news, StartNews) or not is_terminal():
+        if not isinstance(news, StartupMessage) or not is_terminal():
             self.close()
             print(f"omni-sp: {news}", file=sys.stderr, flush=True)
             return

@@ -17,20 +17,20 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from omni_sp.engine.launch import LOOPBACK
 from omni_sp.engine.messages import Abort, Alive, Call, Failed, Loaded, Loading, Ping, RankSettings, Stop
+from omni_sp.engine.ranks import LOOPBACK
 from omni_sp.errors import InvalidInputError, RequestAbortedError, SamplingParamsError
 
 if TYPE_CHECKING:
-    from omni_sp.engine.runner import Runner
+    from omni_sp.engine.pipeline_runner import PipelineRunner
 
 _FRONT_FIRST_S = 10.0
 """So much later than the front an exchange gives up: the front knows which rank is to blame."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_ECHOES = ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl", "broken pipe")
+_PEER_LOSS_MESSAGES = ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl", "broken pipe")
 
 Inbox = queue.SimpleQueue[Any]
-Tell = Callable[[Any], None]
+Report = Callable[[Any], None]
 Aborted = set[str]
 
 
@@ -39,26 +39,26 @@ def rank_main(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front: it ends the ranks
     settings = pickle.loads(connection.recv_bytes())
     assert isinstance(settings, RankSettings)
-    die_with(settings.guardian)
+    die_with_parent(settings.parent_pid)
     inbox: Inbox = queue.SimpleQueue()
     aborted: Aborted = set()
     sending = threading.Lock()
 
-    def tell(message: Any) -> None:
+    def report(message: Any) -> None:
         payload = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         with sending:
             connection.send_bytes(payload)
 
-    threading.Thread(target=_listen, args=(connection, inbox, aborted, tell), daemon=True).start()
+    threading.Thread(target=_listen, args=(connection, inbox, aborted, report), daemon=True).start()
 
     try:
-        _live(settings, inbox, aborted, tell)
+        _serve(settings, inbox, aborted, report)
     except (BrokenPipeError, ConnectionResetError):
         _leave(1)
     except Exception as error:
         # Told, not raised: the process stays until the front ends it, so that peers see no broken connection and the
         # front sees the cause before its echoes.
-        tell(failure(error))
+        report(failure(error))
         inbox.get()
         _leave(1)
     _leave(0)
@@ -72,19 +72,19 @@ def failure(error: BaseException) -> Failed:
         message=text,
         traceback="".join(traceback.format_exception(error)),
         is_shared=isinstance(error, (InvalidInputError, RequestAbortedError)),
-        is_echo=_is_echo(error, text),
+        is_peer_loss=_is_peer_loss(error, text),
     )
 
 
-def _live(settings: RankSettings, inbox: Inbox, aborted: Aborted, tell: Tell) -> None:
+def _serve(settings: RankSettings, inbox: Inbox, aborted: Aborted, report: Report) -> None:
     """Load, join, and answer calls until Stop."""
-    runner = _load(settings, tell)
-    tell(Loaded())
+    runner = _load(settings, report)
+    report(Loaded())
     if isinstance(inbox.get(), Stop):
         return
     mesh = _join(settings)
-    tell(runner.spread(mesh))
-    on_progress = tell if settings.rank == 0 else None
+    report(runner.parallelize(mesh))
+    on_progress = report if settings.rank == 0 else None
     while not isinstance(message := inbox.get(), Stop):
         answer: Any
         try:
@@ -106,25 +106,25 @@ def _live(settings: RankSettings, inbox: Inbox, aborted: Aborted, tell: Tell) ->
             answer = failure(error)
         # Before the answer: after it, an abort may already be of the next call.
         aborted.clear()
-        tell(answer)
+        report(answer)
 
 
-def _load(settings: RankSettings, tell: Tell) -> Runner:
+def _load(settings: RankSettings, report: Report) -> PipelineRunner:
     """Import torch and diffusers and load the pipeline, quietly: rank 0 speaks for all. Only rank 0 decodes."""
     if settings.rank > 0:
         warnings.simplefilter("ignore")
     import torch
 
-    from omni_sp.engine.runner import Runner
+    from omni_sp.engine.pipeline_runner import PipelineRunner
     from omni_sp.pipelines.load import silence_libraries
 
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    runner = Runner(
+    runner = PipelineRunner(
         settings.options,
         settings.device,
         decodes=settings.rank == 0,
-        on_part=lambda part, done, total: tell(Loading(part=part, done=done, total=total)),
+        on_component=lambda part, done, total: report(Loading(part=part, done=done, total=total)),
     )
     if settings.rank > 0:
         silence_libraries()
@@ -155,7 +155,7 @@ def _join(settings: RankSettings) -> Any:
     return ParallelMesh(settings.options.config)
 
 
-def _listen(connection: Connection, inbox: Inbox, aborted: Aborted, tell: Tell) -> None:
+def _listen(connection: Connection, inbox: Inbox, aborted: Aborted, report: Report) -> None:
     """Hand on messages; when the front is gone, end this process, whatever its main thread is doing."""
     while True:
         try:
@@ -167,21 +167,21 @@ def _listen(connection: Connection, inbox: Inbox, aborted: Aborted, tell: Tell) 
             if isinstance(message, Abort):
                 aborted.add(message.request_id)  # heard in the middle of a call
             elif isinstance(message, Ping):
-                tell(Alive())
+                report(Alive())
             else:
                 inbox.put(message)
         except Exception as error:
             inbox.put(SamplingParamsError(f"an argument cannot be read in the rank processes: {error}"))
 
 
-def die_with(guardian: int) -> None:
+def die_with_parent(parent_pid: int) -> None:
     """Ask Linux to kill this process when its parent dies, also while something holds the interpreter."""
-    if not guardian or sys.platform != "linux":
+    if not parent_pid or sys.platform != "linux":
         return
     import ctypes
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != guardian:
+    if os.getppid() != parent_pid:
         os._exit(1)
 
 
@@ -198,7 +198,7 @@ def _leave(exitcode: int) -> None:
     os._exit(exitcode)
 
 
-def _is_echo(error: BaseException, text: str) -> bool:
+def _is_peer_loss(error: BaseException, text: str) -> bool:
     """True for what a rank raises because another one is gone: c10d's own errors, and what gloo and NCCL say."""
     if "torch.distributed" not in sys.modules:
         return False
@@ -206,4 +206,4 @@ def _is_echo(error: BaseException, text: str) -> bool:
 
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in text.lower() for word in _ECHOES)
+    return isinstance(error, RuntimeError) and any(word in text.lower() for word in _PEER_LOSS_MESSAGES)

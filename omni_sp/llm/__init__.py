@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omni_sp.llm.offline import LLM as LLM
-    from omni_sp.llm.parallel import parallelize as parallelize
+    from omni_sp.llm.hf.model import parallelize as parallelize
+    from omni_sp.llm.vllm.llm import LLM as LLM
 
 __all__ = ["LLM", "parallelize"]
 
-_HOMES = {"LLM": "omni_sp.llm.offline", "parallelize": "omni_sp.llm.parallel"}
+_HOMES = {"LLM": "omni_sp.llm.vllm.llm", "parallelize": "omni_sp.llm.hf.model"}
 
 
 def __getattr__(name: str) -> Any:

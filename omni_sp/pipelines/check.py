@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from omni_sp.pipelines.call import run_call
+from omni_sp.pipelines.arguments import run_call
 from omni_sp.pipelines.parallelize import transformers_of
 
 Record = dict[str, list[torch.Tensor]]
@@ -21,8 +21,8 @@ def stage_errors(
     *,
     seed: int | tuple[int, ...] | None,
     device: torch.device,
-    alone: Callable[[], None],
-    spread: Callable[[], None],
+    on_one_rank: Callable[[], None],
+    on_all_ranks: Callable[[], None],
 ) -> dict[str, float]:
     """Run one call on this rank alone, and again over all ranks.
 
@@ -33,11 +33,11 @@ def stage_errors(
         Stage -> the largest difference, relative to the largest number of the stage in one process: "text" (prompt
         embeddings), each call of each transformer, and "result" (the finished picture, video or sound).
     """
-    alone()
+    on_one_rank()
     try:
         reference = _recorded(pipe, arguments, seed, device)
     finally:
-        spread()
+        on_all_ranks()
     found = _recorded(pipe, arguments, seed, device)
     return {
         stage: max(

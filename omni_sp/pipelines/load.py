@@ -22,7 +22,7 @@ _WAY_OUT = (
     "(the embedded demo model)"
 )
 
-OnPart = Callable[[str, int, int], None]
+OnComponent = Callable[[str, int, int], None]
 """Told the name of a part of a pipeline, how many were read before it, and how many there are."""
 
 
@@ -73,7 +73,7 @@ def load_pipeline(
     dtype: str | None = None,
     device: str = "cpu",
     decodes: bool = True,
-    on_part: OnPart = lambda part, done, total: None,
+    on_component: OnComponent = lambda part, done, total: None,
 ) -> Any:
     """Load a pipeline with diffusers' own loader and move it to a device.
 
@@ -83,8 +83,8 @@ def load_pipeline(
         device: "cpu", "cuda:0", …
         decodes: False where nobody looks at what this process decodes: the weights of its VAE are then read only if
             something needs them after all (see deferred).
-        on_part: told of every part before it is read, and how many of how many were read before; and first, with "",
-            once all classes are imported.
+        on_component: told of every part before it is read, and how many of how many were read before; and first, with
+            "", once all classes are imported.
 
     Returns:
         The diffusers pipeline, of whatever class the model names.
@@ -99,16 +99,16 @@ def load_pipeline(
     with quiet_libraries():
         try:
             pipeline_class, classes = _classes(source.location)
-            on_part("", 0, len(classes))
+            on_component("", 0, len(classes))
             given: dict[str, Any] = {}
             if not decodes:
-                from omni_sp.pipelines.deferred import deferrable, deferred
+                from omni_sp.pipelines.lazy_components import lazy_component, lazy_component_names
 
                 given = {
-                    name: deferred(classes[name], source.location, name, dtype=kind, device=torch.device(device))
-                    for name in deferrable(pipeline_class, classes)
+                    name: lazy_component(classes[name], source.location, name, dtype=kind, device=torch.device(device))
+                    for name in lazy_component_names(pipeline_class, classes)
                 }
-            with _parts_told(on_part):
+            with _loading_reported(on_component):
                 pipe = DiffusionPipeline.from_pretrained(source.location, dtype=kind, **given)
         except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
@@ -170,7 +170,7 @@ def _classes(location: str) -> tuple[Any, dict[str, Any]]:
 
 
 @contextmanager
-def _parts_told(on_part: OnPart) -> Iterator[None]:
+def _loading_reported(on_component: OnComponent) -> Iterator[None]:
     """Tell what diffusers' loader is reading: it draws a bar over the parts, which is listened to until the block ends.
 
     A loader that draws none is silent, and loads all the same.
@@ -183,7 +183,7 @@ def _parts_told(on_part: OnPart) -> Iterator[None]:
         parts = args[0] if args else None
         if not str(kwargs.get("desc")).startswith("Loading pipeline") or not isinstance(parts, Sized):
             return original(*args, **kwargs)
-        return _told(parts, on_part)
+        return _reported(parts, on_component)
 
     logging.tqdm = listened
     try:
@@ -192,9 +192,9 @@ def _parts_told(on_part: OnPart) -> Iterator[None]:
         logging.tqdm = original
 
 
-def _told(parts: Any, on_part: OnPart) -> Iterator[Any]:
+def _reported(parts: Any, on_component: OnComponent) -> Iterator[Any]:
     for done, entry in enumerate(parts):
-        on_part(str(entry[0]), done, len(parts))
+        on_component(str(entry[0]), done, len(parts))
         yield entry
 
 

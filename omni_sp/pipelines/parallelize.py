@@ -89,8 +89,12 @@ def parallelize(
             try:
                 chosen = plan if plan is not None else plan_for(model)
                 # Where people changed the model so that its plan will not do, it is followed; a given plan is obeyed.
-                otherwise = tracked_plan_for(model) if plan is None and isinstance(chosen, ShardingPlan) else None
-                options: dict[str, Any] = {"strategy": strategy, "kernel": attention_backend, "otherwise": otherwise}
+                fallback_plan = tracked_plan_for(model) if plan is None and isinstance(chosen, ShardingPlan) else None
+                options: dict[str, Any] = {
+                    "strategy": strategy,
+                    "kernel": attention_backend,
+                    "fallback_plan": fallback_plan,
+                }
                 shards.append(shard(model, mesh, chosen, **options))
             except UnsupportedModelError:
                 # One rank runs what it is given; only a split needs a plan.

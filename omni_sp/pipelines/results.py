@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_sp.errors import UnsupportedModelError
-from omni_sp.pipelines.facts import PICTURE_FIELDS, SOUND_FIELDS, VIDEO_FIELDS
+from omni_sp.pipelines.capabilities import PICTURE_FIELDS, SOUND_FIELDS, VIDEO_FIELDS
 
 
 @dataclass(frozen=True, kw_only=True)

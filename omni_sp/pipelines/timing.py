@@ -118,13 +118,13 @@ class StepBar:
         self._began: float | None = clock.now()
         self.total = total
         self.n = 0
-        self._tell()
+        self._report()
 
     def update(self, n: int = 1) -> None:
         """Say that n more steps are done."""
         self.n += n
         self._clock.num_steps += n
-        self._tell()
+        self._report()
         if self.n >= self.total:
             self.close()
 
@@ -151,6 +151,6 @@ class StepBar:
 
     set_postfix = set_postfix_str = set_description_str = refresh = set_description
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._on_step is not None:
             self._on_step(self.n, self.total)

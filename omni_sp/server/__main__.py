@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from omni_sp.server.serve import main
+from omni_sp.server.process import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,18 +18,18 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from omni_sp.async_omni import AsyncOmni
-from omni_sp.server.chat import create_chat_router
+from omni_sp.server.api.chat import create_chat_router
+from omni_sp.server.api.images import create_image_router
+from omni_sp.server.api.reference import add_reference
+from omni_sp.server.api.schemas import check_model
+from omni_sp.server.api.videos import create_video_router
 from omni_sp.server.errors import RETRY_AFTER_S, ApiError, add_error_handlers
-from omni_sp.server.files import FileStore
-from omni_sp.server.images import create_image_router
 from omni_sp.server.metrics import MeteredOmni, Metrics
 from omni_sp.server.page import create_page_router
 from omni_sp.server.pictures import MEDIA_TYPES
-from omni_sp.server.reference import add_reference
-from omni_sp.server.requests import check_model
 from omni_sp.server.security import BodyLimit, Guard, RequestIds
 from omni_sp.server.settings import ServerSettings
-from omni_sp.server.videos import create_video_router
+from omni_sp.server.storage.file_store import FileStore
 
 _HEALTH: dict[int | str, dict[str, Any]] = {
     503: {"description": "Not yet, or no longer: ``status`` says which.", "content": {"application/json": {}}}

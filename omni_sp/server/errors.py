@@ -73,7 +73,7 @@ class ApiError(HTTPException):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def as_api_error(error: BaseException) -> ApiError:
+def to_api_error(error: BaseException) -> ApiError:
     """Any error as the client should see it; one that nobody foresaw tells nothing of the server's inside."""
     if isinstance(error, ApiError):
         return error
@@ -115,7 +115,7 @@ def add_error_handlers(app: FastAPI) -> None:
             error = ApiError(404, f"there is no route {request.method} {request.url.path}", code="unknown_url")
         elif isinstance(error, HTTPException) and error.detail == _UNREADABLE:
             error = ApiError(400, "the body cannot be read: send a JSON object in UTF-8", code="invalid_json")
-        return as_api_error(error).response()
+        return to_api_error(error).response()
 
     for kind in (HTTPException, RequestValidationError, ValidationError, OmniSPError, Exception):
         app.add_exception_handler(kind, answer)

@@ -17,8 +17,8 @@ from omni_sp.async_omni import AsyncOmni, EngineStats
 from omni_sp.config import MAX_SEED
 from omni_sp.engine.messages import Ready
 from omni_sp.errors import EngineClosedError
-from omni_sp.pipelines.call import frames_per_second
-from omni_sp.pipelines.facts import PipelineFacts
+from omni_sp.pipelines.arguments import frames_per_second
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.server.settings import ServerSettings
 
 # What the page's form can ask for, named as in OmniDiffusionSamplingParams.
@@ -91,19 +91,19 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
         ready = omni.info
     except EngineClosedError:
         return told
-    facts = ready.facts
-    takes_image = facts.taken_as("image") is not None
+    capabilities = ready.capabilities
+    takes_image = capabilities.argument_name("image") is not None
     return {
         **told,
-        "pipeline": facts.name,
-        "makes": facts.makes,
-        "makes_videos": facts.makes_videos,
+        "pipeline": capabilities.name,
+        "makes": capabilities.makes,
+        "makes_videos": capabilities.makes_videos,
         "takes_image": takes_image,
         # A video starts from one picture: its first frame.
-        "takes_many_images": takes_image and not facts.takes_one_image and not facts.makes_videos,
-        "takes_mask": takes_image and facts.makes == "picture" and "mask_image" in facts.parameters,
-        "needs_image": facts.needs_image,
-        "parameters": _parameters(facts, settings),
+        "takes_many_images": takes_image and not capabilities.takes_one_image and not capabilities.makes_videos,
+        "takes_mask": takes_image and capabilities.makes == "picture" and "mask_image" in capabilities.parameters,
+        "needs_image": capabilities.needs_image,
+        "parameters": _parameters(capabilities, settings),
         "layout": ready.layout,
         "rings": _rings(ready),
         "ranks": ready.ranks,
@@ -113,31 +113,35 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
     }
 
 
-def _parameters(facts: PipelineFacts, settings: ServerSettings) -> dict[str, dict[str, Any]]:
+def _parameters(capabilities: PipelineCapabilities, settings: ServerSettings) -> dict[str, dict[str, Any]]:
     """What a request may set, with the default that holds where it does not; None where only the pipeline knows."""
     found: dict[str, dict[str, Any]] = {}
     for name in _ASKED:
-        taken = facts.taken_as(name)
-        if taken is None or (name == "guidance_scale" and facts.ignores_guidance_scale):
+        taken = capabilities.argument_name(name)
+        if taken is None or (name == "guidance_scale" and capabilities.ignores_guidance_scale):
             continue
-        found[name] = {"default": facts.sampling_defaults.get(name, facts.parameters.get(taken))}
-    for name, multiple in (("width", facts.width_multiple), ("height", facts.height_multiple)):
+        found[name] = {"default": capabilities.sampling_defaults.get(name, capabilities.parameters.get(taken))}
+    for name, multiple in (("width", capabilities.width_multiple), ("height", capabilities.height_multiple)):
         if name in found:
             found[name] |= {"multiple": multiple, "minimum": multiple}
     if "num_inference_steps" in found:
         found["num_inference_steps"] |= {"multiple": 1, "minimum": 1, "maximum": settings.max_steps}
-    if facts.makes_videos:
+    if capabilities.makes_videos:
         if "num_frames" in found:
-            found["num_frames"] |= {"multiple": facts.frames_multiple, "minimum": 1, "maximum": settings.max_frames}
-        default = facts.sampling_defaults.get("fps", frames_per_second(facts, {}, None))
+            found["num_frames"] |= {
+                "multiple": capabilities.frames_multiple,
+                "minimum": 1,
+                "maximum": settings.max_frames,
+            }
+        default = capabilities.sampling_defaults.get("fps", frames_per_second(capabilities, {}, None))
         found["fps"] = {"default": default, "minimum": 0.1}
-    elif facts.makes == "picture":
+    elif capabilities.makes == "picture":
         # What POST /v1/images takes and POST /v1/videos does not.
-        if facts.taken_as("num_outputs_per_prompt") is not None:
+        if capabilities.argument_name("num_outputs_per_prompt") is not None:
             found["n"] = {"default": 1, "multiple": 1, "minimum": 1, "maximum": settings.max_n}
-        if "strength" in facts.parameters:
-            found["strength"] = {"default": facts.parameters["strength"], "minimum": 0, "maximum": 1}
-    if facts.taken_as("generator") is not None:
+        if "strength" in capabilities.parameters:
+            found["strength"] = {"default": capabilities.parameters["strength"], "minimum": 0, "maximum": 1}
+    if capabilities.argument_name("generator") is not None:
         found["seed"] = {"default": None, "multiple": 1, "minimum": 0, "maximum": MAX_SEED}
     return found
 

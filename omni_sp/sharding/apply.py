@@ -11,11 +11,11 @@ import torch
 from omni_sp.attention import Strategy
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding.forward import Knowledge, ShardedForward, entered, signature_of
-from omni_sp.sharding.parts import Parts, hook_streams, resolve, running
+from omni_sp.sharding.attention_backend import tracking_flex_attention
+from omni_sp.sharding.forward_context import LayoutCache, ShardedForward, activate, signature_of
+from omni_sp.sharding.hooks import ModuleHooks, install_stream_hooks, require_running, resolve_plan
 from omni_sp.sharding.plan import ShardingPlan, TrackedPlan
-from omni_sp.sharding.route import flex_in_pieces
-from omni_sp.sharding.tracked import unwrapped
+from omni_sp.sharding.tracked import to_full_tensors
 
 _MARK = "_omni_sp_handle"
 
@@ -50,7 +50,7 @@ def shard(
     *,
     strategy: Strategy,
     kernel: str = "auto",
-    otherwise: TrackedPlan | None = None,
+    fallback_plan: TrackedPlan | None = None,
 ) -> ShardHandle:
     """Run ``model`` on tokens spread over ``mesh.sequence``. Instances are hooked, classes never.
 
@@ -67,19 +67,19 @@ def shard(
     if getattr(model, _MARK, None) is not None:
         raise ShardingError(f"{type(model).__name__} is parallelized already: remove() its handle first")
     handle = ShardHandle(model)
-    parts = Parts(model, mesh, plan, otherwise, routed=mesh.sequence.size > 1 or kernel != "auto")
-    session = _Session(handle, parts, mesh, strategy, kernel)
+    hooks = ModuleHooks(model, mesh, plan, fallback_plan, routed=mesh.sequence.size > 1 or kernel != "auto")
+    session = _Session(handle, hooks, mesh, strategy, kernel)
     try:
         model.__dict__[_MARK] = handle
         handle.on_remove(lambda: model.__dict__.pop(_MARK))
         handle.on_remove(lambda: session.leave(model, None, None))
-        handle.on_remove(parts.release)
-        parts.settle()
+        handle.on_remove(hooks.remove)
+        hooks.refresh()
         handle.on_remove(model.register_forward_pre_hook(session.enter, with_kwargs=True).remove)
-        for chosen in (plan, otherwise):
+        for chosen in (plan, fallback_plan):
             if chosen is not None:
-                _hook_itself(model, chosen, parts, mesh, handle)
-        handle.on_remove(model.register_forward_hook(_made_whole).remove)
+                _hook_root(model, chosen, hooks, mesh, handle)
+        handle.on_remove(model.register_forward_hook(_to_full_output).remove)
         # Registered last, so that it runs after a join at the transformer itself.
         handle.on_remove(model.register_forward_hook(session.leave, always_call=True).remove)
     except BaseException:
@@ -88,39 +88,47 @@ def shard(
     return handle
 
 
-def _hook_itself(
-    model: torch.nn.Module, plan: ShardingPlan | TrackedPlan, parts: Parts, mesh: ParallelMesh, handle: ShardHandle
+def _hook_root(
+    model: torch.nn.Module,
+    plan: ShardingPlan | TrackedPlan,
+    hooks: ModuleHooks,
+    mesh: ParallelMesh,
+    handle: ShardHandle,
 ) -> None:
     """What a plan cuts and joins at the transformer itself, while the parts go by that plan."""
     tracked = isinstance(plan, TrackedPlan)
-    for path, module, module_plan in resolve(model, plan):
+    for path, module, module_plan in resolve_plan(model, plan):
         if not path:
             name = type(model).__name__
-            for hook in hook_streams(module, name, module_plan, mesh, tracked, lambda: parts.tracked == tracked):
+            for hook in install_stream_hooks(
+                module, name, module_plan, mesh, tracked, lambda: hooks.tracked == tracked
+            ):
                 handle.on_remove(hook.remove)
 
 
-def _made_whole(model: torch.nn.Module, _args: Any, output: Any) -> Any:
+def _to_full_output(model: torch.nn.Module, _args: Any, output: Any) -> Any:
     """What a tracked forward gives back."""
     name = type(model).__name__
-    forward = running(name)
+    forward = require_running(name)
     if not forward.tracked:
         return output
-    if not forward.has_cut:
+    if not forward.has_sharded:
         raise ShardingError(
             f"no tensor of {name} was cut, so every rank would compute everything: its plan has to name a tensor of "
             "tokens; give parallelize(..., plan=TrackedPlan(...))"
         )
-    return unwrapped(output)
+    return to_full_tensors(output)
 
 
 class _Session:
     """Opens a sharded forward when the transformer is called, and closes it when it returns or raises."""
 
-    def __init__(self, handle: ShardHandle, parts: Parts, mesh: ParallelMesh, strategy: Strategy, kernel: str) -> None:
-        self._handle, self._parts, self._mesh = handle, parts, mesh
+    def __init__(
+        self, handle: ShardHandle, hooks: ModuleHooks, mesh: ParallelMesh, strategy: Strategy, kernel: str
+    ) -> None:
+        self._handle, self._hooks, self._mesh = handle, hooks, mesh
         self._strategy, self._kernel = strategy, kernel
-        self._knowledge = Knowledge()
+        self._layout_cache = LayoutCache()
         self._open = ExitStack()
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -133,21 +141,21 @@ class _Session:
         # Ctrl-C in the middle of a forward skips torch's hooks, also those that always run: what it left open ends
         # here.
         self._open.close()
-        if self._parts.settle():
-            self._knowledge = Knowledge()
+        if self._hooks.refresh():
+            self._layout_cache = LayoutCache()
         signature = signature_of((args, kwargs))
         forward = ShardedForward(
             mesh=self._mesh,
             strategy=self._strategy,
             kernel=self._kernel,
-            table=self._knowledge.table(signature),
-            until_left=self._open,
+            layouts=self._layout_cache.layouts(signature),
+            exit_stack=self._open,
             tokens=self._handle.tokens,
-            tracked=self._parts.tracked,
+            tracked=self._hooks.tracked,
         )
-        self._open.enter_context(entered(forward, signature))
+        self._open.enter_context(activate(forward, signature))
         if forward.tracked:
-            self._open.enter_context(flex_in_pieces())
+            self._open.enter_context(tracking_flex_attention())
 
     def leave(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
         self._open.close()

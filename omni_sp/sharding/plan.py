@@ -18,13 +18,13 @@ class Split:
     Attributes:
         dim: the dim of the tokens; negative counts from the end.
         ndim: the number of dims that the tensor must have; None takes any.
-        whole_otherwise: with another number of dims the tensor has no token dim and stays whole. Without this, another
-            number of dims is an error.
+        replicate_if_ndim_differs: with another number of dims the tensor has no token dim and stays whole. Without
+            this, another number of dims is an error.
     """
 
     dim: int
     ndim: int | None = None
-    whole_otherwise: bool = False
+    replicate_if_ndim_differs: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class ShardingPlan:
     Attributes:
         modules: module path -> ModulePlan; "" is the transformer itself, and a component ``*`` stands for any one name,
             as in ``blocks.*``.
-        whole_keys: paths (with ``*``) of attentions whose keys every rank holds whole, such as cross-attention to text
-            that is not cut. They need no exchange. That the keys are the same on all ranks is looked at on the first
-            forward of each shape.
+        replicated_keys: paths (with ``*``) of attentions whose keys every rank holds whole, such as cross-attention
+            to text that is not cut. They need no exchange. That the keys are the same on all ranks is looked at on
+            the first forward of each shape.
     """
 
     modules: Mapping[str, ModulePlan]
-    whole_keys: tuple[str, ...] = ()
+    replicated_keys: tuple[str, ...] = ()
 
-    def extended(self, path: str, *, inputs: Mapping[str, Split]) -> ShardingPlan:
+    def with_inputs(self, path: str, *, inputs: Mapping[str, Split]) -> ShardingPlan:
         """This plan with further (or replaced) inputs at one module."""
         before = self.modules.get(path, ModulePlan())
         changed = dataclasses.replace(before, inputs={**before.inputs, **inputs})

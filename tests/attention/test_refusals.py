@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omni_sp import ConfigError, DiffusionParallelConfig, OmniSPError, ParallelMesh, UnsupportedAttentionError
-from omni_sp.attention import SequenceLayout, kernel_names, sequence_parallel_attention, shares
+from omni_sp.attention import SequenceLayout, kernel_names, sequence_parallel_attention, split_evenly
 from omni_sp.attention.kernels import KernelCall, select_kernel
 from omni_sp.attention.layout import head_shares
 from tests.ranks import RankPool
@@ -146,7 +146,7 @@ def test_bytes_are_what_the_layout_says(ranks: RankPool) -> None:
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
 def test_shares_are_tensor_splits(parts: int) -> None:
     for total in (0, 1, 3, 12, 13):
-        assert shares(total, parts) == tuple(len(piece) for piece in torch.arange(total).tensor_split(parts))
+        assert split_evenly(total, parts) == tuple(len(piece) for piece in torch.arange(total).tensor_split(parts))
 
 
 def test_head_shares_cover_every_head_once() -> None:

@@ -23,7 +23,7 @@ import pytest
 from packaging.requirements import Requirement
 from PIL import Image
 
-from tests.compat.test_doors import IMPORTS
+from tests.compat.test_entry_points import IMPORTS
 from tests.server.serving import PATIENCE_S, until
 from tests.thorough import thorough_only
 

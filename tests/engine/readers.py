@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from omni_sp.engine.messages import Call, Failed, Join, Loaded, Loading, RankSettings, Ready, Stop
-from omni_sp.engine.worker import die_with, rank_main
-from omni_sp.pipelines.call import PipelineFacts
+from omni_sp.engine.worker import die_with_parent, rank_main
+from omni_sp.pipelines.arguments import PipelineCapabilities
 
 FOREVER_S = 600.0
 BEGUN = Path("rank-0-has-begun")
@@ -53,7 +53,7 @@ def watched(front: Connection) -> None:
 
     safetensors.safe_open = noted  # type: ignore[assignment,misc]
 
-    from omni_sp.engine.runner import Runner
+    from omni_sp.engine.pipeline_runner import PipelineRunner
 
     def noting(method: Callable[..., Any]) -> Callable[..., Any]:
         def called(runner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ def watched(front: Connection) -> None:
 
         return called
 
-    Runner.run, Runner.check = noting(Runner.run), noting(Runner.check)  # type: ignore[method-assign]
+    PipelineRunner.run, PipelineRunner.check = noting(PipelineRunner.run), noting(PipelineRunner.check)  # type: ignore[method-assign]
     rank_main(front)
 
 
@@ -77,8 +77,13 @@ def reads_two_parts(front: Connection) -> None:
     _tell(front, Loaded())
     BEGUN.touch()
     assert isinstance(_receive(front), Join)
-    facts = PipelineFacts(name="ScriptedPipeline", parameters={"prompt": None}, takes_anything=True)
-    _tell(front, Ready(rank=rank, ranks=2, layout="scripted", facts=facts, device="cpu", dtype="float32", load_s=0.0))
+    capabilities = PipelineCapabilities(name="ScriptedPipeline", parameters={"prompt": None}, takes_anything=True)
+    _tell(
+        front,
+        Ready(
+            rank=rank, ranks=2, layout="scripted", capabilities=capabilities, device="cpu", dtype="float32", load_s=0.0
+        ),
+    )
     while not isinstance(message := _receive(front), Stop):
         assert isinstance(message, Call)
         _tell(front, _failed("SamplingParamsError", "not this", is_shared=True))
@@ -142,12 +147,12 @@ def _wait_for_rank_0() -> None:
 def _rank(front: Connection) -> int:
     settings = _receive(front)
     assert isinstance(settings, RankSettings)
-    die_with(settings.guardian)
+    die_with_parent(settings.parent_pid)
     return settings.rank
 
 
 def _failed(kind: str, message: str, *, is_shared: bool = False) -> Failed:
-    return Failed(kind=kind, message=message, traceback=f"Traceback of {kind}", is_shared=is_shared, is_echo=False)
+    return Failed(kind=kind, message=message, traceback=f"Traceback of {kind}", is_shared=is_shared, is_peer_loss=False)
 
 
 def _tell(front: Connection, message: Any) -> None:

@@ -16,10 +16,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, one_of
+from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, call_for
 from omni_sp.engine.messages import Abort, Call, Done, Failed, Join, Loaded, Progress, RankSettings, Ready, Stop
-from omni_sp.engine.worker import die_with
-from omni_sp.pipelines.call import CallResult, PipelineFacts
+from omni_sp.engine.worker import die_with_parent
+from omni_sp.pipelines.arguments import CallResult, PipelineCapabilities
 
 FOREVER_S = 600.0
 BATCHES_ARE_EXACT = {BATCH: 0.0, ROUNDING: 0.0, SMALLEST: 1e-5}
@@ -49,7 +49,7 @@ def echoes_before_the_cause(front: Connection) -> None:
             time.sleep(0.3)
             _tell(front, _failed("KeyError", "the cause"))
         else:
-            _tell(front, _failed("RuntimeError", "Connection closed by peer", is_echo=True))
+            _tell(front, _failed("RuntimeError", "Connection closed by peer", is_peer_loss=True))
         time.sleep(FOREVER_S)
 
 
@@ -105,7 +105,7 @@ def draws_in_steps(front: Connection) -> None:
                 _tell(front, _failed("RequestAbortedError", "aborted", is_shared=True))
                 break
         else:
-            pictures = [dict(one_of(call, index).arguments) for index in range(len(call.seeds))]
+            pictures = [dict(call_for(call, index).arguments) for index in range(len(call.seeds))]
             result = CallResult(images=pictures, videos=[], timings={}) if rank == 0 else None
             _tell(front, Done(request_id=call.request_id, result=result, tokens={}))
 
@@ -159,12 +159,19 @@ def dies_loading(front: Connection) -> None:
 def _start(front: Connection) -> int:
     settings = _receive(front)
     assert isinstance(settings, RankSettings)
-    die_with(settings.guardian)
+    die_with_parent(settings.parent_pid)
     _tell(front, Loaded())
     assert isinstance(_receive(front), Join)
-    facts = PipelineFacts(name="ScriptedPipeline", parameters={"prompt": None, "generator": None}, takes_anything=True)
+    capabilities = PipelineCapabilities(
+        name="ScriptedPipeline", parameters={"prompt": None, "generator": None}, takes_anything=True
+    )
     rank = settings.rank
-    _tell(front, Ready(rank=rank, ranks=2, layout="scripted", facts=facts, device="cpu", dtype="float32", load_s=0.0))
+    _tell(
+        front,
+        Ready(
+            rank=rank, ranks=2, layout="scripted", capabilities=capabilities, device="cpu", dtype="float32", load_s=0.0
+        ),
+    )
     return rank
 
 
@@ -191,13 +198,13 @@ def _answer(front: Connection, rank: int, call: Call) -> None:
     _tell(front, Done(request_id=call.request_id, result=result, tokens={}))
 
 
-def _failed(kind: str, message: str, *, is_shared: bool = False, is_echo: bool = False) -> Failed:
+def _failed(kind: str, message: str, *, is_shared: bool = False, is_peer_loss: bool = False) -> Failed:
     return Failed(
         kind=kind,
         message=message,
         traceback=f"Traceback of {kind}",
         is_shared=is_shared,
-        is_echo=is_echo,
+        is_peer_loss=is_peer_loss,
     )
 
 

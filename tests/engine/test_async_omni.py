@@ -17,7 +17,7 @@ import omni_sp.attention.kernels.optional
 import omni_sp.engine.dispatcher
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
-from omni_sp.engine.launch.spawn import SpawnLauncher
+from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.errors import (
     ConfigError,
     EngineClosedError,
@@ -333,7 +333,7 @@ import asyncio
 
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
-from omni_sp.engine.launch.spawn import SpawnLauncher
+from omni_sp.engine.ranks.spawn import SpawnLauncher
 from tests.engine.processes import children
 
 
@@ -368,4 +368,4 @@ def ranks_of(omni: AsyncOmni) -> list[int]:
     """Process numbers of the ranks."""
     engine = omni._dispatcher._engine
     assert engine is not None
-    return [process._process.pid for process in engine._team._ranks]  # type: ignore[attr-defined]
+    return [process._process.pid for process in engine._ranks._ranks]  # type: ignore[attr-defined]

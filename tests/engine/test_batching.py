@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from omni_sp import AsyncOmni, DiffusionParallelConfig, OmniDiffusionSamplingParams
-from omni_sp.engine.batching import Batching, apart, one_of, together
-from omni_sp.engine.inplace import InPlaceEngine
+from omni_sp.engine.batching import Batching, call_for, merge_calls, split_result
 from omni_sp.engine.messages import Call, Done
-from omni_sp.engine.startup import StartUp
+from omni_sp.engine.ranks.local import InPlaceEngine
+from omni_sp.engine.startup import Startup
 from omni_sp.errors import ConfigError, RankFailedError, RequestAbortedError
 from omni_sp.events import RequestDone, RequestEvent, RequestProgress
-from omni_sp.pipelines.call import CallResult, PipelineFacts
+from omni_sp.pipelines.arguments import CallResult, PipelineCapabilities
 from omni_sp.requests import engine_options
 from tests.engine.test_async_omni import bounded, draw, error_of, is_done, scripted
 from tests.pipelines.folders import save_kontext, save_wan
 from tests.thorough import THOROUGH
 
-FACTS = PipelineFacts(
+FACTS = PipelineCapabilities(
     name="APipeline",
     parameters=dict.fromkeys(("prompt", "negative_prompt", "generator", "height", "num_images_per_prompt")),
 )
@@ -78,26 +78,26 @@ def test_what_may_not_be_shared_is_drawn_alone(batching: Batching, alone: Call) 
 
 def test_calls_are_joined_and_taken_apart() -> None:
     calls = [call("a", 1, negative_prompt="x", height=8), call("b", 2, negative_prompt="y", height=8)]
-    joined = together("both", calls)
+    joined = merge_calls("both", calls)
     assert joined.arguments == {"prompt": ["a", "b"], "negative_prompt": ["x", "y"], "height": 8}
     assert joined.seeds == (1, 2)
-    assert [one_of(joined, index).arguments for index in (0, 1)] == [one.arguments for one in calls]
-    assert [one_of(joined, index).seeds for index in (0, 1)] == [(1,), (2,)]
+    assert [call_for(joined, index).arguments for index in (0, 1)] == [one.arguments for one in calls]
+    assert [call_for(joined, index).seeds for index in (0, 1)] == [(1,), (2,)]
     result = CallResult(images=["of a", "of b"], videos=[], timings={"denoise_s": 1.0})
-    done = apart(Done(request_id="both", result=result, tokens={"picture": 9}), calls)
+    done = split_result(Done(request_id="both", result=result, tokens={"picture": 9}), calls)
     assert [(one.request_id, one.result.images if one.result else None) for one in done] == [
         ("a-1", ["of a"]),
         ("b-2", ["of b"]),
     ]
     short = CallResult(images=["only one"], videos=[], timings={})
     with pytest.raises(ValueError, match="1 images for 2 prompts"):
-        apart(Done(request_id="both", result=short, tokens={}), calls)
+        split_result(Done(request_id="both", result=short, tokens={}), calls)
 
 
 def batches_of(location: str, dtype: str | None = None, strip_mask: bool = False) -> tuple[set[bool], list[str]]:
     """What proves exact for a model, and what is told about the rest."""
     told: list[str] = []
-    engine = InPlaceEngine(engine_options(location, device="cpu", dtype=dtype), StartUp(told.append), joined=False)
+    engine = InPlaceEngine(engine_options(location, device="cpu", dtype=dtype), Startup(told.append), joined=False)
     if strip_mask:
 
         def without(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -106,7 +106,7 @@ def batches_of(location: str, dtype: str | None = None, strip_mask: bool = False
         engine._runner._pipe.transformer.register_forward_pre_hook(without, with_kwargs=True, prepend=True)
     told.clear()
     batching = Batching(max_size=2)
-    batching.prove(engine.ready.facts, lambda one: engine.run(one, None), told.append)
+    batching.prove(engine.ready.capabilities, lambda one: engine.run(one, None), told.append)
     engine.close()
     return batching.proven, told
 

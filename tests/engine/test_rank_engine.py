@@ -14,8 +14,8 @@ import pytest
 
 from omni_sp import DiffusionParallelConfig
 from omni_sp.engine.engine import RankEngine
-from omni_sp.engine.launch.spawn import SpawnLauncher
 from omni_sp.engine.messages import Call, EngineOptions, Progress
+from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.errors import (
     EngineClosedError,
     RankFailedError,
@@ -182,11 +182,11 @@ def test_close_from_another_thread_ends_a_call() -> None:
 def test_ranks_watch_the_process_only_from_its_main_thread() -> None:
     launcher = SpawnLauncher()
     seen: list[int] = []
-    thread = threading.Thread(target=lambda: seen.append(launcher.guardian()))
+    thread = threading.Thread(target=lambda: seen.append(launcher.parent_pid()))
     thread.start()
     thread.join()
     assert seen == [0]
-    assert launcher.guardian() > 0
+    assert launcher.parent_pid() > 0
 
 
 def test_a_front_that_ends_without_a_word_leaves_no_rank(tmp_path: Path) -> None:

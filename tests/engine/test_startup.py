@@ -19,18 +19,18 @@ import pytest
 from omni_sp import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.engine.engine import RankEngine
-from omni_sp.engine.launch.spawn import SpawnLauncher
 from omni_sp.engine.messages import EngineOptions
+from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.engine.startup import (
     CAPTIONS,
     IMPORTS,
     JOINING,
     WARM_UP,
     WEIGHTS,
-    StartNews,
-    StartOnScreen,
-    StartUp,
-    in_words,
+    Startup,
+    StartupDisplay,
+    StartupMessage,
+    format_seconds,
 )
 from omni_sp.errors import ModelNotFoundError, RankFailedError, SamplingParamsError
 from omni_sp.pipelines.load import ModelSource
@@ -62,7 +62,7 @@ def scripted(script: str, news: list[str]) -> RankEngine:
 
 def parts_of(news: list[str]) -> list[str]:
     """The parts of a start in the order in which they were told, each once."""
-    return list(dict.fromkeys(item.part for item in news if isinstance(item, StartNews)))
+    return list(dict.fromkeys(item.part for item in news if isinstance(item, StartupMessage)))
 
 
 def test_the_slowest_rank_decides_what_is_told() -> None:
@@ -78,7 +78,7 @@ def test_the_slowest_rank_decides_what_is_told() -> None:
         "reading the body, 1 of 2",
         "reading the mind, 2 of 2",
     ]
-    assert news[-1] == f"ready in {in_words(engine.ready.start_s)}"
+    assert news[-1] == f"ready in {format_seconds(engine.ready.start_s)}"
     assert engine.ready.start_s.keys() == {IMPORTS, WEIGHTS, JOINING}
 
 
@@ -99,31 +99,31 @@ def test_files_that_only_rank_0_reads_may_be_damaged() -> None:
 
 def test_parts_follow_each_other_and_end_once() -> None:
     news: list[str] = []
-    start = StartUp(news.append)
-    start.tell(IMPORTS, "a")
-    start.tell(WEIGHTS, "b", 0, 2)
-    start.tell(WEIGHTS, "b", 0, 2)
-    start.tell(WEIGHTS, "c", 1, 2)
+    start = Startup(news.append)
+    start.report(IMPORTS, "a")
+    start.report(WEIGHTS, "b", 0, 2)
+    start.report(WEIGHTS, "b", 0, 2)
+    start.report(WEIGHTS, "c", 1, 2)
     start.finish()
     start.finish()
-    assert news == ["a", "b", "c", f"ready in {in_words(start.seconds)}"]
+    assert news == ["a", "b", "c", f"ready in {format_seconds(start.seconds)}"]
     assert list(start.seconds) == [IMPORTS, WEIGHTS]
-    assert in_words(dict.fromkeys(CAPTIONS, 1.25)) == (
+    assert format_seconds(dict.fromkeys(CAPTIONS, 1.25)) == (
         "5.0 s: processes and imports 1.2, weights 1.2, joining 1.2, warm-up 1.2"
     )
 
 
-def show_one_start(screen: StartOnScreen) -> None:
-    start = StartUp(screen.show)
-    start.tell(IMPORTS, "starting 2 ranks")
-    start.tell(WEIGHTS, "reading vae, 1 of 2", 0, 2)
+def show_one_start(screen: StartupDisplay) -> None:
+    start = Startup(screen.show)
+    start.report(IMPORTS, "starting 2 ranks")
+    start.report(WEIGHTS, "reading vae, 1 of 2", 0, 2)
     start.finish()
     screen.close()
 
 
 def test_where_nobody_watches_a_start_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    show_one_start(StartOnScreen())
-    show_one_start(StartOnScreen(shown=False))
+    show_one_start(StartupDisplay())
+    show_one_start(StartupDisplay(shown=False))
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
@@ -138,7 +138,7 @@ def test_a_terminal_gets_a_bar_and_in_the_end_one_line(monkeypatch: pytest.Monke
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     with os.fdopen(writer, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        show_one_start(StartOnScreen())
+        show_one_start(StartupDisplay())
     shown = b""
     with contextlib.suppress(OSError):  # how Linux says that the other end is closed
         while piece := os.read(reader, 2**16):

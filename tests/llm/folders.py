@@ -81,7 +81,7 @@ def held(model: Any) -> dict[str, int]:
 
 def forget_threshold(model: Any) -> None:
     """Have a rank measure anew, at its next step, when it is to share tokens."""
-    model._weave._threshold = None
+    model._shift_parallel._threshold = None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import errors
 
 from omni_sp import ModelNotFoundError
-from omni_sp.pipelines.deferred import is_unread
+from omni_sp.pipelines.lazy_components import has_unread_weights
 from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.shapes import SHAPES_MODEL, shapes_folder
 from tests.pipelines.folders import save_kontext, save_wan
@@ -144,7 +144,7 @@ def test_every_part_is_told_before_it_is_read() -> None:
 
     bars = diffusers_logging.tqdm
     told: list[tuple[str, int, int]] = []
-    load_pipeline(resolve_model(SHAPES_MODEL), on_part=lambda *news: told.append(news))
+    load_pipeline(resolve_model(SHAPES_MODEL), on_component=lambda *news: told.append(news))
     assert told[0] == ("", 0, 5)
     assert [done for _, done, _ in told[1:]] == [0, 1, 2, 3, 4]
     assert {part for part, _, _ in told[1:]} == {"vae", "text_encoder", "transformer", "tokenizer", "scheduler"}
@@ -162,7 +162,7 @@ def test_a_process_that_does_not_decode_holds_no_vae(tmp_path: Path) -> None:
     save_wan(tmp_path)
     source = resolve_model(tmp_path)
     pipe, whole = load_pipeline(source, decodes=False), load_pipeline(source)
-    assert is_unread(pipe.vae)
+    assert has_unread_weights(pipe.vae)
     assert held(pipe) == held(whole) - sum(one.nbytes for one in whole.vae.parameters())
     for name in ("dtype", "device", "training"):
         assert getattr(pipe.vae, name) == getattr(whole.vae, name)
@@ -178,7 +178,7 @@ def test_a_process_that_does_not_decode_holds_no_vae(tmp_path: Path) -> None:
         return torch.as_tensor(pipe(**call, generator=generator, output_type=output_type).frames)
 
     assert torch.equal(draw(pipe, "latent"), draw(whole, "latent"))
-    assert is_unread(pipe.vae)
+    assert has_unread_weights(pipe.vae)
     # What was to be left unread is read where it is needed after all.
     assert torch.equal(draw(pipe, "pt"), draw(whole, "pt"))
     assert type(pipe.vae) is type(whole.vae)
@@ -198,7 +198,7 @@ def test_a_late_read_draws_no_random_numbers_and_keeps_what_was_set() -> None:
 
 def test_going_elsewhere_reads_the_weights_first() -> None:
     vae = load_pipeline(resolve_model(SHAPES_MODEL), decodes=False).vae
-    assert is_unread(vae.to("cpu"))
+    assert has_unread_weights(vae.to("cpu"))
     moved = vae.to(torch.bfloat16)
     assert moved is vae
     assert {(parameter.dtype, parameter.device.type) for parameter in vae.parameters()} == {(torch.bfloat16, "cpu")}
@@ -207,7 +207,7 @@ def test_going_elsewhere_reads_the_weights_first() -> None:
 def test_pipelines_that_encode_pictures_read_everything_at_once(tmp_path: Path) -> None:
     save_kontext(tmp_path)
     pipe = load_pipeline(resolve_model(tmp_path), decodes=False)
-    assert not is_unread(pipe.vae)
+    assert not has_unread_weights(pipe.vae)
     assert not any(parameter.is_meta for parameter in pipe.vae.parameters())
 
 
@@ -222,4 +222,4 @@ def test_weights_that_are_gone_when_they_are_needed_are_an_error_that_says_so(tm
     ) as caught:
         pipe.vae.decode(torch.zeros(1, 8, 1, 4, 4))
     assert "\n" not in str(caught.value)
-    assert is_unread(pipe.vae)
+    assert has_unread_weights(pipe.vae)

@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL, shapes_folder
-from omni_sp.pipelines.shapes.judge import judge
-from omni_sp.pipelines.shapes.world import (
+from tests.thorough import THOROUGH
+from training.shapes.judge import judge
+from training.shapes.world import (
     COLOURS,
     POSITIONS,
     SHAPES,
@@ -23,7 +24,6 @@ from omni_sp.pipelines.shapes.world import (
     random_scene,
     unit_outline,
 )
-from tests.thorough import THOROUGH
 
 _NUM_PROMPTS = 64 if THOROUGH else 32
 _BATCH_SIZE = 16

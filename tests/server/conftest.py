@@ -18,5 +18,5 @@ def served() -> Iterator[Served]:
 @pytest.fixture(scope="package")
 def editor() -> Iterator[Served]:
     """The same over one that edits pictures."""
-    with serving(FakeOmni(facts=EDITS)) as running:
+    with serving(FakeOmni(capabilities=EDITS)) as running:
         yield running

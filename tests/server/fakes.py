@@ -25,8 +25,8 @@ from omni_sp.errors import (
 )
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
 from omni_sp.outputs import OmniRequestOutput
-from omni_sp.pipelines.call import Prompt, call_arguments, frames_per_second
-from omni_sp.pipelines.facts import PipelineFacts
+from omni_sp.pipelines.arguments import Prompt, call_arguments, frames_per_second
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.requests import PromptInput, parse_prompt, require_params
 
 _COMMON: dict[str, Any] = {
@@ -34,7 +34,7 @@ _COMMON: dict[str, Any] = {
     "generator": None, "output_type": "pil", "return_dict": True,
 }  # fmt: skip
 # Text to picture: whole multiples of 16 pixels.
-PICTURES = PipelineFacts(
+PICTURES = PipelineCapabilities(
     name="FakePicturePipeline",
     parameters={**_COMMON, "num_images_per_prompt": 1},
     vae_multiple=8,
@@ -48,7 +48,7 @@ INPAINTS = replace(
     EDITS, name="FakeInpaintPipeline", parameters={**EDITS.parameters, "mask_image": None}, takes_one_image=True
 )
 # Text (and, if one likes, a first frame) to video: 1 + a multiple of 4 frames.
-VIDEOS = PipelineFacts(
+VIDEOS = PipelineCapabilities(
     name="FakeVideoPipeline",
     parameters={**_COMMON, "num_frames": 9, "num_videos_per_prompt": 1, "image": None},
     makes_videos=True,
@@ -106,7 +106,7 @@ class FakeOmni(AsyncOmni):
     def __init__(
         self,
         *,
-        facts: PipelineFacts = PICTURES,
+        capabilities: PipelineCapabilities = PICTURES,
         steps: int = 4,
         step_s: float = 0.0,
         start_s: float = 0.0,
@@ -120,7 +120,7 @@ class FakeOmni(AsyncOmni):
         self.go_on = threading.Event()
         self.force_status: str | None = None
         self.restarts = 0
-        self._facts, self._steps, self._step_s, self._hold_at = facts, steps, step_s, hold_at
+        self._facts, self._steps, self._step_s, self._hold_at = capabilities, steps, step_s, hold_at
         self._start_s, self._start_error, self._errors = start_s, start_error, list(errors)
         self._most, self._start_on = max_queue_length, start_on
         self._line: list[FakeRequest] = []
@@ -138,7 +138,7 @@ class FakeOmni(AsyncOmni):
             raise EngineClosedError("AsyncOmni has not started yet: await start(), or use it with `async with`")
         return Ready(
             rank=0, ranks=4, layout="ulysses_degree 2 × ring_degree 2 = 4 ranks; ring of [0 1 | 2 3]",
-            facts=self._facts, device="cpu", dtype="float32", load_s=0.5,
+            capabilities=self._facts, device="cpu", dtype="float32", load_s=0.5,
         )  # fmt: skip
 
     @property
@@ -237,7 +237,7 @@ class FakeOmni(AsyncOmni):
         previews: bool,
     ) -> FakeRequest:
         parsed = parse_prompt(prompt)
-        arguments = call_arguments(self.info.facts, parsed, params)
+        arguments = call_arguments(self.info.capabilities, parsed, params)
         if self.status in ("draining", "closed", "failed"):
             raise EngineClosedError(f"AsyncOmni is {self.status}")
         if self._most is not None and len(self._line) > self._most:

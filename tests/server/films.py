@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from omni_sp.server.files import FileStore
-from omni_sp.server.jobs import Job
-from omni_sp.server.video_jobs import VideoJobs
+from omni_sp.server.storage.file_store import FileStore
+from omni_sp.server.storage.job_store import VideoJob
+from omni_sp.server.storage.video_jobs import VideoJobs
 from tests.server.fakes import VIDEOS, FakeOmni
 
 MODEL = "tiny/video"
@@ -29,10 +29,10 @@ def run(case: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
-def a_job(**changes: Any) -> Job:
+def a_job(**changes: Any) -> VideoJob:
     params = {"num_frames": 5, "height": 32, "width": 48, "seed": 7}
     given = {"id": f"video_{next(NUMBERS)}", "model": MODEL, "created_at": time.time(), "prompt": "a cat", **changes}
-    return Job(params=params, **given)
+    return VideoJob(params=params, **given)
 
 
 def a_picture(colour: tuple[int, int, int] = (1, 2, 3)) -> bytes:
@@ -54,7 +54,7 @@ async def serving(
     folder: Path, omni: FakeOmni | None = None, *, model: str = MODEL, patience_s: float = 0.0
 ) -> AsyncIterator[tuple[VideoJobs, FakeOmni]]:
     """A server's jobs, as long as the block lasts: what runs then may go on for ``patience_s``."""
-    omni = omni or FakeOmni(facts=VIDEOS)
+    omni = omni or FakeOmni(capabilities=VIDEOS)
     with closing(opened(folder)) as files:
         jobs = VideoJobs(omni, files, model=model, max_age_s=3600.0, read_picture=read_picture)
         await omni.start()
@@ -73,7 +73,7 @@ async def until(condition: Callable[[], Any], timeout_s: float = 15.0) -> None:
         await asyncio.sleep(0.005)
 
 
-async def over(jobs: VideoJobs, job: Job) -> Job:
+async def over(jobs: VideoJobs, job: VideoJob) -> VideoJob:
     await until(lambda: jobs.get(job.id).is_over)
     return jobs.get(job.id)
 

@@ -88,7 +88,7 @@ def test_a_streamed_answer_comes_in_chunks() -> None:
 
 
 def test_pictures_of_the_last_message_are_edited() -> None:
-    omni = FakeOmni(facts=EDITS)
+    omni = FakeOmni(capabilities=EDITS)
     with serving(omni) as served:
         answer = served.post(
             CHAT, {"messages": said(text("make it"), image(data_url(png())), text("snow"), image(data_url(png())))}
@@ -166,7 +166,7 @@ def site() -> Iterator[str]:
 
 
 def test_urls_are_fetched_where_that_is_allowed(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    omni = FakeOmni(facts=EDITS)
+    omni = FakeOmni(capabilities=EDITS)
 
     def ask(served: Served, url: str) -> tuple[int, str]:
         answer = served.post(CHAT, {"messages": said(text("x"), image(url))})

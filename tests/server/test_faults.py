@@ -16,7 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from omni_sp.errors import RankFailedError
-from omni_sp.server.errors import as_api_error
+from omni_sp.server.errors import to_api_error
 from tests.engine.processes import alive, becomes_true
 from tests.server.serving import PATIENCE_S, Program, error_of, is_free, running, until
 from tests.thorough import thorough_only
@@ -102,7 +102,7 @@ def test_a_rank_without_memory_says_so_and_what_to_do(server: Program) -> None:
     ],
 )
 def test_memory_is_blamed_only_where_it_is_known_to_be_the_cause(told: str, code: str) -> None:
-    assert as_api_error(RankFailedError(told, rank=1)).code == code
+    assert to_api_error(RankFailedError(told, rank=1)).code == code
 
 
 def test_a_client_that_leaves_takes_its_picture_along(server: Program, expected: dict[int, bytes]) -> None:

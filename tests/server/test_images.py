@@ -148,7 +148,7 @@ def test_another_model_and_another_route_are_not_there(served: Served) -> None:
 
 
 def test_a_video_model_says_where_to_go() -> None:
-    with serving(FakeOmni(facts=VIDEOS)) as served:
+    with serving(FakeOmni(capabilities=VIDEOS)) as served:
         answer = served.post(GENERATIONS, {"prompt": "x"})
         assert answer.status_code == 400
         assert "/v1/videos" in error_of(answer)["message"]
@@ -286,7 +286,7 @@ def open_request(served: Served, body: dict[str, Any]) -> socket.socket:
 
 
 def test_an_edit_takes_pictures_as_the_pipeline_wants_them() -> None:
-    omni = FakeOmni(facts=EDITS)
+    omni = FakeOmni(capabilities=EDITS)
     with serving(omni) as served:
         one = served.client.post(
             EDITS_PATH, data={"prompt": "x", "n": "2", "seed": "5", "guidance_scale": "1.5"}, files={"image": png()}
@@ -308,10 +308,10 @@ def test_a_mask_is_refused_or_turned_into_the_pipelines_own() -> None:
     file = io.BytesIO()
     mask.save(file, "PNG")
     parts = {"image": png(), "mask": file.getvalue()}
-    with serving(FakeOmni(facts=EDITS)) as served:
+    with serving(FakeOmni(capabilities=EDITS)) as served:
         answer = served.client.post(EDITS_PATH, data={"prompt": "x"}, files=parts)
         assert (answer.status_code, error_of(answer)["param"]) == (400, "mask")
-    omni = FakeOmni(facts=INPAINTS)
+    omni = FakeOmni(capabilities=INPAINTS)
     with serving(omni) as served:
         assert served.client.post(EDITS_PATH, data={"prompt": "x"}, files=parts).status_code == 200
         for bad in (png(), png((8, 8), (0, 0, 0, 0), "RGBA")):

@@ -187,7 +187,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(client: openai.OpenAI, 
 
 
 def test_edits_and_a_failing_stream() -> None:
-    omni = FakeOmni(facts=EDITS)
+    omni = FakeOmni(capabilities=EDITS)
     with serving(omni) as served, client_for(served.url) as client:
         edited = client.images.edit(image=[png(), ("b.webp", png(kind="WEBP"))], prompt="x", n=2, size="64x32")
         assert edited.data is not None

@@ -20,7 +20,7 @@ from schemathesis.checks import (
 )
 from schemathesis.core.result import Ok
 
-from omni_sp.pipelines.facts import PipelineFacts
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 from tests.server.fakes import EDITS, PICTURES, VIDEOS, FakeOmni
 from tests.server.serving import Served, serving
 from tests.server.test_images import png
@@ -96,14 +96,14 @@ def tried(operation: Any, mode: GenerationMode) -> Counter[int]:
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_requests_as_described_are_answered_as_described(facts: PipelineFacts, routes: list[str]) -> None:
-    with serving(FakeOmni(facts=facts)) as served:
+def test_requests_as_described_are_answered_as_described(capabilities: PipelineCapabilities, routes: list[str]) -> None:
+    with serving(FakeOmni(capabilities=capabilities)) as served:
         seen = answers(served, GenerationMode.POSITIVE)
     assert all(seen[route][200] for route in routes), "none was drawn: this proves nothing"
 
 
 def test_requests_otherwise_than_described_are_refused() -> None:
-    with serving(FakeOmni(facts=VIDEOS)) as served:
+    with serving(FakeOmni(capabilities=VIDEOS)) as served:
         seen = answers(served, GenerationMode.NEGATIVE)
     assert all(seen[route][400] for route in ("POST /v1/videos", "POST /v1/images/edits", "GET /v1/videos"))
 

@@ -51,8 +51,8 @@ def test_info_before_and_after_the_start() -> None:
 
 
 def test_info_of_a_model_that_fills_in() -> None:
-    facts = replace(INPAINTS, parameters={**INPAINTS.parameters, "strength": 0.6})
-    with served(FakeOmni(facts=facts)) as url:
+    capabilities = replace(INPAINTS, parameters={**INPAINTS.parameters, "strength": 0.6})
+    with served(FakeOmni(capabilities=capabilities)) as url:
         told = fetch(url + "/v1/info")
     assert told["takes_mask"]
     assert told["needs_image"]
@@ -61,7 +61,7 @@ def test_info_of_a_model_that_fills_in() -> None:
 
 
 def test_info_of_a_video_model() -> None:
-    with served(FakeOmni(facts=VIDEOS)) as url:
+    with served(FakeOmni(capabilities=VIDEOS)) as url:
         told = fetch(url + "/v1/info")
     assert told["makes_videos"]
     assert told["takes_image"]
@@ -184,16 +184,20 @@ def test_shows_only_the_fields_that_the_pipeline_takes(browser: Browser) -> None
     common = {"prompt": None, "num_inference_steps": 4, "num_images_per_prompt": 1}
     few = replace(PICTURES, parameters=common)
     both = replace(PICTURES, parameters={**common, "true_cfg_scale": 4.0, "guidance_scale": 1.0})
-    for facts, names in (
+    for capabilities, names in (
         (few, "prompt,n,num_inference_steps"),
         (replace(both, ignores_guidance_scale=True), "prompt,n,num_inference_steps,true_cfg_scale"),
         (both, "prompt,n,num_inference_steps,true_cfg_scale,guidance_scale"),
     ):
-        with served(FakeOmni(facts=facts)) as url:
+        with served(FakeOmni(capabilities=capabilities)) as url:
             page = opened(browser, url)
             assert page.tell(shown) == names
             page.close()
-    with served(FakeOmni(facts=few)) as url, served(FakeOmni(facts=EDITS)) as another, Relay(url) as relay:
+    with (
+        served(FakeOmni(capabilities=few)) as url,
+        served(FakeOmni(capabilities=EDITS)) as another,
+        Relay(url) as relay,
+    ):
         page = opened(browser, relay.url)
         relay.cut()
         relay.target = another  # the server began anew, with another model

@@ -85,7 +85,7 @@ def test_escape_cancels_and_the_focus_stays(browser: Browser) -> None:
 
 
 def test_a_mask_is_painted_by_keyboard(browser: Browser, tmp_path: Path) -> None:
-    omni = FakeOmni(facts=INPAINTS)
+    omni = FakeOmni(capabilities=INPAINTS)
     Image.new("RGB", (100, 50)).save(tmp_path / "one.png")
     with served(omni) as url:
         page = opened(browser, url)
@@ -139,7 +139,7 @@ def test_nothing_moves_for_who_wants_that(browser: Browser) -> None:
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
 def test_fits_a_phone_and_can_be_read(browser: Browser, is_dark: bool, tmp_path: Path) -> None:
     Image.new("RGB", (32, 16)).save(tmp_path / "one.png")
-    omni = FakeOmni(facts=INPAINTS, errors=[SamplingParamsError("width=72: give a multiple of 16")])
+    omni = FakeOmni(capabilities=INPAINTS, errors=[SamplingParamsError("width=72: give a multiple of 16")])
     with served(omni) as url:
         page = opened(browser, url, width=320, height=640, is_phone=True, is_dark=is_dark)
 
@@ -170,7 +170,7 @@ def test_fits_a_phone_and_can_be_read(browser: Browser, is_dark: bool, tmp_path:
 
 
 def test_everything_has_a_name(browser: Browser) -> None:
-    with served(FakeOmni(facts=VIDEOS)) as url:
+    with served(FakeOmni(capabilities=VIDEOS)) as url:
         page = opened(browser, url)
         page.send("Accessibility.enable")
         nodes = page.send("Accessibility.getFullAXTree")["nodes"]

@@ -20,7 +20,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def test_edits_pictures(browser: Browser, tmp_path: Path) -> None:
-    omni = FakeOmni(facts=EDITS)
+    omni = FakeOmni(capabilities=EDITS)
     for place, side in enumerate((32, 48)):
         Image.new("RGB", (side, 16), (200, 0, 0)).save(tmp_path / f"{place}.png")
     with served(omni) as url:
@@ -59,7 +59,7 @@ PASTE = """(() => {
 
 
 def test_pictures_are_dropped_anywhere_and_what_is_none_is_refused(browser: Browser) -> None:
-    with served(FakeOmni(facts=EDITS), max_images=2) as url:
+    with served(FakeOmni(capabilities=EDITS), max_images=2) as url:
         page = opened(browser, url)
         assert (
             page.tell(DROP % "['one.png', 'image/png'], ['two.webp', 'image/webp'], ['no.txt', 'text/plain']") is True
@@ -94,7 +94,7 @@ DROP = """(() => {
 
 
 def test_a_mask_is_painted(browser: Browser, tmp_path: Path) -> None:
-    omni = FakeOmni(facts=INPAINTS)
+    omni = FakeOmni(capabilities=INPAINTS)
     Image.new("RGB", (200, 100), (200, 0, 0)).save(tmp_path / "one.png")
     open_left = Image.new("RGBA", (200, 100), "white")
     open_left.paste((0, 0, 0, 0), (0, 0, 100, 100))

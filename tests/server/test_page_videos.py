@@ -24,7 +24,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def test_makes_a_video_that_outlives_the_page(browser: Browser) -> None:
-    omni = FakeOmni(facts=VIDEOS, hold_at=2)
+    omni = FakeOmni(capabilities=VIDEOS, hold_at=2)
     with served(omni) as url:
         page = opened(browser, url)
         assert text_of(page, "#draw") == "Make the video"
@@ -59,7 +59,7 @@ def test_makes_a_video_that_outlives_the_page(browser: Browser) -> None:
 
 
 def test_several_wait_and_each_can_be_looked_at(browser: Browser) -> None:
-    omni = FakeOmni(facts=VIDEOS, hold_at=2)
+    omni = FakeOmni(capabilities=VIDEOS, hold_at=2)
     with served(omni) as url:
         page = opened(browser, url)
         for count, prompt in enumerate(("a cat walks", "a dog runs"), start=1):
@@ -84,7 +84,7 @@ def test_several_wait_and_each_can_be_looked_at(browser: Browser) -> None:
 
 
 def test_a_video_begins_with_a_picture(browser: Browser, tmp_path: Path) -> None:
-    omni = held(facts=VIDEOS)
+    omni = held(capabilities=VIDEOS)
     for name, side in (("one", 32), ("two", 48)):
         Image.new("RGB", (side, 16), (200, 0, 0)).save(tmp_path / f"{name}.png")
     with served(omni) as url:
@@ -109,7 +109,7 @@ def test_a_video_begins_with_a_picture(browser: Browser, tmp_path: Path) -> None
 
 
 def test_cancel_stops_a_video(browser: Browser) -> None:
-    omni = held(facts=VIDEOS)
+    omni = held(capabilities=VIDEOS)
     with served(omni) as url:
         page = opened(browser, url)
         page.type_in("#prompt", "a cat walks")
@@ -128,7 +128,7 @@ def test_cancel_stops_a_video(browser: Browser) -> None:
 
 def test_what_went_wrong_is_told(browser: Browser) -> None:
     errors = [RankFailedError("rank 1 ended by signal 9", rank=1), SamplingParamsError("seed=1: not this one")]
-    with served(FakeOmni(facts=VIDEOS, errors=errors), max_frames=9) as url:
+    with served(FakeOmni(capabilities=VIDEOS, errors=errors), max_frames=9) as url:
         page = opened(browser, url)
         page.type_in("#prompt", "a cat walks")
         page.click("#draw")
@@ -144,7 +144,7 @@ def test_what_went_wrong_is_told(browser: Browser) -> None:
 
 
 def test_a_lost_connection_is_told_and_the_video_goes_on(browser: Browser) -> None:
-    omni = held(facts=VIDEOS)
+    omni = held(capabilities=VIDEOS)
     with served(omni) as url, Relay(url) as relay:
         page = opened(browser, relay.url)
         page.type_in("#prompt", "a cat walks")
@@ -162,7 +162,11 @@ def test_a_lost_connection_is_told_and_the_video_goes_on(browser: Browser) -> No
 
 
 def test_a_server_that_no_longer_knows_a_video_ends_the_waiting(browser: Browser) -> None:
-    with served(held(facts=VIDEOS)) as url, served(FakeOmni(facts=VIDEOS)) as another, Relay(url) as relay:
+    with (
+        served(held(capabilities=VIDEOS)) as url,
+        served(FakeOmni(capabilities=VIDEOS)) as another,
+        Relay(url) as relay,
+    ):
         page = opened(browser, relay.url)
         page.type_in("#prompt", "a cat walks")
         page.click("#draw")
@@ -178,7 +182,7 @@ def test_a_server_that_no_longer_knows_a_video_ends_the_waiting(browser: Browser
 
 
 def test_a_video_waits_for_the_key_that_the_server_wants_meanwhile(browser: Browser) -> None:
-    omni = held(facts=VIDEOS)
+    omni = held(capabilities=VIDEOS)
     with served(omni, api_keys=("secret",)) as url:
         page = opened(browser, url, is_ready=False)
         page.wait_for("!document.querySelector('#key-form').hidden")

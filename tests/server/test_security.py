@@ -107,7 +107,7 @@ def test_pages_that_are_allowed_may_draw() -> None:
 
 
 def test_large_bodies_end_early() -> None:
-    with serving(FakeOmni(facts=EDITS), max_body_bytes=10_000) as served:
+    with serving(FakeOmni(capabilities=EDITS), max_body_bytes=10_000) as served:
         answer = served.post(GENERATIONS, {"prompt": "x" * 10_000})
         assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 

@@ -15,7 +15,7 @@ from PIL import Image
 from omni_sp import DiffusionParallelConfig
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.errors import RankFailedError
-from omni_sp.server.jobs import Job, JobStore
+from omni_sp.server.storage.job_store import JobStore, VideoJob
 from tests.pipelines import folders
 from tests.server.fakes import PICTURES, VIDEOS, FakeOmni, held
 from tests.server.films import a_picture, film
@@ -53,7 +53,7 @@ def over(served: Served, video_id: str) -> dict[str, Any]:
 
 
 def test_openais_client_makes_fetches_lists_and_deletes(tmp_path: Path) -> None:
-    with serving(FakeOmni(facts=VIDEOS), model=MODEL) as served, client(served) as openai:
+    with serving(FakeOmni(capabilities=VIDEOS), model=MODEL) as served, client(served) as openai:
         video = openai.videos.create_and_poll(
             prompt="a cat",
             model=MODEL,
@@ -79,7 +79,7 @@ def test_openais_client_makes_fetches_lists_and_deletes(tmp_path: Path) -> None:
 
 
 def test_a_picture_comes_as_a_file_or_as_a_data_url() -> None:
-    omni = FakeOmni(facts=VIDEOS)
+    omni = FakeOmni(capabilities=VIDEOS)
     url = f"data:image/png;base64,{base64.b64encode(a_picture((7, 8, 9))).decode()}"
     with serving(omni, model=MODEL) as served, client(served) as openai:
         file = ("cat.png", a_picture((7, 8, 9)), "image/png")
@@ -101,7 +101,7 @@ def test_every_field_reaches_the_pipeline(as_form: bool) -> None:
         "prompt": "ein Hütchen 🎩", "negative_prompt": "rain", "size": "64x32", "num_frames": 9, "fps": 7.5,
         "num_inference_steps": 3, "guidance_scale": 2.5, "seed": 2**63 - 1, "model": MODEL, "user": "somebody",
     }  # fmt: skip
-    omni = FakeOmni(facts=VIDEOS)
+    omni = FakeOmni(capabilities=VIDEOS)
     with serving(omni, model=MODEL) as served:
         answer = served.client.post("/v1/videos", **({"data": fields} if as_form else {"json": fields}))  # type: ignore[arg-type]
         assert answer.status_code == 200, answer.text
@@ -116,7 +116,7 @@ def test_every_field_reaches_the_pipeline(as_form: bool) -> None:
 
 
 def test_what_is_left_out_is_the_models_and_a_seed_is_drawn() -> None:
-    omni = FakeOmni(facts=VIDEOS)
+    omni = FakeOmni(capabilities=VIDEOS)
     with serving(omni, model=MODEL) as served:
         first, second = (served.post("/v1/videos", {"prompt": "a cat", "size": size}).json() for size in ("auto", None))
         assert (first["size"], first["seconds"]) == ("96x64", "0.562")  # 9 frames, 16 a second
@@ -126,7 +126,7 @@ def test_what_is_left_out_is_the_models_and_a_seed_is_drawn() -> None:
 
 
 def test_seconds_become_the_nearest_number_of_frames() -> None:
-    omni = held(facts=VIDEOS)
+    omni = held(capabilities=VIDEOS)
     cases: list[tuple[Any, float, int]] = [(0.01, 16, 1), ("0.5", 16, 9), (1, 30, 29), (2.0, 10, 21), ("4", 24, 97)]
     with serving(omni, model=MODEL, drain_timeout_s=0.1) as served:
         for seconds, fps, _ in cases:
@@ -171,7 +171,7 @@ REFUSED: list[tuple[dict[str, Any], str, int]] = [
 
 
 def test_what_cannot_be_is_refused_with_its_field() -> None:
-    omni = FakeOmni(facts=VIDEOS)
+    omni = FakeOmni(capabilities=VIDEOS)
     with serving(omni, model=MODEL, max_frames=1025) as served:
         for fields, param, status in REFUSED:
             answer = served.post("/v1/videos", {**SMALL, **fields})
@@ -185,7 +185,7 @@ def test_what_cannot_be_is_refused_with_its_field() -> None:
 def test_bodies_that_are_none_are_refused() -> None:
     large = io.BytesIO()
     Image.new("RGB", (300, 300)).save(large, "PNG")
-    with serving(FakeOmni(facts=VIDEOS), model=MODEL, max_pixels=50_000) as served:
+    with serving(FakeOmni(capabilities=VIDEOS), model=MODEL, max_pixels=50_000) as served:
         post = served.client.post
         for body in (b"", b"{", b"[]", b"\xff", b'"text"', b"[" * 100_000):
             answer = post("/v1/videos", content=body, headers={"content-type": "application/json"})
@@ -207,7 +207,7 @@ def test_bodies_that_are_none_are_refused() -> None:
 
 
 def test_a_model_that_makes_pictures_says_so() -> None:
-    with serving(FakeOmni(facts=PICTURES), model="tiny/picture") as served:
+    with serving(FakeOmni(capabilities=PICTURES), model="tiny/picture") as served:
         error = error_of(answer := served.post("/v1/videos", SMALL))
         assert (answer.status_code, error["code"]) == (400, "unsupported_model")
         assert "makes pictures and no videos: use /v1/images/generations" in error["message"]
@@ -216,17 +216,17 @@ def test_a_model_that_makes_pictures_says_so() -> None:
 
 def test_a_server_without_a_video_writer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omni_sp.pipelines.export._PACKAGES", {"no_such_module": "imageio-ffmpeg"})
-    with serving(FakeOmni(facts=VIDEOS), model=MODEL) as served:
+    with serving(FakeOmni(capabilities=VIDEOS), model=MODEL) as served:
         answer = served.post("/v1/videos", SMALL)
         assert answer.status_code == 501
         assert "pip install 'omni-sp[video]'" in error_of(answer)["message"]
 
 
 def test_a_server_that_is_not_ready_or_full_says_when_to_come_again() -> None:
-    with serving(FakeOmni(facts=VIDEOS, start_s=30.0), model=MODEL, ready=False, drain_timeout_s=0.1) as served:
+    with serving(FakeOmni(capabilities=VIDEOS, start_s=30.0), model=MODEL, ready=False, drain_timeout_s=0.1) as served:
         answer = served.post("/v1/videos", SMALL)
         assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
-    with serving(held(facts=VIDEOS, max_queue_length=1), model=MODEL, drain_timeout_s=0.1) as served:
+    with serving(held(capabilities=VIDEOS, max_queue_length=1), model=MODEL, drain_timeout_s=0.1) as served:
         kept = [created(served) for _ in range(2)]
         answer = served.post("/v1/videos", SMALL)
         assert (answer.status_code, "retry-after" in answer.headers) == (429, True)
@@ -237,7 +237,7 @@ def test_a_server_that_is_not_ready_or_full_says_when_to_come_again() -> None:
 
 
 def test_progress_is_told_as_it_is() -> None:
-    omni = held(facts=VIDEOS)
+    omni = held(capabilities=VIDEOS)
     with serving(omni, model=MODEL) as served:
         running, waiting = created(served, num_inference_steps=8), created(served)
         until(lambda: state(served, running)["progress"] == 12)  # 1 of 8 steps
@@ -253,7 +253,7 @@ def test_progress_is_told_as_it_is() -> None:
 
 def test_a_failed_video_says_why() -> None:
     failure = RankFailedError("rank 1 was killed", rank=1)
-    with serving(FakeOmni(facts=VIDEOS, errors=[failure]), model=MODEL) as served:
+    with serving(FakeOmni(capabilities=VIDEOS, errors=[failure]), model=MODEL) as served:
         failed = over(served, created(served))
         assert failed["status"] == "failed"
         assert failed["error"]["code"] == "rank_failed"
@@ -264,10 +264,10 @@ def test_a_failed_video_says_why() -> None:
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: JobStore, job: Job, picture: bytes | None) -> None:
+    def full(self: JobStore, job: VideoJob, picture: bytes | None) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    with serving(FakeOmni(facts=VIDEOS), model=MODEL) as served:
+    with serving(FakeOmni(capabilities=VIDEOS), model=MODEL) as served:
         with monkeypatch.context() as patch:
             patch.setattr(JobStore, "add", full)
             answer = served.post("/v1/videos", SMALL)
@@ -279,7 +279,7 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_content_is_fetched_whole_and_in_ranges() -> None:
-    with serving(FakeOmni(facts=VIDEOS), model=MODEL) as served:
+    with serving(FakeOmni(capabilities=VIDEOS), model=MODEL) as served:
         path = f"/v1/videos/{over(served, created(served))['id']}/content"
         whole = served.get(path)
         assert whole.headers["content-type"] == "video/mp4"
@@ -292,7 +292,7 @@ def test_content_is_fetched_whole_and_in_ranges() -> None:
 
 
 def test_a_video_that_made_room_for_others_says_so() -> None:
-    with serving(FakeOmni(facts=VIDEOS), model=MODEL, file_max_total_bytes=2000) as served:
+    with serving(FakeOmni(capabilities=VIDEOS), model=MODEL, file_max_total_bytes=2000) as served:
         old, new = (over(served, created(served))["id"] for _ in range(2))
         answer = served.get(f"/v1/videos/{old}/content")
         assert answer.status_code == 404
@@ -302,7 +302,7 @@ def test_a_video_that_made_room_for_others_says_so() -> None:
 
 
 def test_videos_are_listed_page_by_page() -> None:
-    with serving(held(facts=VIDEOS), model=MODEL, drain_timeout_s=0.1) as served, client(served) as openai:
+    with serving(held(capabilities=VIDEOS), model=MODEL, drain_timeout_s=0.1) as served, client(served) as openai:
         ids = [created(served) for _ in range(5)]
         assert [one.id for one in openai.videos.list(limit=2)] == ids[::-1]  # it asks for page after page
         assert [one.id for one in openai.videos.list(limit=2, order="asc")] == ids
@@ -314,7 +314,7 @@ def test_videos_are_listed_page_by_page() -> None:
 
 
 def test_removing_stops_what_runs() -> None:
-    omni = held(facts=VIDEOS)
+    omni = held(capabilities=VIDEOS)
     with serving(omni, model=MODEL) as served:
         running, waiting = created(served), created(served)
         until(lambda: state(served, running)["status"] == "in_progress")
@@ -329,7 +329,7 @@ def test_removing_stops_what_runs() -> None:
 
 
 def test_keys_are_asked_for_here_too() -> None:
-    with serving(FakeOmni(facts=VIDEOS), model=MODEL, api_keys=("secret",)) as served:
+    with serving(FakeOmni(capabilities=VIDEOS), model=MODEL, api_keys=("secret",)) as served:
         for method, path in (("POST", ""), ("GET", ""), ("GET", "/video_1"), ("GET", "/video_1/content")):
             assert served.client.request(method, f"/v1/videos{path}").status_code == 401
         answer = served.get("/v1/videos", headers={"Authorization": "Bearer secret"})
@@ -340,7 +340,7 @@ def test_keys_are_asked_for_here_too() -> None:
 
 
 def test_videos_outlive_the_server(tmp_path: Path) -> None:
-    omni = held(facts=VIDEOS)
+    omni = held(capabilities=VIDEOS)
     with serving(omni, model=MODEL, data_dir=tmp_path, drain_timeout_s=0.1) as served:
         omni.go_on.set()
         done = over(served, created(served))
@@ -348,21 +348,23 @@ def test_videos_outlive_the_server(tmp_path: Path) -> None:
         omni.go_on.clear()
         running, waiting = created(served, seed=5), created(served)
         until(lambda: state(served, running)["status"] == "in_progress")
-    omni = FakeOmni(facts=VIDEOS)
+    omni = FakeOmni(capabilities=VIDEOS)
     with serving(omni, model=MODEL, data_dir=tmp_path) as served:
         assert state(served, done["id"]) == done
         assert served.get(f"/v1/videos/{done['id']}/content").content == content
         assert [over(served, video_id)["status"] for video_id in (running, waiting)] == ["completed"] * 2
         assert omni.requests[0].params.seed == 5
-    with serving(FakeOmni(facts=PICTURES), model="tiny/picture", data_dir=tmp_path) as served:
+    with serving(FakeOmni(capabilities=PICTURES), model="tiny/picture", data_dir=tmp_path) as served:
         assert len(served.get("/v1/videos").json()["data"]) == 3  # still to be fetched from a server of pictures
 
 
 def test_what_runs_at_the_end_is_finished(tmp_path: Path) -> None:
-    with serving(FakeOmni(facts=VIDEOS, step_s=0.1), model=MODEL, data_dir=tmp_path, drain_timeout_s=10.0) as served:
+    with serving(
+        FakeOmni(capabilities=VIDEOS, step_s=0.1), model=MODEL, data_dir=tmp_path, drain_timeout_s=10.0
+    ) as served:
         running, waiting = created(served), created(served)
         until(lambda: state(served, running)["status"] == "in_progress")
-    with serving(FakeOmni(facts=VIDEOS, start_s=0.3), model=MODEL, data_dir=tmp_path, ready=False) as served:
+    with serving(FakeOmni(capabilities=VIDEOS, start_s=0.3), model=MODEL, data_dir=tmp_path, ready=False) as served:
         assert [state(served, video_id)["status"] for video_id in (running, waiting)] == ["completed", "queued"]
         assert over(served, waiting)["status"] == "completed"
 

@@ -66,7 +66,7 @@ def test_changing_the_backend_afterwards_is_noticed(ranks: RankPool) -> None:
 
 def cut_keys_called_whole(mesh: ParallelMesh) -> str:
     model, inputs = randomise(wan()), wan_inputs()
-    plan = dataclasses.replace(own_plan(model), whole_keys=("blocks.*.attn1", "blocks.*.attn2"))
+    plan = dataclasses.replace(own_plan(model), replicated_keys=("blocks.*.attn1", "blocks.*.attn2"))
     parallelize(model, mesh, plan=plan)
     return error_of(lambda: model(**inputs))
 
@@ -178,7 +178,7 @@ def alone(mesh: ParallelMesh) -> list[str]:
     told.append(error_of(lambda: parallelize(torch.nn.Linear(2, 2), mesh)))
     told.append(error_of(lambda: parallelize(object(), mesh)))
     told.append(error_of(lambda: parallelize(model, mesh, attention_backend="flsh")))
-    wrong = own_plan(model).extended(
+    wrong = own_plan(model).with_inputs(
         "proj_out", inputs={"nonsense": own_plan(model).modules["transformer_blocks.0"].inputs["hidden_states"]}
     )
     told.append(error_of(lambda: parallelize(model, mesh, plan=wrong)))

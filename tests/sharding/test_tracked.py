@@ -18,10 +18,10 @@ from torch import Tensor
 
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding.parts import cut_tracked
+from omni_sp.sharding.hooks import shard_tracked
 from omni_sp.sharding.plan import Split
-from omni_sp.sharding.tracked import TokenTensor, cut, dealt_evenly, unwrapped
-from omni_sp.sharding.tracked.spans import joined
+from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard, to_full_tensors
+from omni_sp.sharding.tracked.placement import concatenated
 from tests.ranks import RankPool
 from tests.sharding.operations import OPS, WRITE, Op
 from tests.thorough import THOROUGH
@@ -39,8 +39,8 @@ def whole_numbers(*shape: int, seed: int) -> Tensor:
 
 def pieces(mesh: ParallelMesh, x: Tensor, dim: int, *lengths: int) -> TokenTensor:
     """A tensor in pieces. Several lengths: one row behind the other, each dealt out evenly."""
-    spans = joined(tuple(dealt_evenly(length, mesh.sequence.size) for length in lengths or (x.shape[dim],)))
-    return TokenTensor(cut(x, dim, spans, mesh.sequence).clone(), dim, spans, mesh.sequence)
+    placement = concatenated(tuple(even_placement(length, mesh.sequence.size) for length in lengths or (x.shape[dim],)))
+    return TokenTensor(local_shard(x, dim, placement, mesh.sequence).clone(), dim, placement, mesh.sequence)
 
 
 def tensors(mesh: ParallelMesh) -> tuple[list[Tensor], list[Tensor]]:
@@ -59,7 +59,7 @@ def differ(plain: Tensor, tracked: Tensor) -> str | None:
     """What is not the same about a tensor and its twin. A collective call."""
     if (plain.shape, plain.dtype) != (tracked.shape, tracked.dtype):
         return f"{tracked.dtype} {tuple(tracked.shape)} for {plain.dtype} {tuple(plain.shape)}"
-    whole = unwrapped(tracked)
+    whole = to_full_tensors(tracked)
     if whole.shape != plain.shape:
         return f"pieces that make {tuple(whole.shape)} for {tuple(plain.shape)}"
     if torch.equal(whole, plain) or torch.allclose(whole, plain, rtol=0, atol=0, equal_nan=True):
@@ -227,16 +227,16 @@ def run_cuts(mesh: ParallelMesh) -> None:
     x = whole_numbers(2, 7, 4, seed=1)
     seen: list[tuple[str, int, int]] = []
 
-    def on_cut(where: str, whole: Tensor, num_tokens: int, num_own: int) -> None:
+    def on_shard(where: str, whole: Tensor, num_tokens: int, num_own: int) -> None:
         seen.append((where, num_tokens, num_own))
 
     def cut_as(value: Any, split: Split) -> Any:
-        return cut_tracked(value, split, mesh, "here", on_cut)
+        return shard_tracked(value, split, mesh, "here", on_shard)
 
-    own = dealt_evenly(7, mesh.sequence.size).lengths[mesh.sequence.rank]
+    own = even_placement(7, mesh.sequence.size).lengths[mesh.sequence.rank]
     tracked = cut_as(x, Split(dim=-2, ndim=3))
     assert seen == [("here", 7, own)]
-    assert (tracked.cut_dim, tracked.shape, tracked.local.shape) == (1, x.shape, (2, own, 4))
+    assert (tracked.shard_dim, tracked.shape, tracked.local.shape) == (1, x.shape, (2, own, 4))
     assert differ(x, tracked) is None
     assert cut_as(tracked, Split(dim=0)) is tracked
     assert cut_as(None, Split(dim=1)) is None
@@ -250,7 +250,7 @@ def run_cuts(mesh: ParallelMesh) -> None:
     tracked.add_(1)
     two[0].zero_()
     assert torch.equal(x, whole_numbers(2, 7, 4, seed=1))
-    made = unwrapped({"a": [tracked, x], "b": (tracked[:, 3], 1)})
+    made = to_full_tensors({"a": [tracked, x], "b": (tracked[:, 3], 1)})
     assert type(made["a"][0]) is type(made["b"][0]) is Tensor
     assert torch.equal(made["a"][0], x + 1)
     assert torch.equal(made["b"][0], x[:, 3] + 1)

@@ -15,9 +15,9 @@ from torch import Tensor
 from omni_sp.attention import select_strategy
 from omni_sp.errors import UnsupportedAttentionError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding.forward import ShardedForward, entered
-from omni_sp.sharding.tracked import TokenTensor, cut, dealt_evenly, tracked_attention, unwrapped
-from omni_sp.sharding.tracked.spans import joined
+from omni_sp.sharding.forward_context import ShardedForward, activate
+from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard, to_full_tensors, tracked_attention
+from omni_sp.sharding.tracked.placement import concatenated
 from tests.ranks import RankPool
 
 DEGREES = [(2, 1), (1, 2), (2, 2), (3, 1)]
@@ -143,8 +143,8 @@ def pieces(mesh: ParallelMesh, x: Tensor, dim: int | None, lengths: tuple[int, .
     if dim is None:
         return x
     dim = x.ndim + dim
-    spans = joined(tuple(dealt_evenly(length, mesh.sequence.size) for length in lengths or (x.shape[dim],)))
-    return TokenTensor(cut(x, dim, spans, mesh.sequence).clone(), dim, spans, mesh.sequence)
+    placement = concatenated(tuple(even_placement(length, mesh.sequence.size) for length in lengths or (x.shape[dim],)))
+    return TokenTensor(local_shard(x, dim, placement, mesh.sequence).clone(), dim, placement, mesh.sequence)
 
 
 def opened(mesh: ParallelMesh, stack: ExitStack) -> ShardedForward:
@@ -153,12 +153,12 @@ def opened(mesh: ParallelMesh, stack: ExitStack) -> ShardedForward:
         mesh=mesh,
         strategy=select_strategy("omni_sp", mesh, "auto"),
         kernel="auto",
-        table={},
-        until_left=stack,
+        layouts={},
+        exit_stack=stack,
         tokens={},
         tracked=True,
     )
-    stack.enter_context(entered(forward, "test"))
+    stack.enter_context(activate(forward, "test"))
     return forward
 
 
@@ -191,7 +191,7 @@ def run_case(mesh: ParallelMesh, case: Case) -> str | None:
     got = attention(q, k, v, attn_mask=given_mask)
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return f"{got.dtype} {tuple(got.shape)} for {wanted.dtype} {tuple(wanted.shape)}"
-    whole = unwrapped(got)
+    whole = to_full_tensors(got)
     if whole.shape != wanted.shape:
         return f"pieces that make {tuple(whole.shape)} for {tuple(wanted.shape)}"
     error = float((whole - wanted).abs().max())
@@ -226,12 +226,12 @@ def run_others(mesh: ParallelMesh) -> tuple[float, float, list[str]]:
             got = tracked_attention(
                 turned, turned, turned, attn_mask=mask[:, 0, 0], is_causal=False, scale=None, enable_gqa=False
             )
-            error_of_turned = (unwrapped(got).transpose(1, 2) - wanted).abs().max()
+            error_of_turned = (to_full_tensors(got).transpose(1, 2) - wanted).abs().max()
             F.scaled_dot_product_attention(tracked, tracked, tracked, attn_mask=mask)
             mask.logical_not_()
             wanted = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
             got = F.scaled_dot_product_attention(tracked, tracked, tracked, attn_mask=mask)
-            error_of_changed = (unwrapped(got) - wanted).abs().max()
+            error_of_changed = (to_full_tensors(got) - wanted).abs().max()
             try:
                 F.scaled_dot_product_attention(tracked, tracked, tracked, dropout_p=0.1)
             except UnsupportedAttentionError as error:

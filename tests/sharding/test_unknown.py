@@ -99,7 +99,9 @@ def refused(mesh: ParallelMesh) -> list[str]:
     model: Any = randomise(Own())
     picture = torch.zeros(1, 4, 3, 3)
     told = [error_of(lambda: parallelize(NoBlocks(), mesh))]
-    handle = parallelize(model, mesh, plan=TrackedPlan({"blocks.0": {"x": Split(dim=1, ndim=5, whole_otherwise=True)}}))
+    handle = parallelize(
+        model, mesh, plan=TrackedPlan({"blocks.0": {"x": Split(dim=1, ndim=5, replicate_if_ndim_differs=True)}})
+    )
     told.append(error_of(lambda: model(picture)))
     handle.remove()
     told.append(error_of(lambda: parallelize(model, mesh, plan=TrackedPlan({"layers.0": {"x": Split(dim=1)}}))))

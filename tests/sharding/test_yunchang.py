@@ -65,7 +65,7 @@ def other_refusals(mesh: ParallelMesh) -> list[str]:
     for key, causal, layout in (
         (x[:, :, :2], False, SequenceLayout((3, 3), (3, 3))),
         (x, True, SequenceLayout((3, 3), (3, 3))),
-        (x, True, SequenceLayout((3, 3), (3, 3), fronts=(6,))),
+        (x, True, SequenceLayout((3, 3), (3, 3), front_lengths=(6,))),
         (x[:, :0], False, SequenceLayout((0, 0), (0, 0))),
     ):
         try:

@@ -17,8 +17,8 @@ from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm
 from torch import Tensor, nn
 
-from omni_sp.pipelines.shapes.world import PICTURE_SIZE, Scene, random_scene
 from training.shapes.settings import Settings
+from training.shapes.world import PICTURE_SIZE, Scene, random_scene
 
 __all__ = ["build_autoencoder", "decode_pictures", "encode_pictures", "load_autoencoder", "train_autoencoder"]
 

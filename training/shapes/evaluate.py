@@ -9,10 +9,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from omni_sp.pipelines.shapes import SHAPES_CALL
-from omni_sp.pipelines.shapes.judge import Verdict, judge
-from omni_sp.pipelines.shapes.world import PICTURE_SIZE, Scene, num_captions, random_scene
 from training.shapes.autoencoder import decode_pictures, encode_pictures
+from training.shapes.judge import Verdict, judge
 from training.shapes.pool import is_held_out
+from training.shapes.world import PICTURE_SIZE, Scene, num_captions, random_scene
 
 __all__ = ["draw_prompts", "evaluate", "evaluation_prompts"]
 
@@ -93,11 +93,11 @@ def _report_prompts(pipeline: DiffusionPipeline, name: str, prompts: list[tuple[
 
 def _summary(verdicts: list[Verdict]) -> str:
     """Say the shares of verdicts that are right."""
-    shares = {name: np.mean([getattr(v, name) for v in verdicts]) for name in ("background", "colour", "shape")}
-    shares["all three"] = np.mean([v.right for v in verdicts])
-    shares["position"] = np.mean([v.position for v in verdicts])
-    shares["mean overlap"] = np.mean([v.overlap for v in verdicts])
-    return f"{len(verdicts)} pictures, " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+    split_evenly = {name: np.mean([getattr(v, name) for v in verdicts]) for name in ("background", "colour", "shape")}
+    split_evenly["all three"] = np.mean([v.right for v in verdicts])
+    split_evenly["position"] = np.mean([v.position for v in verdicts])
+    split_evenly["mean overlap"] = np.mean([v.overlap for v in verdicts])
+    return f"{len(verdicts)} pictures, " + ", ".join(f"{name} {share:.3f}" for name, share in split_evenly.items())
 
 
 def _report_reconstruction(pipeline: DiffusionPipeline, scenes: list[Scene]) -> None:

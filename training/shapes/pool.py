@@ -12,10 +12,10 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 
-from omni_sp.pipelines.shapes.world import COLOURS, PICTURE_SIZE, SHAPES, Scene, coverage, random_scene
 from training.shapes.autoencoder import encode_pictures, load_autoencoder
 from training.shapes.settings import Settings
 from training.shapes.text import load_text_encoder, load_tokenizer, random_caption, text_pipeline
+from training.shapes.world import COLOURS, PICTURE_SIZE, SHAPES, Scene, coverage, random_scene
 
 __all__ = ["TOKENS_PER_SIDE", "Pool", "is_held_out", "load_pool"]
 

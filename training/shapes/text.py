@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from omni_sp.pipelines.shapes.world import COLOURS, POSITIONS, SHAPES, SIZES, Scene, num_captions, random_scene
 from training.shapes.settings import Settings
+from training.shapes.world import COLOURS, POSITIONS, SHAPES, SIZES, Scene, num_captions, random_scene
 
 __all__ = [
     "load_text_encoder",

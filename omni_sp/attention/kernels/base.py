@@ -70,7 +70,7 @@ class Kernel:
     install: str = ""
 
 
-def refusal(kernel: Kernel, call: KernelCall) -> str | None:
+def unsupported_reason(kernel: Kernel, call: KernelCall) -> str | None:
     """Why ``kernel`` cannot serve ``call``; None where it can."""
     can = kernel.capabilities
     if call.device not in can.devices:
@@ -131,11 +131,11 @@ def attend(
     if key_mask is not None:
         # Kernels disagree about rows without a key (0, nan, an average of everything): settle it.
         if is_causal:
-            lonely = key_mask.cumsum(dim=1)[:, :num_queries] == 0
+            without_keys = key_mask.cumsum(dim=1)[:, :num_queries] == 0
         else:
-            lonely = ~key_mask.any(dim=1, keepdim=True)
-        out = out.masked_fill(lonely[:, :, None, None], 0)
-        lse = lse.masked_fill(lonely[:, None, :], -torch.inf)
+            without_keys = ~key_mask.any(dim=1, keepdim=True)
+        out = out.masked_fill(without_keys[:, :, None, None], 0)
+        lse = lse.masked_fill(without_keys[:, None, :], -torch.inf)
     return out, lse
 
 

@@ -15,9 +15,9 @@ def is_installed(module: str) -> bool:
     package, *inner = module.split(".")
     spec, name = find_spec(package), package
     for part in inner:
-        places = None if spec is None else spec.submodule_search_locations
+        locations = None if spec is None else spec.submodule_search_locations
         name = f"{name}.{part}"
-        spec = None if places is None else PathFinder.find_spec(name, list(places))
+        spec = None if locations is None else PathFinder.find_spec(name, list(locations))
     return spec is not None
 
 

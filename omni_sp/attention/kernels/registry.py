@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 
-from omni_sp.attention.kernels.base import Kernel, KernelCall, refusal
+from omni_sp.attention.kernels.base import Kernel, KernelCall, unsupported_reason
 from omni_sp.attention.kernels.optional import is_installed
 from omni_sp.errors import UnsupportedAttentionError
 
 # Module and name of each kernel; "auto" takes the first that can serve a call. A module is imported when one of its
 # kernels is first looked at, and a package that it wraps when that kernel first runs.
-_PLACES: dict[str, tuple[str, str]] = {
+_LOCATIONS: dict[str, tuple[str, str]] = {
     "cpu_flash": ("omni_sp.attention.kernels.cpu_flash", "CPU_FLASH"),
     "cuda_flash": ("omni_sp.attention.kernels.cuda_torch", "CUDA_FLASH"),
     "cuda_cudnn": ("omni_sp.attention.kernels.cuda_torch", "CUDA_CUDNN"),
@@ -27,7 +27,7 @@ _REGISTERED: dict[str, Kernel] = {}
 
 def kernel_names() -> tuple[str, ...]:
     """All names that ``kernel=`` takes, "auto" first."""
-    return ("auto", *_PLACES, *_REGISTERED)
+    return ("auto", *_LOCATIONS, *_REGISTERED)
 
 
 def register_kernel(kernel: Kernel) -> None:
@@ -46,7 +46,7 @@ def register_kernel(kernel: Kernel) -> None:
 def _load(name: str) -> Kernel:
     if name in _REGISTERED:
         return _REGISTERED[name]
-    module, attribute = _PLACES[name]
+    module, attribute = _LOCATIONS[name]
     kernel: Kernel = getattr(importlib.import_module(module), attribute)
     return kernel
 
@@ -72,7 +72,7 @@ def select_kernel(name: str, call: KernelCall) -> Kernel:
     """
     if name == "auto":
         for candidate in map(_load, _AUTO):
-            if refusal(candidate, call) is None:
+            if unsupported_reason(candidate, call) is None:
                 return candidate
         raise UnsupportedAttentionError(f"no kernel can serve {call}; there are {', '.join(_AUTO)}")
     if name not in kernel_names():
@@ -80,8 +80,8 @@ def select_kernel(name: str, call: KernelCall) -> Kernel:
             f"no attention kernel is called {name!r}; choose from {', '.join(kernel_names())}"
         )
     kernel = _load(name)
-    why = refusal(kernel, call)
+    why = unsupported_reason(kernel, call)
     if why is not None:
-        able = [other for other in kernel_names()[1:] if refusal(_load(other), call) is None]
+        able = [other for other in kernel_names()[1:] if unsupported_reason(_load(other), call) is None]
         raise UnsupportedAttentionError(f"kernel {name!r} {why}; able here: {', '.join(able) or 'none'}")
     return kernel

@@ -10,7 +10,7 @@ import torch
 from omni_sp.errors import UnsupportedModelError
 from omni_sp.sharding.plan import ShardingPlan, Split, TrackedPlan, from_diffusers
 from omni_sp.sharding.plans import flux, qwen_image, wan
-from omni_sp.sharding.plans.rows import ROWS
+from omni_sp.sharding.plans.token_streams import TOKEN_STREAMS
 
 _CORRECTIONS: dict[str, Callable[[ShardingPlan], ShardingPlan]] = {
     "FluxTransformer2DModel": flux.correct,
@@ -43,10 +43,10 @@ def tracked_plan_for(model: torch.nn.Module) -> TrackedPlan:
     Raises:
         UnsupportedModelError: it has no list of blocks.
     """
-    return TrackedPlan(ROWS.get(type(model).__name__) or rows_of(model))
+    return TrackedPlan(TOKEN_STREAMS.get(type(model).__name__) or find_token_streams(model))
 
 
-def rows_of(model: torch.nn.Module) -> Mapping[str, Mapping[str, Split]]:
+def find_token_streams(model: torch.nn.Module) -> Mapping[str, Mapping[str, Split]]:
     """Where the rows of an unknown model begin: the first input of the blocks of each of its lists."""
     cuts = {}
     lists = list(model.named_children())
@@ -60,7 +60,7 @@ def rows_of(model: torch.nn.Module) -> Mapping[str, Mapping[str, Split]]:
             parameters = list(inspect.signature(type(block).forward).parameters)[1:]
             if parameters:
                 # Not the first alone: guidance that skips layers may skip it. What is in pieces already stays so.
-                cuts[f"{path}.{index}"] = {parameters[0]: Split(dim=1, ndim=3, whole_otherwise=True)}
+                cuts[f"{path}.{index}"] = {parameters[0]: Split(dim=1, ndim=3, replicate_if_ndim_differs=True)}
     if not cuts:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no sharding plan and no list of blocks at its top, so it is not known where "

@@ -5,7 +5,7 @@ from omni_sp.sharding.plan import ShardingPlan, Split
 
 def correct(plan: ShardingPlan) -> ShardingPlan:
     """Ids may come with a batch dim (tokens are the last but one dim either way); ControlNet residuals are cut too."""
-    return plan.extended(
+    return plan.with_inputs(
         "",
         inputs={
             "img_ids": Split(dim=-2),

@@ -7,5 +7,5 @@ from omni_sp.sharding.plan import ShardingPlan, Split
 
 def correct(plan: ShardingPlan) -> ShardingPlan:
     """Only a per-token timestep (Wan 2.2 TI2V) has tokens to cut; cross-attention sees whole keys."""
-    plan = plan.extended("", inputs={"timestep": Split(dim=1, ndim=2, whole_otherwise=True)})
-    return dataclasses.replace(plan, whole_keys=("blocks.*.attn2",))
+    plan = plan.with_inputs("", inputs={"timestep": Split(dim=1, ndim=2, replicate_if_ndim_differs=True)})
+    return dataclasses.replace(plan, replicated_keys=("blocks.*.attn2",))

@@ -1,19 +1,19 @@
 """Tensors in pieces that look whole to a model's code: any transformer runs on them, unmodified and unplanned."""
 
-from omni_sp.sharding.tracked import attention, rules, shapes
+from omni_sp.sharding.tracked import attention, compute_rules, view_rules
 from omni_sp.sharding.tracked.attention import tracked_attention
-from omni_sp.sharding.tracked.spans import Spans, dealt_evenly
-from omni_sp.sharding.tracked.tensor import GATHERED, TokenTensor, cut, unwrapped
+from omni_sp.sharding.tracked.placement import Placement, even_placement
+from omni_sp.sharding.tracked.tensor import GATHERED, TokenTensor, local_shard, to_full_tensors
 
 __all__ = [
     "GATHERED",
-    "Spans",
+    "Placement",
     "TokenTensor",
     "attention",
-    "cut",
-    "dealt_evenly",
-    "rules",
-    "shapes",
+    "compute_rules",
+    "even_placement",
+    "local_shard",
+    "to_full_tensors",
     "tracked_attention",
-    "unwrapped",
+    "view_rules",
 ]

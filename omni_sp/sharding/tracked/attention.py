@@ -9,9 +9,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 
 from omni_sp.attention import SequenceLayout
 from omni_sp.errors import UnsupportedAttentionError
-from omni_sp.sharding.forward import ShardedForward, current_forward
-from omni_sp.sharding.tracked.spans import Spans
-from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, TokenTensor, cut
+from omni_sp.sharding.forward_context import ShardedForward, current_forward
+from omni_sp.sharding.tracked.placement import Placement
+from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, TokenTensor, local_shard
 
 F = torch.nn.functional
 _KEPT_MASKS = 4
@@ -40,77 +40,84 @@ def scaled_dot_product_attention(
     if dropout_p:
         raise UnsupportedAttentionError(f"dropout {dropout_p} in attention is for training; this is inference")
     mask = attn_mask
-    if isinstance(mask, TokenTensor) and not _rows_alike(mask, query):
-        mask = mask.whole("mask")
+    if isinstance(mask, TokenTensor) and not _mask_follows_query(mask, query):
+        mask = mask.full_tensor("mask")
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     tensors = query, key, value
     tracked = [x for x in tensors if isinstance(x, TokenTensor)]
     tokens = query.ndim - 2
-    if not isinstance(query, TokenTensor) or query.cut_dim > tokens or key.ndim != query.ndim:
+    if not isinstance(query, TokenTensor) or query.shard_dim > tokens or key.ndim != query.ndim:
         # Whole queries want whole keys.
-        return _all_whole(query, key, value, mask, options)
-    if query.cut_dim < tokens:
-        return _independent(query, key, value, mask, options)
-    if any(x.cut_dim != tokens for x in tracked):
-        key, value = (x.whole("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
+        return _on_full_tensors(query, key, value, mask, options)
+    if query.shard_dim < tokens:
+        return _along_batch(query, key, value, mask, options)
+    if any(x.shard_dim != tokens for x in tracked):
+        key, value = (x.full_tensor("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
         tracked = [query]
     if len(tracked) == 1:
-        return _own_rows(query, key, value, mask, options)
-    if len(tracked) == 2 or key.spans != value.spans:
-        key, value = (x.whole("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
-        return _own_rows(query, key, value, mask, options)
+        return _local_queries(query, key, value, mask, options)
+    if len(tracked) == 2 or key.placement != value.placement:
+        key, value = (x.full_tensor("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
+        return _local_queries(query, key, value, mask, options)
     key_mask, row_mask = (None, None) if mask is None else _as_masks(mask, query, key)
     if is_causal or key_mask is False or query.ndim != 4:
-        return _own_rows(query, key.whole("attention"), value.whole("attention"), mask, options)
+        return _local_queries(query, key.full_tensor("attention"), value.full_tensor("attention"), mask, options)
     forward = _forward()
     forward.count_attention()
-    layout = SequenceLayout(query=query.spans.lengths, key=key.spans.lengths)
+    layout = SequenceLayout(query=query.placement.lengths, key=key.placement.lengths)
     if key_mask is not None:
-        key_mask = key.cut_alike(key_mask.expand(key.shape[0], -1), 1)
+        key_mask = key.shard_like(key_mask.expand(key.shape[0], -1), 1)
     q, k, v = (x.local.transpose(1, 2) for x in (query, key, value))
     out = forward.strategy(q, k, v, key_mask=key_mask, is_causal=False, scale=scale, layout=layout)
     if row_mask is not None:
         # A query that may attend to no key gets 0.
-        out = out * query.cut_alike(row_mask.expand(key.shape[0], -1), 1)[:, :, None, None].to(out.dtype)
-    return query.like(out.transpose(1, 2))
+        out = out * query.shard_like(row_mask.expand(key.shape[0], -1), 1)[:, :, None, None].to(out.dtype)
+    return query.wrap(out.transpose(1, 2))
 
 
-def _rows_alike(mask: TokenTensor, query: Any) -> bool:
+def _mask_follows_query(mask: TokenTensor, query: Any) -> bool:
     """True where each rank holds the mask's rows of its own queries."""
-    if not isinstance(query, TokenTensor) or query.cut_dim != query.ndim - 2:
+    if not isinstance(query, TokenTensor) or query.shard_dim != query.ndim - 2:
         return False
-    return mask.cut_dim == mask.ndim - 2 and mask.spans == query.spans
+    return mask.shard_dim == mask.ndim - 2 and mask.placement == query.placement
 
 
-def _all_whole(query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> torch.Tensor:
-    q, k, v, mask = (x.whole("attention") if isinstance(x, TokenTensor) else x for x in (query, key, value, mask))
+def _on_full_tensors(query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> torch.Tensor:
+    q, k, v, mask = (x.full_tensor("attention") if isinstance(x, TokenTensor) else x for x in (query, key, value, mask))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
 
-def _independent(query: TokenTensor, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Any:
+def _along_batch(query: TokenTensor, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Any:
     """Tokens are cut along a batch dim (a video's frames or places): each attends within its own."""
     same = [
-        x for x in (key, value) if isinstance(x, TokenTensor) and (x.cut_dim, x.spans) == (query.cut_dim, query.spans)
+        x
+        for x in (key, value)
+        if isinstance(x, TokenTensor) and (x.shard_dim, x.placement) == (query.shard_dim, query.placement)
     ]
     if len(same) != 2:
         # With grouped heads that are cut there are fewer heads of keys than of queries.
-        if any(isinstance(x, TokenTensor) or x.shape[query.cut_dim] not in (1, query.spans.size) for x in (key, value)):
-            return _all_whole(query, key, value, mask, options)
+        if any(
+            isinstance(x, TokenTensor) or x.shape[query.shard_dim] not in (1, query.placement.size)
+            for x in (key, value)
+        ):
+            return _on_full_tensors(query, key, value, mask, options)
         q, k, v = (
             query.local,
-            *(query.cut_alike(x, query.cut_dim) if x.shape[query.cut_dim] > 1 else x for x in (key, value)),
+            *(query.shard_like(x, query.shard_dim) if x.shape[query.shard_dim] > 1 else x for x in (key, value)),
         )
     else:
         q, k, v = query.local, key.local, value.local
-    if mask is not None and mask.ndim >= query.ndim - query.cut_dim:
-        place = query.cut_dim - query.ndim
-        mask = mask if mask.shape[place] == 1 else query.cut_alike(mask, mask.ndim + place)
+    if mask is not None and mask.ndim >= query.ndim - query.shard_dim:
+        dim_from_end = query.shard_dim - query.ndim
+        mask = mask if mask.shape[dim_from_end] == 1 else query.shard_like(mask, mask.ndim + dim_from_end)
     if q.numel() == 0:
-        return query.like(q.new_empty((*q.shape[:-1], v.shape[-1])))
-    return query.like(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
+        return query.wrap(q.new_empty((*q.shape[:-1], v.shape[-1])))
+    return query.wrap(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
 
 
-def _own_rows(query: TokenTensor, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]) -> Any:
+def _local_queries(
+    query: TokenTensor, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]
+) -> Any:
     """This rank's queries against whole keys: any mask at all."""
     _forward().count_attention()
     if options["is_causal"]:
@@ -118,11 +125,11 @@ def _own_rows(query: TokenTensor, key: torch.Tensor, value: torch.Tensor, mask: 
     if isinstance(mask, TokenTensor):
         mask = mask.local
     elif mask is not None and mask.shape[-2] > 1:
-        mask = query.cut_alike(mask, mask.ndim - 2)
+        mask = query.shard_like(mask, mask.ndim - 2)
     if query.local.numel() == 0:
-        return query.like(query.local.new_empty((*query.local.shape[:-1], value.shape[-1])))
+        return query.wrap(query.local.new_empty((*query.local.shape[:-1], value.shape[-1])))
     options = {**options, "is_causal": False}
-    return query.like(F.scaled_dot_product_attention(query.local, key, value, attn_mask=mask, **options))
+    return query.wrap(F.scaled_dot_product_attention(query.local, key, value, attn_mask=mask, **options))
 
 
 def _as_masks(mask: torch.Tensor, query: TokenTensor, key: TokenTensor) -> tuple[Any, Any]:
@@ -176,7 +183,7 @@ def _masks_of(mask: torch.Tensor) -> tuple[Any, Any]:
     return (open_, None) if bool((open_ | shut).all() & open_.any(-1).all()) else (False, None)
 
 
-def _dense(mask: BlockMask) -> torch.Tensor:
+def _dense_mask(mask: BlockMask) -> torch.Tensor:
     """What a flex mask says, as a bool tensor; kept for the other attentions of this forward."""
     found = _forward().masks
     batch, heads, queries, keys = mask.shape
@@ -195,23 +202,23 @@ def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, scale: float 
     Compiled flex obeys the tables, plain flex does not; so flex itself is asked. Where the pieces do not end where
     blocks do, every rank does all of it.
     """
-    key, value = (x.whole("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
+    key, value = (x.full_tensor("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
     tables: list[Any] = [mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices]
-    own: Spans | None = None
+    own: Placement | None = None
     if isinstance(query, TokenTensor):
         _forward().count_attention()
         blocks = tables[0].shape[-1]
-        if query.cut_dim == query.ndim - 2 and blocks * mask.BLOCK_SIZE[0] == query.shape[-2]:
-            own = query.spans.unmerged(1, blocks, mask.BLOCK_SIZE[0])
+        if query.shard_dim == query.ndim - 2 and blocks * mask.BLOCK_SIZE[0] == query.shape[-2]:
+            own = query.placement.unflatten_dims(1, blocks, mask.BLOCK_SIZE[0])
     if own is None:
-        q = query.whole("attention") if isinstance(query, TokenTensor) else query
-        parts = [x.whole("mask") if isinstance(x, TokenTensor) else x for x in tables]
+        q = query.full_tensor("attention") if isinstance(query, TokenTensor) else query
+        parts = [x.full_tensor("mask") if isinstance(x, TokenTensor) else x for x in tables]
     else:
         q = query.local
         # May gather, so ranks without a query come by here too.
-        parts = [None if x is None else _rows_of(x, own, query) for x in tables]
+        parts = [None if x is None else _local_blocks(x, own, query) for x in tables]
         if q.numel() == 0:
-            return query.like(q.new_empty((*q.shape[:-1], value.shape[-1])))
+            return query.wrap(q.new_empty((*q.shape[:-1], value.shape[-1])))
     numbers, indices, full_numbers, full_indices = parts
     part = BlockMask.from_kv_blocks(
         numbers,
@@ -226,16 +233,16 @@ def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, scale: float 
     out = flex_attention(q, key, value, block_mask=part, scale=scale, enable_gqa=enable_gqa)
     if not isinstance(query, TokenTensor):
         return out
-    return query.like(out if own is not None else query.cut_alike(out, query.cut_dim))
+    return query.wrap(out if own is not None else query.shard_like(out, query.shard_dim))
 
 
-def _rows_of(table: Any, own: Spans, beside: TokenTensor) -> torch.Tensor:
+def _local_blocks(table: Any, own: Placement, beside: TokenTensor) -> torch.Tensor:
     """A block mask's table, (batch, heads, blocks of queries, …), for this rank's queries."""
     if isinstance(table, TokenTensor):
-        if (table.cut_dim, table.spans) == (2, own):
+        if (table.shard_dim, table.placement) == (2, own):
             return table.local
-        table = table.whole("mask")
-    return cut(table, 2, own, beside.axis)
+        table = table.full_tensor("mask")
+    return local_shard(table, 2, own, beside.axis)
 
 
 def tracked_attention(
@@ -246,7 +253,7 @@ def tracked_attention(
         if attn_mask.mask_mod is noop_mask:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             return _under_block_mask(q, k, v, attn_mask, scale, enable_gqa).transpose(1, 2)
-        attn_mask = _dense(attn_mask)
+        attn_mask = _dense_mask(attn_mask)
     # Torch's own function, so that a mode that somebody put on it (to skip attention, for one) sees the call.
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),

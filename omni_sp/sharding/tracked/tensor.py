@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from omni_sp.collectives import exchange, gather
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
-from omni_sp.sharding.tracked.spans import Span, Spans, common, order_of
+from omni_sp.sharding.tracked.placement import Placement, Range, gather_order, intersect
 
 T = TypeVar("T")
 Rule = Callable[..., Any]
@@ -38,13 +38,13 @@ class TokenTensor(torch.Tensor):
 
     Attributes:
         local: this rank's piece; reading a copied one after the tensor that it views was written to raises.
-        cut_dim: the dim that is cut. spans: who holds which indices of it. axis: the ranks.
+        shard_dim: the dim that is cut. spans: who holds which indices of it. axis: the ranks.
         copied: in one process it would be a view of another tensor, but its piece is a copy: a write would be lost.
         writes: how often its memory was written to; tensors that share memory share this count.
     """
 
-    cut_dim: int
-    spans: Spans
+    shard_dim: int
+    placement: Placement
     axis: Axis
     copied: bool
     writes: list[int]
@@ -53,12 +53,12 @@ class TokenTensor(torch.Tensor):
 
     @staticmethod
     def __new__(  # noqa: D102
-        cls, local: torch.Tensor, dim: int, spans: Spans, axis: Axis, strides: Sequence[int] | None = None
+        cls, local: torch.Tensor, dim: int, placement: Placement, axis: Axis, strides: Sequence[int] | None = None
     ) -> TokenTensor:
         shape = list(local.shape)
-        shape[dim] = spans.size
+        shape[dim] = placement.size
         whole = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=local.dtype, device=local.device)
-        whole._local, whole.cut_dim, whole.spans, whole.axis = local, dim, spans, axis
+        whole._local, whole.shard_dim, whole.placement, whole.axis = local, dim, placement, axis
         whole.copied, whole.writes, whole._seen = False, [0], None
         return whole
 
@@ -71,48 +71,60 @@ class TokenTensor(torch.Tensor):
             )
         return self._local
 
-    def like(self, local: torch.Tensor, dim: int | None = None, spans: Spans | None = None) -> TokenTensor:
+    def wrap(self, local: torch.Tensor, dim: int | None = None, placement: Placement | None = None) -> TokenTensor:
         """Another tensor in pieces on the same ranks, contiguous. Its pieces are so too: then no view has to copy."""
-        return TokenTensor(local.contiguous(), self.cut_dim if dim is None else dim, spans or self.spans, self.axis)
+        return TokenTensor(
+            local.contiguous(), self.shard_dim if dim is None else dim, placement or self.placement, self.axis
+        )
 
-    def made_of(self, local: torch.Tensor, dim: int, tensors: Sequence[torch.Tensor]) -> TokenTensor:
+    def wrap_pointwise(self, local: torch.Tensor, dim: int, tensors: Sequence[torch.Tensor]) -> TokenTensor:
         """A new tensor in pieces, computed element by element from ``tensors``: it lies in memory as torch has it."""
         if all(x.is_contiguous() for x in tensors):
-            return self.like(local, dim)
-        strides = _ordered(*((tuple(x.shape), x.stride()) for x in tensors))
-        return TokenTensor(local, dim, self.spans, self.axis, strides)
+            return self.wrap(local, dim)
+        strides = _pointwise_strides(*((tuple(x.shape), x.stride()) for x in tensors))
+        return TokenTensor(local, dim, self.placement, self.axis, strides)
 
-    def seen_as(
-        self, local: torch.Tensor, strides: Sequence[int] | None, dim: int | None = None, spans: Spans | None = None
+    def wrap_view(
+        self,
+        local: torch.Tensor,
+        strides: Sequence[int] | None,
+        dim: int | None = None,
+        placement: Placement | None = None,
     ) -> TokenTensor:
         """A view of this tensor. ``strides`` are those that a view of the whole would have: by them torch decides
         whether ``contiguous`` and ``reshape`` copy, here as in one process.
         """
-        view = TokenTensor(local, self.cut_dim if dim is None else dim, spans or self.spans, self.axis, strides)
+        view = TokenTensor(
+            local, self.shard_dim if dim is None else dim, placement or self.placement, self.axis, strides
+        )
         view.writes, view.copied, view._seen = self.writes, self.copied, self._seen
-        if not self.copied and local.numel() and _memory(local) != _memory(self._local):
-            view.is_copy()
+        if not self.copied and local.numel() and _storage_pointer(local) != _storage_pointer(self._local):
+            view.mark_as_copy()
         return view
 
-    def is_copy(self) -> None:
+    def mark_as_copy(self) -> None:
         """Note that this should be a view, and is a copy."""
         self.copied, self._seen = True, self.writes[0]
 
-    def whole(self, why: str | None = None) -> torch.Tensor:
+    def full_tensor(self, why: str | None = None) -> torch.Tensor:
         """All pieces joined; every rank gets the same. A collective call. ``why`` is counted, see GATHERED."""
         counter = GATHERED.get()
         if counter is not None and why is not None:
             counter[why] += 1
-        joined = gather(self.local, self.spans.lengths, self.cut_dim, self.axis)
-        if self.spans.in_rank_order:
+        joined = gather(self.local, self.placement.lengths, self.shard_dim, self.axis)
+        if self.placement.in_rank_order:
             return joined
-        return joined.index_select(self.cut_dim, order_of(self.spans).to(joined.device))
+        return joined.index_select(self.shard_dim, gather_order(self.placement).to(joined.device))
 
-    def moved(self, spans: Spans) -> TokenTensor:
+    def redistribute(self, placement: Placement) -> TokenTensor:
         """The same tensor dealt out otherwise: only what changes hands is sent. A collective call."""
-        return self if spans == self.spans else self.like(self.fetched(spans.held), spans=spans)
+        return (
+            self
+            if placement == self.placement
+            else self.wrap(self.fetch_ranges(placement.ranges_per_rank), placement=placement)
+        )
 
-    def fetched(self, wanted: Sequence[Sequence[Span]]) -> torch.Tensor:
+    def fetch_ranges(self, wanted: Sequence[Sequence[Range]]) -> torch.Tensor:
         """The spans that each rank wants, ascending, also of what others hold. A collective call.
 
         Args:
@@ -120,32 +132,32 @@ class TokenTensor(torch.Tensor):
         """
         me, ranks = self.axis.rank, range(self.axis.size)
         if self.axis.size == 1:
-            pieces = [self.local.narrow(self.cut_dim, start, stop - start) for start, stop in wanted[0]]
-            return torch.cat(pieces, self.cut_dim) if pieces else self.local.narrow(self.cut_dim, 0, 0)
-        rows = self.local.movedim(self.cut_dim, 0)
-        going = [common(self.spans.held[me], wanted[rank]) for rank in ranks]
-        coming = [common(self.spans.held[rank], wanted[me]) for rank in ranks]
+            pieces = [self.local.narrow(self.shard_dim, start, stop - start) for start, stop in wanted[0]]
+            return torch.cat(pieces, self.shard_dim) if pieces else self.local.narrow(self.shard_dim, 0, 0)
+        rows = self.local.movedim(self.shard_dim, 0)
+        going = [intersect(self.placement.ranges_per_rank[me], wanted[rank]) for rank in ranks]
+        coming = [intersect(self.placement.ranges_per_rank[rank], wanted[me]) for rank in ranks]
         width = math.prod(rows.shape[1:])
         leaving, arriving = [[width * sum(b - a for a, b in part) for part in parts] for parts in (going, coming)]
-        parcel = exchange(leaving, arriving, rows.dtype, rows.device, self.axis)
-        for place, part in zip(parcel.places, going, strict=True):
+        pending = exchange(leaving, arriving, rows.dtype, rows.device, self.axis)
+        for place, part in zip(pending.send_buffers, going, strict=True):
             if place.numel():
-                starts = [(self.spans.before(me, a), b - a) for a, b in part]
+                starts = [(self.placement.local_offset(me, a), b - a) for a, b in part]
                 torch.cat([rows.narrow(0, *start) for start in starts], out=place.view(-1, *rows.shape[1:]))
-        parcel.start()
+        pending.start()
         came = [span for part in coming for span in part]
-        arrived = parcel.wait().view(sum(b - a for a, b in came), *rows.shape[1:])
+        arrived = pending.wait().view(sum(b - a for a, b in came), *rows.shape[1:])
         # They come rank by rank and belong in ascending order.
         order = sorted(zip(came, arrived.split([b - a for a, b in came]), strict=True), key=lambda pair: pair[0])
         local = torch.cat([part for _, part in order]) if order else arrived
-        return local.movedim(0, self.cut_dim)
+        return local.movedim(0, self.shard_dim)
 
-    def cut_alike(self, value: torch.Tensor, dim: int) -> torch.Tensor:
+    def shard_like(self, value: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's piece of a tensor that every rank holds whole, cut along ``dim`` as this one is."""
-        return cut(value, dim, self.spans, self.axis)
+        return local_shard(value, dim, self.placement, self.axis)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"TokenTensor(shape={tuple(self.shape)}, dim={self.cut_dim}, pieces={self.spans.lengths})"
+        return f"TokenTensor(shape={tuple(self.shape)}, dim={self.shard_dim}, pieces={self.placement.lengths})"
 
     @classmethod
     def __torch_function__(
@@ -175,7 +187,7 @@ class TokenTensor(torch.Tensor):
             result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return on_the_whole(func, args, kwargs)
+        return run_on_full_tensors(func, args, kwargs)
 
 
 @cache
@@ -188,34 +200,34 @@ def _rule_for(func: Any) -> Rule | None:
     return rule
 
 
-def on_the_whole(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def run_on_full_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Do something to the whole tensors. All ranks come by here, since all see the same shapes.
 
     Raises:
         ShardingError: it would write to a view that one process shares with another tensor and this one does not, or
             change a tensor's shape in place.
     """
-    written = _written(TokenTensor, func, args, kwargs)
+    written = _written_tensors(TokenTensor, func, args, kwargs)
     if written and torch.Tag.inplace_view in func.tags:
         raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
     for piece in written:
         require_writable(func, piece)
     flat, spec = tree_flatten((tuple(args), kwargs))
     # One whole for one tensor, however often it is named.
-    wholes = {id(x): _with_strides(x.whole(str(func)), x.stride()) for x in flat if isinstance(x, TokenTensor)}
+    wholes = {id(x): _with_strides(x.full_tensor(str(func)), x.stride()) for x in flat if isinstance(x, TokenTensor)}
     args, kwargs = tree_unflatten([wholes.get(id(x), x) for x in flat], spec)
     result = func(*args, **kwargs)
     for piece in written:
         whole = wholes[id(piece)]
         if whole.shape != piece.shape:
             raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
-        piece.local.copy_(piece.cut_alike(whole, piece.cut_dim))
+        piece.local.copy_(piece.shard_like(whole, piece.shard_dim))
         piece.writes[0] += 1
         result = piece if result is whole else result
-    if not _gives_view(func):
+    if not _returns_view(func):
         return result
     base = next(x for x in flat if isinstance(x, TokenTensor))
-    return _glimpses(result, wholes[id(base)], base, [base.writes[0]])
+    return _wrap_gathered_views(result, wholes[id(base)], base, [base.writes[0]])
 
 
 def _with_strides(whole: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -226,13 +238,13 @@ def _with_strides(whole: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor
 
 
 @cache
-def _gives_view(func: Any) -> bool:
+def _returns_view(func: Any) -> bool:
     """Whether an operator that writes nothing may return what shares memory with its arguments."""
     schema = func._schema
     return not any(x.is_write for x in schema.arguments) and any(x.alias_info is not None for x in schema.returns)
 
 
-def _written(kind: type[T], func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[T]:
+def _written_tensors(kind: type[T], func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[T]:
     """The tensors of one kind that an operator writes to, by its schema."""
     found: list[T] = []
     for index, argument in enumerate(func._schema.arguments):
@@ -242,18 +254,19 @@ def _written(kind: type[T], func: Any, args: Sequence[Any], kwargs: dict[str, An
     return found
 
 
-class Glimpse(torch.Tensor):
+class GatheredView(torch.Tensor):
     """A view of a whole that was gathered. In one process it would share memory with a tensor that here lies in pieces.
 
     What is written to it goes to that tensor too; reading it after that tensor was written to is refused. What is
     computed from it is plain.
 
     Attributes:
-        plain: the view. whole: what it is a view of. base: the tensor in pieces. seen: its writes when it was gathered.
+        plain: the view. full_tensor: what it is a view of. base: the tensor in pieces.
+        seen: its writes when it was gathered.
     """
 
     plain: torch.Tensor
-    whole: torch.Tensor
+    full_tensor: torch.Tensor
     base: TokenTensor
     seen: list[int]
 
@@ -262,9 +275,9 @@ class Glimpse(torch.Tensor):
     @staticmethod
     def __new__(  # noqa: D102
         cls, plain: torch.Tensor, whole: torch.Tensor, base: TokenTensor, seen: list[int]
-    ) -> Glimpse:
+    ) -> GatheredView:
         view = torch.Tensor._make_subclass(cls, plain)
-        view.plain, view.whole, view.base, view.seen = plain, whole, base, seen
+        view.plain, view.full_tensor, view.base, view.seen = plain, whole, base, seen
         return view
 
     @classmethod
@@ -272,9 +285,9 @@ class Glimpse(torch.Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        changed = _written(Glimpse, func, args, kwargs)
+        changed = _written_tensors(GatheredView, func, args, kwargs)
         flat, spec = tree_flatten((tuple(args), kwargs))
-        glimpses = [x for x in flat if isinstance(x, Glimpse)]
+        glimpses = [x for x in flat if isinstance(x, GatheredView)]
         if any(x.base.writes[0] != x.seen[0] for x in glimpses):
             raise ShardingError(
                 f"{func} reads a view of a tensor whose tokens lie in pieces on the ranks, and which was written to"
@@ -283,23 +296,29 @@ class Glimpse(torch.Tensor):
             require_writable(func, x.base)
             if torch.Tag.inplace_view in func.tags:
                 raise ShardingError(f"{func} changes the shape of a view of a tensor in pieces")
-        args, kwargs = tree_unflatten([x.plain if isinstance(x, Glimpse) else x for x in flat], spec)
+        args, kwargs = tree_unflatten([x.plain if isinstance(x, GatheredView) else x for x in flat], spec)
         result = func(*args, **kwargs)
         for x in changed:
-            x.base.local.copy_(x.base.cut_alike(x.whole, x.base.cut_dim))
+            x.base.local.copy_(x.base.shard_like(x.full_tensor, x.base.shard_dim))
             x.base.writes[0] += 1
             x.seen[0] = x.base.writes[0]
             if result is x.plain:
                 result = x
-        return _glimpses(result, glimpses[0].whole, glimpses[0].base, glimpses[0].seen) if _gives_view(func) else result
+        return (
+            _wrap_gathered_views(result, glimpses[0].full_tensor, glimpses[0].base, glimpses[0].seen)
+            if _returns_view(func)
+            else result
+        )
 
 
-def _glimpses(result: Any, whole: torch.Tensor, base: TokenTensor, seen: list[int]) -> Any:
+def _wrap_gathered_views(result: Any, whole: torch.Tensor, base: TokenTensor, seen: list[int]) -> Any:
     """What an operator made of a whole, as views of it where they are."""
     flat, spec = tree_flatten(result)
     return tree_unflatten(
         [
-            Glimpse(x, whole, base, seen) if type(x) is torch.Tensor and _memory(x) == _memory(whole) else x
+            GatheredView(x, whole, base, seen)
+            if type(x) is torch.Tensor and _storage_pointer(x) == _storage_pointer(whole)
+            else x
             for x in flat
         ],
         spec,
@@ -315,7 +334,7 @@ def require_writable(func: Any, piece: TokenTensor) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _ordered(*layouts: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...] | None:
+def _pointwise_strides(*layouts: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...] | None:
     """The strides that torch gives to what it computes element by element from tensors of these shapes and strides."""
     tensors = [torch.empty_strided(*layout, device="meta") for layout in layouts]
     alike: dict[int, Callable[..., torch.Tensor]] = {1: torch.clone, 2: torch.add, 3: torch.addcmul}
@@ -329,27 +348,31 @@ def _refuse_data(*_args: Any) -> Any:
 FUNCTION_RULES[torch.Tensor.data.__set__] = _refuse_data  # type: ignore[attr-defined]
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def _storage_pointer(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def cut(value: torch.Tensor, dim: int, spans: Spans, axis: Axis) -> torch.Tensor:
+def local_shard(value: torch.Tensor, dim: int, placement: Placement, axis: Axis) -> torch.Tensor:
     """This rank's piece of a tensor that every rank holds whole."""
-    held = spans.held[axis.rank]
-    if len(held) == 1:
-        return value.narrow(dim, held[0][0], held[0][1] - held[0][0])
-    if not held:
+    ranges = placement.ranges_per_rank[axis.rank]
+    if len(ranges) == 1:
+        return value.narrow(dim, ranges[0][0], ranges[0][1] - ranges[0][0])
+    if not ranges:
         return value.narrow(dim, 0, 0)
-    return torch.cat([value.narrow(dim, start, stop - start) for start, stop in held], dim=dim)
+    return torch.cat([value.narrow(dim, start, stop - start) for start, stop in ranges], dim=dim)
 
 
-def unwrapped(value: Any) -> Any:
+def to_full_tensors(value: Any) -> Any:
     """A result with every TokenTensor in it (tuples, lists, dicts, dataclass-like outputs) made whole."""
     flat, spec = tree_flatten(value)
-    if not any(isinstance(item, (TokenTensor, Glimpse)) for item in flat):
+    if not any(isinstance(item, (TokenTensor, GatheredView)) for item in flat):
         return value
     flat = [
-        item.whole() if isinstance(item, TokenTensor) else item.clone() if isinstance(item, Glimpse) else item
+        item.full_tensor()
+        if isinstance(item, TokenTensor)
+        else item.clone()
+        if isinstance(item, GatheredView)
+        else item
         for item in flat
     ]
     return tree_unflatten(flat, spec)

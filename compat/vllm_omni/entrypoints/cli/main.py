@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from omni_sp.cli import BAD_INPUT
 from omni_sp.cli import main as omni_sp_main
 from omni_sp.errors import ConfigError
-from vllm_omni.entrypoints.cli.words import as_omni_sp
+from vllm_omni.entrypoints.cli.translate import as_omni_sp
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

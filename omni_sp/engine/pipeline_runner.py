@@ -1,0 +1,220 @@
+"""One rank's pipeline, loaded and parallelized, and one call on it. The same whether the rank is ours or the user's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from omni_sp.collectives import gather_ints
+from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, call_for, merge_calls
+from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Progress, Ready
+from omni_sp.errors import OmniSPError, RequestAbortedError, UnsupportedModelError
+from omni_sp.mesh import ParallelMesh
+from omni_sp.pipelines.arguments import inspect_pipeline, run_call
+from omni_sp.pipelines.check import difference, stage_errors
+from omni_sp.pipelines.load import OnComponent, default_dtype, load_pipeline
+from omni_sp.pipelines.parallelize import ParallelHandle, parallelize
+from omni_sp.pipelines.preview import Previews
+
+# Their own branch for latents fails, after all the denoising (diffusers 0.42.1); these decode on every rank.
+_NO_LATENTS = ("QwenImageLayeredPipeline",)
+_MAX_PREVIEWS = 8  # previews of one call, at most
+
+
+class PipelineRunner:
+    """A pipeline in this process, to be spread over a mesh and called.
+
+    Args:
+        options: the model and how to load it. device: this rank's own, such as "cuda:1".
+        decodes, on_component: as for load_pipeline().
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        device: str,
+        *,
+        decodes: bool = True,
+        on_component: OnComponent = lambda part, done, total: None,
+    ) -> None:
+        began = time.perf_counter()
+        self._options = options
+        self._device = torch.device(device)
+        self._dtype = options.dtype or default_dtype(device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        self._pipe: Any = load_pipeline(
+            options.source, dtype=self._dtype, device=device, decodes=decodes, on_component=on_component
+        )
+        self._handle: ParallelHandle | None = None
+        self._load_s = time.perf_counter() - began
+
+    def parallelize(self, mesh: ParallelMesh) -> Ready:
+        """Parallelize the pipeline. Every rank of the mesh does it; afterwards run() works."""
+        began = time.perf_counter()
+        capabilities = inspect_pipeline(self._pipe, self._options.source.sampling_defaults)
+        self._takes_generator = capabilities.argument_name("generator") is not None
+        self._several_as = capabilities.argument_name("num_outputs_per_prompt") or ""
+        self._handle = self._parallelized(mesh)
+        self._load_s += time.perf_counter() - began
+        return Ready(
+            rank=mesh.rank,
+            ranks=mesh.world_size,
+            layout=mesh.describe(),
+            capabilities=capabilities,
+            device=str(self._device),
+            dtype=self._dtype,
+            load_s=self._load_s,
+        )
+
+    def run(
+        self,
+        call: Call,
+        on_progress: OnProgress | None = None,
+        *,
+        answers: bool = True,
+        is_aborted: Callable[[], bool] = lambda: False,
+    ) -> Done:
+        """Call the pipeline. Every rank runs the same calls in the same order.
+
+        Args:
+            on_progress: told of every step. is_aborted: whether this rank heard that the call is to be left; if any
+                has, all leave it before the same step.
+            answers: False where nobody will look at this rank's pictures: it stops at the latent, which all ranks
+                share, and leaves the VAE to the rank that answers. On a CPU they would only take each other's cores.
+        """
+        assert self._handle is not None, "parallelize() comes before run()"
+        self._handle.forget_tokens()
+        mesh = self._handle.mesh
+        arguments = dict(call.arguments)
+        if not answers and "output_type" in arguments and type(self._pipe).__name__ not in _NO_LATENTS:
+            arguments["output_type"] = "latent"
+        with ExitStack() as stack:
+            if mesh.world_size > 1:
+                # A pipeline may also draw from the global generators; ranks must not diverge there.
+                devices = [self._device.index] if self._device.type == "cuda" else []
+                stack.enter_context(torch.random.fork_rng(devices=devices))
+                torch.manual_seed(call.seeds[0])
+            previews, num_outputs = None, len(call.seeds) * (arguments.get(self._several_as) or 1)
+            if call.previews and on_progress is not None:
+                previews = stack.enter_context(Previews(self._pipe, arguments.get("height"), arguments.get("width")))
+
+            def on_step(done: int, total: int) -> None:
+                if on_progress is not None:
+                    shows = previews is not None and 0 < done < total and _is_preview_step(done, total)
+                    pictures = previews.pictures(num_outputs) if previews is not None and shows else ()
+                    on_progress(Progress(done=done, total=total, previews=pictures))
+                if call.can_be_aborted and done < total and any_rank(is_aborted(), mesh):
+                    raise RequestAbortedError(f"{call.request_id} was aborted after {done} of {total} steps")
+
+            try:
+                result = run_call(self._pipe, arguments, seed=self._seed(call), device=self._device, on_step=on_step)
+            except BaseException:
+                # What a pipeline does at its end: offloaded parts go back, step caches forget.
+                getattr(self._pipe, "maybe_free_model_hooks", lambda: None)()
+                raise
+        return Done(request_id=call.request_id, result=result, tokens=dict(self._handle.tokens))
+
+    def check(self, call: Call) -> Done:
+        """Run a call in two ways, as its ``check`` says, and tell how far apart they are. All ranks do it."""
+        return self._check_batch(call) if call.check == "batch" else self._check_ranks(call)
+
+    def _check_ranks(self, call: Call) -> Done:
+        """On this rank alone, and over all ranks."""
+        assert self._handle is not None, "parallelize() comes before check()"
+        mesh = self._handle.mesh
+
+        def on_all_ranks() -> None:
+            torch.manual_seed(call.seeds[0])
+            self._handle = self._parallelized(mesh)
+
+        def on_one_rank() -> None:
+            torch.manual_seed(call.seeds[0])
+            assert self._handle is not None
+            self._handle.remove()
+
+        with torch.random.fork_rng(devices=[self._device.index] if self._device.type == "cuda" else []):
+            errors = stage_errors(
+                self._pipe,
+                call.arguments,
+                seed=self._seed(call),
+                device=self._device,
+                on_one_rank=on_one_rank,
+                on_all_ranks=on_all_ranks,
+            )
+        return Done(request_id=call.request_id, result=None, tokens=dict(self._handle.tokens), errors=errors)
+
+    def _check_batch(self, call: Call) -> Done:
+        """Each prompt alone, all in a batch, and each in a batch of its own kind, for what a batch itself rounds away.
+
+        Raises:
+            UnsupportedModelError: the pipeline fails on a batch.
+        """
+        count = len(call.seeds)
+        singles = [call_for(call, index) for index in range(count)]
+        try:
+            on_one_rank = [self._outcome(single, 1) for single in singles]
+            mixed = self._outcome(call, count)
+            twins = [self._outcome(merge_calls(call.request_id, [single] * count), count) for single in singles]
+        except OmniSPError:
+            raise
+        except Exception as error:
+            # Without the text, which may differ between ranks: they fail alike, and go on.
+            name = type(error).__name__
+            raise UnsupportedModelError(f"{type(self._pipe).__name__} raises {name} on a batch") from error
+        errors = {
+            BATCH: max(difference(mine[0], theirs) for mine, theirs in zip(on_one_rank, mixed, strict=True)),
+            ROUNDING: max(
+                difference(mine[0], twin) for mine, pair in zip(on_one_rank, twins, strict=True) for twin in pair
+            ),
+            SMALLEST: max(1e-5, 8 * torch.finfo(getattr(torch, self._dtype)).eps),
+        }
+        return Done(request_id=call.request_id, result=None, tokens={}, errors=errors)
+
+    def _outcome(self, call: Call, count: int) -> list[torch.Tensor]:
+        """The latents of so many prompts; decoded where the pipeline gives no latents."""
+        done = self.run(replace(call, previews=False), answers=False)
+        assert done.result is not None
+        rows = [torch.as_tensor(row).float() for row in (*done.result.images, *done.result.videos)]
+        rows = rows or [torch.as_tensor(row).float() for row in done.result.audios]
+        if len(rows) != count:
+            raise ValueError(f"{len(rows)} results for {count} prompts")
+        return rows
+
+    def _seed(self, call: Call) -> int | tuple[int, ...] | None:
+        """As run_call() takes it."""
+        if not self._takes_generator:
+            return None
+        return call.seeds[0] if len(call.seeds) == 1 else call.seeds
+
+    def _parallelized(self, mesh: ParallelMesh) -> ParallelHandle:
+        return parallelize(
+            self._pipe,
+            mesh,
+            attention_backend=self._options.attention_backend,
+            attention_strategy=self._options.attention_strategy,
+        )
+
+    def close(self) -> None:
+        """Give the pipeline's memory back."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._pipe = None, None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def any_rank(flag: bool, mesh: ParallelMesh) -> bool:
+    """Whether the flag is set on any rank; all ranks get the same answer. A collective call."""
+    row = gather_ints([int(flag)], mesh.sequence)
+    return any(entry for rows in gather_ints([entry[0] for entry in row], mesh.cfg) for entry in rows)
+
+
+def _is_preview_step(done: int, total: int) -> bool:
+    """True a few times along the way."""
+    return total <= _MAX_PREVIEWS or done * _MAX_PREVIEWS // total != (done - 1) * _MAX_PREVIEWS // total

@@ -1,0 +1,149 @@
+"""Rank processes on this machine, each a fresh interpreter.
+
+They are started as programs of their own, not by ``multiprocessing``: the user's main module is not imported again in
+each of them, so a script needs no ``if __name__ == "__main__"`` guard, a notebook works, and no tracker process stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection, Pipe
+
+from omni_sp.config import DiffusionParallelConfig
+from omni_sp.engine.devices import rank_devices, threads_per_rank
+from omni_sp.engine.ranks import LOOPBACK, RankPlacement
+from omni_sp.errors import ConfigError
+
+_BOOTSTRAP = """
+import importlib, json, sys
+from multiprocessing.connection import Connection
+sys.path[:], module, function = json.loads(sys.argv[2])
+getattr(importlib.import_module(module), function)(Connection(int(sys.argv[1])))
+"""
+# Other ranks' ends are the front's business to report; torch's C++ warnings about them would flood the terminal.
+_EVERY_RANK = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+# All ranks wait for the same download; one bar is enough.
+_ALL_BUT_RANK_0 = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+class SpawnedRank:
+    """A rank in a child process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], connection: Connection) -> None:
+        self._process = process
+        self._connection = connection
+
+    @property
+    def connection(self) -> Connection:
+        """The front's end of the pipe."""
+        return self._connection
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait so long at most for its end; then as poll()."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self._process.kill()
+
+
+class SpawnLauncher:
+    """Starts ranks with the interpreter and the import path of this process.
+
+    Args:
+        module, function: what a rank runs, called with its end of the pipe.
+        thread_stays: the thread that starts the ranks lives until they have ended.
+    """
+
+    def __init__(
+        self, module: str = "omni_sp.engine.worker", function: str = "rank_main", *, thread_stays: bool = False
+    ) -> None:
+        self._target = (module, function)
+        self._thread_stays = thread_stays
+
+    @property
+    def rendezvous_host(self) -> str:
+        """The loopback."""
+        return LOOPBACK
+
+    def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
+        """All on this machine.
+
+        Raises:
+            ConfigError: it has fewer GPUs than ranks, or no such GPU.
+        """
+        devices = rank_devices(device, config)
+        threads, parent_pid = threads_per_rank(len(devices)), self.parent_pid()
+        return [
+            RankPlacement(host=platform.node(), device=own, num_threads=threads, parent_pid=parent_pid)
+            for own in devices
+        ]
+
+    def start(self, rank: int) -> SpawnedRank:
+        """Start one rank.
+
+        Raises:
+            ConfigError: this system, or an embedded interpreter, cannot start them.
+        """
+        here, there = Pipe()
+        process = self.start_on(there, rank)
+        there.close()
+        return SpawnedRank(process, here)
+
+    def start_on(self, connection: Connection, rank: int) -> subprocess.Popen[bytes]:
+        """Start one rank on its end of a pipe, which stays open here."""
+        if os.name != "posix" or not sys.executable:
+            raise ConfigError("rank processes need Linux or macOS, and a Python program to start: use degrees 1 × 1")
+        path = [entry or os.getcwd() for entry in sys.path]
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                _BOOTSTRAP,
+                str(connection.fileno()),
+                json.dumps([path, *self._target]),
+                f"omni_sp-rank-{rank}",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=_standard_error(),
+            pass_fds=(connection.fileno(),),
+            env=_EVERY_RANK | (_ALL_BUT_RANK_0 if rank else {}) | os.environ,
+            # A session of their own: Ctrl-C reaches the front alone, which then ends the ranks.
+            start_new_session=True,
+        )
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def parent_pid(self) -> int:
+        """The process that ranks watch, if they can.
+
+        Linux watches the *thread* that started them: the main thread lives as long as the process, others may not.
+        """
+        stays = self._thread_stays or threading.current_thread() is threading.main_thread()
+        return os.getpid() if stays else 0
+
+
+def _standard_error() -> int:
+    """Where ranks print: not into the front's output, which may be somebody's input."""
+    try:
+        os.fstat(2)
+    except OSError:
+        return subprocess.DEVNULL
+    return 2

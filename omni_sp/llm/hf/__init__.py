@@ -1,0 +1,1 @@
+"""Language models of transformers over several ranks, without vLLM."""

@@ -1,0 +1,1 @@
+"""Inside vLLM: a plugin, and decoders whose steps are sharded over ranks."""

@@ -1,0 +1,133 @@
+"""How a vLLM engine is to share tokens among ranks, and how that travels inside vLLM's own configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omni_sp.errors import ConfigError
+
+_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")  # ways to speculate
+CONFIG_KEY = "omni_sp"
+"""Where the settings lie in vLLM's ``additional_config``, which every process gets and its compile cache counts."""
+
+
+@dataclass(frozen=True)
+class LlmParallelConfig:
+    """Degrees of an LLM engine.
+
+    Attributes:
+        sequence_parallel_size: ranks that trade tokens for heads around attention (Ulysses).
+        tensor_parallel_size: ranks among which each of those splits its weights. vLLM runs the product of the two.
+        enable_shift_parallel: steps with few tokens use the same weights by tensor parallelism over all ranks.
+        shift_parallel_threshold: the most tokens of such a step. None: measured at the first step, each way in turns.
+    """
+
+    sequence_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    enable_shift_parallel: bool = False
+    shift_parallel_threshold: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_parallel_size", "tensor_parallel_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r}: give a whole number from 1 on")
+        threshold = self.shift_parallel_threshold
+        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int) or threshold < 0):
+            raise ConfigError(
+                f"shift_parallel_threshold={threshold!r}: give a number of tokens from 0 on, or leave it to be measured"
+            )
+        if threshold is not None and not self.enable_shift_parallel:
+            raise ConfigError(
+                f"shift_parallel_threshold={threshold} means nothing without shift parallelism: add "
+                "--enable-shift-parallel (in Python enable_shift_parallel=True)"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all; what vLLM is told as its tensor parallel size."""
+        return self.sequence_parallel_size * self.tensor_parallel_size
+
+    @property
+    def is_asked_for(self) -> bool:
+        """False where vLLM is to run as it does without us."""
+        return self.sequence_parallel_size > 1
+
+    def additional_config(self, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The ``additional_config`` of vLLM with these settings in it, and the user's own entries."""
+        merged = dict(others or {})
+        if CONFIG_KEY in merged:
+            raise ConfigError(f"additional_config already holds {CONFIG_KEY!r}: give the degrees in one place")
+        return merged | {CONFIG_KEY: asdict(self)}
+
+    @classmethod
+    def found_in(cls, additional_config: Any) -> LlmParallelConfig | None:
+        """The settings in a vLLM ``additional_config``; None where nobody asked for any."""
+        entry = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
+        if entry is None:
+            return None
+        try:
+            settings = cls(**entry)
+        except TypeError as error:
+            raise ConfigError(f"additional_config[{CONFIG_KEY!r}]={entry!r}: {error}") from error
+        return settings if settings.is_asked_for else None
+
+
+@dataclass(frozen=True)
+class EngineFeatures:
+    """What else an engine is to do, as far as it is known, in vLLM's words.
+
+    The front asks with flags and the model's configuration, every rank again with vLLM's own, into which a setting may
+    have come on another way.
+    """
+
+    enable_lora: bool = False
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    quantization: str | None = None
+    speculation: str | None = None
+    has_mrope: bool = False
+    attention_heads: int | None = None
+
+    def require_handled(self, settings: LlmParallelConfig) -> None:
+        """Raise for what would be wrong, or silently not parallel.
+
+        Raises:
+            ConfigError: it names the setting, and the way out.
+        """
+        if self.enable_lora:
+            raise ConfigError(
+                "sequence parallelism does not run with LoRA (--enable-lora): merge the adapter into the weights, or "
+                "leave it"
+            )
+        if self.pipeline_parallel_size > 1:
+            raise ConfigError(
+                f"sequence parallelism does not run with pipeline parallelism: leave --pipeline-parallel-size "
+                f"{self.pipeline_parallel_size}, and give those ranks to sequence or tensor parallelism"
+            )
+        if self.data_parallel_size > 1:
+            raise ConfigError(
+                f"sequence parallelism does not run with data parallelism: leave --data-parallel-size "
+                f"{self.data_parallel_size}, and start one server for each replica"
+            )
+        if self.quantization is not None and (settings.enable_shift_parallel or settings.tensor_parallel_size > 1):
+            raise ConfigError(
+                f"weights quantised by {self.quantization!r} have no plain parts to share with tensor parallelism: "
+                "leave shift parallelism and inner tensor parallelism, or use the unquantised model"
+            )
+        if self.has_mrope:
+            raise ConfigError(
+                "models with multimodal rotary embeddings (mrope) are not handled: use tensor parallelism alone"
+            )
+        if self.speculation is not None and self.speculation not in _WITHOUT_A_MODEL:
+            raise ConfigError(
+                f"speculation by {self.speculation!r} runs a model of its own, which is not handled: use n-gram "
+                "speculation, or none"
+            )
+        if self.attention_heads is not None and self.attention_heads % settings.world_size:
+            raise ConfigError(
+                f"{self.attention_heads} attention heads are not divisible by {settings.world_size} ranks, which vLLM "
+                "needs: choose degrees whose product divides them"
+            )

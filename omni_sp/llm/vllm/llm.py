@@ -1,0 +1,73 @@
+"""vLLM's own ``LLM``, which also takes our degrees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm
+
+from omni_sp.errors import ConfigError
+from omni_sp.llm.vllm import cpu_env, internals
+from omni_sp.llm.vllm.config import LlmParallelConfig
+from omni_sp.llm.vllm.model_support import method_of, require_handled_model
+from omni_sp.llm.vllm.step_metrics import StepCounts, start_step_counter
+
+_FEATURES = ("enable_lora", "pipeline_parallel_size", "data_parallel_size", "quantization")
+_MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+
+
+class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
+    """As ``vllm.LLM``, whose arguments it takes all, over ranks that share a prompt's tokens.
+
+    Args:
+        model: as for vLLM; a Llama, Mistral, Qwen2 or Qwen3.
+        tensor_parallel_size: ranks that split the weights; beside sequence parallelism, within it.
+        ulysses_sequence_parallel_size: ranks that share the tokens of a step. 1: this is vLLM's own, unchanged.
+        enable_shift_parallel: steps of few tokens run by tensor parallelism over all ranks, with the same weights.
+        shift_parallel_threshold: the most tokens of such a step. None: measured at the first one, each way in turns.
+        options: everything else that vLLM takes.
+
+    Raises:
+        ConfigError: degrees that cannot be. UnsupportedModelError: another architecture.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tensor_parallel_size: int = 1,
+        ulysses_sequence_parallel_size: int = 1,
+        enable_shift_parallel: bool = False,
+        shift_parallel_threshold: int | None = None,
+        **options: Any,
+    ) -> None:
+        settings = LlmParallelConfig(
+            sequence_parallel_size=ulysses_sequence_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
+            enable_shift_parallel=enable_shift_parallel,
+            shift_parallel_threshold=shift_parallel_threshold,
+        )
+        self._counter = None
+        if settings.is_asked_for:
+            require_handled_model(
+                model,
+                settings,
+                speculation=method_of(options.get("speculative_config")),
+                **{name: options[name] for name in _FEATURES if name in options},
+            )
+            if internals.runs_on_cpu():
+                cpu_env.set_defaults(settings.world_size, memory_is_set=not _MEMORY.isdisjoint(options))
+            self._counter = start_step_counter()
+            options["additional_config"] = settings.additional_config(options.get("additional_config"))
+            options.setdefault("enforce_eager", True)
+        super().__init__(model=model, tensor_parallel_size=settings.world_size, **options)
+        if self._counter is not None and not self._counter.read().models:
+            raise ConfigError(
+                "vLLM's processes did not load the plugin omni_sp: install omni-sp where they run, and name it in "
+                "VLLM_PLUGINS if you set that"
+            )
+
+    @property
+    def steps(self) -> StepCounts | None:
+        """How the steps so far ran, and up to which length by tensor parallelism; None without sequence parallelism."""
+        return None if self._counter is None else self._counter.read()

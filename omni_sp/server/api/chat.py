@@ -1,0 +1,288 @@
+"""``/v1/chat/completions`` that answers with pictures, as vLLM-Omni and OpenRouter shape them, streamed or at once."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from pydantic import Field
+from starlette.responses import JSONResponse, Response
+
+from omni_sp.async_omni import AsyncOmni
+from omni_sp.events import RequestDone, RequestFailed
+from omni_sp.outputs import OmniRequestOutput
+from omni_sp.server.api.schemas import (
+    MAX_PROMPT_CHARS,
+    Fields,
+    GenerationFields,
+    check_generation,
+    make_prompt,
+    require_pictures,
+    sampling_params,
+)
+from omni_sp.server.api.streaming import (
+    KEEP_ALIVE,
+    STREAMED,
+    Events,
+    EventStream,
+    error_bytes,
+    event_bytes,
+    run_to_completion,
+    start_stream,
+)
+from omni_sp.server.errors import ApiError
+from omni_sp.server.fetch import fetch
+from omni_sp.server.pictures import MEDIA_TYPES, as_base64, decode_data_url, decode_picture, encode_picture
+from omni_sp.server.settings import ServerSettings
+
+# For the API's description; what is wrong with a message, last_user_message() says in words.
+_PART = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {
+        "type": {"enum": ["text", "image_url"]},
+        "text": {"type": "string"},
+        "image_url": {"type": "object", "required": ["url"], "properties": {"url": {"type": "string"}}},
+    },
+}
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
+    },
+}
+_DONE = b"data: [DONE]\n\n"
+
+
+class StreamOptions(Fields):
+    """Of a streamed answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class ChatFields(GenerationFields):
+    """A chat that ends with what is to be drawn. Earlier messages are not looked at.
+
+    The last message of the user says it: its texts are the prompt, its pictures are edited. ``n`` asks for as many
+    choices of a picture each; ``num_outputs_per_prompt`` for as many pictures in one choice; ``height`` and ``width``
+    may stand for ``size``. Fields that steer the writing of text are accepted, as chat programs send them with every
+    request, and mean nothing here.
+    """
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, json_schema_extra={"items": _MESSAGE})]
+    stream_options: StreamOptions | None = None
+    num_outputs_per_prompt: Annotated[int, Field(ge=1)] | None = None
+    height: Annotated[int, Field(ge=1)] | None = None
+    width: Annotated[int, Field(ge=1)] | None = None
+    modalities: list[Literal["text", "image"]] | None = None
+
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop: Any = None
+    metadata: Any = None
+    store: bool | None = None
+
+
+def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
+    """The route ``/v1/chat/completions``."""
+    router = APIRouter(prefix="/v1/chat", tags=["chat"])
+
+    @router.post("/completions", summary="Draw pictures, as the answer in a chat", responses=STREAMED)
+    async def completions(fields: ChatFields, request: Request) -> Response:
+        one_choice = fields.num_outputs_per_prompt is not None
+        request_fields = _as_generation(fields)
+        check_generation(request_fields, settings)
+        text, urls = last_user_message(fields.messages, settings)
+        capabilities = require_pictures(omni, settings)
+        pictures = [await _picture(url, settings) for url in urls]
+        prompt, params = make_prompt(text, pictures, capabilities), sampling_params(request_fields, settings)
+        answer = _Answer(fields, settings.names[0], one_choice)
+        if fields.stream:
+            events = await start_stream(omni, prompt, params, previews=False, pause_s=settings.keep_alive_s)
+            return EventStream(_stream(events, answer), events)
+        return JSONResponse(await answer.whole(await run_to_completion(omni, request, prompt, params)))
+
+    return router
+
+
+def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) -> tuple[str, list[str]]:
+    """The text and the pictures' URLs of the last message of the user.
+
+    Raises:
+        ApiError: 400: there is none, it says nothing, or holds what is no text and no picture.
+    """
+    place, message = next(
+        ((place, one) for place, one in reversed([*enumerate(messages)]) if one.get("role") == "user"), (0, None)
+    )
+    if message is None:
+        raise ApiError(400, 'messages: none has the role "user"', param="messages", code="missing_required_parameter")
+    where = f"messages[{place}].content"
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise _refused(where, "give a string or a list of parts")
+    texts, urls = [], []
+    for part in parts:
+        kind = part.get("type")
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image_url":
+            image_url = part.get("image_url")
+            url = image_url.get("url") if isinstance(image_url, dict) else image_url
+            if not isinstance(url, str):
+                raise _refused(where, "a part of type image_url has no url")
+            urls.append(url)
+        else:
+            raise _refused(where, f"a part of type {str(kind)[:40]!r}: give text and image_url only")
+    text = "\n".join(texts).strip()
+    if not text:
+        raise _refused(where, "it holds no text: say what to draw", code="missing_required_parameter")
+    if len(text) > MAX_PROMPT_CHARS:
+        raise _refused(where, f"{len(text)} characters of text are more than {MAX_PROMPT_CHARS}")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise _refused(where, "it holds half of a character")
+    if len(urls) > settings.max_images:
+        raise _refused(where, f"{len(urls)} pictures: this server takes up to {settings.max_images}")
+    return text, urls
+
+
+class _Answer:
+    """The shapes of one answer, whole or in chunks."""
+
+    def __init__(self, fields: ChatFields, model: str, one_choice: bool) -> None:
+        self._fields, self._one_choice = fields, one_choice
+        self._kind = fields.output_format or "png"
+        self._common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    async def whole(self, output: OmniRequestOutput) -> dict[str, Any]:
+        """The answer at once."""
+        choices = [
+            {
+                "index": index,
+                # vLLM-Omni's clients read the content, OpenRouter's the images.
+                "message": {"role": "assistant", "content": parts, "images": parts, "refusal": None},
+                "finish_reason": "stop",
+                "logprobs": None,
+            }
+            for index, parts in enumerate(await self._choices(output))
+        ]
+        return {
+            **self._common,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": _usage(output),
+            "seed": output.metrics.get("seed"),
+        }
+
+    def opening(self) -> bytes:
+        """The first chunk, sent while there is nothing to see yet."""
+        return self._chunk([_choice(0, {"role": "assistant", "content": ""})])
+
+    async def chunks(self, output: OmniRequestOutput) -> AsyncGenerator[bytes, None]:
+        """The rest: a chunk for each choice, and how it ended."""
+        choices = await self._choices(output)
+        for index, parts in enumerate(choices):
+            yield self._chunk([_choice(index, {"role": "assistant", "content": "", "images": parts})])
+        for index in range(len(choices)):
+            yield self._chunk([_choice(index, {}, "stop")])
+        options = self._fields.stream_options
+        if options is not None and options.include_usage:
+            yield self._chunk([], usage=_usage(output))
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        body = {**self._common, "object": "chat.completion.chunk", "choices": choices, **more}
+        return event_bytes(body, named=False)
+
+    async def _choices(self, output: OmniRequestOutput) -> list[list[dict[str, Any]]]:
+        """The pictures of each choice."""
+        pictures = [picture for picture in output.images if isinstance(picture, Image.Image)]
+        if not pictures:
+            raise ApiError(500, "the pipeline gave no picture", code="no_picture")
+        parts = [await self._part(picture) for picture in pictures]
+        return [parts] if self._one_choice else [[part] for part in parts]
+
+    async def _part(self, picture: Image.Image) -> dict[str, Any]:
+        data = await asyncio.to_thread(encode_picture, picture, self._kind, self._fields.output_compression)
+        return {"type": "image_url", "image_url": {"url": f"data:{MEDIA_TYPES[self._kind]};base64,{as_base64(data)}"}}
+
+
+async def _stream(events: Events, answer: _Answer) -> AsyncGenerator[bytes, None]:
+    try:
+        async with aclosing(events):
+            yield answer.opening()
+            async for event in events:
+                if event is None:
+                    yield KEEP_ALIVE
+                elif isinstance(event, RequestDone):
+                    async with aclosing(answer.chunks(event.output)) as chunks:
+                        async for chunk in chunks:
+                            yield chunk
+                    yield _DONE
+                elif isinstance(event, RequestFailed):
+                    yield error_bytes(event.error)
+    except Exception as error:  # the status has gone out: all that is left to tell it is an event
+        yield error_bytes(error)
+
+
+def _as_generation(fields: ChatFields) -> GenerationFields:
+    """The same request with one name for each thing.
+
+    Raises:
+        ApiError: 400: two names of one thing.
+    """
+    if fields.num_outputs_per_prompt is not None and fields.n not in (None, 1):
+        raise ApiError(400, "give n or num_outputs_per_prompt, not both", param="n", code="invalid_value")
+    size = fields.size
+    if fields.height is not None or fields.width is not None:
+        if size is not None:
+            raise ApiError(400, "give size, or height and width", param="size", code="invalid_value")
+        if fields.height is None or fields.width is None:
+            raise ApiError(400, "give both height and width", param="size", code="invalid_value")
+        size = f"{fields.width}x{fields.height}"
+    known = {name: getattr(fields, name) for name in GenerationFields.model_fields}
+    return GenerationFields(**{**known, "n": fields.num_outputs_per_prompt or fields.n, "size": size})
+
+
+async def _picture(url: str, settings: ServerSettings) -> Image.Image:
+    """The picture behind a data: URL, or, where the operator allows it, an http(s) one."""
+    if url[:5].lower() == "data:":
+        return await asyncio.to_thread(decode_data_url, url, param="messages", max_pixels=settings.max_pixels)
+    if settings.allow_url_images and url.lower().startswith(("http://", "https://")):
+        data = await asyncio.to_thread(fetch, url, max_bytes=settings.max_body_bytes, param="messages")
+        return await asyncio.to_thread(decode_picture, data, param="messages", max_pixels=settings.max_pixels)
+    how = "; this server fetches no URLs" if url.lower().startswith("http") else ""
+    raise ApiError(
+        400,
+        f"messages: a picture is given as {url[:40]!r}: send it as data:image/png;base64,…{how}",
+        param="messages",
+        code="invalid_image_url",
+    )
+
+
+def _choice(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+
+
+def _usage(output: OmniRequestOutput) -> dict[str, int]:
+    """Tokens that the transformer had: of text as prompt, of the pictures as completion."""
+    tokens = dict(output.metrics.get("tokens") or {})
+    request_fields = tokens.pop("hidden_states", 0) * len(output.images)
+    text = sum(tokens.values())
+    return {"prompt_tokens": text, "completion_tokens": request_fields, "total_tokens": text + request_fields}
+
+
+def _refused(where: str, reason: str, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, f"{where}: {reason}", param=where, code=code)

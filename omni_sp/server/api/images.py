@@ -1,0 +1,291 @@
+"""``/v1/images/generations`` and ``/v1/images/edits``, in the shapes of OpenAI's client, streamed or at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from starlette.datastructures import UploadFile
+from starlette.responses import JSONResponse, Response
+
+from omni_sp.async_omni import AsyncOmni
+from omni_sp.config import OmniDiffusionSamplingParams
+from omni_sp.events import RequestDone, RequestFailed, RequestProgress, RequestQueued
+from omni_sp.outputs import OmniRequestOutput
+from omni_sp.server.api.schemas import (
+    EditFields,
+    ImageFields,
+    check_generation,
+    from_form,
+    make_prompt,
+    require_pictures,
+    sampling_params,
+)
+from omni_sp.server.api.streaming import (
+    KEEP_ALIVE,
+    STREAMED,
+    Events,
+    EventStream,
+    error_bytes,
+    event_bytes,
+    run_to_completion,
+    start_stream,
+)
+from omni_sp.server.errors import ApiError, unknown_field
+from omni_sp.server.pictures import MEDIA_TYPES, SUFFIXES, as_base64, decode_picture, edit_mask, encode_picture
+from omni_sp.server.settings import ServerSettings
+from omni_sp.server.storage.file_store import FileStore
+
+_SHOWN_METRICS = ("text_encoder_s", "denoise_s", "denoise_step_s", "vae_s", "total_s", "num_steps", "ranks", "tokens")
+GENERATION, EDIT = "image_generation", "image_edit"
+
+
+def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore) -> APIRouter:
+    """The routes below ``/v1/images``."""
+    router = APIRouter(prefix="/v1/images", tags=["images"])
+
+    async def decoded(data: bytes, param: str) -> Image.Image:
+        return await asyncio.to_thread(decode_picture, data, param=param, max_pixels=settings.max_pixels)
+
+    @router.post("/generations", summary="Draw pictures", responses=STREAMED)
+    async def generations(fields: ImageFields, request: Request) -> Response:
+        check_image(fields, settings)
+        capabilities = require_pictures(omni, settings)
+        prompt = make_prompt(fields.prompt, [], capabilities)
+        return await _answer(omni, settings, files, request, fields, prompt, sampling_params(fields, settings))
+
+    @router.post("/edits", summary="Edit pictures", responses=STREAMED, openapi_extra=_form_schema())
+    async def edits(request: Request) -> Response:
+        fields, uploads, mask = await _form(request, settings)
+        check_image(fields, settings)
+        capabilities = require_pictures(omni, settings)
+        pictures = [await decoded(data, "image") for data in uploads]
+        extra: dict[str, Any] = {}
+        if mask is not None:
+            if "mask_image" not in capabilities.parameters:
+                raise ApiError(400, f"{capabilities.name} takes no mask", param="mask", code="invalid_value")
+            extra["mask_image"] = edit_mask(await decoded(mask, "mask"), pictures[0])
+        prompt = make_prompt(fields.prompt, pictures, capabilities)
+        params = sampling_params(fields, settings, extra)
+        return await _answer(omni, settings, files, request, fields, prompt, params, EDIT)
+
+    return router
+
+
+def check_image(fields: ImageFields, settings: ServerSettings) -> None:
+    """As check_generation(), and what only these routes have."""
+    check_generation(fields, settings)
+    if fields.stream:
+        if fields.response_format == "url":
+            raise ApiError(
+                400, "response_format=url: a stream carries b64_json", param="response_format", code="invalid_value"
+            )
+        return
+    for name in ("partial_images", "progress"):
+        if getattr(fields, name):
+            raise ApiError(400, f"{name} needs stream=true", param=name, code="invalid_value")
+
+
+def usage_of(metrics: dict[str, Any], num_results: int) -> dict[str, Any]:
+    """OpenAI's usage: tokens that the transformer had, of text as input and of the picture as output."""
+    tokens = dict(metrics.get("tokens") or {})
+    image_tokens = tokens.pop("hidden_states", 0) * num_results
+    text_tokens = sum(tokens.values())
+    return {
+        "input_tokens": text_tokens,
+        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": 0},
+        "output_tokens": image_tokens,
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": image_tokens},
+        "total_tokens": text_tokens + image_tokens,
+    }
+
+
+async def _answer(
+    omni: AsyncOmni,
+    settings: ServerSettings,
+    files: FileStore,
+    request: Request,
+    fields: ImageFields,
+    prompt: dict[str, Any],
+    params: OmniDiffusionSamplingParams,
+    kind: str = GENERATION,
+) -> Response:
+    if fields.stream:
+        wants_previews = bool(fields.partial_images)
+        events = await start_stream(omni, prompt, params, previews=wants_previews, pause_s=settings.keep_alive_s)
+        return EventStream(_stream(events, fields, kind), events)
+    output = await run_to_completion(omni, request, prompt, params)
+    pictures = _pictures(output)
+    encoded = [await _encoded(picture, fields) for picture in pictures]
+    if fields.response_format == "url":
+        data = [{"url": await _kept(files, request, one, fields)} for one in encoded]
+    else:
+        data = [{"b64_json": as_base64(one)} for one in encoded]
+    return JSONResponse(
+        {
+            "created": int(time.time()),
+            "data": data,
+            "background": "opaque" if pictures[0].mode == "RGB" else "transparent",
+            "output_format": fields.output_format or "png",
+            "size": _size(pictures[0]),
+            "usage": usage_of(output.metrics, len(pictures)),
+            "seed": output.metrics.get("seed"),
+            "metrics": _shown(output),
+        }
+    )
+
+
+async def _stream(events: Events, fields: ImageFields, kind: str) -> AsyncGenerator[bytes, None]:
+    """OpenAI's events of one request, and ours for progress; an error is the last one."""
+    common = {
+        "background": "auto",
+        "output_format": fields.output_format or "png",
+        "quality": "auto",
+        "size": fields.size or "auto",
+    }
+    wanted, shown, step = fields.partial_images or 0, 0, (0, 0)
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if event is None:
+                    yield KEEP_ALIVE
+                elif isinstance(event, RequestQueued) and fields.progress:
+                    yield event_bytes(_progress(kind, step=None, total=None, position=event.position))
+                elif isinstance(event, RequestProgress):
+                    is_shown = _is_due(event, shown, wanted)
+                    if fields.progress and (event.done, event.total) != step:
+                        step = event.done, event.total
+                        told = _progress(kind, step=event.done, total=event.total, position=0)
+                        if is_shown and len(event.previews) > 1:  # of several, OpenAI's events show but one
+                            told["previews"] = [await _rough(one, fields) for one in event.previews]
+                        yield event_bytes(told)
+                    if event.preview is not None and is_shown:
+                        yield event_bytes(
+                            {
+                                "type": f"{kind}.partial_image",
+                                "partial_image_index": shown,
+                                "b64_json": as_base64(await _encoded(event.preview, fields)),
+                                "created_at": int(time.time()),
+                                **common,
+                            }
+                        )
+                        shown += 1
+                elif isinstance(event, RequestDone):
+                    for picture in _pictures(event.output):
+                        yield event_bytes(await _completed(kind, picture, event.output, fields, common))
+                elif isinstance(event, RequestFailed):
+                    yield error_bytes(event.error)
+    except Exception as error:  # the status has gone out: all that is left to tell it is an event
+        yield error_bytes(error)
+
+
+def _is_due(event: RequestProgress, shown: int, wanted: int) -> bool:
+    """Previews are spread evenly over the steps; the finished picture is none of them."""
+    return shown < wanted and event.done * (wanted + 1) >= event.total * (shown + 1) and event.done < event.total
+
+
+def _progress(kind: str, *, step: int | None, total: int | None, position: int) -> dict[str, Any]:
+    """Ours: ``position`` requests come before this one; ``step`` of ``total``, null while it waits.
+
+    Of several pictures, ``previews`` are added to it when a preview is due: one of each.
+    """
+    return {"type": f"{kind}.progress", "step": step, "total": total, "position": position}
+
+
+async def _rough(picture: Image.Image, fields: ImageFields) -> dict[str, str]:
+    return {"b64_json": as_base64(await _encoded(picture, fields)), "output_format": fields.output_format or "png"}
+
+
+async def _completed(
+    kind: str, picture: Image.Image, output: OmniRequestOutput, fields: ImageFields, common: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "type": f"{kind}.completed",
+        "b64_json": as_base64(await _encoded(picture, fields)),
+        "created_at": int(time.time()),
+        **common,
+        "size": _size(picture),
+        "background": "opaque" if picture.mode == "RGB" else "transparent",
+        "usage": usage_of(output.metrics, 1),
+        "seed": output.metrics.get("seed"),
+        "metrics": _shown(output),
+    }
+
+
+def _pictures(output: OmniRequestOutput) -> list[Image.Image]:
+    pictures = [picture for picture in output.images if isinstance(picture, Image.Image)]
+    if not pictures:
+        raise ApiError(500, "the pipeline gave no picture", code="no_picture")
+    return pictures
+
+
+async def _encoded(picture: Image.Image, fields: ImageFields) -> bytes:
+    """In a thread: a large picture takes longer than others should wait for."""
+    return await asyncio.to_thread(encode_picture, picture, fields.output_format or "png", fields.output_compression)
+
+
+async def _kept(files: FileStore, request: Request, data: bytes, fields: ImageFields) -> str:
+    kind = fields.output_format or "png"
+    file_id = await asyncio.to_thread(files.put, data, suffix=SUFFIXES[kind], media_type=MEDIA_TYPES[kind])
+    return str(request.url_for("file_content", file_id=file_id))
+
+
+def _size(picture: Image.Image) -> str:
+    return f"{picture.width}x{picture.height}"
+
+
+def _shown(output: OmniRequestOutput) -> dict[str, Any]:
+    return {name: output.metrics[name] for name in _SHOWN_METRICS if name in output.metrics}
+
+
+async def _form(request: Request, settings: ServerSettings) -> tuple[EditFields, list[bytes], bytes | None]:
+    """The fields of an edit, its pictures' files and its mask's."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        raise ApiError(
+            415, f"content-type {kind or 'missing'}: send multipart/form-data", code="unsupported_media_type"
+        )
+    fields: dict[str, str] = {}
+    pictures: list[bytes] = []
+    mask: bytes | None = None
+    async with request.form(max_files=settings.max_images + 1, max_fields=100) as form:
+        for name, value in form.multi_items():
+            is_file = isinstance(value, UploadFile)
+            if name in ("image", "image[]", "mask") and not is_file:
+                raise ApiError(400, f"{name}: upload it as a file", param=name.removesuffix("[]"), code="invalid_value")
+            if is_file and name not in ("image", "image[]", "mask"):
+                raise unknown_field(name, ["image", "image[]", "mask"])
+            if name != "image[]" and name != "image" and (name in fields or (name == "mask" and mask is not None)):
+                raise ApiError(400, f"{name} is given twice: give it once", param=name, code="invalid_value")
+            if isinstance(value, str):
+                fields[name] = value
+            elif name == "mask":
+                mask = await value.read()
+            else:
+                pictures.append(await value.read())
+    checked = from_form(EditFields, fields)
+    if not pictures:
+        raise ApiError(400, "image: upload the picture to edit", param="image", code="missing_required_parameter")
+    if len(pictures) > settings.max_images:
+        raise ApiError(
+            400,
+            f"{len(pictures)} pictures: this server takes up to {settings.max_images}",
+            param="image",
+            code="invalid_value",
+        )
+    return checked, pictures, mask
+
+
+def _form_schema() -> dict[str, Any]:
+    """For the API's documentation: the form is read by hand."""
+    schema = EditFields.model_json_schema()
+    file = {"type": "string", "format": "binary"}
+    several = {"type": "array", "items": file, "description": "the pictures to edit"}
+    schema["properties"] |= {"image": several, "mask": file}
+    schema["required"] = ["prompt", "image"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

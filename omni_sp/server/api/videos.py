@@ -1,0 +1,348 @@
+"""``/v1/videos``: OpenAI's Videos API. A video is a job; its file is fetched when it is done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import secrets
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.responses import FileResponse, JSONResponse
+from PIL import Image
+from pydantic import BeforeValidator, Field
+from starlette.datastructures import UploadFile
+
+from omni_sp.async_omni import AsyncOmni
+from omni_sp.config import MAX_SEED, OmniDiffusionSamplingParams
+from omni_sp.errors import ConfigError
+from omni_sp.pipelines.arguments import frames_per_second
+from omni_sp.pipelines.capabilities import PipelineCapabilities
+from omni_sp.pipelines.export import require_video_writer
+from omni_sp.server.api.schemas import Fields, Size, Text, check_model, from_form, parse_size
+from omni_sp.server.errors import ApiError
+from omni_sp.server.fetch import fetch
+from omni_sp.server.pictures import decode_data_url, decode_picture, encode_picture
+from omni_sp.server.settings import ServerSettings
+from omni_sp.server.storage.file_store import FileStore
+from omni_sp.server.storage.job_store import COMPLETED, FAILED, VideoJob
+from omni_sp.server.storage.video_jobs import VideoJobs
+
+_POLL_AFTER_MS = 500
+"""What OpenAI's client is told to wait between two looks at a video that is not done."""
+_PICTURE = "input_reference"
+_NEW_SEED = 2**31
+
+
+def _as_number(value: Any) -> Any:
+    """OpenAI's client sends ``seconds`` as text, other people a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+class VideoFields(Fields):
+    """What can be said about a video, beside the picture ``input_reference``. What is left out, the model decides.
+
+    ``size`` is "WIDTHxHEIGHT" in pixels or "auto". ``seconds`` is rounded to what the model can make, ``num_frames`` is
+    exact; ``fps`` are the frames to show in a second. The same ``seed`` makes the same video. ``true_cfg_scale`` is
+    classifier-free guidance with the negative prompt, of models that know it. ``user`` and ``safety_identifier`` are
+    accepted and not looked at.
+    """
+
+    prompt: Annotated[Text, Field(min_length=1)] | None = None
+    model: str | None = None
+    seconds: Annotated[float, BeforeValidator(_as_number), Field(gt=0, le=3600)] | None = None
+    size: Size | None = None
+    num_frames: Annotated[int, Field(ge=1)] | None = None
+    fps: Annotated[float, Field(ge=0.1, le=240)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    negative_prompt: Text | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+
+
+def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore) -> APIRouter:
+    """The routes below ``/v1/videos``. Their jobs start and end with the application (the router has a lifespan).
+
+    Args:
+        files: where videos are kept, and jobs are remembered; closed by who opened it, after the application's end.
+    """
+
+    def read_picture(data: bytes) -> Image.Image:
+        picture = decode_picture(data, param=_PICTURE, max_pixels=settings.max_pixels)
+        return picture.convert(omni.info.capabilities.image_mode)
+
+    jobs = VideoJobs(omni, files, model=settings.names[0], max_age_s=settings.file_max_age_s, read_picture=read_picture)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await jobs.start()
+        try:
+            yield
+        finally:
+            await jobs.close(settings.drain_timeout_s)
+
+    router = APIRouter(prefix="/v1/videos", tags=["videos"], lifespan=lifespan)
+    _add_create(router, omni, settings, jobs)
+    _add_jobs(router, jobs)
+    _add_content(router, jobs)
+    return router
+
+
+def _add_create(router: APIRouter, omni: AsyncOmni, settings: ServerSettings, jobs: VideoJobs) -> None:
+    @router.post("", summary="Make a video", openapi_extra=_body_schema())
+    async def create(request: Request) -> JSONResponse:
+        order, picture = await _read_request(request, settings)
+        job = _job(order, omni.info.capabilities, settings, has_picture=picture is not None)
+        try:
+            return _answer(await jobs.submit(job, picture))
+        except sqlite3.Error as error:
+            raise ApiError(507, f"the job could not be written down: {error}", code="storage_failed") from error
+
+
+def _add_jobs(router: APIRouter, jobs: VideoJobs) -> None:
+    @router.get("", summary="List videos")
+    async def list_videos(
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> JSONResponse:
+        try:
+            page, has_more = jobs.page(limit=limit, after=after, ascending=order == "asc")
+        except KeyError:
+            raise ApiError(400, f"after={after!r}: there is no such video", param="after") from None
+        first, last = (page[0].id, page[-1].id) if page else (None, None)
+        data = [as_video(job) for job in page]
+        return JSONResponse({"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more})
+
+    @router.get("/{video_id}", summary="How far a video is")
+    async def retrieve(video_id: str) -> JSONResponse:
+        return _answer(_found(jobs, video_id))
+
+    @router.delete("/{video_id}", summary="Remove a video; stop it where it is being made")
+    async def delete(video_id: str) -> JSONResponse:
+        _found(jobs, video_id)
+        await jobs.delete(video_id)
+        return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
+
+
+def _add_content(router: APIRouter, jobs: VideoJobs) -> None:
+    @router.get(
+        "/{video_id}/content",
+        summary="Fetch a finished video",
+        response_class=FileResponse,
+        responses={200: {"content": {media_type: {} for media_type in ("video/mp4", "image/webp", "audio/wav")}}},
+    )
+    async def content(video_id: str, variant: str = "video") -> FileResponse:
+        job = _found(jobs, video_id)
+        if variant not in ("video", "thumbnail", "audio"):
+            raise ApiError(400, f"variant={variant!r}: there are video, thumbnail and audio", param="variant")
+        if job.status == FAILED:
+            raise ApiError(400, f"{video_id} failed: {job.error_message}", code="video_failed")
+        if job.status != COMPLETED:
+            told = f"{video_id} is {job.status}, {job.progress} %: fetch it when it is completed"
+            raise ApiError(400, told, code="video_not_ready")
+        try:
+            path, media_type = jobs.file(job, variant)
+        except KeyError:
+            reason = "it is no longer kept" if variant in job.files else "this video has none"
+            raise ApiError(404, f"{video_id} has no {variant}: {reason}", code="content_not_found") from None
+        return FileResponse(
+            path,
+            media_type=media_type,
+            filename=f"{video_id}{path.suffix}",
+            content_disposition_type="inline",
+            headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "private"},
+        )
+
+
+def as_video(job: VideoJob) -> dict[str, Any]:
+    """A job as OpenAI's client reads it, and what else is known: seed, num_frames, fps, note."""
+    error = {"code": job.error_code, "message": job.error_message} if job.status == FAILED else None
+    times = {"completed_at": job.completed_at, "expires_at": job.expires_at}
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": job.model,
+        "status": job.status,
+        "progress": job.progress,
+        "created_at": int(job.created_at),
+        **{name: None if value is None else int(value) for name, value in times.items()},
+        "prompt": job.prompt,
+        "size": job.size,
+        "seconds": None if job.seconds is None else f"{job.seconds:.3f}".rstrip("0").rstrip("."),
+        "error": error,
+        "remixed_from_video_id": None,
+        "seed": job.params.get("seed"),
+        "num_frames": job.params.get("num_frames"),
+        "fps": job.params.get("fps"),
+        "note": job.note,
+    }
+
+
+def _answer(job: VideoJob) -> JSONResponse:
+    headers = {} if job.is_over else {"openai-poll-after-ms": str(_POLL_AFTER_MS)}
+    return JSONResponse(as_video(job), headers=headers)
+
+
+def _found(jobs: VideoJobs, video_id: str) -> VideoJob:
+    try:
+        return jobs.get(video_id)
+    except KeyError:
+        raise ApiError(404, f"there is no video {video_id!r}", param="video_id", code="video_not_found") from None
+
+
+# What a request says
+
+
+async def _read_request(request: Request, settings: ServerSettings) -> tuple[VideoFields, bytes | None]:
+    """The fields of a form or of JSON, and the picture's file."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        fields = await _form_fields(request, settings.max_body_bytes)  # a data: URL may be long
+        picture = fields.pop(_PICTURE, None)
+        order = from_form(VideoFields, fields)
+    elif kind == "application/json":
+        fields = _json_fields(await request.body())
+        picture = fields.pop(_PICTURE, None)
+        order = VideoFields.model_validate(fields)
+    else:
+        raise ApiError(415, f"content-type {kind or 'missing'}: send multipart/form-data or application/json")
+    if picture is None or isinstance(picture, bytes):
+        return order, picture
+    if isinstance(picture, dict) and set(picture) == {"image_url"}:
+        picture = picture["image_url"]
+    return order, await asyncio.to_thread(_file_behind, picture, settings)
+
+
+def _file_behind(url: object, settings: ServerSettings) -> bytes:
+    """The picture file that a data: URL is, or, where the operator allows it, an http(s) one names."""
+    if isinstance(url, str) and settings.allow_url_images and url.lower().startswith(("http://", "https://")):
+        return fetch(url, max_bytes=settings.max_body_bytes, param=_PICTURE)
+    return encode_picture(decode_data_url(url, param=_PICTURE, max_pixels=settings.max_pixels), "png")
+
+
+async def _form_fields(request: Request, max_part_size: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    async with request.form(max_files=1, max_fields=100, max_part_size=max_part_size) as form:
+        for name, value in form.multi_items():
+            if name in (f"{_PICTURE}[image_url]", f"{_PICTURE}[]"):
+                name = _PICTURE
+            if name in fields:
+                raise ApiError(400, f"{name} is given twice: give it once", param=name, code="invalid_value")
+            if isinstance(value, UploadFile) and name != _PICTURE:
+                raise ApiError(400, f"{name} is a file: give text", param=name, code="invalid_value")
+            fields[name] = await value.read() if isinstance(value, UploadFile) else value
+    return fields
+
+
+def _json_fields(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the body is no JSON object", code="invalid_json")
+    return fields
+
+
+def _job(
+    order: VideoFields, capabilities: PipelineCapabilities, settings: ServerSettings, *, has_picture: bool
+) -> VideoJob:
+    """The job for a request, within what the operator allows. What the pipeline refuses, it refuses when it is queued.
+
+    A seed is drawn where none is given, so that a job that is begun again after a crash gives the same video.
+    """
+    check_model(settings, order.model)
+    if not capabilities.makes_videos:
+        where = "use /v1/images/generations" if capabilities.makes == "picture" else "serve a video model"
+        raise ApiError(400, f"{settings.names[0]} ({capabilities.name}) makes {capabilities.makes}s "
+                       f"and no videos: {where}",
+                       param="model", code="unsupported_model")  # fmt: skip
+    if order.prompt is None and not has_picture:
+        raise ApiError(400, "prompt: say what the video is to show", param="prompt", code="missing_required_parameter")
+    try:
+        require_video_writer()
+    except ConfigError as error:
+        raise ApiError(501, str(error), code="no_video_writer") from error
+    width, height = parse_size(order.size, settings)
+    frames_per_s = frames_per_second(capabilities, capabilities.sampling_defaults, order.fps)
+    num_frames = _num_frames(order, capabilities, frames_per_s, settings)
+    if order.num_inference_steps is not None and order.num_inference_steps > settings.max_steps:
+        raise ApiError(400, f"num_inference_steps={order.num_inference_steps}: this server allows up to "
+                       f"{settings.max_steps}",
+                       param="num_inference_steps", code="invalid_value")  # fmt: skip
+    seed = order.seed
+    if seed is None and capabilities.argument_name("generator") is not None:
+        seed = secrets.randbelow(_NEW_SEED)
+    params = OmniDiffusionSamplingParams(
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        fps=order.fps,
+        num_inference_steps=order.num_inference_steps,
+        guidance_scale=order.guidance_scale,
+        true_cfg_scale=order.true_cfg_scale,
+        negative_prompt=order.negative_prompt,
+        seed=seed,
+    )
+    shown = {name: getattr(params, name) or _default(capabilities, name) for name in ("width", "height", "num_frames")}
+    return VideoJob(
+        id=f"video_{secrets.token_hex(16)}",
+        model=settings.names[0],
+        created_at=time.time(),
+        prompt=order.prompt,
+        params={name: value for name, value in vars(params).items() if value is not None and name != "extra_args"},
+        seconds=shown["num_frames"] / frames_per_s if shown["num_frames"] else None,
+        size=f"{shown['width']}x{shown['height']}" if shown["width"] and shown["height"] else None,
+    )
+
+
+def _num_frames(
+    order: VideoFields, capabilities: PipelineCapabilities, fps: float, settings: ServerSettings
+) -> int | None:
+    """Frames as they are asked for; ``seconds`` as near as the model can come."""
+    if order.seconds is not None and order.num_frames is not None:
+        raise ApiError(400, "seconds and num_frames say the same: give one of them", param="num_frames",
+                       code="invalid_value")  # fmt: skip
+    num_frames, name = order.num_frames, "num_frames"
+    if order.seconds is not None:
+        name, multiple = "seconds", capabilities.frames_multiple
+        if capabilities.argument_name("num_frames") is None:
+            raise ApiError(400, f"{capabilities.name} alone decides how long a video is: leave seconds out", param=name)
+        # The nearest, with .5 rounded up; one frame at least.
+        num_frames = multiple * math.floor((order.seconds * fps - 1) / multiple + 0.5) + 1
+        num_frames = max(1, num_frames)
+    if num_frames is not None and num_frames > settings.max_frames:
+        told = f"{num_frames} frames: this server allows up to {settings.max_frames}"
+        raise ApiError(400, told, param=name, code="invalid_value")
+    return num_frames
+
+
+def _default(capabilities: PipelineCapabilities, name: str) -> int | None:
+    """What the pipeline takes where nothing is said; None where it does not tell."""
+    value = capabilities.sampling_defaults.get(
+        name, capabilities.parameters.get(capabilities.argument_name(name) or "")
+    )
+    return value if isinstance(value, int) else None
+
+
+def _body_schema() -> dict[str, Any]:
+    """For the API's documentation: the body is read by hand, as it comes in two ways."""
+    schema = VideoFields.model_json_schema()
+    picture = {"type": "string", "format": "binary", "description": "the picture to start from"}
+    form = {**schema, "properties": {**schema["properties"], _PICTURE: picture}}
+    url = {"type": "object", "properties": {"image_url": {"type": "string"}}}
+    plain = {**schema, "properties": {**schema["properties"], _PICTURE: url}}
+    content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": plain}}
+    return {"requestBody": {"required": True, "content": content}}

@@ -1,0 +1,146 @@
+"""Jobs that outlive the request that made them, and the process too: what is asked for and what has become of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from omni_sp.server.storage.database import Database
+
+QUEUED, IN_PROGRESS, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoJob:
+    """One video that somebody asked for.
+
+    Attributes:
+        id: of the job. model: that is to make it. prompt: the text; None where only a picture was given.
+        params: what else is asked for, named as in OmniDiffusionSamplingParams.
+        status: QUEUED, IN_PROGRESS, COMPLETED or FAILED.
+        progress: 0 … 100 of the denoising steps; 100 only when all is done.
+        attempts: how often it has been begun, by this server process and those before it.
+        created_at, completed_at, expires_at: seconds since 1970. A failed job is "completed" when it failed.
+        seconds: how long the video lasts, size: "WxH" in pixels; None as long as the pipeline alone knows.
+        files: what can be fetched ("video", "thumbnail", "audio") -> the id of the file.
+        error_code, error_message: of a failed job.
+        note: what a person should know of a finished video.
+    """
+
+    id: str
+    model: str
+    created_at: float
+    prompt: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    status: str = QUEUED
+    progress: int = 0
+    attempts: int = 0
+    completed_at: float | None = None
+    expires_at: float | None = None
+    seconds: float | None = None
+    size: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    error_code: str | None = None
+    error_message: str | None = None
+    note: str | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """True once nothing will change any more."""
+        return self.status in (COMPLETED, FAILED)
+
+
+class JobStore:
+    """The jobs of a data folder. May be used from several threads; each call is all or nothing."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, job: VideoJob, picture: bytes | None) -> None:
+        """Keep a new job, and the picture that it starts from until it is over."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO jobs (id, status, expires_at, document, picture) VALUES (?, ?, ?, ?, ?)",
+                (job.id, job.status, job.expires_at, json.dumps(asdict(job)), picture),
+            )
+
+    def get(self, job_id: str) -> VideoJob:
+        """A job as it is now.
+
+        Raises:
+            KeyError: there is none of that id.
+        """
+        found = self._database.rows("SELECT document FROM jobs WHERE id = ?", (job_id,))
+        if not found:
+            raise KeyError(job_id)
+        return _job(found[0][0])
+
+    def picture(self, job_id: str) -> bytes | None:
+        """The picture that a job starts from; None where there is none."""
+        found = self._database.rows("SELECT picture FROM jobs WHERE id = ?", (job_id,))
+        return bytes(found[0][0]) if found and isinstance(found[0][0], bytes) else None
+
+    def change(self, job_id: str, **changes: Any) -> VideoJob:
+        """Change some of a job's attributes. Returns it as it is now.
+
+        Raises:
+            KeyError: there is none of that id, or no longer.
+        """
+        with self._database.transaction() as connection:
+            found = connection.execute("SELECT document FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            if found is None:
+                raise KeyError(job_id)
+            job = replace(_job(found[0]), **changes)
+            connection.execute(
+                "UPDATE jobs SET status = ?, expires_at = ?, document = ?, picture = CASE WHEN ? THEN NULL ELSE "
+                "picture END WHERE id = ?",
+                (job.status, job.expires_at, json.dumps(asdict(job)), job.is_over, job_id),
+            )
+        return job
+
+    def delete(self, job_id: str) -> VideoJob:
+        """Forget a job. Returns what it was.
+
+        Raises:
+            KeyError: there is none of that id.
+        """
+        with self._database.transaction() as connection:
+            job = self.get(job_id)
+            connection.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+        return job
+
+    def page(self, *, limit: int, after: str | None = None, ascending: bool = False) -> tuple[list[VideoJob], bool]:
+        """So many jobs by age, the newest first unless ``ascending``, and whether there are more of them.
+
+        Args:
+            after: the id of the last job of the page before.
+
+        Raises:
+            KeyError: there is no job ``after``.
+        """
+        order, beyond = ("ASC", ">") if ascending else ("DESC", "<")
+        where, values = "", []
+        if after is not None:
+            found = self._database.rows("SELECT number FROM jobs WHERE id = ?", (after,))
+            if not found:
+                raise KeyError(after)
+            where, values = f"WHERE number {beyond} ?", [found[0][0]]
+        query = f"SELECT document FROM jobs {where} ORDER BY number {order} LIMIT ?"
+        rows = self._database.rows(query, (*values, limit + 1))
+        return [_job(document) for (document,) in rows[:limit]], len(rows) > limit
+
+    def unfinished(self) -> list[VideoJob]:
+        """Jobs that are not over, the oldest first."""
+        query = "SELECT document FROM jobs WHERE status IN (?, ?) ORDER BY number"
+        return [_job(document) for (document,) in self._database.rows(query, (QUEUED, IN_PROGRESS))]
+
+    def forget_expired(self, now: float) -> None:
+        """Forget the jobs whose ``expires_at`` has come; their files go by themselves."""
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM jobs WHERE expires_at <= ?", (now,))
+
+
+def _job(document: object) -> VideoJob:
+    return VideoJob(**json.loads(str(document)))

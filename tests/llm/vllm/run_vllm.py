@@ -1,0 +1,38 @@
+"""An engine in a process of its own: python -m tests.llm.vllm.run_vllm CASE.json RESULT.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tests.llm.folders import forget_threshold, held
+
+
+def main() -> None:
+    case = json.loads(Path(sys.argv[1]).read_text())
+    import vllm
+    from vllm import SamplingParams
+    from vllm.model_executor.models.adapters import as_embedding_model
+
+    from omni_sp.llm import LLM
+    from omni_sp.llm.vllm import models
+
+    llm = LLM(**case["options"])
+    assert issubclass(as_embedding_model(models.LlamaForCausalLM), models.LlamaForCausalLM)
+    sampling = SamplingParams(temperature=0.0, max_tokens=case["count"], ignore_eos=True, detokenize=False)
+
+    def answers(batch: list[list[int]]) -> list[list[int]]:
+        made = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], sampling, use_tqdm=False)
+        return [list(answer.outputs[0].token_ids) for answer in made]
+
+    result = {"version": vllm.__version__.partition("+")[0], "said": [answers(batch) for batch in case["batches"]]}
+    result |= {"steps": llm.steps, "held": llm.apply_model(held)}
+    if llm.steps is not None and llm.steps.threshold >= 0:
+        llm.apply_model(forget_threshold)
+        result |= {"said_by_measure": answers(case["batches"][-1]), "measured": llm.steps.threshold}
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Our flags on vLLM's command line become vLLM's own, and what cannot be is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from omni_sp.errors import ConfigError, UnsupportedModelError
+from omni_sp.llm.vllm.cli_flags import for_vllm
+from omni_sp.llm.vllm.config import LlmParallelConfig
+from omni_sp.llm.vllm.step_metrics import StepCounter, StepCounts
+
+
+@pytest.fixture(autouse=True)
+def _a_model_named_m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "M").mkdir()
+    (tmp_path / "M" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+
+
+def settings_in(arguments: list[str]) -> dict[str, object]:
+    entry: dict[str, object] = json.loads(arguments[arguments.index("--additional-config") + 1])["omni_sp"]
+    return entry
+
+
+def test_without_our_flags_nothing_changes() -> None:
+    for line in ("serve M --tensor-parallel-size 2", "serve M -tp=2 --additional-config {}", "bench latency", ""):
+        assert for_vllm(line.split()) == line.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "ranks", "sequence", "tensor", "shift", "threshold"),
+    [
+        ("serve M --ulysses-sequence-parallel-size 2", 2, 2, 1, False, None),
+        ("serve M --tensor-parallel-size 4 --sequence-parallel-size 2", 8, 2, 4, False, None),
+        ("--model M -tp 2 --sequence_parallel_size=3 --enable_shift_parallel", 6, 3, 2, True, None),
+        ("serve M --sequence-parallel-size 2 --enable-shift-parallel --shift-parallel-threshold 64", 2, 2, 1, True, 64),
+    ],
+)
+def test_our_flags_become_vllms(
+    line: str, ranks: int, sequence: int, tensor: int, shift: bool, threshold: int | None
+) -> None:
+    rewritten = for_vllm(line.split())
+    assert rewritten[rewritten.index("--tensor-parallel-size") + 1] == str(ranks)
+    assert rewritten.count("--tensor-parallel-size") == 1
+    assert "-tp" not in rewritten
+    assert rewritten.count("--enforce-eager") == 1
+    assert not any("shift" in word or "sequence" in word for word in rewritten if word.startswith("--"))
+    settings = LlmParallelConfig.found_in({"omni_sp": settings_in(rewritten)})
+    assert settings == LlmParallelConfig(sequence, tensor, shift, threshold)
+    assert settings.world_size == ranks
+    assert for_vllm(rewritten) == rewritten  # a child process reads the line again
+
+
+def test_a_degree_of_one_is_vllms_own_tensor_parallelism() -> None:
+    stock = ["serve", "M", "--tensor-parallel-size", "2"]
+    assert for_vllm(["serve", "M", "--sequence-parallel-size", "1", "-tp", "2"]) == stock
+    assert LlmParallelConfig.found_in({"omni_sp": {"sequence_parallel_size": 1}}) is None
+    assert LlmParallelConfig.found_in({}) is None
+
+
+def test_the_users_own_additional_config_stays() -> None:
+    rewritten = for_vllm(["serve", "M", "--sequence-parallel-size", "2", "--additional-config", '{"mine": 1}'])
+    assert json.loads(rewritten[rewritten.index("--additional-config") + 1])["mine"] == 1
+    assert rewritten.count("--additional-config") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("--enable-shift-parallel", "--ulysses-sequence-parallel-size"),
+        ("--sequence-parallel-size 2 --shift-parallel-threshold 9", "--enable-shift-parallel"),
+        ("--sequence-parallel-size two", "whole number"),
+        ("--sequence-parallel-size 0", "from 1 on"),
+        ("--sequence-parallel-size", "needs a value"),
+        ("--sequence-parallel-size 2 --enable-lora", "LoRA"),
+        ("--sequence-parallel-size 2 --pipeline-parallel-size 2", "pipeline parallelism"),
+        ("--sequence-parallel-size 2 -dp 2", "data parallelism"),
+        ("--sequence-parallel-size 2 --enable-shift-parallel --quantization fp8", "quantised by 'fp8'"),
+        ("--sequence-parallel-size 2 -tp 2 -q awq", "quantised by 'awq'"),
+        ('--sequence-parallel-size 2 --speculative-config {"method":"eagle3","model":"x"}', "'eagle3'"),
+        ("--sequence-parallel-size 2 --additional-config []", "JSON object"),
+        ("--sequence-parallel-size 2 --additional-config {", "no JSON"),
+        ('--sequence-parallel-size 2 --additional-config {"omni_sp":{}}', "one place"),
+    ],
+)
+def test_what_cannot_be_is_refused(line: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        for_vllm(["serve", "M", *line.split()])
+
+
+def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel"):
+        for_vllm(["serve", str(tmp_path), "--sequence-parallel-size", "2"])
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM"):
+        for_vllm(["--model", str(tmp_path), "--sequence-parallel-size", "2"])
+
+
+@pytest.mark.parametrize(
+    ("entries", "flags", "told"),
+    [
+        ({"num_attention_heads": 6}, "--sequence-parallel-size 4", "6 attention heads"),
+        ({"rope_scaling": {"mrope_section": [8, 12, 12]}}, "--sequence-parallel-size 2", "mrope"),
+        ({"rope_parameters": {"mrope_section": [8, 12, 12]}}, "--sequence-parallel-size 2", "mrope"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "--sequence-parallel-size 2 -tp 2", "'gptq'"),
+    ],
+)
+def test_what_a_models_configuration_forbids_is_told_before_anything_starts(
+    tmp_path: Path, entries: dict[str, object], flags: str, told: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **entries}))
+    with pytest.raises(ConfigError, match=told):
+        for_vllm(["serve", str(tmp_path), *flags.split()])
+
+
+def test_quantised_weights_go_with_ulysses_alone(tmp_path: Path) -> None:
+    content = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert for_vllm(["serve", str(tmp_path), "--sequence-parallel-size", "2"])
+
+
+def test_steps_are_counted_across_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMNI_SP_LLM_STEPS", raising=False)
+    assert StepCounter.of_this_process() is None
+    monkeypatch.setenv("OMNI_SP_LLM_STEPS", "")
+    front = StepCounter.create()
+    rank = StepCounter.of_this_process()
+    assert rank is not None
+    rank.begin()
+    rank.add(9, is_ulysses=True)
+    rank.add(1, is_ulysses=False)
+    rank.add(2, is_ulysses=False)
+    assert front.read() == StepCounts(1, 9, 2, 3, 1, -1)
+    rank.tell(64)
+    assert front.read() == StepCounts(1, 9, 2, 3, 1, 64)
+    front.remove()
+    front.remove()
+    assert StepCounter.of_this_process() is None

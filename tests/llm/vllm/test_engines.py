@@ -1,0 +1,315 @@
+"""Inside vLLM: the same tokens as transformers, whichever way a step runs, through every door."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import torch
+
+from tests.engine.processes import becomes_true
+from tests.llm.folders import greedy, prompts, save
+from tests.thorough import thorough_only
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed here: make test-vllm", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[3]
+PATIENCE_S = 280.0
+COUNT = 12
+LENGTHS = 1, 7, 13, 34, 161  # of which the last ones pass in chunks of 64
+VERSION = os.environ.get("OMNI_SP_VLLM")  # the one that is to be tried; none told: the installed one
+SPECULATES = VERSION != "0.30.0"  # which fails at it on a CPU without Triton, in one process too
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+SMALL = {"dtype": "float32", "max_model_len": 256, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """A program to its end, and nothing of it afterwards."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def engine(folder: Path, batches: list[list[list[int]]], **options: Any) -> dict[str, Any]:
+    """What an engine says to these prompts."""
+    case = {"options": {"model": str(folder), **SMALL, **options}, "batches": batches, "count": COUNT}
+    (folder / "case.json").write_text(json.dumps(case))
+    run(["-m", "tests.llm.vllm.run_vllm", "case.json", "result.json"], folder)
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv_heads", "tensor", "sequence"),
+    [
+        ("Qwen3", 1, 1, 2),  # one head for two ranks
+        *(
+            pytest.param(*case, marks=thorough_only)
+            for case in (
+                ("Llama", 2, 1, 2),
+                ("Mistral", 4, 1, 2),
+                ("Qwen2", 1, 1, 2),
+                ("Llama", 1, 2, 2),
+                ("Mistral", 4, 2, 2),
+                ("Qwen2", 2, 2, 2),
+                ("Qwen3", 2, 2, 2),
+                ("Llama", 2, 1, 4),
+            )
+        ),
+    ],
+)
+def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix(
+    tmp_path: Path, kind: str, kv_heads: int, tensor: int, sequence: int
+) -> None:
+    """A request begins by Ulysses and goes on by tensor parallelism; then the same where a threshold is measured."""
+    model = save(tmp_path, kind, kv_heads)
+    first = prompts(*LENGTHS)
+    again = [first[4] + [5, 6, 7], [*first[4][:100], 9, 9]]
+    result = engine(
+        tmp_path,
+        [first, again],
+        tensor_parallel_size=tensor,
+        ulysses_sequence_parallel_size=sequence,
+        enable_shift_parallel=True,
+        shift_parallel_threshold=20,
+        enable_prefix_caching=True,
+    )
+    assert VERSION in (None, result["version"])
+    assert result["said"] == [[greedy(model, prompt, COUNT) for prompt in batch] for batch in (first, again)]
+    ulysses_steps, ulysses_tokens, tensor_steps, _, models, threshold = result["steps"]
+    assert ulysses_steps
+    assert tensor_steps
+    assert models == 1
+    assert threshold == 20
+    computed = sum(map(len, first)) + sum(map(len, again))
+    assert ulysses_tokens < computed, "no prefix was taken from the cache"
+    # It is measured while these prompts lie in the cache, which is neither read nor written for that.
+    assert result["said_by_measure"] == result["said"][1]
+    assert result["measured"] >= 0
+    config = model.config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    heads = config.num_attention_heads + max(kv_heads, tensor)  # a kv head that two inner ranks need is on both
+    layer = 2 * hidden * head_dim * heads + 3 * hidden * inner
+    for rank in result["held"]:
+        # Both ways of a step use these, so that shift parallelism adds nothing.
+        assert rank["matrices"] == config.num_hidden_layers * layer * 4 // tensor
+        # Fewer kv heads than ranks: one each, as vLLM's own tensor parallelism keeps it.
+        kept = max(1, kv_heads // (tensor * sequence))
+        assert rank["kept_per_token"] == config.num_hidden_layers * 2 * kept * head_dim * 4
+
+
+@thorough_only
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM keeps keys and values in fp8 on CPUs with AVX-512 alone"
+)
+def test_keys_and_values_in_fp8_say_what_vllm_itself_says_with_them(tmp_path: Path) -> None:
+    save(tmp_path, "Llama", 2)
+    batch = prompts(*LENGTHS)
+    shared: dict[str, Any] = {"kv_cache_dtype": "fp8", "enforce_eager": True}
+    alone = engine(tmp_path, [batch, batch], **shared)
+    result = engine(
+        tmp_path,
+        [batch, batch],
+        ulysses_sequence_parallel_size=2,
+        enable_shift_parallel=True,
+        shift_parallel_threshold=20,
+        **shared,
+    )
+    assert result["said"] == alone["said"]
+
+
+@thorough_only
+def test_without_our_flags_vllms_own_models_are_what_they_were(tmp_path: Path) -> None:
+    """One process, as vLLM's users run it; classes for embeddings are derived as vLLM does it."""
+    model = save(tmp_path, "Llama", num_key_value_heads=2)
+    batch = prompts(7, 34)
+    result = engine(tmp_path, [batch], enforce_eager=True)
+    assert VERSION in (None, result["version"])
+    assert result["said"] == [[greedy(model, prompt, COUNT) for prompt in batch]]
+    assert result["steps"] is None
+
+
+@contextlib.contextmanager
+def server(folder: Path, arguments: list[str]) -> Iterator[str]:
+    """A running server's address; afterwards none of its processes is there."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = (folder / "log").open("w")
+    command = [*arguments, *FLAGS, "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
+    everybody: list[psutil.Process] = []
+    try:
+        until = time.monotonic() + PATIENCE_S
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None, (folder / "log").read_text()[-4000:]
+            assert time.monotonic() < until, (folder / "log").read_text()[-4000:]
+            time.sleep(0.5)
+        everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+        log.close()
+        gone = becomes_true(lambda: not any(map(_runs, everybody)), 20.0)
+        for one in everybody:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    assert gone
+
+
+def _runs(process: Any) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def chat(url: str, model: Path, words: str) -> str:
+    """A streamed answer, through OpenAI's client."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        pieces = client.chat.completions.create(
+            model=str(model), messages=[{"role": "user", "content": words}], max_tokens=8, temperature=0, stream=True
+        )
+        return "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+
+
+def expected(model: Any, folder: Path, words: str) -> str:
+    """The same answer by transformers."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+    said = greedy(model, list(ids), 8)
+    if tokenizer.eos_token_id in said:
+        said = said[: said.index(tokenizer.eos_token_id)]
+    return str(tokenizer.decode(said, skip_special_tokens=True))
+
+
+def completed(url: str, model: Path, batch: list[list[int]]) -> list[list[int]]:
+    """The token ids that the server says after each prompt; all are asked at once."""
+    body = {"model": str(model), "prompt": batch, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body | {"return_token_ids": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        choices = json.load(answer)["choices"]
+    return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: int(choice["index"]))]
+
+
+def metrics(url: str) -> dict[str, float]:
+    """What our part of /metrics says."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("omni_sp"))}
+
+
+ULYSSES, TENSOR = (f'omni_sp_llm_steps_total{{mode="{mode}"}}' for mode in ("ulysses", "tensor"))
+THRESHOLD = "omni_sp_llm_shift_threshold_tokens"
+
+
+def version(url: str) -> str:
+    """The vLLM that answers."""
+    with urllib.request.urlopen(f"{url}/version", timeout=10) as answer:
+        return str(json.load(answer)["version"])
+
+
+WORDS = "a red circle on a blue cat in the snow walks on the star"
+
+
+@pytest.mark.parametrize("shift", ["", pytest.param("--enable-shift-parallel", marks=thorough_only)])
+def test_vllm_serve_with_our_flags_answers_a_chat(tmp_path: Path, shift: str) -> None:
+    """By Ulysses alone, answers included; or with a threshold that it measures as it starts."""
+    model = save(tmp_path, "Llama", num_key_value_heads=2)
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tmp_path)]
+    flags = f"--ulysses-sequence-parallel-size 2 {shift}"
+    with server(tmp_path, [*command, *flags.split()]) as url:
+        assert VERSION in (None, version(url))
+        batch = prompts(*LENGTHS)
+        assert completed(url, tmp_path, batch) == [greedy(model, one, COUNT) for one in batch]
+        assert chat(url, tmp_path, WORDS).strip() == expected(model, tmp_path, WORDS).strip()
+        told = metrics(url)
+        if shift:
+            assert told[THRESHOLD] >= 0
+            assert told[ULYSSES] + told[TENSOR]
+        else:
+            assert told[THRESHOLD] == -1
+            assert told[ULYSSES]
+            assert not told[TENSOR]
+
+
+def test_the_api_server_at_two_by_two_says_what_transformers_says(tmp_path: Path) -> None:
+    """Qwen2 with biases, tensor × sequence parallel 2 × 2 and the shift between them, n-gram speculation beside it."""
+    model = save(tmp_path, "Qwen2", num_key_value_heads=2)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)]
+    flags = "--tensor-parallel-size 2 --sequence-parallel-size 2 --enable-shift-parallel --shift-parallel-threshold 20"
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    speculation = ["--speculative-config", json.dumps(ngram)] if SPECULATES else []
+    with server(tmp_path, [*command, *flags.split(), *speculation]) as url:
+        assert VERSION in (None, version(url))
+        batch = prompts(*LENGTHS)
+        assert completed(url, tmp_path, batch) == [greedy(model, one, COUNT) for one in batch]
+        assert chat(url, tmp_path, WORDS).strip() == expected(model, tmp_path, WORDS).strip()
+        told = metrics(url)
+        assert told[ULYSSES]
+        assert told[TENSOR]
+        assert told[THRESHOLD] == 20
+
+
+@pytest.mark.parametrize("through_vllm", [False, pytest.param(True, marks=thorough_only)])
+def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path: Path, through_vllm: bool) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"] if through_vllm else [
+        str(Path(sys.executable).with_name("omni-sp")), "serve-llm"
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*command, str(tmp_path), "--sequence-parallel-size", "2"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    ours = [line for line in done.stderr.splitlines() if line.startswith("omni-sp: error:")]
+    assert len(ours) == 1
+    assert "GPT2LMHeadModel" in ours[0]

@@ -1,0 +1,332 @@
+"""What the ranks refuse by vLLM's own configuration, and what they say when vLLM is not as we know it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from omni_sp.errors import ConfigError, UnsupportedModelError
+from omni_sp.llm.vllm import internals
+from omni_sp.llm.vllm.config import LlmParallelConfig
+
+SETTINGS = LlmParallelConfig(sequence_parallel_size=2, enable_shift_parallel=True)
+HANDLED: dict[str, Any] = {
+    "parallel_config.tensor_parallel_size": 2,
+    "parallel_config.pipeline_parallel_size": 1,
+    "parallel_config.data_parallel_size": 1,
+    "parallel_config.decode_context_parallel_size": 1,
+    "parallel_config.prefill_context_parallel_size": 1,
+    "parallel_config.use_ubatching": False,
+    "model_config.hf_text_config.num_attention_heads": 4,
+    "model_config.uses_mrope": False,
+    "model_config.runner_type": "generate",
+    "model_config.enforce_eager": True,
+    "cache_config.kv_sharing_fast_prefill": False,
+    "lora_config": None,
+    "quant_config": None,
+    "speculative_config": None,
+}
+
+
+def config(entries: dict[str, Any]) -> SimpleNamespace:
+    """A configuration by paths."""
+    whole = SimpleNamespace()
+    for path, value in entries.items():
+        *owners, name = path.split(".")
+        at = whole
+        for owner in owners:
+            at.__dict__.setdefault(owner, SimpleNamespace())
+            at = getattr(at, owner)
+        setattr(at, name, value)
+    return whole
+
+
+def test_a_plain_engine_is_handled_and_so_is_n_gram_speculation() -> None:
+    internals.refuse_what_is_not_handled(config(HANDLED), SETTINGS)
+    ngram = {"speculative_config": SimpleNamespace(method="ngram")}
+    internals.refuse_what_is_not_handled(config(HANDLED | ngram), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("parallel_config.tensor_parallel_size", 4, "tensor_parallel_size=4"),
+        ("parallel_config.pipeline_parallel_size", 2, "--pipeline-parallel-size 2"),
+        ("parallel_config.data_parallel_size", 3, "--data-parallel-size 3"),
+        ("parallel_config.decode_context_parallel_size", 2, "leave decode_context_parallel_size"),
+        ("parallel_config.prefill_context_parallel_size", 2, "leave prefill_context_parallel_size"),
+        ("parallel_config.use_ubatching", True, "leave --enable-dbo"),
+        ("model_config.hf_text_config.num_attention_heads", 3, "3 attention heads"),
+        ("model_config.uses_mrope", True, "mrope"),
+        ("model_config.runner_type", "pooling", "this runs for 'pooling'"),
+        ("model_config.enforce_eager", False, "add --enforce-eager"),
+        ("cache_config.kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill: leave it"),
+        ("lora_config", SimpleNamespace(), "--enable-lora"),
+        ("quant_config", SimpleNamespace(get_name=lambda: "fp8"), "quantised by 'fp8'"),
+        ("speculative_config", SimpleNamespace(method="eagle3"), "speculation by 'eagle3'"),
+    ],
+)
+def test_what_does_not_run_beside_sequence_parallelism_is_refused_by_name(path: str, value: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        internals.refuse_what_is_not_handled(config(HANDLED | {path: value}), SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The modules of a vLLM that is as we know it, without one: by their names, each to be changed."""
+
+    def all_reduce(input_: Any) -> Any:
+        return input_
+
+    def make(group_ranks: Any, local_rank: int, backend: str, group_name: str | None = None) -> None: ...
+
+    group = SimpleNamespace(**dict.fromkeys(internals._GROUP_PARTS), local_rank=0)
+    group.rank_in_group, group.world_size = 1, 2
+    step = SimpleNamespace(slot_mapping={"layer": SimpleNamespace(shape=(7,))})
+
+    class QKVParallelLinear:
+        """As vLLM's, as far as we look: shares by the group that stands in parallel_state."""
+
+        skip_bias_add, return_bias, gather_output = False, True, False
+
+        def __init__(
+            self,
+            hidden_size: int,
+            head_size: int,
+            total_num_heads: int,
+            total_num_kv_heads: int,
+            bias: bool,
+            quant_config: Any,
+            params_dtype: Any,
+            prefix: str,
+        ) -> None:
+            self.hidden_size, self.head_size, self.v_head_size = hidden_size, head_size, head_size
+            self.total_num_heads, self.total_num_kv_heads = total_num_heads, total_num_kv_heads
+            self.bias, self.quant_config, self.params_dtype, self.prefix = bias or None, None, params_dtype, prefix
+            self.quant_method = SimpleNamespace(apply=None)
+            group = sys.modules["vllm.distributed.parallel_state"]._TP
+            self.tp_rank, self.tp_size = group.rank_in_group, group.world_size
+
+    parts: dict[str, dict[str, Any]] = {
+        "vllm": {"__version__": "0.99.0"},
+        "vllm.forward_context": {"get_forward_context": lambda: step},
+        "vllm.distributed": {
+            "get_tensor_model_parallel_rank": lambda: 1,
+            "tensor_model_parallel_all_reduce": all_reduce,
+        },
+        "vllm.distributed.parallel_state": {
+            "_TP": group,
+            "get_tp_group": lambda: group,
+            "get_world_group": lambda: group,
+            "init_model_parallel_group": make,
+        },
+        "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.linear": {"QKVParallelLinear": QKVParallelLinear},
+    }
+    modules: dict[str, Any] = {}
+    for name, content in parts.items():
+        modules[name] = ModuleType(name)
+        modules[name].__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, modules[name])
+        above, _, own = name.rpartition(".")
+        if above:
+            setattr(modules[above], own, modules[name])
+    return modules
+
+
+def unknown(difference: str) -> Any:
+    """Raises: it names this difference, the version that is here, and those that are tested."""
+    return pytest.raises(
+        UnsupportedModelError, match=rf"vLLM 0\.99\.0 {difference}, and .* use vLLM {internals.TESTED}"
+    )
+
+
+@pytest.mark.parametrize("path", [path for path in HANDLED if "num_attention_heads" not in path])
+def test_a_setting_that_vllm_keeps_elsewhere_is_named(path: str) -> None:
+    entries = {name: value for name, value in HANDLED.items() if name != path}
+    with unknown(rf"has no \w+ in its configuration \({path}\)"):
+        internals.refuse_what_is_not_handled(config(entries), SETTINGS)
+
+
+def test_the_most_tokens_of_a_step_are_vllms_own() -> None:
+    path = "scheduler_config.max_num_batched_tokens"
+    assert internals.max_step_tokens(config({path: 64})) == 64
+    with unknown(rf"has no scheduler_config in its configuration \({path}\)"):
+        internals.max_step_tokens(config({}))
+
+
+def test_a_decoder_that_vllm_has_no_longer_is_named(vllm: dict[str, Any]) -> None:
+    with unknown(r"has no Qwen3ForCausalLM in vllm\.model_executor\.models\.qwen3"):
+        internals.stock_class("Qwen3ForCausalLM")
+
+
+def test_without_a_place_for_settings_nothing_was_asked_of_us() -> None:
+    assert internals.settings_of(SimpleNamespace()) is None
+    asked = SimpleNamespace(additional_config=SETTINGS.additional_config())
+    assert internals.settings_of(asked) == SETTINGS
+
+
+def test_what_is_called_of_vllm_is_looked_at(vllm: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    internals.require_known()
+    state = vllm["vllm.distributed.parallel_state"]
+    for module, name, parameters in internals._CALLED:
+        with monkeypatch.context() as patch:
+            patch.delattr(vllm[module], name)
+            with unknown(f"has no {module}.{name}"):
+                internals.require_known()
+        if parameters:
+            with monkeypatch.context() as patch:
+                patch.setattr(vllm[module], name, lambda: None)
+                with unknown(f"has no argument '{parameters[0]}' of {module}.{name}"):
+                    internals.require_known()
+    with monkeypatch.context() as patch:
+        patch.delattr(state, "_TP")
+        with unknown("has no vllm.distributed.parallel_state._TP"):
+            internals.require_known()
+    for part in internals._GROUP_PARTS:
+        with monkeypatch.context() as patch:
+            patch.delattr(state.get_tp_group(), part)
+            with unknown(f"has no {part} in its tensor parallel group"):
+                internals.require_known()
+
+
+def model() -> Any:
+    """A decoder with what we look at in it."""
+    attention = SimpleNamespace(**dict.fromkeys(internals._ATTENTION_PARTS))
+    attention.attn = SimpleNamespace(**dict.fromkeys(internals._CACHED_PARTS))
+    layer = SimpleNamespace(self_attn=attention, mlp=SimpleNamespace(**dict.fromkeys(internals._MLP_PARTS)))
+    return SimpleNamespace(model=SimpleNamespace(layers=[layer], embed_input_ids=None))
+
+
+@pytest.mark.parametrize(
+    ("owner", "part"),
+    [
+        ("", "model"),
+        ("model", "layers"),
+        ("model", "embed_input_ids"),
+        ("model.layers.0", "self_attn"),
+        ("model.layers.0", "mlp"),
+        ("model.layers.0.self_attn", "qkv_proj"),
+        ("model.layers.0.self_attn", "attn"),
+        ("model.layers.0.self_attn.attn", "layer_name"),
+        ("model.layers.0.mlp", "down_proj"),
+    ],
+)
+def test_a_decoder_that_is_built_otherwise_is_told_by_its_part(owner: str, part: str) -> None:
+    whole = at = model()
+    assert internals.decoder_layers(whole) == whole.model.layers
+    for name in filter(None, owner.split(".")):
+        at = at[int(name)] if isinstance(at, list) else getattr(at, name)
+    delattr(at, part)
+    with unknown(f"has no {part} in SimpleNamespace.*"):
+        internals.decoder_layers(whole)
+
+
+def test_a_layer_whose_norm_is_adaptive_is_refused() -> None:
+    whole = model()
+    whole.model.layers[0].ada_rms_norm_t_cond = object()
+    with pytest.raises(UnsupportedModelError, match="adaptive norm"):
+        internals.decoder_layers(whole)
+
+
+def test_a_step_has_a_place_in_the_cache_for_each_row(vllm: dict[str, Any]) -> None:
+    internals.require_slots("layer", 7)
+    internals.require_slots("a layer of a trial run", 3)
+    with unknown("runs a step of 8 tokens with 7 places in the cache, not one for each"):
+        internals.require_slots("layer", 8)
+    vllm["vllm.forward_context"].get_forward_context().slot_mapping = [{}, {}]
+    with unknown("names the cache's places by a list, not by layer"):
+        internals.require_slots("layer", 7)
+
+
+QKV = "QKVParallelLinear"
+INNER = internals.InnerRank(0, 1)
+
+
+@pytest.fixture
+def stock(vllm: dict[str, Any]) -> Any:
+    cls = vllm["vllm.model_executor.layers.linear"].QKVParallelLinear
+    return cls(8, 2, 4, 2, bias=True, quant_config=None, params_dtype=None, prefix="layers.0.qkv_proj")
+
+
+def test_a_twin_holds_the_share_of_its_group_and_vllms_own_group_stays(vllm: dict[str, Any], stock: Any) -> None:
+    state = vllm["vllm.distributed.parallel_state"]
+    before = state._TP
+    twin = internals.clone_linear_for(stock, QKV, INNER)
+    assert (twin.tp_rank, twin.tp_size) == (0, 1)
+    assert (twin.total_num_heads, twin.total_num_kv_heads, twin.bias, twin.prefix) == (4, 2, True, stock.prefix)
+    assert state._TP is before
+
+
+@pytest.mark.parametrize("part", ["total_num_kv_heads", "params_dtype", "bias", "tp_size", "prefix"])
+def test_a_linear_layer_without_what_we_read_of_it_is_told(stock: Any, part: str) -> None:
+    delattr(stock, part)
+    with unknown(f"has no {part} in QKVParallelLinear"):
+        internals.clone_linear_for(stock, QKV, INNER)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("skip_bias_add", True), ("gather_output", True), ("tp_size", 1), ("v_head_size", 1)]
+)
+def test_a_linear_layer_that_works_otherwise_is_refused(stock: Any, part: str, value: Any) -> None:
+    setattr(stock, part, value)
+    with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.qkv_proj works with {part}={value}"):
+        internals.clone_linear_for(stock, QKV, INNER)
+
+
+def test_a_linear_layer_that_somebody_exchanged_is_refused(vllm: dict[str, Any], stock: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="a SimpleNamespace stands where a QKVParallelLinear is expected"):
+        internals.clone_linear_for(SimpleNamespace(), QKV, INNER)
+    with unknown("has no RowParallelLinear"):
+        internals.clone_linear_for(stock, "RowParallelLinear", INNER)
+
+
+def test_a_linear_layer_that_is_made_otherwise_is_told(
+    vllm: dict[str, Any], stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = type(stock).__init__
+
+    def takes_no_prefix(
+        self: Any, hidden_size: int, head_size: int, total_num_heads: int, total_num_kv_heads: int, bias: bool,
+        quant_config: Any, params_dtype: Any,
+    ) -> None: ...  # fmt: skip
+
+    def heeds_another_group(self: Any, *arguments: Any, **named: Any) -> None:
+        made(self, *arguments, **named)
+        self.tp_rank, self.tp_size = 1, 2
+
+    def has_no_method(self: Any, *arguments: Any, **named: Any) -> None:
+        made(self, *arguments, **named)
+        self.quant_method = SimpleNamespace()
+
+    monkeypatch.setattr(type(stock), "__init__", takes_no_prefix)
+    with unknown("has no argument 'prefix' of QKVParallelLinear"):
+        internals.clone_linear_for(stock, QKV, INNER)
+    for init, difference in (
+        (
+            heeds_another_group,
+            r"makes a QKVParallelLinear for another group than [\w.]+\._TP",
+        ),
+        (has_no_method, r"has no apply in QKVParallelLinear\.quant_method"),
+    ):
+        init.__signature__ = inspect.signature(made)  # type: ignore[attr-defined]
+        monkeypatch.setattr(type(stock), "__init__", init)
+        with unknown(difference):
+            internals.clone_linear_for(stock, QKV, INNER)
+
+
+def test_a_matrix_that_vllm_packed_or_dropped_is_told() -> None:
+    linear = SimpleNamespace(prefix="layers.0.o_proj", output_size_per_partition=4, input_size_per_partition=8)
+    linear.weight = SimpleNamespace(shape=(4, 8))
+    internals.require_unpacked(linear)
+    linear.weight = SimpleNamespace(shape=(0,))
+    with unknown(r"turned the matrix layers\.0\.o_proj, \(4, 8\), into \(0,\)"):
+        internals.require_unpacked(linear)
+    del linear.weight
+    with unknown(r"turned the matrix layers\.0\.o_proj, \(4, 8\), into something else"):
+        internals.require_unpacked(linear)
