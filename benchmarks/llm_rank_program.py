@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from benchmarks.interleaved import Timing, machine, report, save, take_turns
 from omni_sp.attention.layout import head_shares, split_evenly
 from omni_sp.attention.ulysses import GatherHeads, ScatterHeads, UlyssesLayout
-from omni_sp.mesh import Axis, backends_of
+from omni_sp.mesh import Axis
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,9 @@ def _traders(size: int) -> Axis:
     """Rank 0's row of ranks that trade tokens for heads."""
     if size == 1:
         return Axis("ulysses", (0,), 0, None, {})
-    ranks = tuple(range(size))
-    group = dist.group.WORLD if size == dist.get_world_size() else dist.new_group(list(ranks))
-    return Axis("ulysses", ranks, 0, group, backends_of(group))
+    group = dist.group.WORLD if size == dist.get_world_size() else dist.new_group(list(range(size)))
+    assert group is not None
+    return Axis.of_group(group)
 
 
 @contextmanager

@@ -8,15 +8,18 @@ bound every wait.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
 from omni_sp.shared_memory import SharedMemoryChannel
 
+_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 _DIRECT = {"cpu": ("gloo", "mpi", "fake"), "cuda": ("nccl", "fake")}
 
 
@@ -212,7 +215,15 @@ def all_reduce(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:
-    """Everybody's row of whole numbers, in rank order. All rows have the same number of entries."""
+    """Gather whole numbers from all ranks.
+
+    Args:
+        values: this rank's numbers; all ranks pass as many.
+        axis: the ranks.
+
+    Returns:
+        Each rank's numbers, in rank order.
+    """
     if axis.size == 1:
         return [tuple(values)]
     device = "cpu" if axis.backends.get("cpu") in _DIRECT["cpu"] else "cuda"
@@ -221,3 +232,44 @@ def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:
     axis.traffic.add("gather_ints", mine.numel() * 8 * (axis.size - 1))
     dist.all_gather(rows, mine, group=axis.group)
     return [tuple(row.tolist()) for row in rows]
+
+
+def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **values: object) -> list[tuple[int, ...]]:
+    """Raise where the ranks hold different values, on all ranks alike. One small exchange.
+
+    Args:
+        axis: the ranks.
+        message: of the error, a format of ``{name}`` (the first value that differs), ``{values}`` (what each rank
+            holds) and ``{ranks}`` (those that differ from the first rank).
+        gathered: further numbers that the same exchange gathers; they may differ.
+        values: by name, the same names on all ranks. Whole numbers and dtypes are compared and shown as they are, of
+            everything else a checksum: of a tensor's shape, dtype and numbers, else of the value's ``repr``.
+
+    Returns:
+        Each rank's ``gathered``, in rank order.
+
+    Raises:
+        ShardingError: the ranks hold different values.
+    """
+    rows = gather_ints([*gathered, *map(_comparable, values.values())], axis)
+    for name, held in zip(values, zip(*(row[len(gathered) :] for row in rows), strict=True), strict=True):
+        if len(set(held)) > 1:
+            is_dtype = isinstance(values[name], torch.dtype)
+            shown = [str(_DTYPES[value]) if is_dtype else str(value) for value in held]
+            by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in zip(axis.ranks, shown, strict=True))
+            ranks = [rank for rank, value in zip(axis.ranks, held, strict=True) if value != held[0]]
+            raise ShardingError(message.format(name=name, values=by_rank, ranks=ranks))
+    return [row[: len(gathered)] for row in rows]
+
+
+def _comparable(value: object) -> int:
+    """A whole number that differs where the value does."""
+    if isinstance(value, torch.dtype):
+        return _DTYPES.index(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, torch.Tensor):
+        numbers = value.detach().contiguous().cpu()
+        content = numbers.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return zlib.crc32(content, zlib.crc32(repr((tuple(value.shape), value.dtype)).encode()))
+    return zlib.crc32(repr(value).encode())

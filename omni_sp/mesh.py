@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -35,15 +37,16 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Axis:
-    """One row of ranks that this rank belongs to.
+    """One group of ranks that this rank belongs to.
 
     Attributes:
-        name: "cfg", "ring", "ulysses", or "sequence" (ring × ulysses: everyone who holds a piece of the same tokens).
+        name: "cfg", "ring", "ulysses", "sequence" (ring × ulysses: all that hold tokens of the same sequence), "world"
+            (all ranks of the mesh), or what :meth:`of_group` was given.
         ranks: the global ranks along it, in order.
         rank: this rank's index in ``ranks``.
         group: their process group; None where the axis has size 1 and nothing is ever sent.
         backends: which library moves tensors of which device type, such as ``{"cpu": "gloo", "cuda": "nccl"}``.
-        outbox: this rank's shared memory, where all ranks along the axis sit on one machine; else None.
+        channel: this rank's shared memory, where all ranks along the axis run on one machine; else None.
         traffic: what this rank has sent along it so far.
     """
 
@@ -60,85 +63,143 @@ class Axis:
         """Number of ranks along this axis."""
         return len(self.ranks)
 
+    @classmethod
+    def of_group(cls, group: dist.ProcessGroup, name: str = "ulysses", *, shared_memory: bool = True) -> Axis:
+        """The axis along an existing process group. Its ranks call this at the same point of the program.
+
+        Args:
+            group: the ranks, of which this process is one.
+            name: of the axis.
+            shared_memory: let CPU tensors cross through shared memory, where the ranks can read each other's.
+        """
+        backends = _backends_of(group)
+        channel = SharedMemoryChannel.open(group, shared_memory) if backends.get("cpu") == "gloo" else None
+        return cls(name, tuple(dist.get_process_group_ranks(group)), dist.get_rank(group), group, backends, channel)
+
 
 class ParallelMesh:
-    """The ranks of a job laid out as cfg × ring × ulysses, ulysses innermost: its ranks are neighbours.
+    """The ranks of one picture laid out as cfg × ring × ulysses, ulysses innermost: its ranks are neighbours.
 
     Args:
-        config: the degrees. With more than one rank, ``torch.distributed`` must be initialised with exactly
-            ``config.world_size`` ranks; every rank builds its mesh at the same point of the program.
+        config: the degrees.
+        ranks: the global ranks of this mesh, as many as the product of the degrees, ascending; every one of them
+            builds the mesh at the same point of the program, other ranks need not. None for all ranks of the job.
+            Meshes of disjoint ranks run side by side.
+        check: see on every call that the ranks hold tensors that fit together, not only where lengths are learned. None
+            for what ``OMNI_SP_CHECK`` says in the environment ("1" for yes).
+        shared_memory: let CPU tensors cross between ranks of one machine through shared memory. None for what
+            ``OMNI_SP_SHARED_MEMORY`` says in the environment ("0" for no).
 
     Attributes:
-        config: as given. rank: this rank's number. world_size: number of ranks.
-        cfg, ring, ulysses: the three axes. sequence: ring × ulysses as one axis, ring-major.
+        config: as given.
+        ranks: the global ranks of this mesh.
+        rank: this rank's index in ``ranks``.
+        world_size: number of ranks.
+        check: as given, or as the environment has it.
+        cfg: ranks that compute different guidance branches.
+        ring: ranks around which keys and values travel.
+        ulysses: ranks that trade tokens for heads.
+        sequence: ring × ulysses as one axis, ring-major.
+        world: all ranks of this mesh.
 
     Raises:
-        ConfigError: torch.distributed is not initialised, or its size is not the product of the degrees.
+        ConfigError: torch.distributed is not initialised, or the number of ranks is not the product of the degrees.
     """
 
-    def __init__(self, config: DiffusionParallelConfig) -> None:
+    def __init__(
+        self,
+        config: DiffusionParallelConfig,
+        *,
+        ranks: Sequence[int] | None = None,
+        check: bool | None = None,
+        shared_memory: bool | None = None,
+    ) -> None:
         self.config = config
         sizes = {"cfg": 1, "ring": config.ring_degree, "ulysses": config.ulysses_degree}
         self.world_size = math.prod(sizes.values())
-        initialised = dist.is_available() and dist.is_initialized()
-        if self.world_size > 1 and not initialised:
-            raise ConfigError(
-                f"{config.equation}, but torch.distributed is not initialised: start the program with "
-                f"`torchrun --nproc-per-node {self.world_size}` and call torch.distributed.init_process_group(), "
-                "or let Omni(...) start the ranks"
-            )
-        if initialised and dist.get_world_size() != self.world_size:
-            raise ConfigError(
-                f"{config.equation}, but torch.distributed runs {dist.get_world_size()}: the product of the degrees "
-                "must equal the number of ranks"
-            )
-        self.rank = dist.get_rank() if initialised else 0
+        self.check = os.environ.get("OMNI_SP_CHECK") == "1" if check is None else check
+        self._shared_memory = os.environ.get("OMNI_SP_SHARED_MEMORY") != "0" if shared_memory is None else shared_memory
+        self._is_whole_job = ranks is None
+        self.ranks = _mesh_ranks(config, ranks)
+        self.rank = self.ranks.index(dist.get_rank()) if dist.is_available() and dist.is_initialized() else 0
         self._sizes = sizes
         self.cfg = self._axis("cfg", ("cfg",))
         self.ring = self._axis("ring", ("ring",))
         self.ulysses = self._axis("ulysses", ("ulysses",))
         self.sequence = self._axis("sequence", ("ring", "ulysses"))
+        self.world = self._axis("world", _AXES)
+
+    @property
+    def rings(self) -> tuple[tuple[int, ...], ...]:
+        """The global ranks, a row for each Ulysses group; the ring goes from row to row."""
+        degree = self.ulysses.size
+        return tuple(self.ranks[start : start + degree] for start in range(0, self.world_size, degree))
 
     def _axis(self, name: str, along: tuple[str, ...]) -> Axis:
-        """Build the groups along some axes. Every rank makes every group, in the same order: new_group demands it."""
-        sizes = [self._sizes[axis] for axis in _AXES]
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for rank, place in enumerate(product(*(range(size) for size in sizes))):
-            row = tuple(0 if axis in along else index for axis, index in zip(_AXES, place, strict=True))
-            rows.setdefault(row, []).append(rank)
-        mine: tuple[int, ...] = ()
-        group: dist.ProcessGroup | None = None
-        for ranks in rows.values():
-            if len(ranks) == 1:
-                candidate = None
-            elif len(ranks) == self.world_size:
-                candidate = dist.group.WORLD
-            else:
-                candidate = dist.new_group(ranks)
-            if self.rank in ranks:
-                mine, group = tuple(ranks), candidate
-        backends = backends_of(group)
-        # What travels along "sequence" is gathered, not exchanged.
-        passes = group is not None and name in ("ring", "ulysses") and backends.get("cpu") == "gloo"
-        channel = SharedMemoryChannel.open(group) if group is not None and passes else None
-        return Axis(name, mine, mine.index(self.rank), group, backends, channel)
+        """Build the groups along some axes. All ranks make the same groups in the same order, as new_group demands."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank, index in zip(self.ranks, product(*(range(self._sizes[axis]) for axis in _AXES)), strict=True):
+            others = tuple(0 if axis in along else at for axis, at in zip(_AXES, index, strict=True))
+            groups.setdefault(others, []).append(rank)
+        rank, own_group = self.ranks[self.rank], None
+        for ranks in groups.values():
+            group = self._group(ranks) if len(ranks) > 1 else None
+            own_group = group if rank in ranks else own_group
+        if own_group is None:
+            return Axis(name, (rank,), 0, None, {})
+        # What travels along "sequence" and "world" is gathered, not exchanged.
+        is_exchanged = name in ("ring", "ulysses")
+        return Axis.of_group(own_group, name, shared_memory=self._shared_memory and is_exchanged)
+
+    def _group(self, ranks: list[int]) -> dist.ProcessGroup | None:
+        if self._is_whole_job:
+            whole: dist.ProcessGroup | None = dist.group.WORLD
+            return whole if len(ranks) == self.world_size else dist.new_group(ranks)
+        # Ranks outside a group do not take part: they may belong to another mesh, or to none.
+        return dist.new_group(ranks, use_local_synchronization=True) if self.ranks[self.rank] in ranks else None
 
     def describe(self) -> str:
-        """One line for people: the equation, and who sits where."""
+        """One line for people: the equation, and which rank is where."""
         if self.world_size == 1:
             return "1 rank, nothing is split"
-        rows = " | ".join(
-            " ".join(str(ring * self.ulysses.size + ulysses) for ulysses in range(self.ulysses.size))
-            for ring in range(self.ring.size)
-        )
+        rows = " | ".join(" ".join(map(str, row)) for row in self.rings)
         return f"{self.config.equation}; ring of [{rows}]"
 
 
-def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
+def _mesh_ranks(config: DiffusionParallelConfig, ranks: Sequence[int] | None) -> tuple[int, ...]:
+    """The global ranks of a mesh, in order.
+
+    Raises:
+        ConfigError: see :class:`ParallelMesh`.
+    """
+    initialised = dist.is_available() and dist.is_initialized()
+    if config.world_size > 1 and not initialised:
+        raise ConfigError(
+            f"{config.equation}, but torch.distributed is not initialised: start the program with "
+            f"`torchrun --nproc-per-node {config.world_size}` and call torch.distributed.init_process_group(), "
+            "or let Omni(...) start the ranks"
+        )
+    size = dist.get_world_size() if initialised else 1
+    if ranks is None:
+        if size != config.world_size:
+            raise ConfigError(
+                f"{config.equation}, but torch.distributed runs {size}: the product of the degrees must equal the "
+                "number of ranks, or give ParallelMesh(..., ranks=...) those of this mesh"
+            )
+        return tuple(range(size))
+    chosen = tuple(ranks)
+    own = dist.get_rank() if initialised else 0
+    if len(chosen) != config.world_size or list(chosen) != sorted({*chosen} & {*range(size)}):
+        raise ConfigError(
+            f"{config.equation}, but ranks={list(chosen)} of a job of {size}: give as many ranks as the product of the "
+            "degrees, in ascending order"
+        )
+    if own not in chosen:
+        raise ConfigError(f"rank {own} builds a mesh of ranks {list(chosen)}: each rank builds the mesh that it is in")
+    return chosen
+
+
+def _backends_of(group: dist.ProcessGroup) -> dict[str, str]:
     """Device type -> library, from a group's own description (``cpu:gloo,cuda:nccl``)."""
-    if group is None:
-        return {}
-    pairs = (
-        (entry.split(":", 1)[0], entry.split(":", 1)[1]) for entry in str(dist.get_backend_config(group)).split(",")
-    )
-    return dict(pairs)
+    entries = str(dist.get_backend_config(group)).split(",")
+    return {device: library for device, _, library in (entry.partition(":") for entry in entries)}

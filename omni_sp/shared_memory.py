@@ -67,7 +67,7 @@ class _Slot:
 
 def _probe() -> _Segment | None:
     """A little memory for others to try, where there can be any."""
-    if not hasattr(os, "memfd_create") or os.environ.get("OMNI_SP_SHARED_MEMORY") == "0":
+    if not hasattr(os, "memfd_create"):
         return None
     try:
         return _Segment(0, 8)
@@ -97,14 +97,18 @@ class SharedMemoryChannel:
     """
 
     @classmethod
-    def open(cls, group: dist.ProcessGroup) -> SharedMemoryChannel | None:
+    def open(cls, group: dist.ProcessGroup, wanted: bool = True) -> SharedMemoryChannel | None:
         """An outbox on every rank of ``group``, or on none. All call it at the same point of the program.
 
         Whether all can read each other's memory is tried out, not guessed from host names. None where they cannot,
-        where the system lacks what it takes, or with ``OMNI_SP_SHARED_MEMORY=0`` in the environment of any rank.
+        where the system lacks what it takes, or where a rank does not want it.
+
+        Args:
+            group: the ranks.
+            wanted: whether this rank wants one.
         """
         size = dist.get_world_size(group)
-        probe = _probe()
+        probe = _probe() if wanted else None
         token = int.from_bytes(os.urandom(7), "little")
         if probe is not None:
             probe.bytes.view(torch.int64)[0] = token

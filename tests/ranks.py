@@ -16,7 +16,6 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -137,8 +136,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
                 meshes.clear()
                 generation = wanted
             if (config, shared_memory) not in meshes:
-                with patch.dict(os.environ, {} if shared_memory else {"OMNI_SP_SHARED_MEMORY": "0"}):
-                    meshes[config, shared_memory] = ParallelMesh(config)
+                meshes[config, shared_memory] = ParallelMesh(config, shared_memory=shared_memory)
             answer = (True, function(meshes[config, shared_memory], *args))
         except BaseException:
             answer = (False, traceback.format_exc())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -126,15 +125,14 @@ def test_ranks_out_of_step_are_found_out(ranks: RankPool) -> None:
         assert "same order" in told
 
 
-def has_outboxes(mesh: ParallelMesh, unwilling: int) -> list[bool]:
+def has_channels(mesh: ParallelMesh, unwilling: int) -> list[bool]:
     """Whether the axes have shared memory where one rank wants none."""
-    with patch.dict(os.environ, {"OMNI_SP_SHARED_MEMORY": "0"} if mesh.rank == unwilling else {}):
-        own = ParallelMesh(mesh.config)
+    own = ParallelMesh(mesh.config, shared_memory=mesh.rank != unwilling)
     return [axis.channel is not None for axis in (own.ulysses, own.ring)]
 
 
 def test_a_row_shares_memory_wholly_or_not_at_all(ranks: RankPool) -> None:
-    assert ranks.run(has_outboxes, 3, ulysses=2, ring=2) == [[True, True], [True, False], [False, True], [False, False]]
+    assert ranks.run(has_channels, 3, ulysses=2, ring=2) == [[True, True], [True, False], [False, True], [False, False]]
 
 
 def holds_foreign_memory(mesh: ParallelMesh) -> bool:

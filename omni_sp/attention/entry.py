@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from omni_sp.attention.kernels import Kernel, KernelCall, attend, select_kernel
@@ -11,12 +9,11 @@ from omni_sp.attention.layout import HeadShare, SequenceLayout, head_shares
 from omni_sp.attention.overlap import choose_head_groups, pipelined
 from omni_sp.attention.ring import ring_attention
 from omni_sp.attention.ulysses import UlyssesLayout
-from omni_sp.collectives import gather_ints
+from omni_sp.collectives import require_equal
 from omni_sp.errors import ShardingError, UnsupportedAttentionError
 from omni_sp.mesh import Axis, ParallelMesh
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_COMPARED = ("batch", "heads", "kv_heads", "head_dim", "dtype", "key_mask", "is_causal")
 
 
 def sequence_parallel_attention(
@@ -59,11 +56,11 @@ def sequence_parallel_attention(
     Raises:
         UnsupportedAttentionError: shapes or dtypes that do not fit together, gradients, or no able kernel.
         ShardingError: the ranks hold tensors that do not fit together (looked at where ``layout`` is None, or
-            always with ``OMNI_SP_CHECK=1`` in the environment).
+            always with ``ParallelMesh(..., check=True)``).
     """
     _check_inputs(query, key, value, key_mask)
     axis = mesh.sequence
-    if layout is None or os.environ.get("OMNI_SP_CHECK") == "1":
+    if layout is None or mesh.check:
         agreed = agree_on_layout(query, key, key_mask=key_mask, is_causal=is_causal, axis=axis)
         if layout is not None and (layout.query, layout.key) != (agreed.query, agreed.key):
             raise ShardingError(f"the caller's layout is {layout}, but the ranks hold {agreed}")
@@ -166,23 +163,19 @@ def agree_on_layout(
     Raises:
         ShardingError: they hold tensors that do not fit together; names ranks and values.
     """
-    facts = (
-        query.shape[0],
-        query.shape[2],
-        key.shape[2],
-        query.shape[3],
-        _DTYPES.index(query.dtype),
-        int(key_mask is not None),
-        int(is_causal),
+    lengths = require_equal(
+        axis,
+        "the ranks disagree about {name} of one attention: {values}",
+        gathered=(query.shape[1], key.shape[1]),
+        batch=query.shape[0],
+        heads=query.shape[2],
+        kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        dtype=query.dtype,
+        key_mask=int(key_mask is not None),
+        is_causal=int(is_causal),
     )
-    rows = gather_ints((query.shape[1], key.shape[1], *facts), axis)
-    for index, name in enumerate(_COMPARED):
-        values = [row[2 + index] for row in rows]
-        if len(set(values)) > 1:
-            shown = [str(_DTYPES[value]) for value in values] if name == "dtype" else [str(value) for value in values]
-            told = ", ".join(f"rank {rank}: {value}" for rank, value in zip(axis.ranks, shown, strict=True))
-            raise ShardingError(f"the ranks disagree about {name} of one attention: {told}")
-    return SequenceLayout(query=tuple(row[0] for row in rows), key=tuple(row[1] for row in rows))
+    return SequenceLayout(query=tuple(row[0] for row in lengths), key=tuple(row[1] for row in lengths))
 
 
 def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None) -> None:

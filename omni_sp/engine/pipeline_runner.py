@@ -211,8 +211,7 @@ class PipelineRunner:
 
 def any_rank(flag: bool, mesh: ParallelMesh) -> bool:
     """Whether the flag is set on any rank; all ranks get the same answer. A collective call."""
-    row = gather_ints([int(flag)], mesh.sequence)
-    return any(entry for rows in gather_ints([entry[0] for entry in row], mesh.cfg) for entry in rows)
+    return any(value for (value,) in gather_ints([int(flag)], mesh.world))
 
 
 def _is_preview_step(done: int, total: int) -> bool:

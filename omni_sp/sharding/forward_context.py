@@ -7,8 +7,6 @@ another miss, and the one that missed would wait for ever.
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from omni_sp.attention import Strategy, split_evenly
-from omni_sp.collectives import gather, gather_ints
+from omni_sp.collectives import gather, gather_ints, require_equal
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.empty_shards import EmptyShardReshape
@@ -152,7 +150,7 @@ def activate(forward: ShardedForward, signature: Hashable) -> Iterator[None]:
             "a sharded transformer was called inside another sharded transformer's forward; if that one was "
             "interrupted, remove() its handle"
         )
-    if os.environ.get("OMNI_SP_CHECK") == "1":
+    if forward.mesh.check:
         _check_same_call(signature, forward.mesh)
     token = _CURRENT.set(forward)
     try:
@@ -163,12 +161,13 @@ def activate(forward: ShardedForward, signature: Hashable) -> Iterator[None]:
 
 def _check_same_call(signature: Hashable, mesh: ParallelMesh) -> None:
     """Raise where the ranks call the transformer with inputs of different shapes."""
-    sums = [row[0] for row in gather_ints([zlib.crc32(repr(signature).encode())], mesh.sequence)]
-    if len(set(sums)) > 1:
-        raise ShardingError(
-            f"the ranks call the transformer with different inputs: rank {mesh.rank} with {signature}; every rank "
-            "must run the same program on the same inputs"
-        )
+    own = f"{signature}".replace("{", "{{").replace("}", "}}")
+    require_equal(
+        mesh.sequence,
+        f"the ranks call the transformer with different inputs: rank {mesh.rank} with {own}; every rank must run the "
+        "same program on the same inputs",
+        signature=signature,
+    )
 
 
 def signature_of(value: Any) -> Hashable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -150,13 +149,9 @@ def test_an_interrupted_forward_leaves_nothing_behind(ranks: RankPool) -> None:
 
 
 def different_inputs(mesh: ParallelMesh) -> str:
-    os.environ["OMNI_SP_CHECK"] = "1"
-    try:
-        model = randomise(qwen_image())
-        parallelize(model, mesh)
-        return error_of(lambda: model(**qwen_inputs(text=13 + mesh.rank)))
-    finally:
-        del os.environ["OMNI_SP_CHECK"]
+    model = randomise(qwen_image())
+    parallelize(model, ParallelMesh(mesh.config, check=True))
+    return error_of(lambda: model(**qwen_inputs(text=13 + mesh.rank)))
 
 
 def test_the_check_finds_ranks_with_different_inputs(ranks: RankPool) -> None:

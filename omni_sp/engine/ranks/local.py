@@ -5,16 +5,15 @@ from __future__ import annotations
 import secrets
 import threading
 import traceback
-import zlib
 from dataclasses import replace
 
-from omni_sp.collectives import gather_ints
+from omni_sp.collectives import gather_ints, require_equal
 from omni_sp.engine.devices import rank_devices
 from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Ready
 from omni_sp.engine.pipeline_runner import PipelineRunner
 from omni_sp.engine.ranks.torchrun import join
 from omni_sp.engine.startup import IMPORTS, JOINING, WEIGHTS, Startup, reading_text
-from omni_sp.errors import EngineClosedError, InvalidInputError, OmniSPError, RankFailedError, ShardingError
+from omni_sp.errors import EngineClosedError, InvalidInputError, OmniSPError, RankFailedError
 from omni_sp.mesh import ParallelMesh
 
 _NEW_SEED = 2**31
@@ -60,7 +59,7 @@ class InPlaceEngine:
     def new_seed(self) -> int:
         """A seed at random; all ranks get the one that rank 0 drew."""
         self._require_open()
-        return self._from_all_ranks(secrets.randbelow(_NEW_SEED))[0]
+        return gather_ints([secrets.randbelow(_NEW_SEED)], self._mesh.world)[0][0]
 
     def run(self, call: Call, on_progress: OnProgress | None) -> Done:
         """Run one call here.
@@ -113,19 +112,12 @@ class InPlaceEngine:
         if self._mesh.world_size > 1 and self._closed is None and not isinstance(error, InvalidInputError):
             self._closed = f"an earlier call failed: {str(error) or type(error).__name__}"
 
-    def _from_all_ranks(self, number: int) -> list[int]:
-        """Every rank's number, in rank order; along one axis, then along the other."""
-        row = [entry[0] for entry in gather_ints([number], self._mesh.sequence)]
-        return [entry for rows in gather_ints(row, self._mesh.cfg) for entry in rows]
-
     def _require_same(self, call: Call) -> None:
         """Refuse calls that differ between ranks, in what can be compared cheaply, on all ranks alike."""
         plain = {name: value for name, value in call.arguments.items() if isinstance(value, (int, float, str))}
-        mine = zlib.crc32(repr((sorted(plain.items()), call.seeds)).encode())
-        all_values = self._from_all_ranks(mine)
-        odd = [rank for rank, theirs in enumerate(all_values) if theirs != all_values[0]]
-        if odd:
-            raise ShardingError(
-                f"ranks {odd} were asked for something else than rank 0: every rank of the program makes the same "
-                "calls in the same order"
-            )
+        require_equal(
+            self._mesh.world,
+            "ranks {ranks} were asked for something else than rank 0: every rank of the program makes the same calls "
+            "in the same order",
+            call=(sorted(plain.items()), call.seeds),
+        )

@@ -110,17 +110,17 @@ def greedy(
     _check(parallel, input_ids, max_new_tokens, prefill_chunk)
     mask = key_mask(attention_mask, input_ids)
     ends, padding = _special(parallel.model, eos_token_id, pad_token_id)
-    inputs: dict[str, int | torch.Tensor | None] = {
-        "batch": input_ids.shape[0],
-        "tokens": input_ids.shape[1],
-        "input_ids": input_ids,
-        "attention_mask": mask,
-        "max_new_tokens": max_new_tokens,
-        "prefill_chunk": prefill_chunk,
-        "eos_token_id": torch.tensor(sorted(ends)),
-        "pad_token_id": padding,
-    }
-    require_same_inputs(inputs, parallel.mesh.sequence)
+    require_same_inputs(
+        parallel.mesh.sequence,
+        batch=input_ids.shape[0],
+        tokens=input_ids.shape[1],
+        input_ids=input_ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        prefill_chunk=prefill_chunk,
+        eos_token_id=torch.tensor(sorted(ends)),
+        pad_token_id=padding,
+    )
     prompt = _Prompt.of(input_ids, mask)
     if streamer is not None:
         streamer.put(input_ids.cpu())

@@ -188,8 +188,9 @@ class ParallelModel:
         mask = key_mask(attention_mask, whole)
         if position_ids is None:
             position_ids = torch.arange(tokens, device=whole.device)[None]
-        inputs = {"batch": batch, "tokens": tokens, "attention_mask": mask, "position_ids": position_ids}
-        require_same_inputs({**inputs, "input_ids": input_ids}, self.mesh.sequence)
+        sizes = {"batch": batch, "tokens": tokens}
+        tensors = {"attention_mask": mask, "position_ids": position_ids, "input_ids": input_ids}
+        require_same_inputs(self.mesh.sequence, **sizes, **tensors)
         shard = SequenceShard(prompt_layout(tokens, self.mesh), self.mesh.sequence, whole.device)
         phase = Prefill(self.mesh, shard, None if mask is None else shard.shard_tokens(mask), tokens, self.kernel)
         name = "input_ids" if input_ids is not None else "inputs_embeds"
@@ -235,7 +236,7 @@ class ParallelModel:
         passed, as_object = self._options(past_key_values, use_cache, options)
         output, shard = self._prefill(input_ids, inputs_embeds, attention_mask, position_ids, passed)
         wanted = _wanted(logits_to_keep, sum(shard.layout.query))
-        require_same_inputs({"logits_to_keep": wanted.numel(), "logits": wanted}, self.mesh.sequence)
+        require_same_inputs(self.mesh.sequence, logits_to_keep=wanted.numel(), logits=wanted)
         logits = shard.gather_selected(self.head(shard.select(output.last_hidden_state, wanted)), wanted)
         hidden = output.hidden_states
         joined = None if hidden is None else _gather_all(hidden, shard, shard.gather_tokens(output.last_hidden_state))

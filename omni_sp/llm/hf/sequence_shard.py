@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from omni_sp.attention import SequenceLayout, split_evenly
-from omni_sp.collectives import gather, gather_ints
-from omni_sp.errors import ShardingError, UnsupportedAttentionError
+from omni_sp.collectives import gather, require_equal
+from omni_sp.errors import UnsupportedAttentionError
 from omni_sp.mesh import Axis, ParallelMesh
 
 
@@ -90,35 +90,19 @@ def key_mask(attention_mask: torch.Tensor | None, whole: torch.Tensor) -> torch.
     return None if bool(mask.all()) else mask
 
 
-def require_same_inputs(inputs: Mapping[str, int | torch.Tensor | None], axis: Axis) -> None:
-    """Ranks that were called with different things would answer with nonsense: find out before anything is computed.
+def require_same_inputs(axis: Axis, **inputs: Any) -> None:
+    """Raise where the ranks were called with different inputs, before anything is computed from them.
 
     Args:
-        facts: what the ranks must agree on, by name: the same names on all ranks. Of tensors of whole numbers a
-            checksum is compared.
+        axis: the ranks.
+        inputs: numbers and tensors that must be equal, by name: the same names on all ranks.
 
     Raises:
         ShardingError: it names what differs, and how.
     """
-    rows = gather_ints([_number(value) for value in inputs.values()], axis)
-    for name, values in zip(inputs, zip(*rows, strict=True), strict=True):
-        if len(set(values)) > 1:
-            raise ShardingError(
-                f"the ranks were called with different {name} ({_format_values(name, values, axis.ranks)}): all "
-                "ranks take the same, whole prompt; broadcast it from one of them"
-            )
-
-
-def _number(value: int | torch.Tensor | None) -> int:
-    if not isinstance(value, torch.Tensor):
-        return -1 if value is None else int(value)
-    flat = value.reshape(-1).to(torch.int64)
-    # Whole numbers wrap around; the places count, so that an exchange of two tokens shows.
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device) * 0x9E3779B1 + 1
-    return int(((flat + 1) * weights).sum())
-
-
-def _format_values(name: str, values: Sequence[int], ranks: Sequence[int]) -> str:
-    return f"{name}, or its checksum: " + ", ".join(
-        f"rank {rank}: {value}" for rank, value in zip(ranks, values, strict=True)
+    require_equal(
+        axis,
+        "the ranks were called with different {name} ({name}, or its checksum: {values}): all ranks take the same, "
+        "whole prompt; broadcast it from one of them",
+        **inputs,
     )

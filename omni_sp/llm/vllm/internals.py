@@ -17,8 +17,7 @@ import torch
 
 from omni_sp.errors import ConfigError, UnsupportedModelError
 from omni_sp.llm.vllm.config import EngineFeatures, LlmParallelConfig
-from omni_sp.mesh import Axis, backends_of
-from omni_sp.shared_memory import SharedMemoryChannel
+from omni_sp.mesh import Axis
 
 TESTED = "0.30 to 0.32"
 """The versions of vLLM that all of this is tested with."""
@@ -281,7 +280,7 @@ def groups(settings: LlmParallelConfig) -> tuple[Axis, Any]:
     rows = [[first + t * size + s for s in range(size)] for t in range(inner)]
     columns = [[first + t * size + s for t in range(inner)] for s in range(size)]
     if inner == 1:
-        return _axis(tp), None
+        return Axis.of_group(tp.device_group), None
     row, column = (
         parallel_state.init_model_parallel_group(
             group_ranks=ranks,
@@ -291,15 +290,7 @@ def groups(settings: LlmParallelConfig) -> tuple[Axis, Any]:
         )
         for ranks, name in ((rows, "omni_sp_sequence"), (columns, "omni_sp_weights"))
     )
-    return _axis(row), column
-
-
-def _axis(group: Any) -> Axis:
-    """One of vLLM's groups as a row of ranks of ours."""
-    process_group = group.device_group
-    backends = backends_of(process_group)
-    channel = SharedMemoryChannel.open(process_group) if backends.get("cpu") == "gloo" else None
-    return Axis("ulysses", tuple(group.ranks), group.rank_in_group, process_group, backends, channel)
+    return Axis.of_group(row.device_group), column
 
 
 def clone_linear_for(stock: Any, kind: str, inner: InnerRank) -> Any:
