@@ -15,6 +15,10 @@ OmniSPError
     └── EngineClosedError               the engine was used after close(), or after a failure closed it
 """
 
+from __future__ import annotations
+
+from typing import Literal
+
 
 class OmniSPError(Exception):
     """The root of the tree; catch it to catch everything below."""
@@ -29,7 +33,16 @@ class ConfigError(InvalidInputError):
 
 
 class SamplingParamsError(InvalidInputError):
-    """A sampling parameter that the chosen pipeline cannot take, or a value out of range."""
+    """A sampling parameter that the chosen pipeline cannot take, or a value out of range.
+
+    Attributes:
+        param: the parameter or the field of the prompt that is to blame, by its name in OmniDiffusionSamplingParams or
+            in a prompt; None where it is no single one.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ModelNotFoundError(InvalidInputError):
@@ -37,7 +50,7 @@ class ModelNotFoundError(InvalidInputError):
 
 
 class UnsupportedModelError(InvalidInputError):
-    """A transformer without a plan whose rows of tokens cannot be found."""
+    """A transformer without a plan whose token streams cannot be found."""
 
 
 class UnsupportedAttentionError(InvalidInputError):
@@ -52,20 +65,24 @@ class EngineError(OmniSPError, RuntimeError):
     """Something went wrong with the rank processes."""
 
 
+FailureKind = Literal["raised", "died", "silent", "out_of_memory"]
+
+
 class RankFailedError(EngineError):
-    """A rank raised or died.
+    """A rank raised, died or fell silent.
 
     Attributes:
         rank: the number of the rank that failed first.
+        kind: "raised"; "out_of_memory", where it raised for want of memory; "died", where its process ended by itself,
+            which need not have anything to do with what was asked of it; or "silent".
         rank_traceback: its traceback as text; empty when the process died without one (killed, out of memory).
-        has_died: its process ended by itself, which need not have anything to do with what was asked of it.
     """
 
-    def __init__(self, message: str, *, rank: int, rank_traceback: str = "", has_died: bool = False) -> None:
+    def __init__(self, message: str, *, rank: int, kind: FailureKind = "raised", rank_traceback: str = "") -> None:
         super().__init__(message)
         self.rank = rank
+        self.kind = kind
         self.rank_traceback = rank_traceback
-        self.has_died = has_died
 
 
 class EngineClosedError(EngineError):

@@ -244,7 +244,7 @@ class Dispatcher:
         """Under the lock; notes that the job has had it."""
         if isinstance(result, (Done, RequestAbortedError)) or job.is_aborted or job.is_over or self.status in _OVER:
             return False
-        died = isinstance(result, RankFailedError) and result.has_died
+        died = isinstance(result, RankFailedError) and result.kind == "died"
         if not batch and (not died or job.was_retried):
             return False
         job.was_retried, job.key = True, None

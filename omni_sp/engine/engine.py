@@ -282,7 +282,9 @@ class RankEngine:
             way_out = f"it gives no sign of life, so that its process is stopped or stuck; otherwise {way_out}"
         blamed = sorted(lifeless or silent)
         return RankFailedError(
-            f"no word from rank {', '.join(map(str, blamed))} for {silence_s:g} s: {way_out}", rank=blamed[0]
+            f"no word from rank {', '.join(map(str, blamed))} for {silence_s:g} s: {way_out}",
+            rank=blamed[0],
+            kind="silent",
         )
 
     def _require_open(self) -> None:
@@ -327,13 +329,19 @@ def _raise_for(failures: Failures, size: int, *, apart: bool = False) -> NoRetur
     if everybody and len(refusals) == 1 and all(message.is_shared for message in failed.values()):
         rank, message = min(failed.items())
         error_class = getattr(errors, message.kind, InvalidInputError)
-        raise error_class(message.message) from RankTraceback(rank, message.traceback)
+        error = error_class(message.message)
+        if isinstance(error, errors.SamplingParamsError):
+            error.param = message.param
+        raise error from RankTraceback(rank, message.traceback)
     rank, cause = min(failures.items(), key=lambda item: (_cause_order(item[1]), item[0]))
     if isinstance(cause, RankExited):
-        raise RankFailedError(f"rank {rank} of {size} {_end(cause.exitcode)}", rank=rank, has_died=True)
+        raise RankFailedError(f"rank {rank} of {size} {_end(cause.exitcode)}", rank=rank, kind="died")
     text = cause.message.strip() or "no message"
     raise RankFailedError(
-        f"rank {rank} of {size} raised {cause.kind}: {text}", rank=rank, rank_traceback=cause.traceback
+        f"rank {rank} of {size} raised {cause.kind}: {text}",
+        rank=rank,
+        kind="out_of_memory" if cause.is_out_of_memory else "raised",
+        rank_traceback=cause.traceback,
     ) from RankTraceback(rank, cause.traceback)
 
 

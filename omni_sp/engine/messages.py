@@ -121,7 +121,10 @@ class Ready:
     """Rank -> front: waiting for calls.
 
     Attributes:
-        rank: who says so. ranks: how many there are. layout: who sits where, for people.
+        rank: its number.
+        ranks: how many there are.
+        layout: which rank is where, for people.
+        rings: the ranks, a row for each Ulysses group; the ring goes from row to row.
         facts: what the pipeline can be asked for. device, dtype: this rank's. load_s: seconds to load and parallelize.
         start_s: seconds of each part of the start so far, by the front's clock (see startup.CAPTIONS).
     """
@@ -133,6 +136,7 @@ class Ready:
     device: str
     dtype: str
     load_s: float
+    rings: tuple[tuple[int, ...], ...] = ((0,),)
     start_s: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -164,10 +168,14 @@ class Failed:
     """Rank -> front: it raised.
 
     Attributes:
-        kind: the class of the error. message: its text. traceback: as Python prints it.
+        kind: the class of the error.
+        message: its text.
+        traceback: as Python prints it.
         is_shared: all ranks raise it alike at the same point, and stand ready for the next call: one of our own
             InvalidInputErrors, or an abort.
         is_peer_loss: the error tells of another rank's end (a broken connection), not of its own cause.
+        is_out_of_memory: it was raised for want of memory.
+        param: of a SamplingParamsError.
     """
 
     kind: str
@@ -175,6 +183,8 @@ class Failed:
     traceback: str
     is_shared: bool
     is_peer_loss: bool
+    is_out_of_memory: bool = False
+    param: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

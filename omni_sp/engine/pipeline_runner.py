@@ -66,6 +66,7 @@ class PipelineRunner:
             rank=mesh.rank,
             ranks=mesh.world_size,
             layout=mesh.describe(),
+            rings=mesh.rings,
             capabilities=capabilities,
             device=str(self._device),
             dtype=self._dtype,

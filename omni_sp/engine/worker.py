@@ -73,6 +73,8 @@ def failure(error: BaseException) -> Failed:
         traceback="".join(traceback.format_exception(error)),
         is_shared=isinstance(error, (InvalidInputError, RequestAbortedError)),
         is_peer_loss=_is_peer_loss(error, text),
+        is_out_of_memory=is_out_of_memory(error),
+        param=getattr(error, "param", None) if isinstance(error, SamplingParamsError) else None,
     )
 
 
@@ -196,6 +198,14 @@ def _leave(exitcode: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exitcode)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error was raised for want of memory, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__.endswith("OutOfMemoryError"):
+        return True
+    # torch has no class of its own for a CPU without memory.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _is_peer_loss(error: BaseException, text: str) -> bool:

@@ -13,6 +13,7 @@ from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Ready
 from omni_sp.engine.pipeline_runner import PipelineRunner
 from omni_sp.engine.ranks.torchrun import join
 from omni_sp.engine.startup import IMPORTS, JOINING, WEIGHTS, Startup, reading_text
+from omni_sp.engine.worker import is_out_of_memory
 from omni_sp.errors import EngineClosedError, InvalidInputError, OmniSPError, RankFailedError
 from omni_sp.mesh import ParallelMesh
 
@@ -88,6 +89,7 @@ class InPlaceEngine:
             raise RankFailedError(
                 f"rank {rank} of {size} raised {type(error).__name__}: {error}",
                 rank=rank,
+                kind="out_of_memory" if is_out_of_memory(error) else "raised",
                 rank_traceback=traceback.format_exc(),
             ) from error
         except BaseException as error:
