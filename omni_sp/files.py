@@ -8,29 +8,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_sp.errors import ConfigError
+from omni_sp.errors import ConfigError, InvalidInputError
 from omni_sp.pipelines.export import complete_file, export_video, require_video_writer, write_sound
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from omni_sp.outputs import OmniRequestOutput
     from omni_sp.pipelines.capabilities import PipelineCapabilities
 
 _SUFFIXES = {"picture": ".png", "video": ".mp4", "sound": ".wav"}
 
 
-def read_picture(path: str) -> Any:
-    """A picture file as a PIL picture: upright, RGB, or RGBA where it has transparency.
+def read_picture(path: str) -> Image.Image:
+    """Read the image file of an ``--image`` option, upright, as RGB, or as RGBA where it has transparency.
 
     Raises:
         ConfigError: it cannot be read.
     """
-    from PIL import Image, ImageOps
+    from omni_sp.pipelines.images import decode_image
 
     try:
-        with Image.open(Path(path).expanduser()) as file:
-            picture = ImageOps.exif_transpose(file)
-            return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return decode_image(Path(path).expanduser())
+    except InvalidInputError as error:
         raise ConfigError(f"--image {path} cannot be read: {error}") from error
 
 
