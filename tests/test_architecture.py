@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "omni_sp"
 # A room may import rooms of lower levels only (and itself). `errors` and `config` lie at the bottom.
 LEVELS = {
     "errors": 0,
+    "command_line": 1,
     "config": 1,
     "outputs": 1,
     "shared_memory": 1,
