@@ -9,7 +9,7 @@ from omni_sp.engine.messages import Call, Done
 from omni_sp.engine.ranks.local import InPlaceEngine
 from omni_sp.errors import EngineClosedError, SamplingParamsError, ShardingError
 from omni_sp.mesh import ParallelMesh
-from tests.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 
 
 class FakeRunner:
