@@ -31,9 +31,15 @@ LEVELS = {
     "async_omni": 9,
     "server": 10,
     "cli": 11,
+    "testing": 12,
 }
 # Packages that only these rooms may import.
-RESERVED = {"diffusers": {"sharding", "pipelines"}, "transformers": {"pipelines", "llm"}, "ray": set(), "vllm": {"llm"}}
+RESERVED = {
+    "diffusers": {"sharding", "pipelines", "testing"},
+    "transformers": {"pipelines", "llm", "testing"},
+    "ray": set(),
+    "vllm": {"llm"},
+}
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 

@@ -9,9 +9,9 @@ import torch
 
 from omni_sp import OmniSPError, ParallelMesh, UnsupportedAttentionError, parallelize
 from omni_sp.attention import SequenceLayout, select_strategy
-from tests.attention.reference import relative_error
-from tests.ranks import RankPool
-from tests.sharding.models import qwen_image, qwen_inputs, randomise
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
+from tests.sharding.models import qwen_image, qwen_inputs
 
 pytest.importorskip("yunchang", reason="yunchang is not installed: pip install 'omni-sp[yunchang]'")
 
