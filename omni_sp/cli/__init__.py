@@ -145,13 +145,15 @@ def check(options: argparse.Namespace) -> int:
         attention_backend=options.attention_backend,
     ) as omni:
         pictures = [picture.convert(omni.info.capabilities.image_mode) for picture in pictures]
-        errors = omni.check(make_prompt(options.prompt, pictures), params)
+        report = omni.check_report(make_prompt(options.prompt, pictures), params)
         if not omni.is_main:
             return 0
         _print_layout(omni, options.model)
+    errors = report.errors
     print("stage, and its largest difference from one process, relative to its largest number")
     for stage, error in errors.items():
         print(f"  {stage:28}{error:.1e}")
+    print("gathered:", ", ".join(f"{name} ({count}x)" for name, count in report.gathers.items()) or "none")
     if options.dtype != "float32":
         print(f"{options.dtype} rounds differently in every order of additions; check in float32 to tell what is exact")
         return 0

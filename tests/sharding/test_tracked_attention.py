@@ -156,6 +156,7 @@ def opened(mesh: ParallelMesh, stack: ExitStack) -> ShardedForward:
         layouts={},
         exit_stack=stack,
         tokens={},
+        gathers={},
         tracked=True,
     )
     stack.enter_context(activate(forward, "test"))

@@ -86,6 +86,26 @@ def test_a_users_own_class_is_exact(ranks: RankPool, window: int | None, ulysses
         assert tokens == {"x": 35}
 
 
+def counted(mesh: ParallelMesh) -> list[dict[str, int]]:
+    """What two forwards gathered, in the way of each operation, and what is counted after a reset."""
+    model, picture = randomise(Own()), torch.randn(1, 4, 5, 7)
+    handle = parallelize(model, mesh)
+    found = []
+    with torch.no_grad():
+        for window in (None, 4):
+            model(picture, window)
+            found.append(handle.gathers)
+    handle.reset_counts()
+    return [*found, handle.gathers]
+
+
+def test_operations_that_need_a_full_tensor_are_counted(ranks: RankPool) -> None:
+    for first, both, after_reset in ranks.run(counted, ulysses=2):
+        assert first == {"aten.mean.dim": 2}
+        assert both == {"aten.mean.dim": 4, "attention": 4}  # keys and values of two blocks
+        assert after_reset == {}
+
+
 def test_what_is_cut_does_not_decide_what_is_exact(ranks: RankPool) -> None:
     for dim in (0, -1):  # the batch; the channels, which every linear layer needs whole
         for ulysses, ring in ((2, 1), (3, 1), (2, 2)):  # a batch of two leaves a third and a fourth rank without any
