@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from omni_sp.config import DiffusionParallelConfig
-from omni_sp.pipelines.arguments import CallResult, PipelineCapabilities
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.pipelines.load import ModelSource
+from omni_sp.pipelines.results import CallResult
 
 
 @dataclass(frozen=True, kw_only=True)
