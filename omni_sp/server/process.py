@@ -103,8 +103,9 @@ def serve(options: argparse.Namespace) -> int:
         rank_timeout_s=options.rank_timeout,
         startup_timeout_s=options.startup_timeout,
     )
-    if not omni.is_front:  # a process of torchrun that carries a rank
-        asyncio.run(omni.start())
+    if not omni.is_main:  # a process of torchrun above rank 0
+        asyncio.run(omni.supervise_rank())
+        return 0
     with listening(settings.host, settings.port) as listener:
         return asyncio.run(run_server(omni, settings, listener))
 
