@@ -16,8 +16,9 @@ from omni_sp.engine.devices import check_device_name
 from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.outputs import OmniRequestOutput
-from omni_sp.pipelines.arguments import Prompt, frames_per_second, output_deviation
+from omni_sp.pipelines.arguments import Prompt, frames_per_second
 from omni_sp.pipelines.load import resolve_model
+from omni_sp.pipelines.results import output_deviation
 from omni_sp.validation import require_number
 
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -15,14 +15,14 @@ from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, call_for, merge_c
 from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Progress, Ready
 from omni_sp.errors import OmniSPError, RequestAbortedError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.pipelines.arguments import inspect_pipeline, run_call
+from omni_sp.pipelines.capabilities import inspect_pipeline
 from omni_sp.pipelines.check import difference, stage_errors
 from omni_sp.pipelines.load import OnComponent, default_dtype, load_pipeline
 from omni_sp.pipelines.parallelize import ParallelHandle, parallelize
 from omni_sp.pipelines.preview import Previews
+from omni_sp.pipelines.quirks import NO_LATENT_OUTPUT
+from omni_sp.pipelines.run import run_call
 
-# Their own branch for latents fails, after all the denoising (diffusers 0.42.1); these decode on every rank.
-_NO_LATENTS = ("QwenImageLayeredPipeline",)
 _MAX_PREVIEWS = 8  # previews of one call, at most
 
 
@@ -97,7 +97,7 @@ class PipelineRunner:
         self._handle.reset_counts()
         mesh = self._handle.mesh
         arguments = dict(call.arguments)
-        if not answers and "output_type" in arguments and type(self._pipe).__name__ not in _NO_LATENTS:
+        if not answers and "output_type" in arguments and type(self._pipe).__name__ not in NO_LATENT_OUTPUT:
             arguments["output_type"] = "latent"
         with ExitStack() as stack:
             if mesh.world_size > 1:

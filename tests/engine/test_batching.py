@@ -18,7 +18,8 @@ from omni_sp.engine.ranks.local import LocalRank
 from omni_sp.engine.startup import Startup
 from omni_sp.errors import ConfigError, RankFailedError, RequestAbortedError
 from omni_sp.events import RequestDone, RequestEvent, RequestProgress
-from omni_sp.pipelines.arguments import CallResult, PipelineCapabilities
+from omni_sp.pipelines.capabilities import PipelineCapabilities
+from omni_sp.pipelines.results import CallResult
 from omni_sp.requests import engine_options
 from omni_sp.testing.models import save_flux_kontext, save_wan
 from tests.engine.test_async_omni import bounded, draw, error_of, is_done, scripted
