@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import re
 import sys
 import traceback
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from omni_sp.cli.options import make_prompt, sampling_params, with_cfg_scale
+from omni_sp.command_line import with_dashes
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.startup import format_seconds, is_terminal
 from omni_sp.errors import ConfigError, InvalidInputError, OmniSPError, SamplingParamsError
@@ -294,7 +294,7 @@ def _run(parser: _Parser, arguments: Sequence[str] | None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without × must not end a run
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options, unknown = parser.parse_known_args([_with_dashes(word) for word in words])
+    options, unknown = parser.parse_known_args([with_dashes(word) for word in words])
     if unknown:
         options.parser.refuse(unknown[0])
     command: Callable[[argparse.Namespace], int] = options.run
@@ -315,14 +315,6 @@ def _exit_code(command: Callable[[argparse.Namespace], int], options: argparse.N
         return _exit_with(options, str(error), FAILED)
     except Exception as error:
         return _exit_with(options, f"{type(error).__name__}: {error}", FAILED)
-
-
-def _with_dashes(word: str) -> str:
-    """``--ring_degree=2`` as ``--ring-degree=2``; values stay as they are."""
-    if not re.match(r"--[A-Za-z][\w-]*(=|$)", word):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
