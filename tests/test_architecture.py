@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "omni_sp"
 LEVELS = {
     "errors": 0,
     "command_line": 1,
+    "validation": 0,
     "config": 1,
     "outputs": 1,
     "shared_memory": 1,

@@ -103,7 +103,7 @@ def models(options: argparse.Namespace) -> int:
         return 0
     for state in states:
         print(f"{state.name:44}{state.state:10}{state.how:10}{state.note}".rstrip())
-    counts = [f"{sum(one.state == name for one in states)} {name}" for name in ("exact", "refused", "unproven")]
+    counts = [f"{sum(one.state == name for one in states)} {name}" for name in ("exact", "unproven")]
     print(f"{len(states)} classes: {', '.join(counts)}")
     return 0
 

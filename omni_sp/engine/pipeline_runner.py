@@ -1,4 +1,4 @@
-"""One rank's pipeline, loaded and parallelized, and one call on it. The same whether the rank is ours or the user's."""
+"""One rank's pipeline, loaded and parallelized, and one call on it, whoever started the rank."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ _MAX_PREVIEWS = 8  # previews of one call, at most
 
 
 class PipelineRunner:
-    """A pipeline in this process, to be spread over a mesh and called.
+    """A pipeline in this process, to be parallelized over a mesh and called.
 
     Args:
-        options: the model and how to load it. device: this rank's own, such as "cuda:1".
-        decodes, on_component: as for load_pipeline().
+        options: the model and how to load it.
+        device: this rank's own, such as "cuda:1".
+        decodes: False where nobody looks at what this process decodes (see load_pipeline).
+        on_component: called before each component is read (see load_pipeline).
     """
 
     def __init__(
@@ -84,10 +86,12 @@ class PipelineRunner:
         """Call the pipeline. Every rank runs the same calls in the same order.
 
         Args:
-            on_progress: told of every step. is_aborted: whether this rank heard that the call is to be left; if any
-                has, all leave it before the same step.
+            call: the arguments, and how to run them.
+            on_progress: called at every step.
             answers: False where nobody will look at this rank's pictures: it stops at the latent, which all ranks
                 share, and leaves the VAE to the rank that answers. On a CPU they would only take each other's cores.
+            is_aborted: whether this rank heard that the call is to be left; if any rank has, all leave it before the
+                same step.
         """
         assert self._handle is not None, "parallelize() comes before run()"
         self._handle.forget_tokens()
@@ -122,7 +126,7 @@ class PipelineRunner:
         return Done(request_id=call.request_id, result=result, tokens=dict(self._handle.tokens))
 
     def check(self, call: Call) -> Done:
-        """Run a call in two ways, as its ``check`` says, and tell how far apart they are. All ranks do it."""
+        """Run a call in two ways, as its ``check`` says, and answer how far apart they are. All ranks do it."""
         return self._check_batch(call) if call.check == "batch" else self._check_ranks(call)
 
     def _check_ranks(self, call: Call) -> Done:

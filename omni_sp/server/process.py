@@ -34,14 +34,16 @@ def serve(omni: AsyncOmni, settings: ServerSettings) -> int:
         settings: of the server.
 
     Returns:
-        The exit code: 0 after SIGTERM, 130 after Ctrl-C, 1 where uvicorn ended by itself.
+        The exit code: 0 after SIGTERM, and in the other processes of torchrun; 130 after Ctrl-C; 1 where uvicorn ended
+        by itself.
 
     Raises:
         ConfigError: the server cannot listen there; nothing was started.
         OmniSPError: the engine did not start, or failed for good.
     """
-    if not omni.is_front:  # a process of torchrun that only runs a rank
-        asyncio.run(omni.start())
+    if not omni.is_main:  # a process of torchrun above rank 0
+        asyncio.run(omni.supervise_rank())
+        return 0
     with listening(settings.host, settings.port) as listener:
         return asyncio.run(run_server(omni, settings, listener))
 

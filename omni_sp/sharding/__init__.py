@@ -1,8 +1,8 @@
-"""A diffusers transformer as data: where its token streams are cut and joined, how its attention reaches the core."""
+"""A diffusers transformer as data: where its token streams are split and gathered, how its attention is routed."""
 
 from omni_sp.sharding.apply import ShardHandle, shard
+from omni_sp.sharding.models import plan_for, tracked_plan_for
 from omni_sp.sharding.plan import Gather, ModulePlan, ShardingPlan, Split, TrackedPlan
-from omni_sp.sharding.plans import plan_for, tracked_plan_for
 
 __all__ = [
     "Gather",

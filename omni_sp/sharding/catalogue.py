@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 from dataclasses import dataclass
+from pathlib import Path
 
-from omni_sp.sharding.plans import planned_models
-from omni_sp.sharding.plans.proven import PROVEN, REFUSED
+from omni_sp.sharding.models import PLANNED
+
+PROVEN_FILE = Path(__file__).with_name("proven.json")
+"""The names of the classes that our tests prove exact over several ranks, written from those tests."""
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """One class.
+    """What is known of one transformer class.
 
     Attributes:
-        name: of the class. state: "exact" (our tests prove it on several ranks), "refused", or "unproven".
-        how: "plan" where a plan cuts and joins its streams, "followed" where pieces are followed through its code.
-        note: why it is refused, or what to do.
+        name: the name of the class.
+        state: "exact" where our tests prove it over several ranks, else "unproven".
+        how: "plan" where a plan says what is split and gathered, "followed" where its tensors are tracked.
+        note: what to do about an unproven class.
     """
 
     name: str
@@ -29,7 +34,8 @@ class ModelState:
 
 def catalogue() -> list[ModelState]:
     """All classes under ``diffusers.models.transformers``, by name."""
-    return [_state(name) for name in transformer_classes()]
+    proven = frozenset(json.loads(PROVEN_FILE.read_text()))
+    return [_state(name, name in proven) for name in transformer_classes()]
 
 
 def transformer_classes() -> list[str]:
@@ -48,11 +54,9 @@ def transformer_classes() -> list[str]:
     return sorted(names)
 
 
-def _state(name: str) -> ModelState:
-    if name in REFUSED:
-        return ModelState(name, "refused", "", REFUSED[name])
-    how = "plan" if name in planned_models() else "followed"
-    if name in PROVEN:
+def _state(name: str, is_proven: bool) -> ModelState:
+    how = "plan" if name in PLANNED else "followed"
+    if is_proven:
         return ModelState(name, "exact", how, "")
     return ModelState(name, "unproven", how, "newer than our tests: try it with `omni-sp check`")
 
@@ -60,9 +64,7 @@ def _state(name: str) -> ModelState:
 def as_markdown(states: list[ModelState]) -> str:
     """The page docs/models.md."""
     exact = sum(state.state == "exact" for state in states)
-    rows = "\n".join(
-        f"| `{state.name}` | {state.state} | {state.how or '-'} | {state.note or '-'} |" for state in states
-    )
+    lines = "\n".join(f"| `{state.name}` | {state.state} | {state.how} | {state.note or '-'} |" for state in states)
     return f"""# Models
 
 Written by `omni-sp models --markdown`. {exact} of the {len(states)} transformer classes of diffusers are proven
@@ -70,12 +72,12 @@ exact over several ranks: on 2, 3 and 4 ranks (Ulysses, ring, both), with uneven
 fp32, within 1e-5 of one process (2e-3 where a model itself rounds to bfloat16 on the way). Any pipeline that uses them
 runs unmodified.
 
-*plan*: its streams are cut and joined where a plan says; fastest, and its blocks may be compiled. *followed*: it is cut
-at its first block, and the pieces are followed through its own code; whatever needs whole tensors gets them. A class
-that is not in this list, yours or a future one, is followed too; `omni-sp check MODEL --ulysses-degree 2
---ring-degree 2` tells how exact it is.
+*plan*: its token streams are split and gathered where a plan says; this is fastest, and its blocks may be compiled.
+*followed*: its token streams are split at its first block, and the sharded tensors are tracked through its own code; an
+operation that needs the full tensor gathers it. A class that is not in this list, yours or a future one, is followed
+too; `omni-sp check MODEL --ulysses-degree 2 --ring-degree 2` shows how exact it is.
 
 | class | state | how | |
 |---|---|---|---|
-{rows}
+{lines}
 """

@@ -18,8 +18,8 @@ from omni_sp.errors import ShardingError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.attention_backend import AttentionTag, backend_key
 from omni_sp.sharding.forward_context import OnShard, ShardedForward, current_forward, shard_plain
+from omni_sp.sharding.models import TOKENWISE
 from omni_sp.sharding.plan import Gather, ModulePlan, ShardingPlan, Split, TrackedPlan, matches
-from omni_sp.sharding.plans.token_streams import TOKENWISE
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard
 
 _LOCAL_OF = "_omni_sp_piece_of"

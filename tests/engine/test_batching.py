@@ -12,8 +12,9 @@ import torch
 
 from omni_sp import AsyncOmni, DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.batching import Batching, call_for, merge_calls, split_result
+from omni_sp.engine.engine import Engine
 from omni_sp.engine.messages import Call, Done
-from omni_sp.engine.ranks.local import InPlaceEngine
+from omni_sp.engine.ranks.local import LocalRank
 from omni_sp.engine.startup import Startup
 from omni_sp.errors import ConfigError, RankFailedError, RequestAbortedError
 from omni_sp.events import RequestDone, RequestEvent, RequestProgress
@@ -97,13 +98,16 @@ def test_calls_are_joined_and_taken_apart() -> None:
 def batches_of(location: str, dtype: str | None = None, strip_mask: bool = False) -> tuple[set[bool], list[str]]:
     """What proves exact for a model, and what is told about the rest."""
     told: list[str] = []
-    engine = InPlaceEngine(engine_options(location, device="cpu", dtype=dtype), Startup(told.append), joined=False)
+    options = engine_options(location, device="cpu", dtype=dtype)
+    rank = LocalRank(options, joined=False)
+    engine = Engine(rank, Startup(told.append))
     if strip_mask:
 
         def without(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, {name: value for name, value in kwargs.items() if not name.endswith("_mask")}
 
-        engine._runner._pipe.transformer.register_forward_pre_hook(without, with_kwargs=True, prepend=True)
+        assert rank._runner is not None
+        rank._runner._pipe.transformer.register_forward_pre_hook(without, with_kwargs=True, prepend=True)
     told.clear()
     batching = Batching(max_size=2)
     batching.prove(engine.ready.capabilities, lambda one: engine.run(one, None), told.append)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from omni_sp.sharding.catalogue import as_markdown, catalogue, transformer_classes
-from omni_sp.sharding.plans import planned_models
-from omni_sp.sharding.plans.proven import PROVEN, REFUSED
+from omni_sp.sharding.catalogue import PROVEN_FILE, as_markdown, catalogue, transformer_classes
+from omni_sp.sharding.models import PLANNED
 from tests.ranks import ROOT, RankPool
-from tests.sharding.zoo.all import ENTRIES
+from tests.sharding.zoo.all import ENTRIES, proven_classes
 from tests.sharding.zoo.check import LAYOUTS, compare
 from tests.thorough import THOROUGH
 
-PLANNED = [entry_id for entry_id, entry in ENTRIES.items() if entry.name in planned_models()]
+PLANNED_ENTRIES = [entry_id for entry_id, entry in ENTRIES.items() if entry.name in PLANNED]
 FIRST = {entry.name: entry_id for entry_id, entry in reversed(ENTRIES.items())}
 # Every class on all layouts, further modes of it where Ulysses meets ring; thoroughly, also on uneven shares.
 RUNS = [
@@ -33,7 +32,7 @@ def test_followed_through_its_own_code(ranks: RankPool, entry_id: str, layout: t
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS, ids=lambda degree: str(degree))
-@pytest.mark.parametrize("entry_id", PLANNED)
+@pytest.mark.parametrize("entry_id", PLANNED_ENTRIES)
 def test_cut_by_its_plan(ranks: RankPool, entry_id: str, ulysses: int, ring: int) -> None:
     for error, restored, tokens, _ in ranks.run(compare, entry_id, False, ulysses=ulysses, ring=ring):
         assert error <= 1e-5
@@ -41,16 +40,16 @@ def test_cut_by_its_plan(ranks: RankPool, entry_id: str, ulysses: int, ring: int
         assert tokens
 
 
-def test_what_is_called_proven_is_tested() -> None:
-    assert {entry.name for entry in ENTRIES.values()} == PROVEN
-    assert not PROVEN & REFUSED.keys()
-    assert set(planned_models()) <= PROVEN
+def test_the_list_of_proven_classes_is_what_the_zoo_proves() -> None:
+    assert PROVEN_FILE.read_text() == proven_classes(), "run python -m tests.sharding.zoo.all --write"
+    assert PLANNED.keys() <= {ENTRIES[entry_id].name for entry_id in PLANNED_ENTRIES}
 
 
 def test_every_class_of_diffusers_has_a_state() -> None:
     states = {state.name: state for state in catalogue()}
     assert list(states) == transformer_classes()
-    assert {name for name, state in states.items() if state.state == "exact"} == PROVEN & states.keys()
+    proven = {entry.name for entry in ENTRIES.values()}
+    assert {name for name, state in states.items() if state.state == "exact"} == proven & states.keys()
     assert all(state.note for state in states.values() if state.state != "exact")
 
 

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 sys.path[:], module, function = json.loads(sys.argv[2])
 getattr(importlib.import_module(module), function)(Connection(int(sys.argv[1])))
 """
-# Other ranks' ends are the front's business to report; torch's C++ warnings about them would flood the terminal.
+# The front reports that a rank ended; torch's C++ warnings about them would flood the terminal.
 _EVERY_RANK = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 # All ranks wait for the same download; one bar is enough.
 _ALL_BUT_RANK_0 = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -48,7 +48,7 @@ class SpawnedRank:
         return self._process.poll()
 
     def wait(self, timeout_s: float) -> int | None:
-        """Wait so long at most for its end; then as poll()."""
+        """Wait so long at most for its end. Returns what poll() returns then."""
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -67,7 +67,8 @@ class SpawnLauncher:
     """Starts ranks with the interpreter and the import path of this process.
 
     Args:
-        module, function: what a rank runs, called with its end of the pipe.
+        module: where the function that a rank runs is defined.
+        function: its name; it is called with the rank's end of the pipe.
         thread_stays: the thread that starts the ranks lives until they have ended.
     """
 
@@ -83,7 +84,7 @@ class SpawnLauncher:
         return LOOPBACK
 
     def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
-        """All on this machine.
+        """All ranks on this machine.
 
         Raises:
             ConfigError: it has fewer GPUs than ranks, or no such GPU.
@@ -141,7 +142,7 @@ class SpawnLauncher:
 
 
 def _standard_error() -> int:
-    """Where ranks print: not into the front's output, which may be somebody's input."""
+    """Where ranks print: not to the front's standard output, which another program may read."""
     try:
         os.fstat(2)
     except OSError:
