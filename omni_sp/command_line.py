@@ -1,4 +1,4 @@
-"""Flags of a command line: ``--flag value`` or ``--flag=value``, with dashes or underscores in the flag's name."""
+"""What command lines share: flags as ``--flag value`` or ``--flag=value``, with dashes or underscores; exit codes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from omni_sp.errors import ConfigError
 
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+"""Exit codes: a failure; bad input; Ctrl-C."""
 _FLAG = re.compile(r"(?P<name>--?[A-Za-z][\w.-]*)(?:=(?P<value>.*))?", re.DOTALL)
 
 

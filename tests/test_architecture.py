@@ -31,14 +31,23 @@ LEVELS = {
     "async_omni": 9,
     "server": 10,
     "cli": 11,
+    "testing": 12,
+    "__main__": 12,
 }
 # Packages that only these rooms may import.
-RESERVED = {"diffusers": {"sharding", "pipelines"}, "transformers": {"pipelines", "llm"}, "ray": set(), "vllm": {"llm"}}
+RESERVED = {
+    "diffusers": {"sharding", "pipelines", "testing"},
+    "transformers": {"pipelines", "llm", "testing"},
+    "ray": set(),
+    "vllm": {"llm"},
+}
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 
 def room_of(path: Path) -> str:
-    """The room that a file belongs to: the first component below the package."""
+    """The room that a file belongs to: the first component below the package; `python -m` is one by itself."""
+    if path.name == "__main__.py":
+        return "__main__"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

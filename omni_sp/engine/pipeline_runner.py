@@ -94,7 +94,7 @@ class PipelineRunner:
                 same step.
         """
         assert self._handle is not None, "parallelize() comes before run()"
-        self._handle.forget_tokens()
+        self._handle.reset_counts()
         mesh = self._handle.mesh
         arguments = dict(call.arguments)
         if not answers and "output_type" in arguments and type(self._pipe).__name__ not in NO_LATENT_OUTPUT:
@@ -152,7 +152,8 @@ class PipelineRunner:
                 on_one_rank=on_one_rank,
                 on_all_ranks=on_all_ranks,
             )
-        return Done(request_id=call.request_id, result=None, tokens=dict(self._handle.tokens), errors=errors)
+        tokens, gathers = self._handle.tokens, self._handle.gathers
+        return Done(request_id=call.request_id, result=None, tokens=tokens, errors=errors, gathers=gathers)
 
     def _check_batch(self, call: Call) -> Done:
         """Each prompt alone, all in a batch, and each in a batch of its own kind, for what a batch itself rounds away.

@@ -26,7 +26,7 @@ from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.results import CallResult, output_deviation, result_of
 from omni_sp.pipelines.run import run_call
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from tests.pipelines.folders import save_kontext, save_wan, save_wan_i2v
+from omni_sp.testing.models import save_flux_kontext, save_wan, save_wan_i2v
 
 IMAGE = PipelineCapabilities(
     name="ImagePipeline",
@@ -536,7 +536,7 @@ def test_pipelines_that_start_from_pictures_can_be_warmed_up(tmp_path: Path) -> 
         save(tmp_path / save.__name__)
         return load_pipeline(resolve_model(tmp_path / save.__name__), device="cpu")
 
-    edits = FluxInpaintPipeline.from_pipe(loaded(save_kontext))
+    edits = FluxInpaintPipeline.from_pipe(loaded(save_flux_kontext))
     changes = WanVideoToVideoPipeline.from_pipe(loaded(save_wan))
     for pipe in (edits, changes, loaded(save_wan_i2v)):
         pipe.set_progress_bar_config(disable=True)
