@@ -23,9 +23,6 @@ _SUFFIXES = {"picture": ".png", "video": ".mp4", "sound": ".wav"}
 def read_picture(path: str) -> Image.Image:
     """Read the image file of an ``--image`` option, upright, as RGB, or as RGBA where it has transparency.
 
-    Args:
-        path: of the file; "~" is the home folder.
-
     Raises:
         ConfigError: it cannot be read.
     """
@@ -73,9 +70,6 @@ class OutputFiles:
     def expect(self, capabilities: PipelineCapabilities) -> None:
         """Make sure, before anything is generated, that what this pipeline makes can be written.
 
-        Args:
-            capabilities: of the pipeline.
-
         Raises:
             ConfigError: it makes something else than the file's suffix says, or a package is missing.
         """
@@ -96,14 +90,7 @@ class OutputFiles:
             self._target = Path(f"{capabilities.makes}s")
 
     def save(self, output: OmniRequestOutput) -> Iterator[str]:
-        """Write the results of one prompt, file by file.
-
-        Args:
-            output: the results.
-
-        Yields:
-            A line for people about each file that has been written.
-        """
+        """Write the results of one prompt, and yield a line for people about each file that has been written."""
         several = self._several or max(len(output.images), len(output.videos), len(output.audios)) > 1
         for image in output.images:
             path = self._next("picture", several)

@@ -12,8 +12,6 @@ import torch
 from omni_sp.pipelines.parallelize import transformers_of
 from omni_sp.pipelines.run import run_call
 
-__all__ = ["difference", "stage_errors"]
-
 _Record = dict[str, list[torch.Tensor]]
 
 
@@ -53,12 +51,7 @@ def stage_errors(
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the largest difference, relative to the largest wanted number; infinite for another shape, or for nan.
-
-    Args:
-        found: a tensor.
-        wanted: what it should be.
-    """
+    """Return the largest difference, relative to the largest wanted number; infinite for another shape, or for nan."""
     if found.shape != wanted.shape:
         return math.inf
     if wanted.numel() == 0:

@@ -50,13 +50,7 @@ def require_video_writer() -> None:
 
 
 def write_video(frames: list[Any], path: Path, fps: float) -> None:
-    """Write an .mp4 without sound. Odd sides are widened by a pixel, since the codec takes even ones.
-
-    Args:
-        frames: PIL images of one size.
-        path: the .mp4.
-        fps: frames shown in a second.
-    """
+    """Write PIL images as an .mp4 without sound. Odd sides are widened by a pixel, since the codec takes even ones."""
     from diffusers.utils import export_to_video
 
     export_to_video(frames, str(path), fps=fps, macro_block_size=2)
@@ -117,13 +111,7 @@ def complete_file(path: Path) -> Iterator[Path]:
 
 
 def why_no_sound_inside(frames: list[Any], fps: float, sound: Any) -> str | None:
-    """Return the reason why write_video_with_sound() cannot write these; None where it can.
-
-    Args:
-        frames: PIL images of one size.
-        fps: frames shown in a second.
-        sound: array of shape (channels, samples).
-    """
+    """Return the reason why write_video_with_sound() cannot write these; None where it can."""
     if importlib.util.find_spec("av") is None:
         return "PyAV, which puts both into one file, is not installed: pip install av"
     if not float(fps).is_integer():
@@ -135,15 +123,7 @@ def why_no_sound_inside(frames: list[Any], fps: float, sound: Any) -> str | None
 
 
 def write_video_with_sound(frames: list[Any], sound: Any, path: Path, fps: float, sampling_rate: int) -> None:
-    """Write a video and its sound as one .mp4.
-
-    Args:
-        frames: PIL images of one size.
-        sound: float array of shape (channels, samples) in -1 … 1.
-        path: the .mp4.
-        fps: frames shown in a second, a whole number.
-        sampling_rate: samples of the sound a second.
-    """
+    """Write PIL images and a sound, a float array of shape (channels, samples) in -1 … 1, as one .mp4."""
     import torch
     from diffusers.utils import encode_video
 
@@ -152,13 +132,7 @@ def write_video_with_sound(frames: list[Any], sound: Any, path: Path, fps: float
 
 
 def write_sound(sound: Any, path: Path, sampling_rate: int) -> None:
-    """Write a sound as a .wav of 16 bits.
-
-    Args:
-        sound: float array of shape (channels, samples) in -1 … 1; what is louder is clipped.
-        path: the .wav.
-        sampling_rate: samples a second.
-    """
+    """Write a sound of shape (channels, samples) as a .wav of 16 bits; values beyond -1 … 1 are clipped."""
     samples = (sound.clip(-1.0, 1.0) * 32767).round().astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(samples.shape[0])

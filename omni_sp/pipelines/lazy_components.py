@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from omni_sp.errors import ModelNotFoundError
-from omni_sp.pipelines.quirks import DECODERS, ENCODED_ARGUMENTS, NOT_ENCODED
+from omni_sp.pipelines import quirks
 
 _STORES = ("_parameters", "_buffers", "_modules")
 _KEY = "_omni_sp_unread"
@@ -30,11 +30,11 @@ def lazy_component_names(pipeline_class: Any, classes: dict[str, Any]) -> list[s
 
     if pipeline_class is None:
         return []
-    arguments = inspect.signature(pipeline_class.__call__).parameters
-    encodes = [name for name in arguments if name.split("_")[-1] in ENCODED_ARGUMENTS and NOT_ENCODED not in name]
-    if encodes:  # every rank encodes, and should not have to read the weights during the first request
-        return []
-    return [name for name in DECODERS if isinstance(classes.get(name), type) and issubclass(classes[name], ModelMixin)]
+    for name in inspect.signature(pipeline_class.__call__).parameters:
+        if name.split("_")[-1] in quirks.ENCODED_ARGUMENTS and quirks.NOT_ENCODED not in name:
+            return []  # every rank encodes, and should not have to read the weights during the first request
+    known = {name: component for name in quirks.DECODERS if isinstance(component := classes.get(name), type)}
+    return [name for name, component in known.items() if issubclass(component, ModelMixin)]
 
 
 def lazy_component(component_class: Any, location: str, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
@@ -66,11 +66,7 @@ def lazy_component(component_class: Any, location: str, name: str, *, dtype: tor
 
 
 def has_unread_weights(component: Any) -> bool:
-    """Whether a component is lazy, and nothing has needed its weights yet.
-
-    Args:
-        component: of a pipeline.
-    """
+    """Whether a component is lazy, and nothing has needed its weights yet."""
     return isinstance(component, _LazyWeights)
 
 

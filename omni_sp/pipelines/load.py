@@ -123,11 +123,7 @@ def load_pipeline(
 
 
 def default_dtype(device: str) -> str:
-    """Return the dtype of a model when the user names none.
-
-    Args:
-        device: "cpu", "cuda:0", …
-    """
+    """Return the dtype of a model on this device when the user names none."""
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 

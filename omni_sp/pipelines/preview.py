@@ -45,14 +45,7 @@ class Previews:
         vars(self._scheduler or self).pop("step", None)
 
     def images(self, count: int = 1) -> tuple[Image.Image, ...]:
-        """Return the first images (or the first frames of the videos) as they are now.
-
-        Args:
-            count: the most images.
-
-        Returns:
-            No images where the latent has a form that is not known here.
-        """
+        """Return the first ``count`` images (or first frames of videos) as they are now; none of an unknown latent."""
         try:
             with torch.no_grad():
                 latent = self._small_latent(count)

@@ -67,11 +67,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to a stage. A stage that is entered within itself is counted once.
-
-        Args:
-            name: a key of ``seconds``.
-        """
+        """Add the seconds of the block to a stage. A stage that is entered within itself is counted once."""
         if name in self._inside:
             yield
             return
