@@ -10,8 +10,6 @@ from PIL import Image, ImageOps
 
 from omni_sp.errors import InvalidInputError
 
-__all__ = ["WEB_FORMATS", "decode_image"]
-
 WEB_FORMATS = ("PNG", "JPEG", "WebP")
 """The formats that every browser shows."""
 
