@@ -24,6 +24,7 @@ from omni_sp.errors import ConfigError, EngineClosedError, OmniSPError
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
 from omni_sp.pipelines.arguments import call_arguments, warm_up_arguments
 from omni_sp.requests import Model, PromptInput, engine_options, output_of, parse_prompt, require_known, require_params
+from omni_sp.validation import require_int, require_number
 
 if TYPE_CHECKING:
     from typing_extensions import Never  # typing has it from Python 3.11 on
@@ -309,8 +310,7 @@ class AsyncOmni:
 
 
 def _batching(max_size: int, wait_ms: float) -> Batching:
-    if isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 1:
-        raise ConfigError(f"max_batch_size={max_size!r}: give a whole number from 1 on")
-    if isinstance(wait_ms, bool) or not isinstance(wait_ms, (int, float)) or not 0 <= wait_ms < 1e6:
-        raise ConfigError(f"batch_wait_ms={wait_ms!r}: give a number of milliseconds from 0 on")
+    require_int("max_batch_size", max_size, minimum=1, error=ConfigError, hint="give a whole number from 1 on")
+    hint = "give a number of milliseconds from 0 on"
+    require_number("batch_wait_ms", wait_ms, minimum=0.0, below=1e6, error=ConfigError, hint=hint)
     return Batching(max_size=max_size, wait_s=wait_ms / 1000)

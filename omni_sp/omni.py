@@ -16,7 +16,7 @@ from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.engine import open_engine
 from omni_sp.engine.messages import Call, Ready
 from omni_sp.engine.startup import StartupDisplay, is_terminal
-from omni_sp.outputs import OmniRequestOutput
+from omni_sp.outputs import CheckReport, OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt, call_arguments, rounded_size, small_arguments
 from omni_sp.requests import (
     Model,
@@ -182,12 +182,19 @@ class Omni:
             RankFailedError: a rank raised or died.
             EngineClosedError: it had been closed before.
         """
+        return dict(self.check_report(prompt, sampling_params).errors)
+
+    def check_report(
+        self, prompt: PromptInput = "a red circle", sampling_params: OmniDiffusionSamplingParams | None = None
+    ) -> CheckReport:
+        """What check() finds, and which operations needed a full tensor on the way."""
         capabilities = self._engine.ready.capabilities
         params = require_params(sampling_params)
         arguments = small_arguments(capabilities, call_arguments(capabilities, parse_prompt(prompt), params), params)
         seed = 0 if params.seed is None else params.seed
         call = Call(request_id="check", arguments=arguments, seeds=(seed,), check="ranks")
-        return dict(self._engine.run(call, None).errors)
+        done = self._engine.run(call, None)
+        return CheckReport(errors=done.errors, gathers=done.gathers)
 
     def close(self) -> None:
         """End the rank processes and give memory back. Idempotent."""

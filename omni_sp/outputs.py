@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,3 +34,16 @@ class OmniRequestOutput:
     videos: list[Any] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     audios: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """How exact a model is over several ranks.
+
+    Attributes:
+        errors: stage -> the largest relative difference from one process, see :meth:`Omni.check`.
+        gathers: operation of a model's code -> how often it needed the full tensor of one that is sharded.
+    """
+
+    errors: Mapping[str, float]
+    gathers: Mapping[str, int]

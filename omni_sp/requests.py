@@ -16,8 +16,10 @@ from omni_sp.engine.devices import check_device_name
 from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.outputs import OmniRequestOutput
-from omni_sp.pipelines.arguments import Prompt, frames_per_second, output_deviation
+from omni_sp.pipelines.arguments import Prompt, frames_per_second
 from omni_sp.pipelines.load import resolve_model
+from omni_sp.pipelines.results import output_deviation
+from omni_sp.validation import require_number
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _PROMPT_KEYS = ("prompt", "negative_prompt", "image")
@@ -203,6 +205,4 @@ def _dtype_name(dtype: Any) -> str | None:
 
 
 def _seconds(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-        raise ConfigError(f"{name}={value!r}: give a number of seconds above 0")
-    return float(value)
+    return require_number(name, value, above=0, below=1e9, error=ConfigError, hint="give a number of seconds above 0")

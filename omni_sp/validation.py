@@ -38,16 +38,18 @@ def require_number(
     name: str,
     value: Any,
     *,
+    minimum: float = -math.inf,
     above: float = -math.inf,
     below: float = math.inf,
     error: Error,
     hint: str = "give a finite number",
 ) -> float:
-    """Return the value as a float if it is a finite number between the two bounds; True and False are none.
+    """Return the value as a float if it is a finite number within the bounds; True and False are none.
 
     Args:
         name: what the user calls the value.
         value: the value.
+        minimum: the smallest allowed.
         above: the value must be greater.
         below: the value must be less.
         error: the exception class, or a function that makes the exception out of its message.
@@ -61,7 +63,7 @@ def require_number(
         number = float(value) if is_number else math.nan
     except OverflowError:  # an int that no float can hold
         number = math.inf
-    if not above < number < below:  # nan lies between no bounds
+    if not (number >= minimum and above < number < below):  # nan lies within no bounds
         raise error(f"{name}={value!r}: {hint}")
     return number
 

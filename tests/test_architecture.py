@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "omni_sp"
 # A room may import rooms of lower levels only (and itself). `errors` and `config` lie at the bottom.
 LEVELS = {
     "errors": 0,
-    "command_line": 1,
     "validation": 0,
+    "command_line": 1,
     "config": 1,
     "outputs": 1,
     "shared_memory": 1,
@@ -31,10 +31,16 @@ LEVELS = {
     "async_omni": 9,
     "server": 10,
     "cli": 11,
+    "testing": 12,
     "__main__": 12,
 }
 # Packages that only these rooms may import.
-RESERVED = {"diffusers": {"sharding", "pipelines"}, "transformers": {"pipelines", "llm"}, "ray": set(), "vllm": {"llm"}}
+RESERVED = {
+    "diffusers": {"sharding", "pipelines", "testing"},
+    "transformers": {"pipelines", "llm", "testing"},
+    "ray": set(),
+    "vllm": {"llm"},
+}
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 

@@ -23,7 +23,8 @@ from omni_sp import ConfigError, OmniDiffusionSamplingParams, OmniRequestOutput,
 from omni_sp.cli import main
 from omni_sp.engine.messages import Ready
 from omni_sp.files import OutputFiles, read_picture
-from omni_sp.pipelines.arguments import PipelineCapabilities, Prompt
+from omni_sp.pipelines.arguments import Prompt
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 from tests.engine.processes import alive, becomes_true, children
 
 ROOT = Path(__file__).resolve().parent.parent

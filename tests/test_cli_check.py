@@ -10,10 +10,12 @@ from PIL import Image
 
 from omni_sp.cli import main
 from omni_sp.omni import Omni
+from omni_sp.outputs import CheckReport
+from omni_sp.testing.models import save_wan_i2v
 from tests.engine.processes import becomes_true, children
-from tests.pipelines.folders import save_wan_i2v
-from tests.ranks import ROOT
 from tests.thorough import thorough_only
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +30,19 @@ def test_the_demo_model_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "omni-sp/shapes", "--usp", "2", "--ring", "2", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert "2 × ring_degree 2 = 4 ranks" in told
-    for stage in ("text", "transformer, call 1", "result"):
+    for stage in ("text", "transformer, call 1", "result", "gathered: none"):
         assert stage in told
     assert told.rstrip().endswith("exact: what is left is the rounding of float32")
 
 
 def test_what_is_not_exact_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(Omni, "check", lambda *_: {"text": 0.0, "transformer, call 1": 0.01, "result": 0.1})
+    errors = {"text": 0.0, "transformer, call 1": 0.01, "result": 0.1}
+    report = CheckReport(errors, gathers={"aten.sort.default": 4, "mask": 2})
+    monkeypatch.setattr(Omni, "check_report", lambda *_: report)
     assert main(["check", "omni-sp/shapes", "--usp", "2", "--device", "cpu"]) == 1
-    assert "NOT exact" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "NOT exact" in shown
+    assert "gathered: aten.sort.default (4x), mask (2x)" in shown
 
 
 @pytest.mark.parametrize(

@@ -79,13 +79,15 @@ def check(options: argparse.Namespace) -> int:
 
     with Omni(options.model, config, **arguments_for(ENGINE, CHECK, options)) as omni:
         image = input_image(pictures, omni.info.capabilities)
-        errors = omni.check(Prompt(text=options.prompt, image=image), params)
+        report = omni.check_report(Prompt(text=options.prompt, image=image), params)
         if not omni.is_main:
             return 0
         _print_layout(omni, options.model)
+    errors = report.errors
     print("stage, and its largest difference from one process, relative to its largest number")
     for stage, error in errors.items():
         print(f"  {stage:28}{error:.1e}")
+    print("gathered:", ", ".join(f"{name} ({count}x)" for name, count in report.gathers.items()) or "none")
     if options.dtype != "float32":
         print(f"{options.dtype} rounds differently in every order of additions; check in float32 to tell what is exact")
         return 0

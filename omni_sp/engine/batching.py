@@ -14,7 +14,8 @@ from typing import Any
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.engine.messages import Call, Done
 from omni_sp.errors import InvalidInputError
-from omni_sp.pipelines.arguments import PipelineCapabilities, Prompt, call_arguments, small_arguments
+from omni_sp.pipelines.arguments import Prompt, call_arguments, small_arguments
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 
 BATCH, ROUNDING, SMALLEST = "batch", "rounding", "smallest"
 """Names of the errors that a batch's check answers with."""

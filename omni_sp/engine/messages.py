@@ -192,6 +192,7 @@ class Done:
     result: CallResult | None
     tokens: Mapping[str, int]
     errors: Mapping[str, float] = field(default_factory=dict)
+    gathers: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,14 @@ from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, call_for, merge_c
 from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Progress, Ready
 from omni_sp.errors import OmniSPError, RequestAbortedError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.pipelines.arguments import inspect_pipeline, run_call
+from omni_sp.pipelines.capabilities import inspect_pipeline
 from omni_sp.pipelines.check import difference, stage_errors
 from omni_sp.pipelines.load import OnComponent, default_dtype, load_pipeline
 from omni_sp.pipelines.parallelize import ParallelHandle, parallelize
 from omni_sp.pipelines.preview import Previews
+from omni_sp.pipelines.quirks import NO_LATENT_OUTPUT
+from omni_sp.pipelines.run import run_call
 
-# Their own branch for latents fails, after all the denoising (diffusers 0.42.1); these decode on every rank.
-_NO_LATENTS = ("QwenImageLayeredPipeline",)
 _MAX_PREVIEWS = 8  # previews of one call, at most
 
 
@@ -94,10 +94,10 @@ class PipelineRunner:
                 same step.
         """
         assert self._handle is not None, "parallelize() comes before run()"
-        self._handle.forget_tokens()
+        self._handle.reset_counts()
         mesh = self._handle.mesh
         arguments = dict(call.arguments)
-        if not answers and "output_type" in arguments and type(self._pipe).__name__ not in _NO_LATENTS:
+        if not answers and "output_type" in arguments and type(self._pipe).__name__ not in NO_LATENT_OUTPUT:
             arguments["output_type"] = "latent"
         with ExitStack() as stack:
             if mesh.world_size > 1:
@@ -152,7 +152,8 @@ class PipelineRunner:
                 on_one_rank=on_one_rank,
                 on_all_ranks=on_all_ranks,
             )
-        return Done(request_id=call.request_id, result=None, tokens=dict(self._handle.tokens), errors=errors)
+        tokens, gathers = self._handle.tokens, self._handle.gathers
+        return Done(request_id=call.request_id, result=None, tokens=tokens, errors=errors, gathers=gathers)
 
     def _check_batch(self, call: Call) -> Done:
         """Each prompt alone, all in a batch, and each in a batch of its own kind, for what a batch itself rounds away.

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from omni_sp.pipelines.arguments import run_call
 from omni_sp.pipelines.parallelize import transformers_of
+from omni_sp.pipelines.run import run_call
 
 Record = dict[str, list[torch.Tensor]]
 TEXT, PICTURE = "text", "result"

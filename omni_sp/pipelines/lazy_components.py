@@ -13,10 +13,8 @@ from typing import Any
 import torch
 
 from omni_sp.errors import ModelNotFoundError
+from omni_sp.pipelines.quirks import DECODERS, ENCODED_ARGUMENTS, NOT_ENCODED
 
-_DECODERS = ("vae", "audio_vae", "vocoder")
-# What arguments of a pipeline end in that would be encoded.
-_ENCODED = ("image", "images", "video", "audio", "waveforms", "conditions")
 _STORES = ("_parameters", "_buffers", "_modules")
 _KEY = "_omni_sp_unread"
 
@@ -32,10 +30,10 @@ def lazy_component_names(pipeline_class: Any, classes: dict[str, Any]) -> list[s
     if pipeline_class is None:
         return []
     arguments = inspect.signature(pipeline_class.__call__).parameters
-    encodes = [name for name in arguments if name.split("_")[-1] in _ENCODED and "ip_adapter" not in name]
+    encodes = [name for name in arguments if name.split("_")[-1] in ENCODED_ARGUMENTS and NOT_ENCODED not in name]
     if encodes:  # every rank encodes; not at its first request
         return []
-    return [name for name in _DECODERS if isinstance(classes.get(name), type) and issubclass(classes[name], ModelMixin)]
+    return [name for name in DECODERS if isinstance(classes.get(name), type) and issubclass(classes[name], ModelMixin)]
 
 
 def lazy_component(part_class: Any, location: str, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -27,17 +28,25 @@ class ParallelHandle:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Stream name -> number of tokens, over all ranks: the most that one forward had since forget_tokens()."""
+        """Stream name -> number of tokens, over all ranks: the most that one forward had since reset_counts()."""
         tokens: dict[str, int] = {}
         for handle in self._shards:
             for stream, count in handle.tokens.items():
                 tokens[stream] = max(count, tokens.get(stream, 0))
         return tokens
 
-    def forget_tokens(self) -> None:
-        """Begin to count anew."""
+    @property
+    def gathers(self) -> dict[str, int]:
+        """Operation of a model's code -> how often it needed a full tensor since reset_counts()."""
+        gathers: Counter[str] = Counter()
         for handle in self._shards:
-            handle.tokens.clear()
+            gathers.update(handle.gathers)
+        return dict(gathers)
+
+    def reset_counts(self) -> None:
+        """Begin anew to count tokens and gathers."""
+        for handle in self._shards:
+            handle.reset_counts()
 
     def remove(self) -> None:
         """Give back the pipeline as it was. A second call does nothing."""

@@ -24,14 +24,23 @@ class ShardHandle:
     """A transformer that runs sharded, until ``remove()``.
 
     Attributes:
-        model: the transformer. tokens: stream name -> global number of tokens, the most that one forward had since
-            ``tokens.clear()`` (with guidance a picture takes forwards of two texts).
+        model: the transformer.
+        tokens: stream name -> global number of tokens, the most that one forward had since ``reset_counts()`` (with
+            guidance a picture takes forwards of two texts).
+        gathers: operation of the model's code -> how often it needed a full tensor since ``reset_counts()``, such as
+            ``{"aten.sort.default": 4}``; such operations are exact, and slow. A planned model has none.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self.tokens: dict[str, int] = {}
+        self.gathers: dict[str, int] = {}
         self._undo: list[Callable[[], None]] = []
+
+    def reset_counts(self) -> None:
+        """Begin anew to count tokens and gathers."""
+        self.tokens.clear()
+        self.gathers.clear()
 
     def on_remove(self, undo: Callable[[], None]) -> None:
         """Have ``undo`` called by ``remove()``, in reverse order."""
@@ -151,6 +160,7 @@ class _Session:
             layouts=self._layout_cache.layouts(signature),
             exit_stack=self._open,
             tokens=self._handle.tokens,
+            gathers=self._handle.gathers,
             tracked=self._hooks.tracked,
         )
         self._open.enter_context(activate(forward, signature))

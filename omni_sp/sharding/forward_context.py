@@ -60,6 +60,7 @@ class ShardedForward:
         tracked: streams are tensors in pieces that look whole (see ``tracked``).
         exit_stack: what is to be closed when the forward ends.
         tokens: stream name -> the most tokens that it had, over all ranks.
+        gathers: operation -> how often it needed the full tensor of one that is tracked.
         attentions: for each attention module now running, innermost last, how often it came to the core.
         has_sharded: whether anything was cut yet.
         masks: what was found out about masks in this forward.
@@ -71,6 +72,7 @@ class ShardedForward:
     layouts: dict[Hashable, Any]
     exit_stack: ExitStack
     tokens: dict[str, int]
+    gathers: dict[str, int]
     tracked: bool = False
     attentions: list[int] = field(default_factory=list)
     has_sharded: bool = False

@@ -18,10 +18,11 @@ from omni_sp.engine.ranks.local import LocalRank
 from omni_sp.engine.startup import Startup
 from omni_sp.errors import ConfigError, RankFailedError, RequestAbortedError
 from omni_sp.events import RequestDone, RequestEvent, RequestProgress
-from omni_sp.pipelines.arguments import CallResult, PipelineCapabilities
+from omni_sp.pipelines.capabilities import PipelineCapabilities
+from omni_sp.pipelines.results import CallResult
 from omni_sp.requests import engine_options
+from omni_sp.testing.models import save_flux_kontext, save_wan
 from tests.engine.test_async_omni import bounded, draw, error_of, is_done, scripted
-from tests.pipelines.folders import save_kontext, save_wan
 from tests.thorough import THOROUGH
 
 FACTS = PipelineCapabilities(
@@ -131,7 +132,7 @@ def test_a_pipeline_that_masks_its_padding_is_proven_and_one_that_does_not_is_ca
 
 @pytest.mark.filterwarnings("ignore")
 def test_other_pipelines_are_proven_likewise(tmp_path: Path) -> None:
-    for save in (save_kontext, save_wan):
+    for save in (save_flux_kontext, save_wan):
         save(tmp_path / save.__name__)
         assert batches_of(str(tmp_path / save.__name__)) == ({False, True}, [])
 

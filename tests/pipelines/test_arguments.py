@@ -14,21 +14,19 @@ from PIL import Image
 
 from omni_sp import ConfigError, OmniDiffusionSamplingParams, SamplingParamsError, UnsupportedModelError
 from omni_sp.pipelines.arguments import (
-    PipelineCapabilities,
     Prompt,
     call_arguments,
     frames_per_second,
-    inspect_pipeline,
-    output_deviation,
     rounded_size,
-    run_call,
     small_arguments,
     warm_up_arguments,
 )
+from omni_sp.pipelines.capabilities import PipelineCapabilities, inspect_pipeline
 from omni_sp.pipelines.load import load_pipeline, resolve_model
-from omni_sp.pipelines.results import CallResult, result_of
+from omni_sp.pipelines.results import CallResult, output_deviation, result_of
+from omni_sp.pipelines.run import run_call
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from tests.pipelines.folders import save_kontext, save_wan, save_wan_i2v
+from omni_sp.testing.models import save_flux_kontext, save_wan, save_wan_i2v
 
 IMAGE = PipelineCapabilities(
     name="ImagePipeline",
@@ -59,6 +57,34 @@ def refusal(capabilities: PipelineCapabilities, prompt: Prompt = CAT, **values: 
         call_arguments(capabilities, prompt, params(**values))
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("param", "values"),
+    [
+        ("num_frames", {"num_frames": 5}),
+        ("height", {"height": 1001}),
+        ("width", {"width": 16}),
+        ("width", {"width": 64, "extra_args": {"width": 32}}),
+        ("true_cfg_scale", {"negative_prompt": "a dog", "true_cfg_scale": 1.0}),
+        ("strength", {"extra_args": {"strength": 0.5}}),
+        ("num_outputs_per_prompt", {"num_outputs_per_prompt": 2, "extra_args": {"num_images_per_prompt": 2}}),
+        ("seed", {"seed": 1}),
+        ("fps", {}),
+        ("image", {}),
+    ],
+)
+def test_an_error_carries_the_parameter_that_is_to_blame(param: str, values: dict[str, Any]) -> None:
+    taken = dict(IMAGE.parameters) | {"image": None, "frame_rate": None}
+    taken.pop("generator")
+    required = {"fps": ("frame_rate",), "image": ("image",)}.get(param, ())
+    capabilities = PipelineCapabilities(
+        name="Pipe", parameters=taken, required=required, needs_image=param == "image", vae_multiple=8,
+        height_multiple=16, width_multiple=32,
+    )  # fmt: skip
+    with pytest.raises(SamplingParamsError) as caught:
+        call_arguments(capabilities, CAT, params(**values))
+    assert caught.value.param == param
 
 
 def test_names_are_those_of_the_pipeline() -> None:
@@ -215,8 +241,11 @@ def test_the_pipeline_is_as_it_was(shapes: Any) -> None:
 
 
 def test_the_pipelines_own_refusal_is_told_as_ours(shapes: Any) -> None:
-    with pytest.raises(SamplingParamsError, match="QwenImagePipeline refused the call: `max_sequence_length`"):
+    with pytest.raises(
+        SamplingParamsError, match="QwenImagePipeline refused the call: `max_sequence_length`"
+    ) as caught:
         run_call(shapes, SMALL | {"max_sequence_length": 5000}, seed=7, device="cpu")
+    assert caught.value.param == "max_sequence_length"
 
 
 def test_an_error_in_the_middle_stays_what_it_is(shapes: Any) -> None:
@@ -508,7 +537,7 @@ def test_pipelines_that_start_from_pictures_can_be_warmed_up(tmp_path: Path) -> 
         save(tmp_path / save.__name__)
         return load_pipeline(resolve_model(tmp_path / save.__name__), device="cpu")
 
-    edits = FluxInpaintPipeline.from_pipe(loaded(save_kontext))
+    edits = FluxInpaintPipeline.from_pipe(loaded(save_flux_kontext))
     changes = WanVideoToVideoPipeline.from_pipe(loaded(save_wan))
     for pipe in (edits, changes, loaded(save_wan_i2v)):
         pipe.set_progress_bar_config(disable=True)

@@ -18,7 +18,7 @@ from omni_sp import ModelNotFoundError
 from omni_sp.pipelines.lazy_components import has_unread_weights
 from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.shapes import SHAPES_MODEL, shapes_folder
-from tests.pipelines.folders import save_kontext, save_wan
+from omni_sp.testing.models import save_flux_kontext, save_wan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -205,7 +205,7 @@ def test_going_elsewhere_reads_the_weights_first() -> None:
 
 
 def test_pipelines_that_encode_pictures_read_everything_at_once(tmp_path: Path) -> None:
-    save_kontext(tmp_path)
+    save_flux_kontext(tmp_path)
     pipe = load_pipeline(resolve_model(tmp_path), decodes=False)
     assert not has_unread_weights(pipe.vae)
     assert not any(parameter.is_meta for parameter in pipe.vae.parameters())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omni_sp.testing.ranks import RankPool
 from tests.pipelines.zoo.all import ENTRIES
 from tests.pipelines.zoo.check import LAYOUTS, compare
 from tests.pipelines.zoo.planned import ENTRIES as PLANNED
-from tests.ranks import RankPool
 from tests.thorough import THOROUGH
 
 # Where Ulysses meets ring, and where shares are uneven, in turns; OMNI_SP_THOROUGH=1 runs each pipeline on both.

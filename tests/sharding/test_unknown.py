@@ -11,9 +11,8 @@ from torch import nn
 from omni_sp import ShardingError, parallelize
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding import Split, TrackedPlan
-from tests.attention.reference import relative_error
-from tests.ranks import RankPool
-from tests.sharding.models import randomise
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
 from tests.sharding.test_refusals import error_of
 
 
@@ -85,6 +84,26 @@ def test_a_users_own_class_is_exact(ranks: RankPool, window: int | None, ulysses
         assert error <= 1e-5
         assert restored
         assert tokens == {"x": 35}
+
+
+def counted(mesh: ParallelMesh) -> list[dict[str, int]]:
+    """What two forwards gathered, in the way of each operation, and what is counted after a reset."""
+    model, picture = randomise(Own()), torch.randn(1, 4, 5, 7)
+    handle = parallelize(model, mesh)
+    found = []
+    with torch.no_grad():
+        for window in (None, 4):
+            model(picture, window)
+            found.append(handle.gathers)
+    handle.reset_counts()
+    return [*found, handle.gathers]
+
+
+def test_operations_that_need_a_full_tensor_are_counted(ranks: RankPool) -> None:
+    for first, both, after_reset in ranks.run(counted, ulysses=2):
+        assert first == {"aten.mean.dim": 2}
+        assert both == {"aten.mean.dim": 4, "attention": 4}  # keys and values of two blocks
+        assert after_reset == {}
 
 
 def test_what_is_cut_does_not_decide_what_is_exact(ranks: RankPool) -> None:

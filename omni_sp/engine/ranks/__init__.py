@@ -34,7 +34,14 @@ class RankGroup(Protocol):
         """
 
     def run(self, call: Call, on_progress: OnProgress | None) -> Done:
-        """Run one call on all ranks; what fails is raised."""
+        """Run one call on all ranks.
+
+        Raises:
+            InvalidInputError: the pipeline refused the call, on all ranks alike.
+            RequestAbortedError: abort() was called.
+            ShardingError: the ranks make different calls.
+            RankFailedError: a rank raised, died, or fell silent.
+        """
 
     def abort(self, request_id: str) -> None:
         """Have the ranks leave a call before its next step; run() then raises RequestAbortedError."""

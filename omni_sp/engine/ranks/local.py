@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from typing_extensions import override
+
 from omni_sp.collectives import gather_ints, require_equal
 from omni_sp.engine.devices import rank_devices
 from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Ready
 from omni_sp.engine.pipeline_runner import PipelineRunner
+from omni_sp.engine.ranks import RankGroup
 from omni_sp.engine.ranks.failures import as_message, rank_failed
 from omni_sp.engine.ranks.torchrun import join
 from omni_sp.engine.startup import IMPORTS, JOINING, WEIGHTS, Startup, reading_text
@@ -15,7 +18,7 @@ from omni_sp.errors import InvalidInputError, OmniSPError
 from omni_sp.mesh import ParallelMesh
 
 
-class LocalRank:
+class LocalRank(RankGroup):
     """A RankGroup of which this process is a rank: every call runs here.
 
     Joined to other ranks, each of them makes the same calls in the same order.
@@ -39,17 +42,12 @@ class LocalRank:
         self._aborted: set[str] = set()
 
     @property
+    @override
     def is_main(self) -> bool:
-        """True on rank 0."""
         return self._mesh.rank == 0
 
-    def start(self, startup: Startup, is_cancelled: Callable[[], bool]) -> Ready:  # noqa: ARG002  (nobody else runs)
-        """Load the model and parallelize it.
-
-        Args:
-            startup: receives what the start is doing; muted on all ranks but the first.
-            is_cancelled: not asked, since the caller itself loads.
-        """
+    @override
+    def start(self, startup: Startup, is_cancelled: Callable[[], bool]) -> Ready:
         if not self.is_main:
             startup.mute()
 
@@ -62,15 +60,8 @@ class LocalRank:
         startup.report(JOINING, "getting ready" if is_alone else "spreading the model over the ranks")
         return self._runner.parallelize(self._mesh)
 
+    @override
     def run(self, call: Call, on_progress: OnProgress | None) -> Done:
-        """Run one call here.
-
-        Raises:
-            InvalidInputError: the pipeline refused the call.
-            ShardingError: the ranks around make different calls.
-            RequestAbortedError: abort() was called.
-            RankFailedError: anything else that the pipeline raised, which is its cause.
-        """
         assert self._runner is not None, "start() comes before run()"
         try:
             self._require_same(call)
@@ -84,24 +75,23 @@ class LocalRank:
         finally:
             self._aborted.clear()
 
+    @override
     def abort(self, request_id: str) -> None:
-        """Leave a call before its next step, from another thread; run() then raises."""
         self._aborted.add(request_id)
 
+    @override
     def broadcast(self, number: int) -> int:
-        """The number that rank 0 gives, on every rank."""
         return gather_ints([number], self._mesh.world)[0][0]
 
+    @override
     def survives(self, error: BaseException) -> bool:
-        """Whether the ranks stand ready for the next call.
-
-        Ranks that stopped in the middle may stand at different points, and another call could hang. Bad input is
-        refused before any exchange, on all ranks alike.
-        """
+        # Ranks that stopped in the middle may stand at different points, and another call could hang. Bad input is
+        # refused before any exchange, on all ranks alike.
         return self._mesh.world_size == 1 or isinstance(error, InvalidInputError)
 
-    def end(self, patience_s: float = 0.0) -> None:  # noqa: ARG002  (there is no process to wait for)
-        """Give the pipeline's memory back. Idempotent. A joined group lives on: the program may use it elsewhere."""
+    @override
+    def end(self, patience_s: float = 0.0) -> None:
+        # A joined process group stays: the program may use it elsewhere.
         if self._runner is not None:
             self._runner.close()
             self._runner = None

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from typing_extensions import override
+
 from omni_sp.engine.messages import (
     Abort,
     Alive,
@@ -24,7 +26,7 @@ from omni_sp.engine.messages import (
     RankExited,
     Ready,
 )
-from omni_sp.engine.ranks import Launcher
+from omni_sp.engine.ranks import Launcher, RankGroup
 from omni_sp.engine.ranks.failures import raise_for, wait_after_failure_s
 from omni_sp.engine.ranks.processes import RankProcesses
 from omni_sp.engine.startup import IMPORTS, JOINING, WEIGHTS, Startup, reading_text
@@ -40,7 +42,7 @@ _POLL_S = 0.5  # how soon it is noticed that a start is to be given up
 _PING_S = 2.0  # for the answer to a Ping
 
 
-class RemoteRanks:
+class RemoteRanks(RankGroup):
     """A RankGroup of processes.
 
     Idle ranks wait for their pipe, never inside an exchange. Every wait for them has a bound, and a process that ends
@@ -57,18 +59,9 @@ class RemoteRanks:
         self._options, self._launcher = options, launcher
         self._processes: RankProcesses | None = None
 
+    @override
     def start(self, startup: Startup, is_cancelled: Callable[[], bool]) -> Ready:
-        """Load the model on all ranks, then join them; each in lockstep, so that no rank waits for a slow loader.
-
-        Args:
-            startup: receives what the start is doing.
-            is_cancelled: asked now and then whether to give up.
-
-        Raises:
-            InvalidInputError: the ranks refuse the model, with whatever class of ours.
-            RankFailedError: a rank raised, died or fell silent.
-            EngineClosedError: ``is_cancelled`` said so.
-        """
+        # Loading, then joining, each in lockstep, so that no rank waits in the rendezvous for a slow loader.
         startup.report(IMPORTS, f"starting {self._options.config.world_size} ranks")
         self._processes = RankProcesses(self._options, self._launcher)
 
@@ -82,14 +75,8 @@ class RemoteRanks:
         ready: Ready = self._collect(Ready, silence, is_cancelled=is_cancelled)[0]
         return ready
 
+    @override
     def run(self, call: Call, on_progress: OnProgress | None) -> Done:
-        """Run one call on all ranks.
-
-        Raises:
-            InvalidInputError: every rank refused the call alike.
-            RequestAbortedError: abort() was called.
-            RankFailedError: a rank raised, died, or fell silent.
-        """
         try:
             payload = pickle.dumps(call, pickle.HIGHEST_PROTOCOL)
         except Exception as error:
@@ -101,20 +88,21 @@ class RemoteRanks:
         worst = {stage: max(answer.errors[stage] for answer in answers.values()) for stage in done.errors}
         return replace(done, errors=worst)
 
+    @override
     def abort(self, request_id: str) -> None:
-        """Have the ranks leave a call before its next step, from any thread; run() then raises."""
         self._send(Abort(request_id=request_id))
 
+    @override
     def broadcast(self, number: int) -> int:
-        """The number: one process calls the ranks."""
         return number
 
+    @override
     def survives(self, error: BaseException) -> bool:
-        """Whether the ranks stand ready for the next call: only after an error that all of them raised alike."""
+        # These errors are raised by all ranks alike.
         return isinstance(error, (InvalidInputError, RequestAbortedError))
 
+    @override
     def end(self, patience_s: float = 0.0) -> None:
-        """End every process, after so many seconds in which it may leave by itself. Idempotent."""
         if self._processes is not None:
             self._processes.end(patience_s)
 

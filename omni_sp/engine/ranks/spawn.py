@@ -14,9 +14,11 @@ import sys
 import threading
 from multiprocessing.connection import Connection, Pipe
 
+from typing_extensions import override
+
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.engine.devices import rank_devices, threads_per_rank
-from omni_sp.engine.ranks import LOOPBACK, RankPlacement
+from omni_sp.engine.ranks import LOOPBACK, Launcher, RankPlacement, RankProcess
 from omni_sp.errors import ConfigError
 
 _BOOTSTRAP = """
@@ -31,7 +33,7 @@ _EVERY_RANK = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 _ALL_BUT_RANK_0 = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-class SpawnedRank:
+class SpawnedRank(RankProcess):
     """A rank in a child process."""
 
     def __init__(self, process: subprocess.Popen[bytes], connection: Connection) -> None:
@@ -39,31 +41,31 @@ class SpawnedRank:
         self._connection = connection
 
     @property
+    @override
     def connection(self) -> Connection:
-        """The front's end of the pipe."""
         return self._connection
 
+    @override
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
         return self._process.poll()
 
+    @override
     def wait(self, timeout_s: float) -> int | None:
-        """Wait so long at most for its end. Returns what poll() returns then."""
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
 
+    @override
     def terminate(self) -> None:
-        """Send SIGTERM."""
         self._process.terminate()
 
+    @override
     def kill(self) -> None:
-        """Send SIGKILL."""
         self._process.kill()
 
 
-class SpawnLauncher:
+class SpawnLauncher(Launcher):
     """Starts ranks with the interpreter and the import path of this process.
 
     Args:
@@ -79,16 +81,12 @@ class SpawnLauncher:
         self._thread_stays = thread_stays
 
     @property
+    @override
     def rendezvous_host(self) -> str:
-        """The loopback."""
         return LOOPBACK
 
+    @override
     def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
-        """All ranks on this machine.
-
-        Raises:
-            ConfigError: it has fewer GPUs than ranks, or no such GPU.
-        """
         devices = rank_devices(device, config)
         threads, parent_pid = threads_per_rank(len(devices)), self.parent_pid()
         return [
@@ -96,12 +94,8 @@ class SpawnLauncher:
             for own in devices
         ]
 
+    @override
     def start(self, rank: int) -> SpawnedRank:
-        """Start one rank.
-
-        Raises:
-            ConfigError: this system, or an embedded interpreter, cannot start them.
-        """
         here, there = Pipe()
         process = self.start_on(there, rank)
         there.close()
@@ -129,8 +123,9 @@ class SpawnLauncher:
             start_new_session=True,
         )
 
+    @override
     def close(self) -> None:
-        """Nothing to do."""
+        """There is nothing to close."""
 
     def parent_pid(self) -> int:
         """The process that ranks watch, if they can.

@@ -22,9 +22,11 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge, wait
 from typing import Any
 
+from typing_extensions import override
+
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.engine.devices import joined_device, threads_per_rank
-from omni_sp.engine.ranks import LOOPBACK, RankPlacement, RankProcess
+from omni_sp.engine.ranks import LOOPBACK, Launcher, RankPlacement, RankProcess
 from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.errors import ConfigError, RankFailedError
 
@@ -101,7 +103,7 @@ def require_job_of(config: DiffusionParallelConfig) -> None:
         )
 
 
-class TorchrunLauncher:
+class TorchrunLauncher(Launcher):
     """The front's side, in the process of rank 0. Its own rank is a plain child of it."""
 
     def __init__(self) -> None:
@@ -115,16 +117,12 @@ class TorchrunLauncher:
         self._arrived: dict[tuple[int, int], Connection] = {}
 
     @property
+    @override
     def rendezvous_host(self) -> str:
-        """LOOPBACK where all processes of the job are on one machine; else the name of this one."""
         return self._host
 
+    @override
     def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
-        """Where the job's ranks run. The first time, wait for all of its processes, with a bound.
-
-        Raises:
-            ConfigError: some processes did not come, or have no GPU for their rank.
-        """
         if self._store is None:
             threading.Thread(target=self._accept_connections, name="omni-sp-agents", daemon=True).start()
             self._store = _rendezvous()
@@ -137,12 +135,8 @@ class TorchrunLauncher:
         own = placement_here(config, device, parent_pid=self._own.parent_pid())
         return [own, *(self._agents[rank].placement() for rank in others)]
 
+    @override
     def start(self, rank: int) -> RankProcess:
-        """Start a rank.
-
-        Raises:
-            RankFailedError: its agent is gone, or does not answer.
-        """
         if rank == 0:
             return self._own.start(0)
         agent = self._agents[rank]
@@ -154,8 +148,8 @@ class TorchrunLauncher:
             raise RankFailedError(f"rank {rank} of the job cannot be started: its process is gone or silent", rank=rank)
         return _SupervisedRank(agent, number, connection)
 
+    @override
     def close(self) -> None:
-        """Close the connections; each agent then ends what it still runs."""
         with contextlib.suppress(OSError):
             self._listener.close()
         for agent in self._agents.values():
@@ -281,7 +275,7 @@ class _Agent:
                 return
 
 
-class _SupervisedRank:
+class _SupervisedRank(RankProcess):
     """A rank process that an agent started."""
 
     def __init__(self, agent: _Agent, number: int, connection: Connection) -> None:

@@ -3,10 +3,9 @@
 from omni_sp.sharding.tracked import attention, compute_rules, view_rules
 from omni_sp.sharding.tracked.attention import tracked_attention
 from omni_sp.sharding.tracked.placement import Placement, even_placement
-from omni_sp.sharding.tracked.tensor import GATHERED, TokenTensor, local_shard, to_full_tensors
+from omni_sp.sharding.tracked.tensor import TokenTensor, local_shard, to_full_tensors
 
 __all__ = [
-    "GATHERED",
     "Placement",
     "TokenTensor",
     "attention",

@@ -8,9 +8,7 @@ slower, and exact all the same. So a model's own, unmodified code runs over piec
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import Any, TypeVar
 
@@ -20,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from omni_sp.collectives import exchange, gather
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
+from omni_sp.sharding.forward_context import current_forward
 from omni_sp.sharding.tracked.placement import Placement, Range, gather_order, intersect
 
 T = TypeVar("T")
@@ -28,9 +27,6 @@ FUNCTION_RULES: dict[Any, Rule] = {}
 """torch functions that are understood as a whole, before torch takes them apart: ``rule(*args, **kwargs)``."""
 OPERATOR_RULES: dict[Any, Rule] = {}
 """aten operators: ``rule(func, *args, **kwargs)``. A rule returns NotImplemented for what it does not know."""
-
-GATHERED: ContextVar[Counter[str] | None] = ContextVar("omni_sp_gathered", default=None)
-"""Counts operations that needed the whole tensor, while set."""
 
 
 class TokenTensor(torch.Tensor):
@@ -106,11 +102,16 @@ class TokenTensor(torch.Tensor):
         """Note that this should be a view, and is a copy."""
         self.copied, self._seen = True, self.writes[0]
 
-    def full_tensor(self, why: str | None = None) -> torch.Tensor:
-        """All pieces joined; every rank gets the same. A collective call. ``why`` is counted, see GATHERED."""
-        counter = GATHERED.get()
-        if counter is not None and why is not None:
-            counter[why] += 1
+    def full_tensor(self, operation: str | None = None) -> torch.Tensor:
+        """All shards gathered; every rank gets the same. A collective call.
+
+        Args:
+            operation: what needs the full tensor, counted in the ``gathers`` of the running forward; None counts
+                nothing.
+        """
+        forward = current_forward()
+        if forward is not None and operation is not None:
+            forward.gathers[operation] = forward.gathers.get(operation, 0) + 1
         joined = gather(self.local, self.placement.lengths, self.shard_dim, self.axis)
         if self.placement.in_rank_order:
             return joined

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections import Counter
 from functools import lru_cache
 from typing import Any
 
@@ -16,10 +15,8 @@ import torch
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding import tracked_plan_for
-from omni_sp.sharding.tracked import GATHERED
-from tests.attention.reference import relative_error
-from tests.ranks import RankError, RankPool
-from tests.sharding.models import randomise
+from omni_sp.testing.ranks import RankError, RankPool
+from omni_sp.testing.reference import randomise, relative_error
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1)]
 
@@ -58,19 +55,14 @@ def compare(mesh: ParallelMesh, entry_id: str, tracked: bool) -> tuple[float, bo
     with torch.no_grad():
         plan = tracked_plan_for(model) if tracked else None
         handle = parallelize(model, mesh, plan=plan)
-        gathered: Counter[str] = Counter()
-        token = GATHERED.set(gathered)
-        try:
-            for _ in range(2):
-                sharded = first_tensor(model(**entry.inputs()))
-        finally:
-            GATHERED.reset(token)
-        tokens = handle.tokens
+        for _ in range(2):
+            sharded = first_tensor(model(**entry.inputs()))
+        tokens, gathers = handle.tokens, handle.gathers
         handle.remove()
         again = first_tensor(model(**entry.inputs()))
     if not torch.equal(again, wanted):
         alone.cache_clear()
-    return relative_error(sharded, wanted), torch.equal(again, wanted), tokens, dict(gathered)
+    return relative_error(sharded, wanted), torch.equal(again, wanted), tokens, gathers
 
 
 def main() -> None:
