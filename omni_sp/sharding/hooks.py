@@ -38,7 +38,15 @@ _TRANSPARENT_HOOKS = frozenset(
 
 @dataclass(frozen=True)
 class ModuleSnapshot:
-    """One module as it was when hooks were registered on it."""
+    """One module as it was when hooks were registered on it.
+
+    Attributes:
+        parent: the modules of its parent, by name.
+        name: its own name there.
+        module: the module itself.
+        forward: what its instance had in place of its class's ``forward``, or None.
+        processor: its attention processor, or None.
+    """
 
     parent: Mapping[str, torch.nn.Module | None]
     name: str
@@ -47,7 +55,7 @@ class ModuleSnapshot:
     processor: Any
 
     def is_current(self) -> bool:
-        """True while nobody has replaced it, its forward or its processor."""
+        """True while nobody has replaced the module, its forward or its processor."""
         now = self.parent.get(self.name)
         return (
             (now is self.module or getattr(now, "_orig_mod", None) is self.module)  # torch.compile wraps

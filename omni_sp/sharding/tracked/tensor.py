@@ -36,13 +36,6 @@ A rule returns NotImplemented for arguments that it does not handle.
 class TokenTensor(torch.Tensor):
     """A sharded tensor: one shard on each rank.
 
-    Args:
-        local: this rank's shard.
-        dim: the dim that is sharded.
-        placement: which rank holds which indices of that dim.
-        axis: the ranks.
-        strides: those of the full tensor; None for those of a contiguous one.
-
     Attributes:
         shard_dim: the dim that is sharded.
         placement: which rank holds which indices of that dim.
@@ -61,9 +54,18 @@ class TokenTensor(torch.Tensor):
     _writes_seen: int | None
 
     @staticmethod
-    def __new__(  # noqa: D102
+    def __new__(
         cls, local: torch.Tensor, dim: int, placement: Placement, axis: Axis, strides: Sequence[int] | None = None
     ) -> TokenTensor:
+        """Make a sharded tensor of this rank's shard.
+
+        Args:
+            local: this rank's shard.
+            dim: the dim that is sharded.
+            placement: which rank holds which indices of that dim.
+            axis: the ranks.
+            strides: those of the full tensor; None for those of a contiguous one.
+        """
         shape = list(local.shape)
         shape[dim] = placement.size
         sharded = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=local.dtype, device=local.device)
@@ -297,8 +299,8 @@ class GatheredView(torch.Tensor):
     A write to the view also goes to the sharded tensor; reading the view after the sharded tensor was written to is
     refused. Results computed from the view are plain tensors.
 
-    Args:
-        plain: the view.
+    Attributes:
+        plain: the view as a plain tensor.
         full: the gathered tensor that it is a view of.
         base: the sharded tensor.
         writes_seen: the ``writes`` of ``base`` when it was gathered; all views of one gathered tensor share this list.
