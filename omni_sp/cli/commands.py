@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omni_sp.cli.options import (
     CHECK,
@@ -22,6 +22,7 @@ from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.startup import StartupDisplay, format_seconds, is_terminal
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.files import OutputFiles, read_picture
+from omni_sp.pipelines.arguments import Prompt
 from omni_sp.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def generate(options: argparse.Namespace) -> int:
     pictures = [read_picture(path) for path in options.image]
     files = OutputFiles(options.output, num_outputs=max(len(options.prompt), 1) * (params.num_outputs_per_prompt or 1))
     options.saved = files.saved
-    from omni_sp.omni import Omni  # after everything that can be refused without it
+    # After everything that can be refused without them.
+    from omni_sp.omni import Omni
+    from omni_sp.pipelines.images import input_image
 
     with Omni(options.model, config, **arguments_for(ENGINE, GENERATE, options)) as omni:
         capabilities = omni.info.capabilities
@@ -52,8 +55,8 @@ def generate(options: argparse.Namespace) -> int:
             params = with_cfg_scale(
                 params, options.cfg_scale, is_true=capabilities.argument_name("true_cfg_scale") is not None
             )
-        pictures = [picture.convert(capabilities.image_mode) for picture in pictures]
-        outputs = omni.generate_each([_prompt(text, pictures) for text in options.prompt or [None]], params)
+        image = input_image(pictures, capabilities)
+        outputs = omni.generate_each([Prompt(text=text, image=image) for text in options.prompt or [None]], params)
         if omni.is_main:
             _print_layout(omni, options.model)
         for output in outputs:
@@ -72,10 +75,11 @@ def check(options: argparse.Namespace) -> int:
     params = OmniDiffusionSamplingParams(**arguments_for(PARAMS, CHECK, options))
     pictures = [read_picture(path) for path in options.image]
     from omni_sp.omni import Omni
+    from omni_sp.pipelines.images import input_image
 
     with Omni(options.model, config, **arguments_for(ENGINE, CHECK, options)) as omni:
-        pictures = [picture.convert(omni.info.capabilities.image_mode) for picture in pictures]
-        report = omni.check_report(_prompt(options.prompt, pictures), params)
+        image = input_image(pictures, omni.info.capabilities)
+        report = omni.check_report(Prompt(text=options.prompt, image=image), params)
         if not omni.is_main:
             return 0
         _print_layout(omni, options.model)
@@ -134,12 +138,6 @@ def serve_llm(options: argparse.Namespace) -> int:
     from omni_sp.llm.vllm.serve import serve_llm
 
     return serve_llm(options.words)
-
-
-def _prompt(text: str | None, pictures: list[Any]) -> str | dict[str, Any]:
-    if not pictures:
-        return text or ""
-    return {"prompt": text, "image": pictures if len(pictures) > 1 else pictures[0]}
 
 
 def _print_layout(omni: Omni, model: str) -> None:

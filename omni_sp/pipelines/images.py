@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
 from omni_sp.errors import InvalidInputError
 
-__all__ = ["WEB_FORMATS", "decode_image"]
+if TYPE_CHECKING:
+    from omni_sp.pipelines.capabilities import PipelineCapabilities
 
 WEB_FORMATS = ("PNG", "JPEG", "WebP")
 """The formats that every browser shows."""
@@ -67,3 +69,11 @@ def decode_image(
             return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
         except Exception as error:
             raise refusal(error, f"the {image.format} file is damaged or cut off") from error
+
+
+def input_image(
+    images: Sequence[Image.Image], capabilities: PipelineCapabilities
+) -> Image.Image | list[Image.Image] | None:
+    """The images of a user as the image of a Prompt, in the mode that the pipeline reads: one, several, or None."""
+    converted = [image.convert(capabilities.image_mode) for image in images]
+    return converted if len(converted) > 1 else next(iter(converted), None)

@@ -139,8 +139,8 @@ class FakeOmni(AsyncOmni):
         if not self._is_started:
             raise EngineClosedError("the model is still being loaded: try again later")
         return Ready(
-            rank=0, ranks=4, layout="ulysses_degree 2 × ring_degree 2 = 4 ranks; ring of [0 1 | 2 3]",
-            capabilities=self._facts, device="cpu", dtype="float32", load_s=0.5,
+            rank=0, ranks=4, layout="ulysses_degree 2 × ring_degree 2 = 4 ranks, in words of its own",
+            rings=((0, 1), (2, 3)), capabilities=self._facts, device="cpu", dtype="float32", load_s=0.5,
         )  # fmt: skip
 
     @property

@@ -15,12 +15,13 @@ from starlette.responses import JSONResponse, Response
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.events import RequestDone, RequestFailed
 from omni_sp.outputs import OmniRequestOutput
+from omni_sp.pipelines.arguments import Prompt
+from omni_sp.pipelines.images import input_image
 from omni_sp.server.api.schemas import (
     MAX_PROMPT_CHARS,
     Fields,
     GenerationFields,
     check_generation,
-    make_prompt,
     require_pictures,
     sampling_params,
 )
@@ -105,7 +106,8 @@ def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
         text, urls = last_user_message(fields.messages, settings)
         capabilities = require_pictures(omni, settings)
         pictures = [await _picture(url, settings) for url in urls]
-        prompt, params = make_prompt(text, pictures, capabilities), sampling_params(request_fields, settings)
+        prompt = Prompt(text=text, image=input_image(pictures, capabilities))
+        params = sampling_params(request_fields, settings)
         answer = _Answer(fields, settings.names[0], one_choice)
         if fields.stream:
             _, events = await start_stream(omni, prompt, params)

@@ -16,12 +16,13 @@ from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
 from omni_sp.outputs import OmniRequestOutput
+from omni_sp.pipelines.arguments import Prompt
+from omni_sp.pipelines.images import input_image
 from omni_sp.server.api.schemas import (
     EditFields,
     ImageFields,
     check_generation,
     from_form,
-    make_prompt,
     require_pictures,
     sampling_params,
 )
@@ -53,9 +54,9 @@ def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
     @router.post("/generations", summary="Draw pictures", responses=STREAMED)
     async def generations(fields: ImageFields, request: Request) -> Response:
         check_image(fields, settings)
-        capabilities = require_pictures(omni, settings)
-        prompt = make_prompt(fields.prompt, [], capabilities)
-        return await _answer(omni, settings, files, request, fields, prompt, sampling_params(fields, settings))
+        require_pictures(omni, settings)
+        prompt, params = Prompt(text=fields.prompt), sampling_params(fields, settings)
+        return await _answer(omni, settings, files, request, fields, prompt, params)
 
     @router.post("/edits", summary="Edit pictures", responses=STREAMED, openapi_extra=_form_schema())
     async def edits(request: Request) -> Response:
@@ -68,7 +69,7 @@ def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
             if "mask_image" not in capabilities.parameters:
                 raise ApiError(400, f"{capabilities.name} takes no mask", param="mask", code="invalid_value")
             extra["mask_image"] = edit_mask(await decoded(mask, "mask"), pictures[0])
-        prompt = make_prompt(fields.prompt, pictures, capabilities)
+        prompt = Prompt(text=fields.prompt, image=input_image(pictures, capabilities))
         params = sampling_params(fields, settings, extra)
         return await _answer(omni, settings, files, request, fields, prompt, params, EDIT)
 
@@ -109,7 +110,7 @@ async def _answer(
     files: FileStore,
     request: Request,
     fields: ImageFields,
-    prompt: dict[str, Any],
+    prompt: Prompt,
     params: OmniDiffusionSamplingParams,
     kind: str = GENERATION,
 ) -> Response:

@@ -17,6 +17,7 @@ from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed
 from omni_sp.outputs import OmniRequestOutput
+from omni_sp.pipelines.arguments import Prompt
 from omni_sp.server.errors import CLIENT_CLOSED, ApiError, to_api_error
 
 STREAMED: dict[int | str, dict[str, Any]] = {
@@ -31,7 +32,7 @@ Chunks = AsyncGenerator[bytes, None]
 
 
 async def run_to_completion(
-    omni: AsyncOmni, request: Request, prompt: Any, params: OmniDiffusionSamplingParams
+    omni: AsyncOmni, request: Request, prompt: Prompt, params: OmniDiffusionSamplingParams
 ) -> OmniRequestOutput:
     """Draw, and wait for the result. A client that goes away meanwhile aborts the request.
 
@@ -52,7 +53,7 @@ async def run_to_completion(
 
 
 async def start_stream(
-    omni: AsyncOmni, prompt: Any, params: OmniDiffusionSamplingParams, *, previews: bool = False
+    omni: AsyncOmni, prompt: Prompt, params: OmniDiffusionSamplingParams, *, previews: bool = False
 ) -> tuple[RequestEvent, Events]:
     """Queue a request whose events are to be streamed.
 
@@ -146,7 +147,7 @@ async def _next(chunks: Chunks) -> bytes | None:
         return _error_bytes(error)
 
 
-async def _result(omni: AsyncOmni, prompt: Any, params: OmniDiffusionSamplingParams) -> OmniRequestOutput:
+async def _result(omni: AsyncOmni, prompt: Prompt, params: OmniDiffusionSamplingParams) -> OmniRequestOutput:
     async with contextlib.aclosing(cast(Events, omni.generate(prompt, params))) as events:
         async for event in events:
             if isinstance(event, RequestFailed):
