@@ -17,6 +17,7 @@ from omni_sp.events import RequestDone, RequestFailed
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt
 from omni_sp.pipelines.images import input_image
+from omni_sp.server.api.results import count_tokens, encode, pictures_of
 from omni_sp.server.api.schemas import (
     MAX_PROMPT_CHARS,
     Fields,
@@ -36,7 +37,7 @@ from omni_sp.server.api.streaming import (
 )
 from omni_sp.server.errors import ApiError
 from omni_sp.server.fetch import fetch
-from omni_sp.server.pictures import MEDIA_TYPES, as_base64, decode_data_url, decode_picture, encode_picture
+from omni_sp.server.pictures import MEDIA_TYPES, as_base64, decode_data_url, decode_picture
 from omni_sp.server.settings import ServerSettings
 
 # For the API's description; what is wrong with a message, last_user_message() says in words.
@@ -163,7 +164,6 @@ class _Answer:
 
     def __init__(self, fields: ChatFields, model: str, one_choice: bool) -> None:
         self._fields, self._one_choice = fields, one_choice
-        self._kind = fields.output_format or "png"
         self._common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     async def whole(self, output: OmniRequestOutput) -> dict[str, Any]:
@@ -209,15 +209,12 @@ class _Answer:
 
     async def _choices(self, output: OmniRequestOutput) -> list[list[dict[str, Any]]]:
         """The pictures of each choice."""
-        pictures = [picture for picture in output.images if isinstance(picture, Image.Image)]
-        if not pictures:
-            raise ApiError(500, "the pipeline gave no picture", code="no_picture")
-        parts = [await self._part(picture) for picture in pictures]
+        head = f"data:{MEDIA_TYPES[self._fields.output_format or 'png']};base64,"
+        parts = [
+            {"type": "image_url", "image_url": {"url": head + as_base64(await encode(picture, self._fields))}}
+            for picture in pictures_of(output)
+        ]
         return [parts] if self._one_choice else [[part] for part in parts]
-
-    async def _part(self, picture: Image.Image) -> dict[str, Any]:
-        data = await asyncio.to_thread(encode_picture, picture, self._kind, self._fields.output_compression)
-        return {"type": "image_url", "image_url": {"url": f"data:{MEDIA_TYPES[self._kind]};base64,{as_base64(data)}"}}
 
 
 async def _stream(events: Events, answer: _Answer) -> Chunks:
@@ -271,11 +268,13 @@ def _choice(index: int, delta: dict[str, Any], finish_reason: str | None = None)
 
 
 def _usage(output: OmniRequestOutput) -> dict[str, int]:
-    """Tokens that the transformer had: of text as prompt, of the pictures as completion."""
-    tokens = dict(output.metrics.get("tokens") or {})
-    request_fields = tokens.pop("hidden_states", 0) * len(output.images)
-    text = sum(tokens.values())
-    return {"prompt_tokens": text, "completion_tokens": request_fields, "total_tokens": text + request_fields}
+    """OpenAI's usage of chats: tokens of the text as prompt, and of the pictures as completion."""
+    text_tokens, picture_tokens = count_tokens(output.metrics, len(output.images))
+    return {
+        "prompt_tokens": text_tokens,
+        "completion_tokens": picture_tokens,
+        "total_tokens": text_tokens + picture_tokens,
+    }
 
 
 def _refused(where: str, reason: str, code: str = "invalid_value") -> ApiError:
