@@ -8,7 +8,6 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from PIL import Image
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
@@ -35,9 +34,8 @@ from omni_sp.server.api.streaming import (
     run_to_completion,
     start_stream,
 )
-from omni_sp.server.errors import ApiError
-from omni_sp.server.fetch import fetch
-from omni_sp.server.pictures import MEDIA_TYPES, as_base64, decode_data_url, decode_picture
+from omni_sp.server.errors import ApiError, refusal
+from omni_sp.server.pictures import MEDIA_TYPES, as_base64, picture_at
 from omni_sp.server.settings import ServerSettings
 
 # For the API's description; what is wrong with a message, last_user_message() says in words.
@@ -106,7 +104,7 @@ def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
         check_generation(request_fields, settings)
         text, urls = last_user_message(fields.messages, settings)
         capabilities = require_pictures(omni, settings)
-        pictures = [await _picture(url, settings) for url in urls]
+        pictures = [await asyncio.to_thread(picture_at, url, settings, param="messages") for url in urls]
         prompt = Prompt(text=text, image=input_image(pictures, capabilities))
         params = sampling_params(request_fields, settings)
         answer = _Answer(fields, settings.names[0], one_choice)
@@ -128,12 +126,12 @@ def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) 
         ((place, one) for place, one in reversed([*enumerate(messages)]) if one.get("role") == "user"), (0, None)
     )
     if message is None:
-        raise ApiError(400, 'messages: none has the role "user"', param="messages", code="missing_required_parameter")
+        raise refusal("messages", 'none has the role "user"', code="missing_required_parameter")
     where = f"messages[{place}].content"
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise _refused(where, "give a string or a list of parts")
+        raise refusal(where, "give a string or a list of parts")
     texts, urls = [], []
     for part in parts:
         kind = part.get("type")
@@ -143,19 +141,19 @@ def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) 
             image_url = part.get("image_url")
             url = image_url.get("url") if isinstance(image_url, dict) else image_url
             if not isinstance(url, str):
-                raise _refused(where, "a part of type image_url has no url")
+                raise refusal(where, "a part of type image_url has no url")
             urls.append(url)
         else:
-            raise _refused(where, f"a part of type {str(kind)[:40]!r}: give text and image_url only")
+            raise refusal(where, f"a part of type {str(kind)[:40]!r}: give text and image_url only")
     text = "\n".join(texts).strip()
     if not text:
-        raise _refused(where, "it holds no text: say what to draw", code="missing_required_parameter")
+        raise refusal(where, "it holds no text: say what to draw", code="missing_required_parameter")
     if len(text) > MAX_PROMPT_CHARS:
-        raise _refused(where, f"{len(text)} characters of text are more than {MAX_PROMPT_CHARS}")
+        raise refusal(where, f"{len(text)} characters of text are more than {MAX_PROMPT_CHARS}")
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise _refused(where, "it holds half of a character")
+        raise refusal(where, "it holds half of a character")
     if len(urls) > settings.max_images:
-        raise _refused(where, f"{len(urls)} pictures: this server takes up to {settings.max_images}")
+        raise refusal(where, f"{len(urls)} pictures: this server takes up to {settings.max_images}")
     return text, urls
 
 
@@ -247,22 +245,6 @@ def _as_generation(fields: ChatFields) -> GenerationFields:
     return GenerationFields(**{**known, "n": fields.num_outputs_per_prompt or fields.n, "size": size})
 
 
-async def _picture(url: str, settings: ServerSettings) -> Image.Image:
-    """The picture behind a data: URL, or, where the operator allows it, an http(s) one."""
-    if url[:5].lower() == "data:":
-        return await asyncio.to_thread(decode_data_url, url, param="messages", max_pixels=settings.max_pixels)
-    if settings.allow_url_images and url.lower().startswith(("http://", "https://")):
-        data = await asyncio.to_thread(fetch, url, max_bytes=settings.max_body_bytes, param="messages")
-        return await asyncio.to_thread(decode_picture, data, param="messages", max_pixels=settings.max_pixels)
-    how = "; this server fetches no URLs" if url.lower().startswith("http") else ""
-    raise ApiError(
-        400,
-        f"messages: a picture is given as {url[:40]!r}: send it as data:image/png;base64,…{how}",
-        param="messages",
-        code="invalid_image_url",
-    )
-
-
 def _choice(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
 
@@ -275,7 +257,3 @@ def _usage(output: OmniRequestOutput) -> dict[str, int]:
         "completion_tokens": picture_tokens,
         "total_tokens": text_tokens + picture_tokens,
     }
-
-
-def _refused(where: str, reason: str, code: str = "invalid_value") -> ApiError:
-    return ApiError(400, f"{where}: {reason}", param=where, code=code)

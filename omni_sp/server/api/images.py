@@ -36,7 +36,7 @@ from omni_sp.server.api.streaming import (
     run_to_completion,
     start_stream,
 )
-from omni_sp.server.errors import ApiError, unknown_field
+from omni_sp.server.errors import ApiError, refusal, unknown_field
 from omni_sp.server.pictures import MEDIA_TYPES, SUFFIXES, as_base64, decode_picture, edit_mask
 from omni_sp.server.settings import ServerSettings
 from omni_sp.server.storage.file_store import FileStore
@@ -82,9 +82,8 @@ def check_image(fields: ImageFields, settings: ServerSettings) -> None:
     check_generation(fields, settings)
     if fields.stream:
         if fields.response_format == "url":
-            raise ApiError(
-                400, "response_format=url: a stream carries b64_json", param="response_format", code="invalid_value"
-            )
+            reason = "response_format=url: a stream carries b64_json"
+            raise ApiError(400, reason, param="response_format", code="invalid_value")
         return
     for name in ("partial_images", "progress"):
         if getattr(fields, name):
@@ -254,7 +253,7 @@ async def _form(request: Request, settings: ServerSettings) -> tuple[EditFields,
                 pictures.append(await value.read())
     checked = from_form(EditFields, fields)
     if not pictures:
-        raise ApiError(400, "image: upload the picture to edit", param="image", code="missing_required_parameter")
+        raise refusal("image", "upload the picture to edit", code="missing_required_parameter")
     if len(pictures) > settings.max_images:
         raise ApiError(
             400,
