@@ -25,7 +25,7 @@ from omni_sp.errors import ConfigError
 from omni_sp.pipelines.arguments import frames_per_second
 from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.pipelines.export import require_video_writer
-from omni_sp.server.api.schemas import Fields, Size, Text, check_model, from_form, parse_size
+from omni_sp.server.api.schemas import Fields, Size, Text, check_model, from_form, parse_size, require_at_most
 from omni_sp.server.errors import ApiError, refusal
 from omni_sp.server.pictures import decode_picture, encode_picture, picture_at
 from omni_sp.server.settings import ServerSettings
@@ -271,10 +271,7 @@ def _job(
     width, height = parse_size(order.size, settings)
     frames_per_s = frames_per_second(capabilities, capabilities.sampling_defaults, order.fps)
     num_frames = _num_frames(order, capabilities, frames_per_s, settings)
-    if order.num_inference_steps is not None and order.num_inference_steps > settings.max_steps:
-        raise ApiError(400, f"num_inference_steps={order.num_inference_steps}: this server allows up to "
-                       f"{settings.max_steps}",
-                       param="num_inference_steps", code="invalid_value")  # fmt: skip
+    require_at_most("num_inference_steps", order.num_inference_steps, settings.max_steps)
     seed = order.seed
     if seed is None and capabilities.argument_name("generator") is not None:
         seed = new_seed()
