@@ -116,6 +116,11 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
 
+def refusal(param: str, reason: str, *, code: str = "invalid_value") -> ApiError:
+    """The error for a field whose value cannot be: status 400, and a message that begins with the field's name."""
+    return ApiError(400, f"{param}: {reason}", param=param, code=code)
+
+
 def unknown_field(name: str, known: Iterable[str]) -> ApiError:
     """The error for a field that no request of this kind has; it names the one that was probably meant."""
     names = sorted(known)

@@ -9,7 +9,7 @@ import ssl
 from typing import Any
 from urllib.parse import urlsplit
 
-from omni_sp.server.errors import ApiError
+from omni_sp.server.errors import ApiError, refusal
 
 _TIMEOUT_S = 20.0
 
@@ -25,9 +25,9 @@ def fetch(url: str, *, max_bytes: int, param: str) -> bytes:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise _refused(param, f"no URL: {error}") from error
+        raise _refusal(param, f"no URL: {error}") from error
     if not host or parts.scheme not in ("http", "https"):
-        raise _refused(param, "give a URL that begins with https://")
+        raise _refusal(param, "give a URL that begins with https://")
     connection: http.client.HTTPConnection
     if parts.scheme == "https":
         connection = http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_S, context=ssl.create_default_context())
@@ -40,14 +40,14 @@ def fetch(url: str, *, max_bytes: int, param: str) -> bytes:
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "omni-sp"})
         answer = connection.getresponse()
         if answer.status != 200:
-            raise _refused(param, f"{host} answered with status {answer.status}")
+            raise _refusal(param, f"{host} answered with status {answer.status}")
         data = answer.read(max_bytes + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _refused(param, f"the picture at {host} cannot be fetched: {error}") from error
+        raise _refusal(param, f"the picture at {host} cannot be fetched: {error}") from error
     finally:
         connection.close()
     if len(data) > max_bytes:
-        raise _refused(param, f"the picture at {host} is larger than {max_bytes} bytes")
+        raise _refusal(param, f"the picture at {host} is larger than {max_bytes} bytes")
     return data
 
 
@@ -56,6 +56,10 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(ip, "ipv4_mapped", None)
     return (mapped or ip).is_global and not ip.is_multicast
+
+
+def _refusal(param: str, reason: str) -> ApiError:
+    return refusal(param, reason, code="invalid_image_url")
 
 
 def _connected(address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.socket:
@@ -68,7 +72,3 @@ def _connected(address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.so
         connection.close()
         raise OSError("it is at no public address")
     return connection
-
-
-def _refused(param: str, reason: str) -> ApiError:
-    return ApiError(400, f"{param}: {reason}", param=param, code="invalid_image_url")

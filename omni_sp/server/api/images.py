@@ -18,6 +18,7 @@ from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProg
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt
 from omni_sp.pipelines.images import input_image
+from omni_sp.server.api.results import count_tokens, encode, pictures_of
 from omni_sp.server.api.schemas import (
     EditFields,
     ImageFields,
@@ -35,8 +36,8 @@ from omni_sp.server.api.streaming import (
     run_to_completion,
     start_stream,
 )
-from omni_sp.server.errors import ApiError, unknown_field
-from omni_sp.server.pictures import MEDIA_TYPES, SUFFIXES, as_base64, decode_picture, edit_mask, encode_picture
+from omni_sp.server.errors import ApiError, refusal, unknown_field
+from omni_sp.server.pictures import MEDIA_TYPES, SUFFIXES, as_base64, decode_picture, edit_mask
 from omni_sp.server.settings import ServerSettings
 from omni_sp.server.storage.file_store import FileStore
 
@@ -81,9 +82,8 @@ def check_image(fields: ImageFields, settings: ServerSettings) -> None:
     check_generation(fields, settings)
     if fields.stream:
         if fields.response_format == "url":
-            raise ApiError(
-                400, "response_format=url: a stream carries b64_json", param="response_format", code="invalid_value"
-            )
+            reason = "response_format=url: a stream carries b64_json"
+            raise ApiError(400, reason, param="response_format", code="invalid_value")
         return
     for name in ("partial_images", "progress"):
         if getattr(fields, name):
@@ -91,10 +91,8 @@ def check_image(fields: ImageFields, settings: ServerSettings) -> None:
 
 
 def usage_of(metrics: dict[str, Any], num_results: int) -> dict[str, Any]:
-    """OpenAI's usage: tokens that the transformer had, of text as input and of the picture as output."""
-    tokens = dict(metrics.get("tokens") or {})
-    image_tokens = tokens.pop("hidden_states", 0) * num_results
-    text_tokens = sum(tokens.values())
+    """OpenAI's usage: tokens of the text as input, and of the pictures as output."""
+    text_tokens, image_tokens = count_tokens(metrics, num_results)
     return {
         "input_tokens": text_tokens,
         "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": 0},
@@ -118,8 +116,8 @@ async def _answer(
         first, events = await start_stream(omni, prompt, params, previews=bool(fields.partial_images))
         return EventStream(_stream(first, events, fields, kind), events, keep_alive_s=settings.keep_alive_s)
     output = await run_to_completion(omni, request, prompt, params)
-    pictures = _pictures(output)
-    encoded = [await _encoded(picture, fields) for picture in pictures]
+    pictures = pictures_of(output)
+    encoded = [await encode(picture, fields) for picture in pictures]
     if fields.response_format == "url":
         data = [{"url": await _kept(files, request, one, fields)} for one in encoded]
     else:
@@ -164,14 +162,14 @@ async def _stream(first: RequestEvent, events: Events, fields: ImageFields, kind
                     {
                         "type": f"{kind}.partial_image",
                         "partial_image_index": shown,
-                        "b64_json": as_base64(await _encoded(event.preview, fields)),
+                        "b64_json": as_base64(await encode(event.preview, fields)),
                         "created_at": int(time.time()),
                         **common,
                     }
                 )
                 shown += 1
         elif isinstance(event, RequestDone):
-            for picture in _pictures(event.output):
+            for picture in pictures_of(event.output):
                 yield event_bytes(await _completed(kind, picture, event.output, fields, common))
         elif isinstance(event, RequestFailed):
             raise event.error
@@ -195,7 +193,7 @@ def _progress(
 
 
 async def _rough(picture: Image.Image, fields: ImageFields) -> dict[str, str]:
-    return {"b64_json": as_base64(await _encoded(picture, fields)), "output_format": fields.output_format or "png"}
+    return {"b64_json": as_base64(await encode(picture, fields)), "output_format": fields.output_format or "png"}
 
 
 async def _completed(
@@ -203,7 +201,7 @@ async def _completed(
 ) -> dict[str, Any]:
     return {
         "type": f"{kind}.completed",
-        "b64_json": as_base64(await _encoded(picture, fields)),
+        "b64_json": as_base64(await encode(picture, fields)),
         "created_at": int(time.time()),
         **common,
         "size": _size(picture),
@@ -212,18 +210,6 @@ async def _completed(
         "seed": output.metrics.get("seed"),
         "metrics": _shown(output),
     }
-
-
-def _pictures(output: OmniRequestOutput) -> list[Image.Image]:
-    pictures = [picture for picture in output.images if isinstance(picture, Image.Image)]
-    if not pictures:
-        raise ApiError(500, "the pipeline gave no picture", code="no_picture")
-    return pictures
-
-
-async def _encoded(picture: Image.Image, fields: ImageFields) -> bytes:
-    """In a thread: a large picture takes longer than others should wait for."""
-    return await asyncio.to_thread(encode_picture, picture, fields.output_format or "png", fields.output_compression)
 
 
 async def _kept(files: FileStore, request: Request, data: bytes, fields: ImageFields) -> str:
@@ -267,7 +253,7 @@ async def _form(request: Request, settings: ServerSettings) -> tuple[EditFields,
                 pictures.append(await value.read())
     checked = from_form(EditFields, fields)
     if not pictures:
-        raise ApiError(400, "image: upload the picture to edit", param="image", code="missing_required_parameter")
+        raise refusal("image", "upload the picture to edit", code="missing_required_parameter")
     if len(pictures) > settings.max_images:
         raise ApiError(
             400,

@@ -103,6 +103,16 @@ def check_model(settings: ServerSettings, model: str | None) -> None:
         )
 
 
+def require_at_most(name: str, value: int | None, most: int) -> None:
+    """Refuse a field above the operator's limit.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    if value is not None and value > most:
+        raise ApiError(400, f"{name}={value}: this server allows up to {most}", param=name, code="invalid_value")
+
+
 def check_generation(fields: GenerationFields, settings: ServerSettings) -> None:
     """Refuse what does not fit together, or is more than the operator allows.
 
@@ -110,10 +120,8 @@ def check_generation(fields: GenerationFields, settings: ServerSettings) -> None
         ApiError: 400, naming the field; 404 for another model.
     """
     check_model(settings, fields.model)
-    for name, most in (("n", settings.max_n), ("num_inference_steps", settings.max_steps)):
-        value = getattr(fields, name)
-        if value is not None and value > most:
-            raise ApiError(400, f"{name}={value}: this server allows up to {most}", param=name, code="invalid_value")
+    require_at_most("n", fields.n, settings.max_n)
+    require_at_most("num_inference_steps", fields.num_inference_steps, settings.max_steps)
     lossy = fields.output_format in ("jpeg", "webp")
     if fields.output_compression not in (None, 100) and not lossy:
         raise ApiError(

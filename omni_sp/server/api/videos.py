@@ -25,10 +25,9 @@ from omni_sp.errors import ConfigError
 from omni_sp.pipelines.arguments import frames_per_second
 from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.pipelines.export import require_video_writer
-from omni_sp.server.api.schemas import Fields, Size, Text, check_model, from_form, parse_size
-from omni_sp.server.errors import ApiError
-from omni_sp.server.fetch import fetch
-from omni_sp.server.pictures import decode_data_url, decode_picture, encode_picture
+from omni_sp.server.api.schemas import Fields, Size, Text, check_model, from_form, parse_size, require_at_most
+from omni_sp.server.errors import ApiError, refusal
+from omni_sp.server.pictures import decode_picture, encode_picture, picture_at
 from omni_sp.server.settings import ServerSettings
 from omni_sp.server.storage.file_store import FileStore
 from omni_sp.server.storage.job_store import COMPLETED, FAILED, VideoJob
@@ -222,14 +221,8 @@ async def _read_request(request: Request, settings: ServerSettings) -> tuple[Vid
         return order, picture
     if isinstance(picture, dict) and set(picture) == {"image_url"}:
         picture = picture["image_url"]
-    return order, await asyncio.to_thread(_file_behind, picture, settings)
-
-
-def _file_behind(url: object, settings: ServerSettings) -> bytes:
-    """The picture file that a data: URL is, or, where the operator allows it, an http(s) one names."""
-    if isinstance(url, str) and settings.allow_url_images and url.lower().startswith(("http://", "https://")):
-        return fetch(url, max_bytes=settings.max_body_bytes, param=_PICTURE)
-    return encode_picture(decode_data_url(url, param=_PICTURE, max_pixels=settings.max_pixels), "png")
+    decoded = await asyncio.to_thread(picture_at, picture, settings, param=_PICTURE)
+    return order, await asyncio.to_thread(encode_picture, decoded, "png")
 
 
 async def _form_fields(request: Request, max_part_size: int) -> dict[str, Any]:
@@ -270,7 +263,7 @@ def _job(
                        f"and no videos: {where}",
                        param="model", code="unsupported_model")  # fmt: skip
     if order.prompt is None and not has_picture:
-        raise ApiError(400, "prompt: say what the video is to show", param="prompt", code="missing_required_parameter")
+        raise refusal("prompt", "say what the video is to show", code="missing_required_parameter")
     try:
         require_video_writer()
     except ConfigError as error:
@@ -278,10 +271,7 @@ def _job(
     width, height = parse_size(order.size, settings)
     frames_per_s = frames_per_second(capabilities, capabilities.sampling_defaults, order.fps)
     num_frames = _num_frames(order, capabilities, frames_per_s, settings)
-    if order.num_inference_steps is not None and order.num_inference_steps > settings.max_steps:
-        raise ApiError(400, f"num_inference_steps={order.num_inference_steps}: this server allows up to "
-                       f"{settings.max_steps}",
-                       param="num_inference_steps", code="invalid_value")  # fmt: skip
+    require_at_most("num_inference_steps", order.num_inference_steps, settings.max_steps)
     seed = order.seed
     if seed is None and capabilities.argument_name("generator") is not None:
         seed = new_seed()

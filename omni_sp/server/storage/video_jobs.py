@@ -21,7 +21,7 @@ from omni_sp.errors import EngineClosedError, QueueFullError, RankFailedError, R
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt
-from omni_sp.pipelines.export import why_no_sound_inside, write_sound, write_video, write_video_with_sound
+from omni_sp.pipelines.export import export_video
 from omni_sp.server.errors import to_api_error
 from omni_sp.server.storage.file_store import FileStore
 from omni_sp.server.storage.job_store import COMPLETED, FAILED, IN_PROGRESS, QUEUED, JobStore, VideoJob
@@ -32,6 +32,12 @@ _ALMOST = 99
 _THUMBNAIL_PIXELS = 512
 _SWEEP_EVERY_S = 60.0
 _LOOK_EVERY_S = 0.2
+_SOUND_NOTES = {
+    "none": "",
+    "inside": "",
+    "separate": "the sound is a file of its own, content?variant=audio: {}",
+    "omitted": "the sound is left out: {}",
+}
 _CLOSING = "the server is shutting down: try again later"
 _log = logging.getLogger(__name__)
 
@@ -252,28 +258,25 @@ class VideoJobs:
         """Write what was made, into ``files`` as it is done; the video last, which the store keeps before all else."""
         if not output.videos:
             raise RankFailedError("the pipeline made no video", rank=0)
-        frames, fps, rate = output.videos[0], output.metrics["fps"], output.metrics.get("sampling_rate")
-        sound = output.audios[0] if output.audios else None
-        reason = None if sound is None else why_no_sound_inside(frames, fps, sound)
-        note = None
+        frames, metrics = output.videos[0], output.metrics
         with self._files.scratch() as folder:
             thumbnail, video, audio = folder / "thumbnail.webp", folder / "video.mp4", folder / "audio.wav"
             small = frames[0].convert("RGB")
             small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
             small.save(thumbnail)
-            if sound is not None and rate is not None and reason is None:
-                write_video_with_sound(frames, sound, video, fps, rate)
-            else:
-                write_video(frames, video, fps)
-            if sound is not None and rate is not None and reason is not None:
-                write_sound(sound, audio, rate)
+            sound = export_video(
+                frames,
+                video,
+                metrics["fps"],
+                sound=output.audios[0] if output.audios else None,
+                sampling_rate=metrics.get("sampling_rate"),
+                sound_path=audio,
+            )
+            if sound.placement == "separate":
                 files["audio"] = self._files.adopt(audio, suffix=".wav", media_type="audio/wav")
-                note = f"the sound is a file of its own, content?variant=audio: {reason}"
-            elif sound is not None and rate is None:
-                note = "the sound is left out: the pipeline does not say its sampling rate"
             files["thumbnail"] = self._files.adopt(thumbnail, suffix=".webp", media_type="image/webp")
             files["video"] = self._files.adopt(video, suffix=".mp4", media_type="video/mp4")
-        return note
+        return _SOUND_NOTES[sound.placement].format(sound.reason) or None
 
     def _fail(self, job_id: str, error: Exception) -> None:
         self._mark_failed(job_id, *_error_fields(error))
