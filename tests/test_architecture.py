@@ -35,13 +35,12 @@ LEVELS = {
     "async_omni": 9,
     "server": 10,
     "cli": 11,
-    "testing": 12,
     "__main__": 12,
 }
 # Distributions that only these packages may import.
 RESERVED = {
-    "diffusers": {"sharding", "pipelines", "testing"},
-    "transformers": {"pipelines", "llm", "testing"},
+    "diffusers": {"sharding", "pipelines"},
+    "transformers": {"pipelines", "llm"},
     "ray": set(),
     "vllm": {"llm"},
 }
@@ -133,16 +132,18 @@ def test_no_files_import_each_other() -> None:
 def test_private_names_stay_in_their_file() -> None:
     private = {
         (name_of(path), f"{module}.{name}")
-        for path in sources("omni_sp", "tests", "benchmarks", "examples", "training", "compat/vllm_omni")
+        for path in sources("omni_sp", "tests", "testing", "benchmarks", "examples", "training", "compat/vllm_omni")
         for module, name in imports_of(path)
-        if module.split(".")[0] in ("omni_sp", "tests", "benchmarks", "training", "vllm_omni")
+        if module.split(".")[0] in ("omni_sp", "tests", "testing", "benchmarks", "training", "vllm_omni")
         if any(part.startswith("_") and not part.startswith("__") for part in f"{module}.{name}".split("."))
     }
     assert private == PRIVATE_IMPORTS
 
 
 def test_tests_benchmarks_and_examples_share_only_the_testing_module() -> None:
-    forbidden = {"tests": {"benchmarks", "examples"}, "benchmarks": {"tests"}, "examples": {"tests", "benchmarks"}}
+    trees = {"tests", "testing", "benchmarks", "examples", "training"}
+    forbidden = {"omni_sp": trees, "testing": trees - {"testing"}, "tests": {"benchmarks", "examples"}}
+    forbidden |= {"benchmarks": {"tests"}, "examples": {"tests", "benchmarks"}}
     found = {
         (name_of(path), name_of(imported))
         for folder, others in forbidden.items()

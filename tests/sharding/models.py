@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from omni_sp.testing.models import flux_transformer, wan_transformer
+from testing.models import flux_transformer, wan_transformer
 
 Inputs = dict[str, Any]
 

@@ -11,8 +11,8 @@ import torch
 
 from omni_sp import OmniSPError, ParallelMesh, ShardingError, UnsupportedModelError, parallelize
 from omni_sp.sharding import ShardingPlan, plan_for
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import randomise, relative_error
+from testing.ranks import RankPool
+from testing.reference import randomise, relative_error
 from tests.sharding.models import qwen_image, qwen_inputs, wan, wan_inputs
 
 
