@@ -39,6 +39,7 @@ class Segment:
         # Other ranks open it by this descriptor, so it stays open for as long as the segment may be read.
         weakref.finalize(self, os.close, self.descriptor)
         os.truncate(self.descriptor, num_bytes)
+        self.readers: set[int] = set()  # the ranks that have opened it, or do with the next exchange
         self.bytes = _mapped(self.descriptor, num_bytes)
 
 
@@ -103,6 +104,9 @@ class SharedMemoryChannel:
     written again: a rank that received exchange j knows that all ranks have sent j, and have done all that comes before
     it in the program. In steady state two segments take turns.
 
+    A segment can be opened only while its owner holds it, and be read ever after. So where a rank opens one for the
+    first time, all ranks wait until that is done: the owner may drop its mesh, or end, right after its last exchange.
+
     Args:
         group: the ranks.
         pids: their process ids.
@@ -164,7 +168,9 @@ class SharedMemoryChannel:
         self._num_prepared += 1
         offsets = [0, *ends[:-1]]
         send_buffers = [segment.bytes[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
-        location = (number, index, segment.number, segment.descriptor, segment.num_bytes)
+        new_readers = {rank for rank, size in enumerate(sizes) if size} - segment.readers
+        segment.readers |= new_readers
+        location = (number, index, segment.number, segment.descriptor, segment.num_bytes, bool(new_readers))
         messages = torch.tensor([[*location, offset] for offset in offsets])
         return ChannelExchange(self, number, slot, send_buffers, messages)
 
@@ -172,7 +178,7 @@ class SharedMemoryChannel:
         """What each rank has sent to this one in exchange ``number``, ``sizes[rank]`` bytes, as views of its memory."""
         views = []
         for rank, (message, size) in enumerate(zip(messages, sizes, strict=True)):
-            sent_number, slot, segment, descriptor, num_bytes, offset = message
+            sent_number, slot, segment, descriptor, num_bytes, _, offset = message
             if sent_number != number:
                 raise ShardingError(
                     f"the ranks fell out of step: this one waits for exchange {number}, rank {rank} of its row "
@@ -184,6 +190,9 @@ class SharedMemoryChannel:
             if self._opened.get((rank, slot), (-1,))[0] != segment:
                 self._opened[rank, slot] = segment, _open_segment(self._pids[rank], descriptor, num_bytes)
             views.append(self._opened[rank, slot][1][offset : offset + size])
+        if any(is_opened_first for *_, is_opened_first, _ in messages):
+            # Every rank got the same answer to this question from every rank, so all take part.
+            dist.all_reduce(torch.zeros(1), group=self.group)
         return views
 
     def _mark_received(self, number: int, slot: _Slot) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 
 import pytest
 import torch
@@ -104,6 +105,22 @@ def test_two_segments_take_turns_and_nothing_is_left(ranks: RankPool) -> None:
         # this rank's also by the descriptor that the peer opens.
         assert during - before == 6
         assert after == before
+
+
+def drop_mesh_early(job: ParallelMesh) -> list[int]:
+    """Rank 0 drops its mesh after the only exchange, which rank 1 waits for later."""
+    own = ParallelMesh(job.config)
+    pending = exchange([4, 4], [4, 4], torch.float32, torch.device("cpu"), own.ulysses)
+    for target, send_buffer in enumerate(pending.send_buffers):
+        send_buffer.copy_(content(0, own.rank, target, 4))
+    pending.start()
+    time.sleep(0.3 * own.rank)
+    return pending.wait().tolist()
+
+
+def test_a_mesh_may_go_before_others_have_read_from_it(ranks: RankPool) -> None:
+    for rank, got in enumerate(ranks.run(drop_mesh_early, ulysses=2)):
+        assert got == torch.cat([content(0, source, rank, 4) for source in range(2)]).tolist()
 
 
 def run_out_of_step(mesh: ParallelMesh) -> str:
