@@ -117,7 +117,7 @@ def engine_main(options: dict[str, Any]) -> None:
     # By its own name: what is sent to the ranks is looked up there.
     from benchmarks.llm import count_bytes, read_bytes
     from omni_sp.llm import LLM
-    from tests.llm.folders import held
+    from omni_sp.testing.models import memory_of_rank
 
     llm = LLM(
         dtype="float32", skip_tokenizer_init=True, max_model_len=8192, max_num_batched_tokens=8192, max_num_seqs=8,
@@ -140,7 +140,7 @@ def engine_main(options: dict[str, Any]) -> None:
         if question.get("likelihood"):
             entries = zip(question["prompts"][0][1:], outputs[0].prompt_logprobs[1:], strict=True)
             answer["likelihood"] = sum(table[token].logprob for token, table in entries)
-            answer["held"] = llm.apply_model(held)
+            answer["held"] = llm.apply_model(memory_of_rank)
         if llm.steps is not None:
             answer["threshold"] = llm.steps.threshold
         print("answer", json.dumps(answer), flush=True)

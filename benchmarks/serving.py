@@ -27,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 from benchmarks.interleaved import RESULTS, machine
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
@@ -34,8 +36,7 @@ from omni_sp.engine.startup import format_seconds
 from omni_sp.events import RequestDone
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from tests.engine.processes import children
-from tests.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 
 PROMPT = "a red circle on a blue background"
 START_S, ANSWER_S = 180.0, 600.0
@@ -195,7 +196,7 @@ def resident_mib(pid: int) -> dict[str, float]:
     def of(one: int) -> float:
         return int(Path(f"/proc/{one}/statm").read_text().split()[1]) * page
 
-    return {"front": of(pid), "ranks": sum(of(rank) for rank in children(pid))}
+    return {"front": of(pid), "ranks": sum(of(child.pid) for child in psutil.Process(pid).children())}
 
 
 def paired(seconds: dict[str, dict[str, list[float]]], name: str, what: str) -> float:

@@ -24,9 +24,8 @@ from benchmarks.anatomy import exchange_share, peak_memory
 from benchmarks.interleaved import Answer, Timing, plot, report, save, summary, table, take_turns
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
-from tests.attention.reference import relative_error
-from tests.ranks import RankPool
-from tests.sharding.models import randomise
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
 
 BASE, OURS = "one process", "ours"
 

@@ -1,20 +1,20 @@
-"""AsyncOmni: many requests at once from an asyncio program; a queue, progress, aborts, and ranks that come back."""
+"""AsyncOmni: many requests at once from an asyncio program, with a queue, progress, aborts and restarts of ranks."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.batching import Batching
-from omni_sp.engine.dispatcher import Dispatcher
+from omni_sp.engine.dispatcher import STARTING, Dispatcher
 from omni_sp.engine.jobs import EngineStats, Job
-from omni_sp.engine.messages import Call, Done, Progress, Ready
+from omni_sp.engine.messages import Call, Done, Progress, Ready, new_seed
 from omni_sp.engine.ranks import Launcher
 from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.engine.ranks.torchrun import inside_distributed_program
@@ -23,49 +23,56 @@ from omni_sp.engine.startup import warm_up_errors_named
 from omni_sp.errors import ConfigError, EngineClosedError, OmniSPError
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
 from omni_sp.pipelines.arguments import call_arguments, warm_up_arguments
-from omni_sp.requests import (
-    Model,
-    PromptInput,
-    engine_options,
-    output_of,
-    parse_prompt,
-    require_known,
-    require_params,
-)
+from omni_sp.requests import Model, PromptInput, engine_options, output_of, parse_prompt, require_known, require_params
+from omni_sp.validation import require_int, require_number
+
+if TYPE_CHECKING:
+    from typing_extensions import Never  # typing has it from Python 3.11 on
 
 __all__ = ["AsyncOmni", "EngineStats"]
 
 _DRAIN_S = 30.0
 _POLL_S = 0.05
-_NEW_SEED = 2**31
 
 
 class AsyncOmni:
     """A diffusers pipeline on rank processes, for many requests at once, drawn one by one or a few together.
 
     ``async with AsyncOmni(model, ...) as omni`` starts and ends it; ``start()`` and ``close()`` do so by hand. When a
-    rank dies, raises or falls silent, its ranks are ended and started anew; requests in the queue stay there. A request
-    whose ranks died under it is tried once more; one whose ranks raised fails with that error.
+    rank dies, raises or falls silent, all ranks are ended and started again; requests in the queue stay there. A
+    request whose ranks died during it is tried once more; one whose ranks raised fails with that error.
 
-    Under torchrun, on one machine or several, the program gets past ``start()`` in the process of rank 0 alone. Each of
-    the others carries a rank, which can die and be started anew there, and exits when rank 0's is over.
+    Under torchrun, on one machine or several, requests are made in the process of rank 0, where ``is_main`` is True. In
+    each of the others the program calls ``await omni.supervise_rank()`` instead of starting it: that runs the process's
+    rank, which can die and be started again there, and returns when rank 0's AsyncOmni is over.
 
     Args:
-        model, parallel_config: as for Omni. One rank, too, is a process of its own.
+        model: a hub id, a folder that a diffusers pipeline was saved to, or "omni-sp/shapes", the embedded demo model.
+        parallel_config: the degrees; None for one rank, which is a process of its own too.
+        device: "cpu"; "cuda" for one GPU per rank; "cuda:N" to let all ranks share that GPU; None for "cuda" where
+            there is a GPU, else "cpu".
+        dtype: "float32", "bfloat16", "float16" or the torch dtype; None for bfloat16 on CUDA and float32 on the CPU.
+        attention_backend: name of the attention kernel, or "auto".
+        attention_strategy: "omni_sp", or "yunchang" to have that library carry out the attention, for comparing.
+        rank_timeout_s: the longest silence of ranks between two steps, in seconds, before they count as failed.
+        startup_timeout_s: the longest silence of ranks while they load the model, in seconds.
         max_queue_length: requests that may wait; None for any number.
         max_batch_size: prompts that may share a call of the pipeline, where they are alike but for prompt, negative
             prompt and seed. Each gets the picture that it gets alone, to rounding: the start draws small pictures both
-            ways, and where they differ, requests are drawn one by one (``on_news`` says so).
-        batch_wait_ms: how long such a request may wait for others when the ranks are free.
+            ways, and where they differ, requests are drawn one by one (``on_news`` is called with the reason).
+        batch_wait_ms: milliseconds that such a request may wait for others when the ranks are free.
         warmup: (height, width) of pictures that are drawn, a step each, before it is ready. Where the pipeline starts
             from pictures, plain grey ones are given to it.
-        on_news: told in a few words what a start is doing. launcher: starts the rank processes; by default on this
-            machine.
-        options: device, dtype, attention_backend, attention_strategy, rank_timeout_s (it bounds the time between two
-            steps) and startup_timeout_s, as for Omni.
+        on_news: called with a few words on what a start is doing.
+        launcher: starts the rank processes; by default on this machine.
+        unknown: none: any other keyword is an error that names the nearest option.
+
+    Attributes:
+        is_main: True where requests can be made; False in the processes of a torchrun job above rank 0.
 
     Raises:
-        ConfigError, ModelNotFoundError: as for Omni; anything else is raised by ``start()``.
+        ConfigError: an option that cannot be, an unknown one, or a torchrun job of another size.
+        ModelNotFoundError: no such model, or no diffusers pipeline.
     """
 
     def __init__(
@@ -73,22 +80,38 @@ class AsyncOmni:
         model: Model,
         parallel_config: DiffusionParallelConfig | None = None,
         *,
+        device: str | None = None,
+        dtype: Any = None,
+        attention_backend: str = "auto",
+        attention_strategy: str = "omni_sp",
+        rank_timeout_s: float = 600.0,
+        startup_timeout_s: float = 3600.0,
         max_queue_length: int | None = None,
         max_batch_size: int = 1,
         batch_wait_ms: float = 0.0,
         warmup: Sequence[tuple[int, int]] = (),
         on_news: Callable[[str], None] | None = None,
         launcher: Launcher | None = None,
-        **options: object,
+        **unknown: Never,
     ) -> None:
-        require_known(options, AsyncOmni)
+        require_known(unknown, AsyncOmni)
         self._warmup = tuple(warmup)
-        self._options = engine_options(model, parallel_config, **options)  # type: ignore[arg-type]  # checked there
-        self.is_front = True
+        self._observers: list[Callable[[RequestEvent], None]] = []
+        self._options = engine_options(
+            model,
+            parallel_config,
+            device=device,
+            dtype=dtype,
+            attention_backend=attention_backend,
+            attention_strategy=attention_strategy,
+            rank_timeout_s=rank_timeout_s,
+            startup_timeout_s=startup_timeout_s,
+        )
+        self.is_main = True
         if launcher is None and inside_distributed_program():
             require_job_of(self._options.config)
-            self.is_front = job_rank() == 0
-            launcher = TorchrunLauncher() if self.is_front else None
+            self.is_main = job_rank() == 0
+            launcher = TorchrunLauncher() if self.is_main else None
         self._dispatcher = Dispatcher(
             self._options,
             launcher or SpawnLauncher(thread_stays=True),
@@ -105,12 +128,14 @@ class AsyncOmni:
 
     @property
     def info(self) -> Ready:
-        """What is loaded and where: ``facts`` of the pipeline, ``layout`` of the ranks, ``device``, ``dtype``.
+        """What is loaded and where: ``capabilities`` of the pipeline, ``layout`` of the ranks, ``device``, ``dtype``.
 
         Raises:
             EngineClosedError: it has not started yet.
         """
         ready = self._dispatcher.ready
+        if ready is None and self._dispatcher.has_begun and self.status == STARTING:
+            raise EngineClosedError("the model is still being loaded: try again later")
         if ready is None:
             raise EngineClosedError("AsyncOmni has not started yet: await start(), or use it with `async with`")
         return ready
@@ -120,32 +145,53 @@ class AsyncOmni:
         """Counts; a copy."""
         return self._dispatcher.stats
 
+    def add_observer(self, observer: Callable[[RequestEvent], None]) -> None:
+        """Have every event of every request passed to ``observer``, on the event loop, before it is yielded."""
+        self._observers.append(observer)
+
     async def start(self) -> None:
         """Load the model on the ranks and warm up. The second time, do nothing.
 
         Raises:
-            InvalidInputError, RankFailedError: as Omni's constructor.
-            SystemExit: in a process of torchrun other than rank 0's, once rank 0's is over.
+            ConfigError: this process of a torchrun job has no requests to make: it calls supervise_rank().
+            InvalidInputError: the ranks refuse the model.
+            RankFailedError: a rank failed while starting.
         """
-        if not self.is_front:
-            supervise_rank(self._options.config, self._options.device)
-            raise SystemExit(0)
+        if not self.is_main:
+            raise ConfigError(
+                f"rank {job_rank()} of the torchrun job makes no requests: where omni.is_main is False, call `await "
+                "omni.supervise_rank()` instead of starting it"
+            )
         loop = asyncio.get_running_loop()
         started: asyncio.Future[None] = loop.create_future()
 
         def on_started(error: BaseException | None) -> None:
-            def report() -> None:
+            def resolve() -> None:
                 if not started.done():
                     started.set_result(None) if error is None else started.set_exception(error)
 
             with contextlib.suppress(RuntimeError):  # the loop is gone
-                loop.call_soon_threadsafe(report)
+                loop.call_soon_threadsafe(resolve)
 
         if self._dispatcher.start(on_started):
             await started
 
+    async def supervise_rank(self) -> None:
+        """Run the rank of this process of a torchrun job, until the AsyncOmni of rank 0 is over.
+
+        Raises:
+            ConfigError: this process makes requests (``is_main``), or rank 0's was not found in time.
+        """
+        if self.is_main:
+            raise ConfigError("supervise_rank() is for the processes of a torchrun job above rank 0: start() this one")
+        supervise_rank(self._options.config, self._options.device)
+
     async def drain(self, timeout_s: float = _DRAIN_S) -> None:
-        """Refuse new requests, fail waiting ones, let the running one finish within so many seconds, and close."""
+        """Refuse new requests, fail waiting ones, let the running one finish, and close.
+
+        Args:
+            timeout_s: seconds that the running request has.
+        """
         self._dispatcher.drain()
         until = time.monotonic() + timeout_s
         while not self._dispatcher.is_idle and time.monotonic() < until:
@@ -153,7 +199,7 @@ class AsyncOmni:
         await self.close()
 
     async def close(self) -> None:
-        """End the ranks. What is under way or waits fails with EngineClosedError. Idempotent."""
+        """End the ranks. Requests that run or wait fail with EngineClosedError. Idempotent."""
         await asyncio.to_thread(self._dispatcher.close)
 
     async def __aenter__(self) -> AsyncOmni:
@@ -178,16 +224,20 @@ class AsyncOmni:
         priority: int = 0,
         previews: bool = False,
     ) -> AsyncIterator[RequestEvent]:
-        """Draw one prompt and tell how it goes: RequestQueued, RequestProgress …, then RequestDone or RequestFailed.
+        """Draw one prompt, and yield its events: RequestQueued, RequestProgress …, then RequestDone or RequestFailed.
 
         Leaving the iteration early (``aclose()``) aborts the request.
 
         Args:
-            prompt, sampling_params: as for Omni.generate. request_id: a name of your own. priority: higher ones come
-                first, equal ones in the order of arrival. previews: small pictures along with some of the steps.
+            prompt: a string, or a dict with ``prompt``, ``negative_prompt``, ``image``, as for Omni.generate.
+            sampling_params: what is None is the model's own default.
+            request_id: a name of your own for the request; None for a random one.
+            priority: higher ones come first, equal ones in the order of arrival.
+            previews: yield small pictures of the intermediate result along with some of the steps.
 
         Raises:
-            SamplingParamsError: bad input; nothing was queued. QueueFullError: too many wait.
+            SamplingParamsError: bad input; nothing was queued.
+            QueueFullError: too many requests wait.
             EngineClosedError: it is draining, closed or has failed, or has not started yet.
         """
         params, parsed, capabilities = require_params(sampling_params), parse_prompt(prompt), self.info.capabilities
@@ -195,33 +245,33 @@ class AsyncOmni:
         events: asyncio.Queue[RequestEvent] = asyncio.Queue()
         name = request_id or f"request-{uuid.uuid4().hex}"
 
-        def report(event: RequestEvent) -> None:
+        def send(event: RequestEvent) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is gone
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        def on_progress(news: Progress) -> None:
-            shown = news.previews
-            preview = next(iter(shown), None)
-            report(RequestProgress(request_id=name, done=news.done, total=news.total, preview=preview, previews=shown))
+        def on_progress(progress: Progress) -> None:
+            previews, done, total = progress.previews, progress.done, progress.total
+            first = next(iter(previews), None)
+            send(RequestProgress(request_id=name, done=done, total=total, preview=first, previews=previews))
 
         def on_end(result: Done | OmniSPError) -> None:
             if isinstance(result, Done):
                 startup_s = sum(self.stats.start_s.values())
                 output = output_of(self.info, job.call, parsed, params, result, startup_s=startup_s)
-                report(RequestDone(request_id=name, output=output))
+                send(RequestDone(request_id=name, output=output))
             else:
-                report(RequestFailed(request_id=name, error=result))
+                send(RequestFailed(request_id=name, error=result))
 
         job = Job(
             call=Call(
                 request_id=name,
                 arguments=call_arguments(capabilities, parsed, params),
-                seeds=(secrets.randbelow(_NEW_SEED) if params.seed is None else params.seed,),
+                seeds=(new_seed() if params.seed is None else params.seed,),
                 can_be_aborted=True,
                 previews=previews,
             ),
             priority=priority,
-            on_position=lambda position: report(RequestQueued(request_id=name, position=position)),
+            on_position=lambda position: send(RequestQueued(request_id=name, position=position)),
             on_progress=on_progress,
             on_end=on_end,
         )
@@ -229,6 +279,8 @@ class AsyncOmni:
         try:
             while True:
                 event = await events.get()
+                for observer in self._observers:
+                    observer(event)
                 yield event
                 if isinstance(event, (RequestDone, RequestFailed)):
                     return
@@ -237,7 +289,14 @@ class AsyncOmni:
                 self._dispatcher.abort(name)
 
     async def abort(self, request_id: str) -> bool:
-        """Stop a request: at once if it waits, at the next step if it runs. False where there is none of that name."""
+        """Stop a request: at once if it waits, at the next step if it runs.
+
+        Args:
+            request_id: the request's name.
+
+        Returns:
+            False where there is no request of that name.
+        """
         return self._dispatcher.abort(request_id)
 
     def _warm_up_calls(self, ready: Ready) -> list[Call]:
@@ -251,8 +310,7 @@ class AsyncOmni:
 
 
 def _batching(max_size: int, wait_ms: float) -> Batching:
-    if isinstance(max_size, bool) or not isinstance(max_size, int) or max_size < 1:
-        raise ConfigError(f"max_batch_size={max_size!r}: give a whole number from 1 on")
-    if isinstance(wait_ms, bool) or not isinstance(wait_ms, (int, float)) or not 0 <= wait_ms < 1e6:
-        raise ConfigError(f"batch_wait_ms={wait_ms!r}: give a number of milliseconds from 0 on")
+    require_int("max_batch_size", max_size, minimum=1, error=ConfigError, hint="give a whole number from 1 on")
+    hint = "give a number of milliseconds from 0 on"
+    require_number("batch_wait_ms", wait_ms, minimum=0.0, below=1e6, error=ConfigError, hint=hint)
     return Batching(max_size=max_size, wait_s=wait_ms / 1000)

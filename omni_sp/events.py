@@ -1,4 +1,4 @@
-"""What a request goes through, as ``AsyncOmni.generate`` tells it."""
+"""The events of a request, as ``AsyncOmni.generate`` yields them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from omni_sp.outputs import OmniRequestOutput
 
 @dataclass(frozen=True, kw_only=True)
 class RequestQueued:
-    """It waits; told again whenever its place changes. ``position``: requests that come before it, running ones too."""
+    """The request waits. It is the first event of every request, and comes again whenever the position changes.
+
+    Attributes:
+        request_id: of the request.
+        position: requests that come before it, running ones too.
+    """
 
     request_id: str
     position: int
@@ -20,10 +25,13 @@ class RequestQueued:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestProgress:
-    """``done`` of ``total`` denoising steps. A restart begins at 0 again.
+    """Denoising steps were done. After a restart of the ranks they begin at 0 again.
 
     Attributes:
-        preview: a small picture of how far it is, where previews were asked for and the pipeline allows them.
+        request_id: of the request.
+        done: steps so far.
+        total: steps in all.
+        preview: a small picture of the intermediate result, where previews were asked for and the pipeline allows them.
         previews: one of each picture of the request; ``preview`` is the first of them.
     """
 
@@ -36,7 +44,12 @@ class RequestProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestDone:
-    """The last event of a request that went well."""
+    """The last event of a request that went well.
+
+    Attributes:
+        request_id: of the request.
+        output: what was made.
+    """
 
     request_id: str
     output: OmniRequestOutput
@@ -44,7 +57,12 @@ class RequestDone:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestFailed:
-    """The last event of one that did not; ``error`` is a RequestAbortedError where somebody aborted it."""
+    """The last event of a request that did not.
+
+    Attributes:
+        request_id: of the request.
+        error: why; a RequestAbortedError where somebody aborted it.
+    """
 
     request_id: str
     error: OmniSPError

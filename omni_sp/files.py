@@ -1,59 +1,54 @@
-"""Pictures to read, and the files that pictures, videos and sounds are written to."""
+"""Image files that the command line reads, and the files that it writes results to."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_sp.errors import ConfigError
-from omni_sp.pipelines.export import (
-    require_video_writer,
-    why_no_sound_inside,
-    write_sound,
-    write_video,
-    write_video_with_sound,
-)
+from omni_sp.errors import ConfigError, InvalidInputError
+from omni_sp.pipelines.export import complete_file, export_video, require_video_writer, write_sound
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from omni_sp.outputs import OmniRequestOutput
     from omni_sp.pipelines.capabilities import PipelineCapabilities
 
 _SUFFIXES = {"picture": ".png", "video": ".mp4", "sound": ".wav"}
 
 
-def read_picture(path: str) -> Any:
-    """A picture file as a PIL picture: upright, RGB, or RGBA where it has transparency.
+def read_picture(path: str) -> Image.Image:
+    """Read the image file of an ``--image`` option, upright, as RGB, or as RGBA where it has transparency.
 
     Raises:
         ConfigError: it cannot be read.
     """
-    from PIL import Image, ImageOps
+    from omni_sp.pipelines.images import decode_image
 
     try:
-        with Image.open(Path(path).expanduser()) as file:
-            picture = ImageOps.exif_transpose(file)
-            return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return decode_image(Path(path).expanduser())
+    except InvalidInputError as error:
         raise ConfigError(f"--image {path} cannot be read: {error}") from error
 
 
 class OutputFiles:
-    """Where results go: a file of its own name, numbered names where there are several, or new names in a folder.
+    """Where results go: into the file that is named, into numbered ones if there are several, or into a folder.
+
+    Constructing it creates nothing on disk.
 
     Args:
-        path: a folder (it exists, ends in a slash, or has no suffix), or a file; None for a folder "pictures", "videos"
-            or "sounds". num_outputs: how many there will be.
+        path: a folder (one that exists, or a name that ends in a slash or has no suffix), or a file; None for a folder
+            "pictures", "videos" or "sounds".
+        num_outputs: how many results there will be.
 
     Attributes:
-        saved: what has been written so far. A file is there when it is whole, never before.
+        saved: the files that have been written. A file appears when it is complete.
 
     Raises:
-        ConfigError: there are no files of that kind, a package is missing, or nothing can be written there. Nothing is
-            created by asking.
+        ConfigError: no kind of result has this suffix, a package is missing, or nothing can be written there.
     """
 
     def __init__(self, path: str | None, num_outputs: int) -> None:
@@ -73,15 +68,14 @@ class OutputFiles:
             raise ConfigError(f"--output {self._target} cannot be written: {error.strerror or error}") from error
 
     def expect(self, capabilities: PipelineCapabilities) -> None:
-        """Make sure, before anything is drawn, that what this pipeline makes can be written.
+        """Make sure, before anything is generated, that what this pipeline makes can be written.
 
         Raises:
             ConfigError: it makes something else than the file's suffix says, or a package is missing.
         """
         if self._kind not in (None, capabilities.makes):
-            suffixes = (
-                "an image suffix such as .png" if capabilities.makes == "picture" else _SUFFIXES[capabilities.makes]
-            )
+            is_image = capabilities.makes == "picture"
+            suffixes = "an image suffix such as .png" if is_image else _SUFFIXES[capabilities.makes]
             raise ConfigError(
                 f"{capabilities.name} makes {capabilities.makes}s, and --output {self._path} is a {self._kind} file: "
                 f"use {suffixes}, or a folder"
@@ -96,41 +90,36 @@ class OutputFiles:
             self._target = Path(f"{capabilities.makes}s")
 
     def save(self, output: OmniRequestOutput) -> Iterator[str]:
-        """Write what one prompt gave, file by file. Yields a line for people as each is finished."""
+        """Write the results of one prompt, and yield a line for people about each file that has been written."""
         several = self._several or max(len(output.images), len(output.videos), len(output.audios)) > 1
         for image in output.images:
             path = self._next("picture", several)
-            with self._whole(path) as part:
+            with complete_file(path) as part:
                 image.save(part)
+            self.saved.append(path)
             yield f"picture {path}"
         sounds: list[Any] = list(output.audios)
         for frames in output.videos:
             sound = sounds.pop(0) if sounds else None
             yield from self._save_video(self._next("video", several), frames, sound, output.metrics)
         for sound in sounds:
-            yield self._save_sound(self._next("sound", several), sound, output.metrics["sampling_rate"])
+            path, rate = self._next("sound", several), output.metrics["sampling_rate"]
+            with complete_file(path) as part:
+                write_sound(sound, part, rate)
+            self.saved.append(path)
+            yield _sound_line(path, sound, rate)
 
     def _save_video(self, path: Path, frames: list[Any], sound: Any, metrics: dict[str, Any]) -> Iterator[str]:
-        fps, rate = metrics["fps"], metrics.get("sampling_rate")
-        told = f"video   {path}  {len(frames)} frames, {fps:g} a second"
-        reason = None if sound is None else why_no_sound_inside(frames, fps, sound)
-        if sound is not None and rate is not None and reason is None:
-            with self._whole(path) as part:
-                write_video_with_sound(frames, sound, part, fps, rate)
-            yield f"{told}, with sound"
-            return
-        with self._whole(path) as part:
-            write_video(frames, part, fps)
-        yield told
-        if sound is not None and rate is None:
-            yield "sound   left out: the pipeline does not say its sampling rate"
-        elif sound is not None and rate is not None:
-            yield f"{self._save_sound(path.with_suffix('.wav'), sound, rate)}  (in a file of its own: {reason})"
-
-    def _save_sound(self, path: Path, sound: Any, rate: int) -> str:
-        with self._whole(path) as part:
-            write_sound(sound, part, rate)
-        return f"sound   {path}  {sound.shape[1] / rate:.1f} s, {rate} Hz"
+        fps, rate, sound_path = metrics["fps"], metrics.get("sampling_rate"), path.with_suffix(".wav")
+        written = export_video(
+            frames, path, fps, sound=sound, sampling_rate=rate, sound_path=sound_path, on_file=self.saved.append
+        )
+        with_sound = ", with sound" if written.placement == "inside" else ""
+        yield f"video   {path}  {len(frames)} frames, {fps:g} a second{with_sound}"
+        if written.placement == "omitted":
+            yield f"sound   left out: {written.reason}"
+        elif written.placement == "separate":
+            yield f"{_sound_line(sound_path, sound, rate)}  (in a file of its own: {written.reason})"
 
     def _next(self, kind: str, several: bool) -> Path:
         self._num_named += 1
@@ -143,17 +132,10 @@ class OutputFiles:
             return self._target.with_stem(f"{self._target.stem}-{number:0{self._digits}}")
         return self._target
 
-    @contextmanager
-    def _whole(self, path: Path) -> Iterator[Path]:
-        """A name to write to, which becomes ``path`` when all is written; what was not finished goes away."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.stem}.part{path.suffix}")
-        try:
-            yield part
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        self.saved.append(path)
+
+def _sound_line(path: Path, sound: Any, rate: int | None) -> str:
+    assert rate is not None, "a sound of unknown rate is not written"
+    return f"sound   {path}  {sound.shape[1] / rate:.1f} s, {rate} Hz"
 
 
 def _kind_of(target: Path) -> str:

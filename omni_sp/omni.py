@@ -1,4 +1,4 @@
-"""Omni, the one front door: a model's name and the degrees in, pictures, videos or sounds out."""
+"""Omni: from a model's name, the degrees and prompts to pictures, videos or sounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -29,6 +29,9 @@ from omni_sp.requests import (
     require_params,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Never  # typing has it from Python 3.11 on
+
 
 class Omni:
     """A diffusers pipeline, spread over ranks, ready for prompts.
@@ -40,23 +43,24 @@ class Omni:
 
     Args:
         model: a hub id, a folder that a diffusers pipeline was saved to, or "omni-sp/shapes", the embedded demo model.
-        parallel_config: the degrees; by default one rank.
+        parallel_config: the degrees; None for one rank.
         device: "cpu"; "cuda" for one GPU per rank; "cuda:N" to let all ranks share that GPU (exact, for trying out);
             None for "cuda" where there is a GPU, else "cpu".
         dtype: "float32", "bfloat16", "float16" or the torch dtype; None for bfloat16 on CUDA and float32 on the CPU.
         attention_backend: name of the attention kernel, or "auto".
         attention_strategy: "omni_sp", or "yunchang" to have that library carry out the attention, for comparing; it
             refuses most shapes.
-        rank_timeout_s: longest silence of working ranks before they count as failed. One denoising step, or the VAE's
-            work, must fit into it.
-        startup_timeout_s: the same while ranks load the model.
+        rank_timeout_s: the longest silence of ranks during a call, in seconds, before they count as failed. One
+            denoising step, or one pass of the VAE, must fit into it.
+        startup_timeout_s: the longest silence of ranks while they load the model, in seconds.
         show_progress: on stderr, a bar over the parts of the start, how long each took, and a bar over the denoising
             steps; None for where stderr is a terminal.
+        unknown: none: any other keyword is an error that names the nearest option.
 
     Raises:
         ConfigError: an option that cannot be, an unknown one, or fewer GPUs than ranks.
         ModelNotFoundError: no such model, or no diffusers pipeline.
-        UnsupportedModelError: a transformer whose rows of tokens cannot be found, on several ranks.
+        UnsupportedModelError: a transformer whose token streams cannot be found, on several ranks.
         RankFailedError: a rank failed while starting.
     """
 
@@ -72,7 +76,7 @@ class Omni:
         rank_timeout_s: float = 600.0,
         startup_timeout_s: float = 3600.0,
         show_progress: bool | None = None,
-        **unknown: Any,
+        **unknown: Never,
     ) -> None:
         require_known(unknown, Omni)
         began = time.perf_counter()
@@ -98,12 +102,12 @@ class Omni:
 
     @property
     def info(self) -> Ready:
-        """What is loaded and where: ``facts`` of the pipeline, ``layout`` of the ranks, ``device``, ``dtype``."""
+        """What is loaded and where: the pipeline's ``capabilities``, the ranks' ``layout``, ``device``, ``dtype``."""
         return self._engine.ready
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that talks to people: everywhere but on ranks above 0 of a joined program."""
+        """True in the one process that shows progress to people; False on ranks above 0 of a joined program."""
         return self._engine.is_main
 
     def generate(
@@ -134,7 +138,17 @@ class Omni:
         prompts: PromptInput | Sequence[PromptInput],
         sampling_params: OmniDiffusionSamplingParams | None = None,
     ) -> Iterator[OmniRequestOutput]:
-        """As generate(), one output at a time, as soon as it is finished. All prompts are checked first."""
+        """Draw every prompt, and give each output as soon as it is finished. All prompts are checked first.
+
+        Args:
+            prompts: one prompt or a list of them, as for generate().
+            sampling_params: for all prompts alike; what is None is the model's own default.
+
+        Raises:
+            SamplingParamsError: no prompts, or something that the pipeline cannot take.
+            RankFailedError: a rank raised or died.
+            EngineClosedError: it had been closed before.
+        """
         params = require_params(sampling_params)
         capabilities = self._engine.ready.capabilities
         parsed = [parse_prompt(prompt) for prompt in prompt_list(prompts)]
@@ -154,8 +168,9 @@ class Omni:
         """Run one small call on one rank alone and over all ranks: is this model exact here?
 
         Args:
-            prompt: as for generate(). sampling_params: what is None is small: a size whose number of tokens few numbers
-                of ranks divide, and two steps.
+            prompt: one prompt, as for generate().
+            sampling_params: what is None is small: a size whose number of tokens few numbers of ranks divide, and two
+                steps.
 
         Returns:
             Stage -> the largest difference on any rank, relative to the largest number of the stage in one process:
@@ -163,7 +178,9 @@ class Omni:
             float32 an exact model stays near 1e-6 in its first call; later stages may amplify that.
 
         Raises:
-            As generate().
+            SamplingParamsError: something that the pipeline cannot take.
+            RankFailedError: a rank raised or died.
+            EngineClosedError: it had been closed before.
         """
         return dict(self.check_report(prompt, sampling_params).errors)
 
@@ -199,10 +216,10 @@ class Omni:
     def _run_each(
         self, requests: list[tuple[Prompt, dict[str, Any]]], params: OmniDiffusionSamplingParams
     ) -> Iterator[OmniRequestOutput]:
-        for place, (prompt, arguments) in enumerate(requests, start=1):
+        for number, (prompt, arguments) in enumerate(requests, start=1):
             seed = self._engine.new_seed() if params.seed is None else params.seed
             call = Call(request_id=f"request-{next(self._numbers)}", arguments=arguments, seeds=(seed,))
-            with _StepsOnScreen(self._show_progress and self._engine.is_main, place, len(requests)) as screen:
+            with _StepsOnScreen(self._show_progress and self._engine.is_main, number, len(requests)) as screen:
                 done = self._engine.run(call, lambda news: screen.show(news.done, news.total))
             yield output_of(self._engine.ready, call, prompt, params, done, startup_s=self._startup_s)
 
@@ -210,9 +227,9 @@ class Omni:
 class _StepsOnScreen:
     """A bar over the denoising steps of one prompt, on stderr; or nothing."""
 
-    def __init__(self, shown: bool, place: int, num_prompts: int) -> None:
+    def __init__(self, shown: bool, number: int, num_prompts: int) -> None:
         self._shown = shown
-        self._caption = f"prompt {place}/{num_prompts}" if num_prompts > 1 else "denoising"
+        self._caption = f"prompt {number}/{num_prompts}" if num_prompts > 1 else "denoising"
         self._bar: Any = None
 
     def show(self, done: int, total: int) -> None:

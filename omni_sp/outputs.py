@@ -14,7 +14,8 @@ class OmniRequestOutput:
     """The pictures, videos or sounds of one prompt, and what they took.
 
     Attributes:
-        request_id: unique within its Omni. prompt: the text it was made from.
+        request_id: unique within its Omni.
+        prompt: the text it was made from.
         images: PIL pictures, one for each output asked for (layers of one picture follow each other); for other
             ``output_type``s, what the pipeline gave.
         videos: one entry for each output: its frames, a list of PIL pictures.

@@ -1,4 +1,4 @@
-"""What Omni and AsyncOmni share: options of the constructor, prompts as users write them, outputs as they get them."""
+"""What Omni and AsyncOmni share: options of the constructor, prompts as users write them, and their outputs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from omni_sp.engine.devices import check_device_name
 from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.outputs import OmniRequestOutput
-from omni_sp.pipelines.arguments import Prompt, frames_per_second, output_deviation
+from omni_sp.pipelines.arguments import Prompt, frames_per_second
 from omni_sp.pipelines.load import resolve_model
+from omni_sp.pipelines.results import output_deviation
+from omni_sp.validation import require_number
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _PROMPT_KEYS = ("prompt", "negative_prompt", "image")
 
-PromptInput = str | Mapping[str, Any]
+PromptInput = str | Mapping[str, Any] | Prompt
 Model = str | os.PathLike[str]
 
 
@@ -37,11 +39,12 @@ def engine_options(
     rank_timeout_s: float = 600.0,
     startup_timeout_s: float = 3600.0,
 ) -> EngineOptions:
-    """The options that Omni documents, checked.
+    """The options of Omni's constructor, checked; Omni documents them.
 
     Raises:
-        ConfigError: an option that cannot be. UnsupportedAttentionError: no such strategy.
-        ModelNotFoundError: no such model.
+        ConfigError: an option that cannot be.
+        UnsupportedAttentionError: there is no such strategy.
+        ModelNotFoundError: there is no such model.
     """
     if parallel_config is not None and not isinstance(parallel_config, DiffusionParallelConfig):
         raise ConfigError(f"parallel_config={parallel_config!r}: give a DiffusionParallelConfig")
@@ -91,7 +94,7 @@ def require_params(params: OmniDiffusionSamplingParams | None) -> OmniDiffusionS
 
 def prompt_list(prompts: Any) -> list[Any]:
     """One prompt or several, as a list."""
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, (str, Mapping, Prompt)):
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise SamplingParamsError(f"prompts={prompts!r}: give a prompt (a string or a dict), or a list of them")
@@ -101,11 +104,13 @@ def prompt_list(prompts: Any) -> list[Any]:
 
 
 def parse_prompt(prompt: Any) -> Prompt:
-    """A prompt as the user writes it, in full.
+    """The prompt that a user writes as a string, a dict or a Prompt.
 
     Raises:
-        SamplingParamsError: it is none.
+        SamplingParamsError: it is no prompt.
     """
+    if isinstance(prompt, Prompt):
+        return prompt
     if isinstance(prompt, str):
         return Prompt(text=prompt)
     if not isinstance(prompt, Mapping):
@@ -114,18 +119,19 @@ def parse_prompt(prompt: Any) -> Prompt:
         if key not in _PROMPT_KEYS:
             near = difflib.get_close_matches(str(key), _PROMPT_KEYS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"a prompt has {', '.join(_PROMPT_KEYS)}"
-            raise SamplingParamsError(f"unknown key {key!r} in a prompt; {hint}")
+            raise SamplingParamsError(f"unknown key {key!r} in a prompt; {hint}", str(key))
     for key in ("prompt", "negative_prompt"):
         if prompt.get(key) is not None and not isinstance(prompt[key], str):
-            raise SamplingParamsError(f"{key}={prompt[key]!r}: give a string")
+            raise SamplingParamsError(f"{key}={prompt[key]!r}: give a string", key)
     if prompt.get("prompt") is None and prompt.get("image") is None:
-        raise SamplingParamsError("a prompt dict has neither prompt nor image: give at least one of them")
+        raise SamplingParamsError("a prompt dict has neither prompt nor image: give at least one of them", "prompt")
     image = prompt.get("image")
     pictures = image if isinstance(image, list) else [image]
     if image is not None and not (pictures and all(map(_is_picture, pictures))):
         kind = type(next((one for one in pictures if not _is_picture(one)), image)).__name__
         raise SamplingParamsError(
-            f"image holds a {kind}: give a PIL picture or a list of them, such as PIL.Image.open(path).convert('RGB')"
+            f"image holds a {kind}: give a PIL picture or a list of them, such as PIL.Image.open(path).convert('RGB')",
+            "image",
         )
     return Prompt(text=prompt.get("prompt"), negative_text=prompt.get("negative_prompt"), image=image)
 
@@ -133,7 +139,16 @@ def parse_prompt(prompt: Any) -> Prompt:
 def output_of(
     ready: Ready, call: Call, prompt: Prompt, params: OmniDiffusionSamplingParams, done: Done, *, startup_s: float
 ) -> OmniRequestOutput:
-    """What the user gets for a call. Warns where something was drawn otherwise than it was asked for."""
+    """What the user gets for a call. Warns where the pipeline made something else than was asked for.
+
+    Args:
+        ready: what is loaded, and where.
+        call: as the ranks ran it.
+        prompt: that it was made from.
+        params: that it was made with.
+        done: what rank 0 answered.
+        startup_s: seconds of the start.
+    """
     assert done.result is not None, "rank 0 answers with a result"
     metrics: dict[str, Any] = {
         **done.result.timings,
@@ -148,9 +163,9 @@ def output_of(
         metrics["fps"] = frames_per_second(ready.capabilities, call.arguments, params.fps)
     if done.result.audios:
         metrics["sampling_rate"] = ready.capabilities.sampling_rate
-    told = output_deviation(ready.capabilities, call.arguments, done.result)
-    if told is not None:
-        warnings.warn(told, stacklevel=3)
+    deviation = output_deviation(ready.capabilities, call.arguments, done.result)
+    if deviation is not None:
+        warnings.warn(deviation, stacklevel=3)
     return OmniRequestOutput(
         request_id=call.request_id,
         prompt=prompt.text or "",
@@ -190,6 +205,4 @@ def _dtype_name(dtype: Any) -> str | None:
 
 
 def _seconds(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-        raise ConfigError(f"{name}={value!r}: give a number of seconds above 0")
-    return float(value)
+    return require_number(name, value, above=0, below=1e9, error=ConfigError, hint="give a number of seconds above 0")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 
 _POOL: list[RankPool] = []
 

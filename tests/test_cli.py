@@ -23,7 +23,8 @@ from omni_sp import ConfigError, OmniDiffusionSamplingParams, OmniRequestOutput,
 from omni_sp.cli import main
 from omni_sp.engine.messages import Ready
 from omni_sp.files import OutputFiles, read_picture
-from omni_sp.pipelines.arguments import PipelineCapabilities
+from omni_sp.pipelines.arguments import Prompt
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 from tests.engine.processes import alive, becomes_true, children
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -278,11 +279,11 @@ class FakeOmni:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def generate_each(self, prompts: list[str], params: OmniDiffusionSamplingParams) -> Iterator[OmniRequestOutput]:
+    def generate_each(self, prompts: list[Prompt], params: OmniDiffusionSamplingParams) -> Iterator[OmniRequestOutput]:
         type(self).asked = params
         metrics = {"total_s": 1, "text_encoder_s": 1, "vae_s": 1, "denoise_step_s": 1, "num_steps": 1, "tokens": {}}
         image = Image.new("RGB", (1, 1))
-        yield OmniRequestOutput("request-0", prompts[0], images=[image], metrics=metrics | {"seed": 1})
+        yield OmniRequestOutput("request-0", prompts[0].text or "", images=[image], metrics=metrics | {"seed": 1})
         raise RankFailedError("rank 1 of 2 raised RuntimeError: first line\nsecond line", rank=1)
 
 
@@ -314,9 +315,9 @@ class FakeFilm(FakeOmni):
     """Draws a video for every prompt."""
 
     capabilities = PipelineCapabilities(name="Film", parameters={"prompt": None, "image": None}, makes_videos=True)
-    prompts: ClassVar[list[Any]] = []
+    prompts: ClassVar[list[Prompt]] = []
 
-    def generate_each(self, prompts: list[Any], params: OmniDiffusionSamplingParams) -> Iterator[OmniRequestOutput]:
+    def generate_each(self, prompts: list[Prompt], params: OmniDiffusionSamplingParams) -> Iterator[OmniRequestOutput]:
         type(self).asked, type(self).prompts = params, prompts
         metrics = {"total_s": 1, "text_encoder_s": 1, "vae_s": 1, "denoise_step_s": 1, "num_steps": 1, "tokens": {}}
         for _ in prompts:
@@ -360,8 +361,8 @@ def test_videos_go_into_a_folder_of_their_own(
         num_outputs_per_prompt=1,
         extra_args={"strength": 0.5, "mode": "a"},
     )
-    assert [prompt["prompt"] for prompt in FakeFilm.prompts] == ["a", "b"]
-    assert [[image.mode for image in prompt["image"]] for prompt in FakeFilm.prompts] == [["RGB", "RGB"]] * 2
+    assert [prompt.text for prompt in FakeFilm.prompts] == ["a", "b"]
+    assert [[image.mode for image in prompt.image] for prompt in FakeFilm.prompts] == [["RGB", "RGB"]] * 2
     assert capsys.readouterr().out.splitlines()[-1] == "video   videos/video-0002.mp4  5 frames, 24 a second"
     assert sorted(path.name for path in Path("videos").iterdir()) == ["video-0001.mp4", "video-0002.mp4"]
 
@@ -370,7 +371,7 @@ def test_a_picture_alone_is_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(omni_sp.omni, "Omni", FakeFilm)
     Image.new("RGB", (4, 4)).save("one.png")
     assert run("--image", "one.png", "--output", "film.mp4") == 0
-    assert [prompt["prompt"] for prompt in FakeFilm.prompts] == [None]
+    assert [prompt.text for prompt in FakeFilm.prompts] == [None]
     assert Path("film.mp4").exists()
 
 

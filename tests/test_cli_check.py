@@ -11,10 +11,11 @@ from PIL import Image
 from omni_sp.cli import main
 from omni_sp.omni import Omni
 from omni_sp.outputs import CheckReport
+from omni_sp.testing.models import save_wan_i2v
 from tests.engine.processes import becomes_true, children
-from tests.pipelines.folders import save_wan_i2v
-from tests.ranks import ROOT
 from tests.thorough import thorough_only
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)

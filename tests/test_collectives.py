@@ -11,7 +11,7 @@ import torch
 from omni_sp.collectives import Exchange, exchange, shift
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
-from tests.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 
 WAYS = pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "gloo"])
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from omni_sp import Omni, OmniDiffusionSamplingParams, ParallelMesh
-from tests.pipelines import folders
-from tests.ranks import RankPool
+from omni_sp.testing import models
+from omni_sp.testing.ranks import RankPool
 from tests.thorough import thorough_only
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,9 +26,9 @@ VIDEO = {"height": 48, "width": 80, "num_frames": 9, "num_inference_steps": 3, "
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the pipelines kontext, wan and wan-i2v, and a picture."""
     folder = tmp_path_factory.mktemp("saved")
-    folders.save_kontext(folder / "kontext")
-    folders.save_wan(folder / "wan")
-    folders.save_wan_i2v(folder / "wan-i2v")
+    models.save_flux_kontext(folder / "kontext")
+    models.save_wan(folder / "wan")
+    models.save_wan_i2v(folder / "wan-i2v")
     picture().save(folder / "picture.png")
     return folder
 

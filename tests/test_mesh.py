@@ -10,9 +10,9 @@ from omni_sp.attention import sequence_parallel_attention
 from omni_sp.collectives import gather_ints, require_equal
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
-from tests.attention.reference import attention, relative_error
-from tests.ranks import RankPool
-from tests.sharding.models import qwen_image, qwen_inputs, randomise
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, randomise, relative_error
+from tests.sharding.models import qwen_image, qwen_inputs
 
 HALVES = {
     "ulysses and ring": (DiffusionParallelConfig(ulysses_degree=2), DiffusionParallelConfig(ring_degree=2)),

@@ -1,4 +1,4 @@
-"""Who holds which tokens, and who computes which heads: arithmetic, never asked for in steady state."""
+"""Which rank holds which tokens and computes which heads: plain arithmetic, so that ranks need not ask each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from omni_sp.errors import UnsupportedAttentionError
 
 
 def split_evenly(total: int, parts: int) -> tuple[int, ...]:
-    """Cut ``total`` into ``parts`` shares that differ by at most one, larger first (``torch.tensor_split``'s)."""
+    """Split a number into shares that differ by at most one, larger ones first, as ``torch.tensor_split`` does.
+
+    Args:
+        total: the number, for example of tokens or heads.
+        parts: how many shares.
+    """
     base, surplus = divmod(total, parts)
     return tuple(base + (index < surplus) for index in range(parts))
 
@@ -19,13 +24,15 @@ class SequenceLayout:
     """How many tokens of one attention each rank of the sequence axis (ring-major) holds.
 
     Attributes:
-        query: query tokens of each rank. key: key/value tokens of each rank. Zeros are fine.
-        fronts: None where ranks hold consecutive pieces in rank order. Zigzag: for each ring rank, how many tokens of
-            its row belong to its first chunk.
+        query: number of query tokens of each rank; zeros are fine.
+        key: number of key/value tokens of each rank; zeros are fine.
+        front_lengths: None where ranks hold consecutive tokens in rank order. Under zigzag: for each ring rank, how
+            many tokens its first chunk has.
 
-    Only causal attention depends on the order of tokens. Consecutive pieces leave the first ring rank with almost
-    nothing to do and the last with everything. Zigzag cuts the row into 2 × ring chunks and gives ring rank r chunk r
-    and chunk 2 × ring - 1 - r, so that all have the same work.
+    Only causal attention depends on the order of tokens. Where ranks hold consecutive tokens, the first ring rank has
+    almost nothing to compute and the last has the most: the imbalance that Striped Attention (arXiv 2311.09431) removes
+    by giving tokens to ranks in turn. Zigzag removes it with two chunks a rank: the sequence has 2 × ring chunks, and
+    ring rank r holds chunk r and chunk 2 × ring - 1 - r, so that all ring ranks have the same work.
     """
 
     query: tuple[int, ...]
@@ -34,37 +41,53 @@ class SequenceLayout:
 
     @classmethod
     def zigzag(cls, total: int, *, ring: int, ulysses: int) -> SequenceLayout:
-        """The balanced layout of ``total`` tokens for causal attention on ring × ulysses ranks."""
+        """The balanced layout for causal attention.
+
+        Args:
+            total: number of tokens of the whole sequence.
+            ring: the ring degree.
+            ulysses: the Ulysses degree.
+        """
         chunks = split_evenly(total, 2 * ring)
-        rows = [chunks[r] + chunks[2 * ring - 1 - r] for r in range(ring)]
-        held = tuple(piece for row in rows for piece in split_evenly(row, ulysses))
-        return cls(held, held, chunks[:ring])
+        per_group = [chunks[r] + chunks[2 * ring - 1 - r] for r in range(ring)]
+        lengths = tuple(length for tokens in per_group for length in split_evenly(tokens, ulysses))
+        return cls(lengths, lengths, chunks[:ring])
 
     def positions(self, rank: int) -> tuple[int, ...]:
-        """The global positions of the tokens that a rank holds, for cutting a row (queries and keys alike)."""
+        """The positions in the whole sequence of the tokens that a rank holds.
+
+        Args:
+            rank: index along the sequence axis.
+
+        Returns:
+            One position for each of its query tokens. Under zigzag, keys have the same positions.
+        """
         if self.front_lengths is None:
             start = sum(self.query[:rank])
             return tuple(range(start, start + self.query[rank]))
         ring = len(self.front_lengths)
         ulysses = len(self.query) // ring
-        row = rank // ulysses
-        rows = [sum(self.query[r * ulysses : (r + 1) * ulysses]) for r in range(ring)]
-        front_lengths, backs = (
-            self.front_lengths,
-            [total - front for total, front in zip(rows, self.front_lengths, strict=True)],
-        )
-        first = sum(front_lengths[:row])
-        second = sum(front_lengths) + sum(backs[row + 1 :])
-        held = [*range(first, first + front_lengths[row]), *range(second, second + backs[row])]
-        start = sum(self.query[row * ulysses : rank])
-        return tuple(held[start : start + self.query[rank]])
+        ring_rank = rank // ulysses
+        per_group = [sum(self.query[r * ulysses : (r + 1) * ulysses]) for r in range(ring)]
+        back_lengths = [tokens - front for tokens, front in zip(per_group, self.front_lengths, strict=True)]
+        front = sum(self.front_lengths[:ring_rank])
+        back = sum(self.front_lengths) + sum(back_lengths[ring_rank + 1 :])
+        of_group = [
+            *range(front, front + self.front_lengths[ring_rank]),
+            *range(back, back + back_lengths[ring_rank]),
+        ]
+        start = sum(self.query[ring_rank * ulysses : rank])
+        return tuple(of_group[start : start + self.query[rank]])
 
 
 @dataclass(frozen=True)
 class CausalRegion:
-    """What of one block of keys a ring rank attends to: queries from ``query_start`` on, keys up to ``key_stop``.
+    """Which queries of a ring rank attend to which keys of one block.
 
-    ``is_causal``: within that part each query sees only what lies before it; otherwise all of it.
+    Attributes:
+        query_start: the queries from this one on attend.
+        key_stop: they attend to the keys before this one; None for all keys.
+        is_causal: each query attends to its own token and to earlier ones only; else to all these keys.
     """
 
     query_start: int
@@ -73,18 +96,16 @@ class CausalRegion:
 
 
 def causal_region(front_lengths: tuple[int, ...] | None, rank: int, origin: int) -> CausalRegion | None:
-    """The part of the block of ring rank ``origin`` that causality lets ``rank`` see; None where there is none."""
+    """What ring rank ``rank`` attends to in the block of ring rank ``origin``; None where that is nothing."""
     if origin == rank:
         return CausalRegion(0, None, True)
     if front_lengths is None:
         return CausalRegion(0, None, False) if origin < rank else None
-    # An earlier rank's second chunk lies behind all that this one holds; of a later rank's block only this one's second
-    # chunk sees anything, and that all of it.
-    return (
-        CausalRegion(0, front_lengths[origin], False)
-        if origin < rank
-        else CausalRegion(front_lengths[rank], None, False)
-    )
+    if origin < rank:
+        # The second chunk of an earlier rank comes after all tokens of this rank.
+        return CausalRegion(0, front_lengths[origin], False)
+    # All tokens of a later rank lie between the two chunks of this rank.
+    return CausalRegion(front_lengths[rank], None, False)
 
 
 @dataclass(frozen=True)
@@ -92,10 +113,11 @@ class HeadShare:
     """The attention heads that one Ulysses rank computes.
 
     Attributes:
-        query: (start, stop) of its query heads. key: (start, stop) of the key/value heads those use; shares of
-            neighbours overlap where a key/value head serves query heads on both.
+        query: (start, stop) of its query heads.
+        key: (start, stop) of the key/value heads that these use. The shares of neighbouring ranks overlap where a
+            key/value head serves query heads on both.
         key_of_query: for each of its query heads the index of its key/value head, counted from ``key[0]``; None where
-            they form equal runs, which is what a kernel with grouped-query attention takes as it is.
+            they form equal runs, which a kernel with grouped-query attention takes without repeating keys.
     """
 
     query: tuple[int, int]
@@ -115,16 +137,19 @@ class HeadShare:
 
 @lru_cache(maxsize=256)
 def head_shares(num_heads: int, num_kv_heads: int, degree: int, groups: int = 1) -> tuple[tuple[HeadShare, ...], ...]:
-    """Give each of ``degree`` ranks its query heads, and the key/value heads that they need.
+    """Give each Ulysses rank its query heads, and the key/value heads that they need.
 
     Args:
-        groups: into how many runs of heads each rank's share is cut, for exchanging one while another is computed.
+        num_heads: number of query heads.
+        num_kv_heads: number of key/value heads.
+        degree: the number of ranks.
+        groups: into how many groups each rank's heads are split, for exchanging one while another is computed.
 
     Returns:
-        For each group, each rank's heads.
+        For each group, the heads of each rank.
 
     Raises:
-        UnsupportedAttentionError: the query heads are no multiple of the key/value heads.
+        UnsupportedAttentionError: the number of query heads is no multiple of the number of key/value heads.
     """
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise UnsupportedAttentionError(
@@ -135,18 +160,18 @@ def head_shares(num_heads: int, num_kv_heads: int, degree: int, groups: int = 1)
     result: list[list[HeadShare]] = [[] for _ in range(groups)]
     start = 0
     for count in split_evenly(num_heads, degree):
-        for group, part in zip(result, split_evenly(count, groups), strict=True):
-            group.append(_head_share(start, start + part, repeats))
-            start += part
+        for group, group_heads in zip(result, split_evenly(count, groups), strict=True):
+            group.append(_head_share(start, start + group_heads, repeats))
+            start += group_heads
     return tuple(tuple(group) for group in result)
 
 
 def _head_share(start: int, stop: int, repeats: int) -> HeadShare:
-    """The query heads from ``start`` to ``stop``, each key/value head serving ``repeats`` of them."""
+    """The query heads from ``start`` to ``stop``, where each key/value head serves ``repeats`` query heads."""
     if start == stop:
         return HeadShare((start, start), (start // repeats, start // repeats), None)
     first, last = start // repeats, (stop - 1) // repeats + 1
-    of_query = tuple(head // repeats - first for head in range(start, stop))
+    key_of_query = tuple(head // repeats - first for head in range(start, stop))
     run = (stop - start) // (last - first)
-    even = of_query == tuple(index // run for index in range(stop - start))
-    return HeadShare((start, stop), (first, last), None if even else of_query)
+    has_equal_runs = key_of_query == tuple(index // run for index in range(stop - start))
+    return HeadShare((start, stop), (first, last), None if has_equal_runs else key_of_query)

@@ -1,15 +1,15 @@
-"""Ulysses over groups of heads: while one group is attended to, the next comes in and the one before goes back."""
+"""Ulysses over groups of heads: while one group is computed, the next is received and the one before sent back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
+from omni_sp.attention.kernels import KeyBlock
 from omni_sp.attention.layout import HeadShare
 from omni_sp.attention.ulysses import GatherHeads, ScatterHeads, UlyssesLayout
-
-AttendGroup = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, HeadShare], torch.Tensor]
 
 _MAX_GROUPS = 4
 _MIN_GROUP_BYTES = 4 << 20
@@ -17,12 +17,15 @@ _MIN_GROUP_BYTES = 4 << 20
 
 
 def choose_head_groups(device: str, num_heads: int, degree: int, head_bytes: int) -> int:
-    """How many groups pay.
+    """Into how many groups it pays to split the heads of each rank. All ranks pass the same and decide alike.
+
+    On a CPU the exchange takes the cores that the attention runs on, so it cannot hide behind anything: 1.
 
     Args:
-        head_bytes: bytes of one head of an average row's queries; the same on all ranks, as the others are.
-
-    On a CPU the exchange takes the cores that the attention runs on, so nothing can hide behind anything: 1.
+        device: the device type.
+        num_heads: number of query heads of all ranks together.
+        degree: the Ulysses degree.
+        head_bytes: bytes that one head's queries have in an average Ulysses group.
     """
     per_rank = num_heads // degree
     if device == "cpu" or per_rank < 2:
@@ -30,32 +33,37 @@ def choose_head_groups(device: str, num_heads: int, degree: int, head_bytes: int
     return max(1, min(_MAX_GROUPS, per_rank, per_rank * head_bytes // _MIN_GROUP_BYTES))
 
 
-def pipelined(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_mask: torch.Tensor | None,
+def ulysses_attention(
+    query: Tensor,
+    block: KeyBlock,
     groups: Sequence[UlyssesLayout],
-    attend_group: AttendGroup,
-) -> torch.Tensor:
-    """Scatter, attend and gather, group by group; one group is the plain path.
+    attend_group: Callable[[Tensor, KeyBlock, HeadShare], Tensor],
+) -> Tensor:
+    """Scatter, attend and gather, group by group; with one group nothing overlaps.
 
-    All ranks start the same exchanges in the same order, so none can wait for another's different one.
+    All ranks start the same exchanges in the same order, so that none waits for an exchange that others do not start.
+
+    Args:
+        query: (batch, own tokens, all heads, head_dim).
+        block: this rank's keys, of all key/value heads.
+        groups: for each group of heads, which rank gets which of them.
+        attend_group: computes a group: queries and keys of the Ulysses group's tokens for this rank's heads ->
+            (batch, tokens of the Ulysses group, own heads, head_dim).
 
     Returns:
-        (batch, own tokens, heads, head_dim).
+        (batch, own tokens, all heads, head_dim).
     """
     result = torch.empty_like(query, memory_format=torch.contiguous_format)
-    mask: torch.Tensor | None = None
-    returning: list[GatherHeads] = []
-    coming = ScatterHeads(query, key, value, key_mask, groups[0])
+    mask: Tensor | None = None
+    gathers: list[GatherHeads] = []
+    scatter = ScatterHeads(query, *block, groups[0])
     for index, layout in enumerate(groups):
-        q, k, v, received = coming.wait()
-        # The mask comes with the first group and serves them all.
-        mask = received if index == 0 else mask
+        q, k, v, received_mask = scatter.wait()
+        # The mask is the same for all groups, and is sent with the first.
+        mask = received_mask if index == 0 else mask
         if index + 1 < len(groups):
-            coming = ScatterHeads(query, key, value, None, groups[index + 1])
-        returning.append(GatherHeads(attend_group(q, k, v, mask, layout.own_heads), layout))
-    for gather in returning:
+            scatter = ScatterHeads(query, block.key, block.value, None, groups[index + 1])
+        gathers.append(GatherHeads(attend_group(q, KeyBlock(k, v, mask), layout.own_heads), layout))
+    for gather in gathers:
         gather.write(result)
     return result

@@ -1,107 +1,105 @@
-"""Ring: keys and values travel around, each rank attends to every block as it comes by."""
+"""Ring: keys and values pass from rank to rank, and each rank attends to every block that arrives.
+
+Source: Ring Attention (arXiv 2310.01889).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from omni_sp.attention.kernels import Kernel, attend
+from omni_sp.attention.kernels import AttentionArgs, KeyBlock, attend
 from omni_sp.attention.layout import CausalRegion, causal_region
 from omni_sp.attention.merge import Merger
 from omni_sp.attention.packing import mask_elements, pack_mask, unpack_mask
 from omni_sp.collectives import shift
 from omni_sp.mesh import Axis
 
+_WHOLE_BLOCK = CausalRegion(0, None, False)
+
+
+@dataclass(frozen=True)
+class RingLayout:
+    """Which rank holds which keys along one ring axis.
+
+    Attributes:
+        axis: the ranks.
+        key_lengths: number of key tokens of each of these ranks; zeros are fine.
+        front_lengths: the order of tokens, for causal attention: see ``SequenceLayout``.
+    """
+
+    axis: Axis
+    key_lengths: Sequence[int]
+    front_lengths: tuple[int, ...] | None
+
 
 @dataclass(frozen=True)
 class _BlockShape:
-    """The shape of a key/value block but for its number of tokens, which differs from rank to rank."""
+    """The shape of a packed block but for its number of tokens, which differs from rank to rank."""
 
     batch: int
     heads: int
     head_dim: int
     dtype: torch.dtype
-    masked: bool
+    is_masked: bool
 
     def numel(self, tokens: int) -> int:
-        """Elements on the wire for a block of that many tokens."""
-        return 2 * self._half(tokens) + (mask_elements(tokens * self.batch, self.dtype) if self.masked else 0)
+        """Number of elements of a packed block of so many tokens."""
+        return 2 * self._key_numel(tokens) + (mask_elements(tokens * self.batch, self.dtype) if self.is_masked else 0)
 
-    def unpack(self, block: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Views of key, value and mask inside a received block."""
-        half = self._half(tokens)
+    def unpack(self, packed: Tensor, tokens: int) -> KeyBlock:
+        """Key and value as views of a packed block, and its mask."""
+        key_numel = self._key_numel(tokens)
         shape = (self.batch, tokens, self.heads, self.head_dim)
-        mask = unpack_mask(block[2 * half :], tokens, self.batch) if self.masked else None
-        return block[:half].view(shape), block[half : 2 * half].view(shape), mask
+        mask = unpack_mask(packed[2 * key_numel :], tokens, self.batch) if self.is_masked else None
+        return KeyBlock(packed[:key_numel].view(shape), packed[key_numel : 2 * key_numel].view(shape), mask)
 
-    def _half(self, tokens: int) -> int:
+    def _key_numel(self, tokens: int) -> int:
         return math.prod((self.batch, tokens, self.heads, self.head_dim))
 
 
 def ring_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    axis: Axis,
-    key_lengths: Sequence[int],
-    key_mask: torch.Tensor | None,
-    is_causal: bool,
-    front_lengths: tuple[int, ...] | None,
-    scale: float,
-    kernel: Kernel,
-    key_of_query: tuple[int, ...] | None,
-) -> torch.Tensor:
-    """Attention of this rank's queries to the keys of all ranks along ``axis``.
+    query: Tensor, block: KeyBlock, layout: RingLayout, args: AttentionArgs, key_of_query: tuple[int, ...] | None
+) -> Tensor:
+    """Attention of this rank's queries to the keys of all ranks along the ring.
 
     Args:
-        query: (batch, q_tokens, heads, head_dim). key, value: (batch, kv_tokens, kv_heads, head_dim); this rank's.
-        key_lengths: kv_tokens of every rank; zeros are fine.
-        key_mask: (batch, kv_tokens) of this rank's keys; all ranks pass one, or none does.
-        is_causal: queries and keys are the same tokens, in the order that ``fronts`` says (see SequenceLayout).
+        query: (batch, q_tokens, heads, head_dim), this rank's.
+        block: this rank's keys; all ranks have a mask, or none has.
+        layout: the ranks and what they hold.
+        args: the kernel and how to call it. If causal, queries and keys are the same tokens, in the layout's order.
+        key_of_query: for each query head the index of its key/value head; None where they form equal runs.
 
     Returns:
         (batch, q_tokens, heads, head_dim).
     """
-    merger = Merger()
-
-    def add(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, origin: int) -> None:
-        part = causal_region(front_lengths, axis.rank, origin) if is_causal else CausalRegion(0, None, False)
-        if part is None:
-            return
-        keys = slice(0, part.key_stop)
-        out, lse = attend(
-            kernel,
-            query[:, part.query_start :],
-            key[:, keys],
-            value[:, keys],
-            key_mask=None if mask is None else mask[:, keys],
-            is_causal=part.is_causal,
-            scale=scale,
-            key_of_query=key_of_query,
-        )
-        merger.add(out, lse, part.query_start)
-
+    axis, merger = layout.axis, Merger()
     if axis.size == 1:
-        add(key, value, key_mask, 0)
-        return merger.result(query.dtype)[0]
-
-    shape = _BlockShape(key.shape[0], key.shape[2], key.shape[3], key.dtype, key_mask is not None)
-    parts = [key.reshape(-1), value.reshape(-1)]
-    if key_mask is not None:
-        parts.append(pack_mask(key_mask, key.dtype))
-    block = torch.cat(parts)
+        return attend(query, block, args, key_of_query)[0]
+    whole_args = replace(args, is_causal=False) if args.is_causal else args
+    batch, _, heads, head_dim = block.key.shape
+    shape = _BlockShape(batch, heads, head_dim, block.key.dtype, block.mask is not None)
+    tensors = [block.key.reshape(-1), block.value.reshape(-1)]
+    if block.mask is not None:
+        tensors.append(pack_mask(block.mask, block.key.dtype))
+    packed = torch.cat(tensors)
     for step in range(axis.size):
         origin = (axis.rank - step) % axis.size
         pending = None
         if step < axis.size - 1:
             # The next block is on its way while this one is attended to; both ends know every length. Under causality a
             # block may hold nothing for this rank's queries; it is passed on all the same.
-            pending = shift(block, shape.numel(key_lengths[(origin - 1) % axis.size]), axis)
-        add(*shape.unpack(block, key_lengths[origin]), origin)
+            pending = shift(packed, shape.numel(layout.key_lengths[(origin - 1) % axis.size]), axis)
+        region = causal_region(layout.front_lengths, axis.rank, origin) if args.is_causal else _WHOLE_BLOCK
+        if region is not None:
+            keys = shape.unpack(packed, layout.key_lengths[origin]).tokens(0, region.key_stop)
+            region_args = args if region.is_causal else whole_args
+            out, lse = attend(query[:, region.query_start :], keys, region_args, key_of_query)
+            merger.add(out, lse, region.query_start)
         if pending is not None:
-            block = pending.wait()
+            packed = pending.wait()
     return merger.result(query.dtype)[0]

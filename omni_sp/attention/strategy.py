@@ -1,11 +1,11 @@
-"""Who carries out an attention over all ranks: our own core, or another library's on request."""
+"""Which library computes an attention over all ranks: this one, or another on request."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
 from omni_sp.attention.entry import sequence_parallel_attention
 from omni_sp.attention.layout import SequenceLayout
@@ -16,25 +16,32 @@ STRATEGIES = ("omni_sp", "yunchang")
 
 
 class Strategy(Protocol):
-    """Attention over tokens that lie in pieces on the ranks; arguments as of ``sequence_parallel_attention``."""
+    """Attention over a sequence whose tokens are spread over the ranks of a mesh."""
 
     def __call__(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         *,
-        key_mask: torch.Tensor | None,
+        key_mask: Tensor | None,
         is_causal: bool,
         scale: float | None,
         layout: SequenceLayout,
-    ) -> torch.Tensor:
-        """(batch, q_tokens, heads, head_dim) for this rank's queries."""
+    ) -> Tensor:
+        """Attend as ``sequence_parallel_attention`` does, whose arguments have the same names.
+
+        Returns:
+            (batch, q_tokens, heads, head_dim) for this rank's queries.
+        """
         ...
 
 
 def check_strategy(name: str) -> None:
-    """Refuse a name that is none of ours.
+    """Raise where there is no strategy of this name.
+
+    Args:
+        name: the name, as a user gave it.
 
     Raises:
         UnsupportedAttentionError: there is no such strategy.
@@ -46,10 +53,15 @@ def check_strategy(name: str) -> None:
 
 
 def select_strategy(name: str, mesh: ParallelMesh, kernel: str) -> Strategy:
-    """The strategy called ``name`` on ``mesh``. All ranks call this at the same point: it may make process groups.
+    """The strategy of a name. All ranks call this at the same point of the program: it may make process groups.
+
+    Args:
+        name: one of ``STRATEGIES``.
+        mesh: the ranks.
+        kernel: "auto", or one of ``omni_sp.attention.kernel_names()``.
 
     Raises:
-        UnsupportedAttentionError: no such strategy, or its package is not installed.
+        UnsupportedAttentionError: there is no such strategy, or its package is not installed.
     """
     check_strategy(name)
     if name == "yunchang" and mesh.sequence.size > 1:

@@ -1,4 +1,4 @@
-"""yunchang's LongContextAttention as a strategy, for comparing. It does few shapes; the others are refused, not run.
+"""yunchang's LongContextAttention as a strategy, for comparing. It takes few shapes, and the others are refused.
 
 Source: https://github.com/feifeibear/long-context-attention (package ``yunchang``, extra ``omni-sp[yunchang]``).
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from omni_sp.attention.layout import SequenceLayout
 from omni_sp.errors import UnsupportedAttentionError
@@ -22,7 +23,8 @@ class YunchangAttention:
     """One LongContextAttention on the groups of a mesh.
 
     Args:
-        mesh: the ranks. kernel: must be "auto"; yunchang brings its own: flash-attn on CUDA, plain torch elsewhere.
+        mesh: the ranks.
+        kernel: must be "auto": yunchang has its own kernels, flash-attn on CUDA and plain torch elsewhere.
 
     Raises:
         UnsupportedAttentionError: the package is not installed, or a kernel was named.
@@ -33,7 +35,7 @@ class YunchangAttention:
             raise UnsupportedAttentionError(f"yunchang brings its own kernels, {kernel!r} cannot be used: {_WAY_OUT}")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of its own: it scripts functions with torch.jit, which is deprecated
+                warnings.simplefilter("ignore")  # it scripts functions with torch.jit, which is deprecated
                 from yunchang import LongContextAttention
                 from yunchang.globals import PROCESS_GROUP
                 from yunchang.kernels import AttnType
@@ -43,7 +45,7 @@ class YunchangAttention:
                 f"{_WAY_OUT}"
             ) from error
         self._mesh = mesh
-        # It reads its groups from a global of its own when it is made, and takes None for "all ranks".
+        # Its constructor reads the groups from a global of the package, where None means "all ranks".
         before = PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG
         PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = _group(mesh, mesh.ulysses), _group(mesh, mesh.ring)
         try:
@@ -56,38 +58,36 @@ class YunchangAttention:
 
     def __call__(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         *,
-        key_mask: torch.Tensor | None,
+        key_mask: Tensor | None,
         is_causal: bool,
         scale: float | None,
         layout: SequenceLayout,
-    ) -> torch.Tensor:
-        """Attention over tokens that lie in pieces on the ranks; arguments as of ``sequence_parallel_attention``.
+    ) -> Tensor:
+        """Attend as ``sequence_parallel_attention`` does, whose arguments have the same names.
+
+        Returns:
+            (batch, q_tokens, heads, head_dim) for this rank's queries.
 
         Raises:
-            UnsupportedAttentionError: a shape that yunchang cannot do, or gets wrong.
+            UnsupportedAttentionError: yunchang cannot do this attention, or gets it wrong.
         """
-        why = self._refusal(query, key, key_mask, is_causal, layout)
-        if why is not None:
-            raise UnsupportedAttentionError(f"yunchang {why}: {_WAY_OUT}")
+        reason = self._unsupported_reason(query, key, key_mask, is_causal, layout)
+        if reason is not None:
+            raise UnsupportedAttentionError(f"yunchang {reason}: {_WAY_OUT}")
         with torch.no_grad():
-            out: torch.Tensor = self._attention(
+            out: Tensor = self._attention(
                 query, key, value, softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale, causal=is_causal
             )
         return out
 
-    def _refusal(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        is_causal: bool,
-        layout: SequenceLayout,
+    def _unsupported_reason(
+        self, query: Tensor, key: Tensor, key_mask: Tensor | None, is_causal: bool, layout: SequenceLayout
     ) -> str | None:
-        """Why it cannot serve a call. Looks at what is the same on all ranks, so that all refuse alike."""
+        """Why yunchang cannot serve a call. Looks at what is the same on all ranks, so that all refuse alike."""
         degree, ring = self._mesh.ulysses.size, self._mesh.ring.size
         if len({*layout.query, *layout.key}) > 1:
             return f"needs the same number of tokens on every rank, they hold {layout.query} and {layout.key}"
@@ -111,8 +111,9 @@ class YunchangAttention:
 
 
 def _group(mesh: ParallelMesh, axis: Axis) -> dist.ProcessGroup:
-    """The group of an axis; where that has one rank, a group of it alone (all ranks make all of them: they must)."""
+    """The process group of an axis, also where the axis has one rank."""
     if axis.group is not None:
         return axis.group
-    alone: list[dist.ProcessGroup] = [dist.new_group([rank]) for rank in range(mesh.world_size)]
-    return alone[mesh.rank]
+    # Every rank of the mesh makes the group of this rank alone; no other rank takes part in that.
+    group: dist.ProcessGroup = dist.new_group([mesh.ranks[mesh.rank]], use_local_synchronization=True)
+    return group

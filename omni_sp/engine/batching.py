@@ -1,8 +1,8 @@
-"""Several requests in one call of the pipeline, each with its own prompt and seed, once it is proven that none notices.
+"""Several requests in one call of the pipeline, each with its own prompt and seed, where that is proven exact.
 
-In a batch, short prompts are padded to the longest, and some pipelines let the padding be seen, or draw noise from one
-generator for all. So a batch is never trusted by a pipeline's name: when the ranks start, two small pictures are drawn
-alone and together, and requests share a call only where these agree.
+In a batch, short prompts are padded to the longest, and some pipelines let the padding be attended to, or draw noise
+from one generator for all. So a pipeline's name proves nothing: when the ranks start, two small pictures are drawn
+alone and in a batch, and requests share a call only where these agree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.engine.messages import Call, Done
 from omni_sp.errors import InvalidInputError
-from omni_sp.pipelines.arguments import PipelineCapabilities, Prompt, call_arguments, small_arguments
+from omni_sp.pipelines.arguments import Prompt, call_arguments, small_arguments
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 
 BATCH, ROUNDING, SMALLEST = "batch", "rounding", "smallest"
 """Names of the errors that a batch's check answers with."""
@@ -31,7 +32,8 @@ class Batching:
     """Which requests may share a call of the pipeline.
 
     Attributes:
-        max_size: prompts of one call, at most. wait_s: how long a request waits for others once the ranks are free.
+        max_size: prompts of one call, at most.
+        wait_s: seconds that a request waits for others once the ranks are free.
         proven: the kinds of calls that prove() found exact: True for those with negative prompts.
     """
 
@@ -40,7 +42,7 @@ class Batching:
     proven: set[bool] = field(default_factory=set)
 
     def key(self, capabilities: PipelineCapabilities, call: Call) -> Hashable | None:
-        """What calls must have in common to share one; None for a call that is made alone."""
+        """What calls must have in common to share one call of the pipeline; None for a call that is made alone."""
         rest = dict(call.arguments)
         prompts = [rest.pop(name, None) for name in _PROMPTS]
         is_guided = prompts[1] is not None
@@ -61,7 +63,9 @@ class Batching:
         """Draw two small pictures alone and together, without negative prompts and with them, and note what agrees.
 
         Args:
-            run: makes one call on all ranks. tell: told what will not be drawn in batches, and why.
+            capabilities: of the pipeline.
+            run: makes one call on all ranks.
+            report: called with what will not be drawn in batches, and why.
         """
         if self.max_size == 1:
             return
@@ -86,7 +90,7 @@ class Batching:
 
 
 def merge_calls(name: str, calls: Sequence[Call]) -> Call:
-    """One call for all of these, which have the same key()."""
+    """One call in place of several that have the same key()."""
     first = calls[0]
     lists = {name: [call.arguments[name] for call in calls] for name in _PROMPTS if name in first.arguments}
     return replace(
@@ -99,14 +103,14 @@ def merge_calls(name: str, calls: Sequence[Call]) -> Call:
 
 
 def call_for(call: Call, index: int) -> Call:
-    """The call of one prompt, also out of those that together() joined."""
+    """The call for one prompt of a call that merge_calls() may have made."""
     lists = {name: call.arguments.get(name) for name in _PROMPTS}
     own = {name: texts[index] for name, texts in lists.items() if isinstance(texts, list)}
     return replace(call, arguments={**call.arguments, **own}, seeds=call.seeds[index : index + 1])
 
 
 def split_result(done: Done, calls: Sequence[Call]) -> list[Done]:
-    """Each call's own part of what together() gave.
+    """The results of a merged call, one for each of the calls that it stands for.
 
     Raises:
         ValueError: the pipeline gave another number of results than it had prompts.

@@ -72,9 +72,9 @@ def joined_device(device: str | None, config: DiffusionParallelConfig) -> str:
     return f"cuda:{local_rank}"
 
 
-def group_backend(places: Sequence[tuple[str, str]]) -> str:
+def group_backend(devices: Sequence[tuple[str, str]]) -> str:
     """What moves tensors between ranks on these (machine, device). NCCL refuses two on one GPU; gloo serves both."""
-    if places[0][1].startswith("cuda") and len(set(places)) == len(places):
+    if devices[0][1].startswith("cuda") and len(set(devices)) == len(devices):
         return "cpu:gloo,cuda:nccl"
     return "gloo"
 

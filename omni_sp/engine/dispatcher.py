@@ -1,4 +1,4 @@
-"""A queue in front of the ranks, and ranks that come back: call after call, whatever becomes of any."""
+"""A queue of jobs in front of an engine, and ranks that start again after a failure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from omni_sp.engine.batching import Batching, merge_calls, split_result
-from omni_sp.engine.engine import RankEngine
+from omni_sp.engine.engine import Engine
 from omni_sp.engine.jobs import EngineStats, Job
 from omni_sp.engine.messages import Call, Done, EngineOptions, Progress, Ready
 from omni_sp.engine.ranks import Launcher
-from omni_sp.engine.startup import WARM_UP
+from omni_sp.engine.ranks.remote import RemoteRanks
+from omni_sp.engine.startup import WARM_UP, Startup
 from omni_sp.errors import (
     EngineClosedError,
     OmniSPError,
@@ -35,14 +36,19 @@ _JOIN_S = 30.0
 class Dispatcher:
     """Owns rank processes, and gives them one job after the other, or a few at once where that is proven exact.
 
-    When a rank dies, raises or falls silent, all are ended and started anew; waiting jobs wait on. A job whose ranks
-    died under it is tried once more, by no fault of its own as far as anybody knows; one whose ranks raised fails. Of a
-    batch that failed, each is tried alone: it may be the fault of one, or of their number.
+    When a rank dies, raises or falls silent, all are ended and started again; waiting jobs keep waiting. A job whose
+    ranks died during its call is tried once more, since it need not be the cause; one whose ranks raised fails. Of a
+    batch that failed, each job is tried alone: the cause may be one of them, or their number.
 
     Args:
-        options: what the ranks run. launcher: starts them. warm_up: the calls to run before the first job.
-        max_queue_length: jobs that may wait; None for any number. on_news: told what a start is doing.
-        batching: how many may share a call.
+        warm_up: gives the calls to run before the first job.
+        max_queue_length: jobs that may wait; None for any number.
+        on_news: called with what a start is doing.
+        batching: which jobs may share a call.
+
+    Attributes:
+        status: one of the constants above.
+        ready: what is loaded, and where; None before the first start.
     """
 
     def __init__(
@@ -63,7 +69,7 @@ class Dispatcher:
         self._jobs: dict[str, Job] = {}
         self._running: list[Job] = []
         self._running_as = ""
-        self._engine: RankEngine | None = None
+        self._engine: Engine | None = None
         self._error: BaseException | None = None
         self._stats = EngineStats()
         self._numbers = itertools.count()
@@ -79,12 +85,17 @@ class Dispatcher:
             return replace(self._stats, start_s=dict(self._stats.start_s), **now)
 
     @property
+    def has_begun(self) -> bool:
+        """True once start() was called."""
+        return self._thread is not None
+
+    @property
     def is_idle(self) -> bool:
         """True while no job runs."""
         return not self._running
 
     def start(self, on_started: Callable[[BaseException | None], None]) -> bool:
-        """Begin to load; ``settle`` is told the outcome. False where it has begun before."""
+        """Begin to load. ``on_started`` is called with the outcome. Returns False where it has begun before."""
         if self._thread is not None:
             return False
         # Ranks end with the thread that started them, so that thread stays.
@@ -98,7 +109,8 @@ class Dispatcher:
         """Put a job into the queue.
 
         Raises:
-            QueueFullError: too many wait. SamplingParamsError: its request_id is in use.
+            QueueFullError: too many wait.
+            SamplingParamsError: its request_id is in use.
             EngineClosedError: it is draining, closed, or has failed.
         """
         with self._lock:
@@ -117,9 +129,12 @@ class Dispatcher:
             self._lock.notify_all()
 
     def abort(self, request_id: str) -> bool:
-        """Leave a job: at once if it waits, before its next step if it runs. False where there is none of that name.
+        """Leave a job: at once if it waits, before its next step if it runs.
 
-        One of a batch ends at once; the ranks draw on for the others.
+        A job of a batch ends at once, while the ranks go on for the others.
+
+        Returns:
+            False where there is no job of that name.
         """
         with self._lock:
             job = self._jobs.get(request_id)
@@ -233,8 +248,8 @@ class Dispatcher:
             self._on_news(f"the ranks start again: {results[0]}")
             self._restart()
 
-    def _answers(self, engine: RankEngine, jobs: list[Job]) -> list[Done]:
-        """One call for all of them. Raises as RankEngine.run does."""
+    def _answers(self, engine: Engine, jobs: list[Job]) -> list[Done]:
+        """One call for all of them; what Engine.run raises is raised."""
         calls = [job.call for job in jobs]
         call = calls[0] if len(jobs) == 1 else merge_calls(self._running_as, calls)
         done = engine.run(call, lambda news: self._note(jobs, news))
@@ -266,8 +281,8 @@ class Dispatcher:
             self._stats.denoise_s += done.result.timings.get("denoise_s", 0.0)
             self._stats.steps_done += done.result.timings.get("num_steps", 0)
 
-    def _try_batches(self, engine: RankEngine) -> bool:
-        """Learn what may share a call. False where the ranks failed over it; they are gone then."""
+    def _try_batches(self, engine: Engine) -> bool:
+        """Learn which jobs may share a call. Returns False where the ranks failed over it; they have ended then."""
 
         def run(call: Call) -> Done:
             engine.start.report(WARM_UP, "comparing a batch with its prompts alone")
@@ -281,7 +296,8 @@ class Dispatcher:
         return True
 
     def _start_ranks(self, *, tries_batches: bool = False) -> None:
-        engine = RankEngine(self._options, self._on_news, self._launcher, lambda: self.status == CLOSED)
+        group = RemoteRanks(self._options, self._launcher)
+        engine = Engine(group, Startup(self._on_news), lambda: self.status == CLOSED)
         with self._lock:
             self._engine, self.ready = engine, engine.ready
         try:
@@ -332,7 +348,7 @@ class Dispatcher:
         self._queue.clear()
 
     def _end(self, job: Job, result: Done | OmniSPError) -> None:
-        """Tell a job's end; the second time, do nothing. Under the lock."""
+        """Report a job's end; the second time, do nothing. Under the lock."""
         if job.is_over:
             return
         job.is_over = True

@@ -1,4 +1,4 @@
-"""A request in the dispatcher's hands, and the counts of all of them."""
+"""A request in the dispatcher's queue, and counts of all requests."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ class EngineStats:
     """Counts since the start, for people and for monitoring.
 
     Attributes:
-        queued, running: requests now. done, failed, aborted: requests so far. restarts: of the ranks.
-        calls: of the pipeline that were done; each is for one request, or for a batch of them.
-        steps: denoising steps so far. denoise_s: seconds that the steps of finished calls took, and steps_done their
-            number. start_s: seconds of the last start, by part.
+        queued: requests that wait.
+        running: requests that run.
+        done: requests that ended well.
+        failed: requests that ended with an error.
+        aborted: requests that somebody aborted.
+        restarts: of the ranks.
+        calls: finished calls of the pipeline; each is for one request, or for a batch of them.
+        steps: denoising steps so far.
+        denoise_s: seconds that the steps of finished calls took.
+        steps_done: number of the steps of finished calls.
+        start_s: seconds of the last start, by part.
     """
 
     queued: int = 0
@@ -35,13 +42,16 @@ class EngineStats:
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """A call and whom to tell about it. Everything is told from the dispatcher's threads, and must not block.
+    """A call in the queue, and the callbacks for what becomes of it. They run in the dispatcher's threads.
 
     Attributes:
         priority: higher ones come first, equal ones in the order of arrival.
-        on_position: told how many come before it, running ones too, whenever that changes. on_progress: told of steps.
-        on_end: told once, with what rank 0 answered or with the error.
+        on_position: called with the number of jobs before it, running ones too, whenever that changes.
+        on_progress: called at every step.
+        on_end: called once, with what rank 0 answered or with the error.
         key: equal for jobs that may share a call; None for one that runs alone.
+        arrived: the time of its arrival, on the monotonic clock.
+        position: jobs before it, as last reported.
     """
 
     call: Call

@@ -1,14 +1,16 @@
-"""What the front and the rank processes say to each other. Everything here is small, frozen and picklable."""
+"""The messages between the front and the rank processes: small, frozen and picklable."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from omni_sp.config import DiffusionParallelConfig
-from omni_sp.pipelines.arguments import CallResult, PipelineCapabilities
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.pipelines.load import ModelSource
+from omni_sp.pipelines.results import CallResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +18,12 @@ class EngineOptions:
     """What an engine is to run.
 
     Attributes:
-        source: the model. config: the degrees.
-        device: "cpu", "cuda", "cuda:N", or None for CUDA where there is one. dtype: a torch dtype's name, or None.
-        attention_backend: a kernel's name, or "auto". attention_strategy: whose sequence-parallel attention it is.
-        rank_timeout_s: the longest silence of ranks that are at work. startup_timeout_s: the same while they load.
+        device: "cpu", "cuda", "cuda:N", or None for CUDA where there is one.
+        dtype: a torch dtype's name, or None for the device's default.
+        attention_backend: a kernel's name, or "auto".
+        attention_strategy: whose sequence-parallel attention it is.
+        rank_timeout_s: the longest silence of ranks during a call, in seconds.
+        startup_timeout_s: the longest silence of ranks while they load, in seconds.
     """
 
     source: ModelSource
@@ -33,28 +37,41 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankSettings:
-    """Front -> rank, the first message: who the rank is.
+class RankPlacement:
+    """Where a rank runs.
 
     Attributes:
-        device: this rank's own. backend: what moves tensors, in torch.distributed's words.
-        store: the host and port at which the front's store listens.
-        num_threads: for the CPU's kernels; 0 leaves torch's choice. guardian: the process on the rank's machine whose
-            death must end it; 0 where the kernel cannot watch that.
+        host: the name of the machine.
+        device: the rank's own, such as "cuda:1".
+        num_threads: for the CPU's kernels; 0 leaves torch's choice.
+        parent_pid: the process on that machine whose death must end the rank; 0 where the rank cannot watch it.
     """
 
-    rank: int
-    options: EngineOptions
+    host: str
     device: str
-    backend: str
-    store: tuple[str, int]
     num_threads: int
     parent_pid: int
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankSettings:
+    """Front -> rank, the first message: who the rank is.
+
+    Attributes:
+        backend: what moves tensors, in torch.distributed's words.
+        store: the host and port at which the front's store listens.
+    """
+
+    rank: int
+    options: EngineOptions
+    placement: RankPlacement
+    backend: str
+    store: tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Join:
-    """Front -> ranks: all have loaded their pipeline; form the process group. Nobody waits in it for a slow loader."""
+    """Front -> ranks: all have loaded their pipeline; form the process group, where nobody waits for a slow loader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +79,12 @@ class Call:
     """Front -> ranks: one call of the pipeline.
 
     Attributes:
-        seeds: one; or one for each prompt where the arguments hold lists of prompts (see batching.together).
-        check: "ranks" also runs it on each rank alone, "batch" also runs each prompt alone; both tell how far apart the
-            results are.
-        can_be_aborted: before every step the ranks agree whether an Abort has come. previews: show how far it is.
+        arguments: of the pipeline's own ``__call__``, without the generator.
+        seeds: one; or one for each prompt where the arguments hold lists of prompts (see batching.merge_calls).
+        check: "ranks" also runs it on each rank alone, "batch" also runs each prompt alone; both answer how far apart
+            the results are.
+        can_be_aborted: before every step the ranks agree whether an Abort has come.
+        previews: send small pictures of the intermediate result along with some of the steps.
     """
 
     request_id: str
@@ -78,7 +97,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Abort:
-    """Front -> ranks: leave this call before its next step. One that is over is not minded."""
+    """Front -> ranks: leave the call of this name before its next step. For a call that is over it means nothing."""
 
     request_id: str
 
@@ -103,7 +122,9 @@ class Loading:
     """Rank -> front: the libraries are imported, and this is what is being read.
 
     Attributes:
-        part: its name; "" before the first. done: parts that were read before it, of so many.
+        part: the name of the component; "" before the first.
+        done: components that were read before it.
+        total: components in all.
     """
 
     part: str
@@ -121,11 +142,13 @@ class Ready:
     """Rank -> front: waiting for calls.
 
     Attributes:
-        rank: its number.
         ranks: how many there are.
         layout: which rank is where, for people.
+        capabilities: what the pipeline can be asked for.
+        device: this rank's.
+        dtype: of the weights.
+        load_s: seconds to load and parallelize.
         rings: the ranks, a row for each Ulysses group; the ring goes from row to row.
-        facts: what the pipeline can be asked for. device, dtype: this rank's. load_s: seconds to load and parallelize.
         start_s: seconds of each part of the start so far, by the front's clock (see startup.CAPTIONS).
     """
 
@@ -142,10 +165,10 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Rank 0 -> front: denoising steps done, of so many.
+    """Rank 0 -> front: denoising steps so far, and in all.
 
     Attributes:
-        previews: small pictures of how far it is, one for each picture of the call, prompt by prompt, where asked for.
+        previews: small pictures of the intermediate result, one for each picture of the call, prompt by prompt.
     """
 
     done: int
@@ -155,7 +178,13 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """Rank -> front: the call is over. Only rank 0 sends a result; of a check, every rank sends its errors."""
+    """Rank -> front: the call is over.
+
+    Attributes:
+        result: what the pipeline made; from rank 0 alone, and None of a check.
+        tokens: stream name -> the most tokens that one forward had.
+        errors: of a check, from every rank: stage -> relative difference.
+    """
 
     request_id: str
     result: CallResult | None
@@ -170,11 +199,9 @@ class Failed:
 
     Attributes:
         kind: the class of the error.
-        message: its text.
-        traceback: as Python prints it.
         is_shared: all ranks raise it alike at the same point, and stand ready for the next call: one of our own
             InvalidInputErrors, or an abort.
-        is_peer_loss: the error tells of another rank's end (a broken connection), not of its own cause.
+        is_peer_loss: the error follows from another rank's end (a broken connection), and has no cause of its own.
         is_out_of_memory: it was raised for want of memory.
         param: of a SamplingParamsError.
     """
@@ -190,9 +217,14 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True)
 class RankExited:
-    """What the front notes when a rank's process has ended. ``exitcode``: negative for a signal; None: unknown."""
+    """What the front notes when a rank's process has ended; ``exitcode`` is negative for a signal, None if unknown."""
 
     exitcode: int | None
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def new_seed() -> int:
+    """A seed at random, for a call whose user names none."""
+    return secrets.randbelow(2**31)

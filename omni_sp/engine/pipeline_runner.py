@@ -1,4 +1,4 @@
-"""One rank's pipeline, loaded and parallelized, and one call on it. The same whether the rank is ours or the user's."""
+"""One rank's pipeline, loaded and parallelized, and one call on it, whoever started the rank."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, call_for, merge_c
 from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Progress, Ready
 from omni_sp.errors import OmniSPError, RequestAbortedError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.pipelines.arguments import inspect_pipeline, run_call
+from omni_sp.pipelines.capabilities import inspect_pipeline
 from omni_sp.pipelines.check import difference, stage_errors
 from omni_sp.pipelines.load import OnComponent, default_dtype, load_pipeline
 from omni_sp.pipelines.parallelize import ParallelHandle, parallelize
 from omni_sp.pipelines.preview import Previews
+from omni_sp.pipelines.quirks import NO_LATENT_OUTPUT
+from omni_sp.pipelines.run import run_call
 
-# Their own branch for latents fails, after all the denoising (diffusers 0.42.1); these decode on every rank.
-_NO_LATENTS = ("QwenImageLayeredPipeline",)
 _MAX_PREVIEWS = 8  # previews of one call, at most
 
 
 class PipelineRunner:
-    """A pipeline in this process, to be spread over a mesh and called.
+    """A pipeline in this process, to be parallelized over a mesh and called.
 
     Args:
-        options: the model and how to load it. device: this rank's own, such as "cuda:1".
-        decodes, on_component: as for load_pipeline().
+        options: the model and how to load it.
+        device: this rank's own, such as "cuda:1".
+        decodes: False where nobody looks at what this process decodes (see load_pipeline).
+        on_component: called before each component is read (see load_pipeline).
     """
 
     def __init__(
@@ -84,16 +86,18 @@ class PipelineRunner:
         """Call the pipeline. Every rank runs the same calls in the same order.
 
         Args:
-            on_progress: told of every step. is_aborted: whether this rank heard that the call is to be left; if any
-                has, all leave it before the same step.
+            call: the arguments, and how to run them.
+            on_progress: called at every step.
             answers: False where nobody will look at this rank's pictures: it stops at the latent, which all ranks
                 share, and leaves the VAE to the rank that answers. On a CPU they would only take each other's cores.
+            is_aborted: whether this rank heard that the call is to be left; if any rank has, all leave it before the
+                same step.
         """
         assert self._handle is not None, "parallelize() comes before run()"
         self._handle.reset_counts()
         mesh = self._handle.mesh
         arguments = dict(call.arguments)
-        if not answers and "output_type" in arguments and type(self._pipe).__name__ not in _NO_LATENTS:
+        if not answers and "output_type" in arguments and type(self._pipe).__name__ not in NO_LATENT_OUTPUT:
             arguments["output_type"] = "latent"
         with ExitStack() as stack:
             if mesh.world_size > 1:
@@ -108,7 +112,7 @@ class PipelineRunner:
             def on_step(done: int, total: int) -> None:
                 if on_progress is not None:
                     shows = previews is not None and 0 < done < total and _is_preview_step(done, total)
-                    pictures = previews.pictures(num_outputs) if previews is not None and shows else ()
+                    pictures = previews.images(num_outputs) if previews is not None and shows else ()
                     on_progress(Progress(done=done, total=total, previews=pictures))
                 if call.can_be_aborted and done < total and any_rank(is_aborted(), mesh):
                     raise RequestAbortedError(f"{call.request_id} was aborted after {done} of {total} steps")
@@ -122,7 +126,7 @@ class PipelineRunner:
         return Done(request_id=call.request_id, result=result, tokens=dict(self._handle.tokens))
 
     def check(self, call: Call) -> Done:
-        """Run a call in two ways, as its ``check`` says, and tell how far apart they are. All ranks do it."""
+        """Run a call in two ways, as its ``check`` says, and answer how far apart they are. All ranks do it."""
         return self._check_batch(call) if call.check == "batch" else self._check_ranks(call)
 
     def _check_ranks(self, call: Call) -> Done:

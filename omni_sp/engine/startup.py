@@ -1,4 +1,4 @@
-"""A start as people see it: part after part, how far each is, and how long each took."""
+"""The parts of an engine's start, how far each is, and how long each took."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ CAPTIONS = {IMPORTS: "processes and imports", WEIGHTS: "weights", JOINING: "join
 
 
 class StartupMessage(str):
-    """What a start is doing, in words for people.
-
-    Attributes:
-        part: one of CAPTIONS. done, total: how far that part is.
-    """
+    """What a start is doing, in words for people: ``done`` of ``total`` of a part, one of CAPTIONS."""
 
     part: str
     done: int
@@ -39,12 +35,12 @@ OnNews = Callable[[str], None]
 
 
 class Startup:
-    """The clock of one start, and its voice.
+    """The clock of one start, which also reports what the start is doing.
 
-    A part lasts until the slowest rank is through with it, so the parts follow each other and add up to the whole.
+    A part lasts until the slowest rank has finished it, so the parts follow each other and add up to the whole.
 
     Args:
-        on_news: told whenever there is something new to say.
+        on_news: called whenever there is something new to report.
 
     Attributes:
         seconds: of every part that is over, by its name.
@@ -58,18 +54,18 @@ class Startup:
         self.seconds: dict[str, float] = {}
 
     def report(self, part: str, text: str, done: int = 0, total: int = 1) -> None:
-        """Stand in this part, and say so; what has just been said is not said again."""
+        """Enter this part, which is ``done`` of ``total``, and report it; no text is reported twice in a row."""
         self._enter(part)
         if text != self._last_text:
             self._last_text = text
             self._on_news(StartupMessage(text, part, done, total))
 
     def mute(self) -> None:
-        """Say nothing from now on: another rank speaks."""
+        """Report nothing from now on: another rank does."""
         self._on_news = lambda news: None
 
     def finish(self) -> None:
-        """Say that it is over, and how long each part took. The second time, do nothing."""
+        """Report that the start is over, and how long each part took. The second time, do nothing."""
         if self._part is not None:
             self._enter(None)
             self._on_news(f"ready in {format_seconds(self.seconds)}")
@@ -94,7 +90,7 @@ def format_seconds(seconds: Mapping[str, float]) -> str:
 
 @contextmanager
 def warm_up_errors_named(name: str) -> Iterator[None]:
-    """Let an error of ours say which warm-up it is of."""
+    """Let an error of ours name the warm-up that it comes from."""
     try:
         yield
     except OmniSPError as error:
@@ -114,7 +110,7 @@ class StartupDisplay:
         self._bar: Any = None
 
     def show(self, news: str) -> None:
-        """Show it. What is no part of a start takes the bar away, and is a line."""
+        """Show a message. One that belongs to no part of a start removes the bar, and is a line."""
         if not self._shown:
             return
         if not isinstance(news, StartupMessage) or not is_terminal():
@@ -128,7 +124,7 @@ class StartupDisplay:
         self._bar.set_description_str(news)
 
     def close(self) -> None:
-        """Take the bar away, whatever the start has come to."""
+        """Remove the bar, however the start ended."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

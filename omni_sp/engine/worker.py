@@ -1,4 +1,4 @@
-"""A rank process: who it is, what it runs, and how it ends. The front started it and is all it lives for."""
+"""A rank process: it loads the pipeline, joins the others, answers calls, and ends with the front that started it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import queue
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +16,10 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from omni_sp.engine.messages import Abort, Alive, Call, Failed, Loaded, Loading, Ping, RankSettings, Stop
+from omni_sp.engine.messages import Abort, Alive, Call, Loaded, Loading, Ping, RankSettings, Stop
 from omni_sp.engine.ranks import LOOPBACK
-from omni_sp.errors import InvalidInputError, RequestAbortedError, SamplingParamsError
+from omni_sp.engine.ranks.failures import as_message
+from omni_sp.errors import SamplingParamsError
 
 if TYPE_CHECKING:
     from omni_sp.engine.pipeline_runner import PipelineRunner
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _FRONT_FIRST_S = 10.0
 """So much later than the front an exchange gives up: the front knows which rank is to blame."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_PEER_LOSS_MESSAGES = ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl", "broken pipe")
 
 Inbox = queue.SimpleQueue[Any]
 Report = Callable[[Any], None]
@@ -39,7 +38,7 @@ def rank_main(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front: it ends the ranks
     settings = pickle.loads(connection.recv_bytes())
     assert isinstance(settings, RankSettings)
-    die_with_parent(settings.parent_pid)
+    die_with_parent(settings.placement.parent_pid)
     inbox: Inbox = queue.SimpleQueue()
     aborted: Aborted = set()
     sending = threading.Lock()
@@ -56,26 +55,12 @@ def rank_main(connection: Connection) -> None:
     except (BrokenPipeError, ConnectionResetError):
         _leave(1)
     except Exception as error:
-        # Told, not raised: the process stays until the front ends it, so that peers see no broken connection and the
-        # front sees the cause before its echoes.
-        report(failure(error))
+        # The error is reported, not raised: the process stays until the front ends it, so that the other ranks see no
+        # broken connection, and the front sees the cause before errors that only follow from it.
+        report(as_message(error))
         inbox.get()
         _leave(1)
     _leave(0)
-
-
-def failure(error: BaseException) -> Failed:
-    """An error as a message; the traceback goes along as text."""
-    text = str(error)
-    return Failed(
-        kind=type(error).__name__,
-        message=text,
-        traceback="".join(traceback.format_exception(error)),
-        is_shared=isinstance(error, (InvalidInputError, RequestAbortedError)),
-        is_peer_loss=_is_peer_loss(error, text),
-        is_out_of_memory=is_out_of_memory(error),
-        param=getattr(error, "param", None) if isinstance(error, SamplingParamsError) else None,
-    )
 
 
 def _serve(settings: RankSettings, inbox: Inbox, aborted: Aborted, report: Report) -> None:
@@ -105,14 +90,14 @@ def _serve(settings: RankSettings, inbox: Inbox, aborted: Aborted, report: Repor
                 )
                 answer = done if settings.rank == 0 else replace(done, result=None)
         except Exception as error:
-            answer = failure(error)
+            answer = as_message(error)
         # Before the answer: after it, an abort may already be of the next call.
         aborted.clear()
         report(answer)
 
 
 def _load(settings: RankSettings, report: Report) -> PipelineRunner:
-    """Import torch and diffusers and load the pipeline, quietly: rank 0 speaks for all. Only rank 0 decodes."""
+    """Import torch and diffusers and load the pipeline. Rank 0 alone warns people, and alone decodes."""
     if settings.rank > 0:
         warnings.simplefilter("ignore")
     import torch
@@ -120,11 +105,11 @@ def _load(settings: RankSettings, report: Report) -> PipelineRunner:
     from omni_sp.engine.pipeline_runner import PipelineRunner
     from omni_sp.pipelines.load import silence_libraries
 
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
+    if settings.placement.num_threads:
+        torch.set_num_threads(settings.placement.num_threads)
     runner = PipelineRunner(
         settings.options,
-        settings.device,
+        settings.placement.device,
         decodes=settings.rank == 0,
         on_component=lambda part, done, total: report(Loading(part=part, done=done, total=total)),
     )
@@ -134,7 +119,7 @@ def _load(settings: RankSettings, report: Report) -> PipelineRunner:
 
 
 def _join(settings: RankSettings) -> Any:
-    """Form the process group over the front's store, and the mesh on it."""
+    """Form the process group over the front's store, and the mesh over it."""
     import torch.distributed as dist
 
     from omni_sp.mesh import ParallelMesh
@@ -158,7 +143,7 @@ def _join(settings: RankSettings) -> Any:
 
 
 def _listen(connection: Connection, inbox: Inbox, aborted: Aborted, report: Report) -> None:
-    """Hand on messages; when the front is gone, end this process, whatever its main thread is doing."""
+    """Pass messages on; when the front is gone, end this process, whatever its main thread is doing."""
     while True:
         try:
             payload = connection.recv_bytes()
@@ -188,7 +173,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def _leave(exitcode: int) -> None:
-    """End the process at once; threads of torch and of the listener need no farewell."""
+    """End the process at once, without waiting for threads of torch and of the listener."""
     if "torch.distributed" in sys.modules:
         import torch.distributed as dist
 
@@ -198,22 +183,3 @@ def _leave(exitcode: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exitcode)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error was raised for want of memory, on a GPU or on the CPU."""
-    if isinstance(error, MemoryError) or type(error).__name__.endswith("OutOfMemoryError"):
-        return True
-    # torch has no class of its own for a CPU without memory.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def _is_peer_loss(error: BaseException, text: str) -> bool:
-    """True for what a rank raises because another one is gone: c10d's own errors, and what gloo and NCCL say."""
-    if "torch.distributed" not in sys.modules:
-        return False
-    import torch.distributed as dist
-
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in text.lower() for word in _PEER_LOSS_MESSAGES)

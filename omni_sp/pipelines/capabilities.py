@@ -1,4 +1,4 @@
-"""What a loaded pipeline can be asked for and what it makes, learned from its signature and its parts."""
+"""What a loaded pipeline can be asked for and what it makes, learned from its signature and its components."""
 
 from __future__ import annotations
 
@@ -9,43 +9,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-# Our name -> the names that pipelines have for it, in order of preference.
-NAMES: dict[str, tuple[str, ...]] = {
-    "num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"),
-    "fps": ("fps", "frame_rate"),
-    "num_frames": ("num_frames", "frames", "video_length"),
-    "image": ("image", "images", "input_images", "cond_image"),
-}
-# What a pipeline's output calls its pictures, videos and sounds.
-PICTURE_FIELDS, VIDEO_FIELDS, SOUND_FIELDS = ("images", "image"), ("frames", "video"), ("audios", "audio", "sound")
-# These give their image argument a default, and fail without it.
-_NEED_A_PICTURE = (
-    "BriaFiboEdit", "Fill", "ImageToVideo", "Image2Video", "Img2Img", "Inpaint", "LongCatImageEdit", "QwenImageEdit",
-    "QwenImageLayered", "Refiner", "VideoToWorld",
-)  # fmt: skip
-# To these a list is a batch, one picture for each prompt; elsewhere it is several references for one prompt.
-_ONE_PICTURE = (
-    "Fill", "I2I", "Img2Img", "Inpaint", "Kontext", "LongCatImageEdit", "QwenImageEditPipeline",
-    "QwenImageLayered", "Refiner",
-)  # fmt: skip
+from omni_sp.pipelines import quirks
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineCapabilities:
-    """What one loaded pipeline can be asked for. Small and picklable: ranks send it to the front.
+    """What one loaded pipeline can be asked for. Small and picklable: ranks send it to the engine's process.
 
     Attributes:
-        name: the pipeline's class. parameters: the arguments of its ``__call__`` with their defaults (a default that is
-            no plain value is None here). required: those without a default. takes_anything: it has ``**kwargs``.
-        makes_videos: its results are videos. makes_sounds: they are sounds, or videos with sound where it makes those.
-        needs_image: it fails without a picture to start from. takes_one_image: a list of them would be one for each
-            prompt. image_mode: "RGB", or "RGBA" where its VAE reads transparency.
+        name: the pipeline's class.
+        parameters: the arguments of its ``__call__`` with their defaults; a default that is no plain value is None.
+        required: the arguments without a default.
+        takes_anything: whether it has ``**kwargs``.
+        makes_videos: whether its results are videos.
+        makes_sounds: whether its results are sounds, or videos with sound if it makes videos.
+        needs_image: whether it fails without an image to start from.
+        takes_one_image: whether a list of images would be one for each prompt.
+        image_mode: "RGB", or "RGBA" where its VAE reads transparency.
         sampling_rate: of its sounds, in Hz; None where it makes none, or does not say.
         vae_multiple: pixels along a side that the VAE shrinks to one; a size that is no multiple of it is refused.
-        height_multiple, width_multiple: pixels of one token; diffusers rounds a size down to a multiple of it.
-        frames_multiple: num_frames - 1 is a multiple of this, else diffusers would round it; 1 where anything goes.
-        ignores_guidance_scale: it takes guidance_scale only for distilled transformers, and this one is not distilled.
-        sampling_defaults: what to use where the user says nothing, named as in OmniDiffusionSamplingParams.
+        height_multiple: pixels of one token along the height; diffusers rounds a height down to a multiple of it.
+        width_multiple: pixels of one token along the width.
+        frames_multiple: num_frames - 1 must be a multiple of this, or diffusers would round it; 1 for no such rule.
+        ignores_guidance_scale: whether it takes guidance_scale only for distilled transformers, and has none.
+        sampling_defaults: what to use where the user gives nothing, named as in OmniDiffusionSamplingParams.
     """
 
     name: str
@@ -66,21 +53,29 @@ class PipelineCapabilities:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def argument_name(self, name: str) -> str | None:
-        """The pipeline's own name for one of ours; None where it has nothing of the kind."""
-        candidates = NAMES.get(name, (name,))
+        """Return the pipeline's own name for an argument of ours; None where it has nothing of the kind."""
+        candidates = quirks.ARGUMENT_NAMES.get(name, (name,))
         known = next((candidate for candidate in candidates if candidate in self.parameters), None)
         return candidates[0] if known is None and self.takes_anything else known
 
     @property
     def makes(self) -> str:
-        """What a result is: "picture", "video" (perhaps with sound) or "sound"."""
+        """The kind of a result: "picture", "video" (perhaps with sound) or "sound"."""
         if self.makes_videos:
             return "video"
         return "sound" if self.makes_sounds else "picture"
 
 
+def our_name(argument_name: str) -> str:
+    """Return our name for an argument of a pipeline: the opposite of PipelineCapabilities.argument_name()."""
+    return next((ours for ours, theirs in quirks.ARGUMENT_NAMES.items() if argument_name in theirs), argument_name)
+
+
 def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = None) -> PipelineCapabilities:
-    """Learn from a loaded pipeline's signature and parts what it can be asked for."""
+    """Learn from a loaded pipeline's signature and components what it can be asked for.
+
+    ``sampling_defaults`` is passed on to PipelineCapabilities.
+    """
     parameters: dict[str, Any] = {}
     required = []
     takes_anything = False
@@ -94,11 +89,13 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
                 required.append(name)
     name = type(pipe).__name__
     made = _output_fields(pipe, parameters)
-    makes_videos, makes_sounds = bool(made & {*VIDEO_FIELDS}), bool(made & {*SOUND_FIELDS})
-    vae_multiple = _vae_multiple(pipe)
+    makes_videos, makes_sounds = bool(made & {*quirks.VIDEO_FIELDS}), bool(made & {*quirks.SOUND_FIELDS})
+    vae_multiple = _first_positive_int(pipe, quirks.SPATIAL_FACTORS)
     height_multiple, width_multiple = _size_multiples(pipe, vae_multiple)
-    guidance_embeds = _part_config(pipe, "guidance_embeds")
-    image = next((candidate for candidate in NAMES["image"] if candidate in parameters), None)
+    image = next((candidate for candidate in quirks.ARGUMENT_NAMES["image"] if candidate in parameters), None)
+    is_batch = (makes_videos and quirks.SEVERAL_CONDITIONS not in parameters) or any(
+        part in name for part in quirks.TAKES_ONE_IMAGE
+    )
     return PipelineCapabilities(
         name=name,
         parameters=parameters,
@@ -106,16 +103,15 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
         takes_anything=takes_anything,
         makes_videos=makes_videos,
         makes_sounds=makes_sounds,
-        needs_image=image in required or (image == "image" and any(word in name for word in _NEED_A_PICTURE)),
-        takes_one_image=image in ("image", "cond_image")
-        and ((makes_videos and "conditions" not in parameters) or any(word in name for word in _ONE_PICTURE)),
+        needs_image=image in required or (image == "image" and any(part in name for part in quirks.NEEDS_IMAGE)),
+        takes_one_image=image in quirks.SINGLE_IMAGE_ARGUMENTS and is_batch,
         image_mode="RGBA" if _vae_channels(pipe) == 4 else "RGB",
         sampling_rate=_sampling_rate(pipe) if makes_sounds else None,
         vae_multiple=vae_multiple,
         height_multiple=height_multiple,
         width_multiple=width_multiple,
         frames_multiple=_frames_multiple(pipe, parameters),
-        ignores_guidance_scale="true_cfg_scale" in parameters and guidance_embeds is False,
+        ignores_guidance_scale="true_cfg_scale" in parameters and _transformer_config(pipe, "guidance_embeds") is False,
         sampling_defaults=dict(sampling_defaults or {}),
     )
 
@@ -125,79 +121,62 @@ def _output_fields(pipe: Any, parameters: Mapping[str, Any]) -> set[str]:
 
     A pipeline whose module names none is judged by its arguments.
     """
-    known = {*PICTURE_FIELDS, *VIDEO_FIELDS, *SOUND_FIELDS}
+    known = {*quirks.IMAGE_FIELDS, *quirks.VIDEO_FIELDS, *quirks.SOUND_FIELDS}
     for owner in type(pipe).__mro__:
         if owner.__name__ == "DiffusionPipeline":
             break  # the base of all; its module has outputs of every kind
         module = sys.modules.get(owner.__module__)
         outputs = [
-            thing
-            for name, thing in vars(module).items()
-            if name.endswith("Output") and isinstance(thing, type) and is_dataclass(thing)
+            value
+            for name, value in vars(module).items()
+            if name.endswith("Output") and isinstance(value, type) and is_dataclass(value)
         ]
         found = known & {entry.name for output in outputs for entry in fields(output)}
         if found:
             return found
-    if {"num_frames", "num_videos_per_prompt"} & parameters.keys():
-        return {"frames"}
-    return {"audios"} if "num_waveforms_per_prompt" in parameters else {"images"}
+    if parameters.keys() & {*quirks.VIDEO_ARGUMENTS}:
+        return {*quirks.VIDEO_FIELDS}
+    return {*quirks.SOUND_FIELDS} if parameters.keys() & {*quirks.SOUND_ARGUMENTS} else {*quirks.IMAGE_FIELDS}
 
 
-def _part_config(pipe: Any, name: str) -> Any:
+def _config_entry(pipe: Any, component: str, name: str) -> Any:
+    return getattr(getattr(getattr(pipe, component, None), "config", None), name, None)
+
+
+def _transformer_config(pipe: Any, name: str) -> Any:
     """An entry of the transformer's config; of the second transformer's where the first is left out."""
-    for part in (getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None)):
-        if part is not None:
-            return getattr(getattr(part, "config", None), name, None)
-    return None
+    component = "transformer" if getattr(pipe, "transformer", None) is not None else "transformer_2"
+    return _config_entry(pipe, component, name)
 
 
 def _vae_channels(pipe: Any) -> Any:
-    config = getattr(getattr(pipe, "vae", None), "config", None)
-    return getattr(config, "input_channels", None) or getattr(config, "in_channels", None)
+    return _config_entry(pipe, "vae", "input_channels") or _config_entry(pipe, "vae", "in_channels")
 
 
 def _sampling_rate(pipe: Any) -> int | None:
     """Samples a second of the finished sound: the vocoder's, where there is one, else the pipeline's or the VAE's."""
-    places = [
-        (getattr(getattr(pipe, "vocoder", None), "config", None), "output_sampling_rate"),
-        (getattr(getattr(pipe, "vocoder", None), "config", None), "sampling_rate"),
-        (pipe, "audio_sample_rate"),
-        (pipe, "sample_rate"),
-    ]
-    for part in ("vae", "sound_tokenizer", "audio_vae"):
-        config = getattr(getattr(pipe, part, None), "config", None)
-        places += [(config, "sampling_rate"), (config, "sample_rate")]
-    found = (getattr(owner, name, None) for owner, name in places)
+    found = (
+        _config_entry(pipe, component, name) if component else getattr(pipe, name, None)
+        for component, name in quirks.SAMPLING_RATES
+    )
     return next((rate for rate in found if isinstance(rate, int) and rate > 0), None)
 
 
-def _first_whole_number(pipe: Any, *names: str) -> int:
+def _first_positive_int(pipe: Any, names: tuple[str, ...]) -> int:
     values = (getattr(pipe, name, None) for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), 1)
 
 
-def _vae_multiple(pipe: Any) -> int:
-    """Pixels along a side that the VAE shrinks to one."""
-    return _first_whole_number(
-        pipe,
-        "vae_scale_factor_spatial",
-        "vae_spatial_compression_ratio",
-        "vae_spatial_scale_factor",
-        "vae_scale_factor",
-    )
-
-
-def _size_multiples(pipe: Any, shrink: int) -> tuple[int, int]:
+def _size_multiples(pipe: Any, vae_multiple: int) -> tuple[int, int]:
     """Pixels per token along height and width: what the VAE shrinks by, times the transformer's patch.
 
     The pipeline's own image processor names a multiple as well (FLUX packs 2 × 2, and calls it no patch); both hold.
     """
-    patch = _part_config(pipe, "patch_size")
+    patch = _transformer_config(pipe, "patch_size")
     sides = (patch, patch) if isinstance(patch, int) else tuple(patch or (1, 1))[-2:]
-    multiples = [shrink * side for side in sides]
+    multiples = [vae_multiple * side for side in sides]
     for name in ("image_processor", "video_processor"):
-        config = getattr(getattr(pipe, name, None), "config", None)
-        processed = getattr(config, "vae_scale_factor", None)
+        processed = _config_entry(pipe, name, "vae_scale_factor")
         if isinstance(processed, int) and processed > 0:
             multiples = [math.lcm(multiple, processed) for multiple in multiples]
     return multiples[0], multiples[-1]
@@ -205,12 +184,9 @@ def _size_multiples(pipe: Any, shrink: int) -> tuple[int, int]:
 
 def _frames_multiple(pipe: Any, parameters: Mapping[str, Any]) -> int:
     """Frames that the VAE shrinks to one, where the pipeline's own default obeys 1 + n × that; else 1, for no rule."""
-    shrink = _first_whole_number(
-        pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor"
-    )
-    name = next((candidate for candidate in NAMES["num_frames"] if candidate in parameters), None)
+    factor = _first_positive_int(pipe, quirks.TEMPORAL_FACTORS)
+    name = next((candidate for candidate in quirks.ARGUMENT_NAMES["num_frames"] if candidate in parameters), None)
     default = parameters.get(name) if name is not None else None
     if name is not None and default is None:
-        default = _part_config(pipe, "sample_frames")
-    obeys = isinstance(default, int) and (default - 1) % shrink == 0
-    return shrink if obeys else 1
+        default = _transformer_config(pipe, "sample_frames")
+    return factor if isinstance(default, int) and (default - 1) % factor == 0 else 1

@@ -1,4 +1,4 @@
-"""What a pipeline's output holds, whatever the pipeline calls it: pictures, videos, sounds."""
+"""What a pipeline's output holds, whatever the pipeline calls it: images, videos, sounds. Its import needs no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_sp.errors import UnsupportedModelError
-from omni_sp.pipelines.capabilities import PICTURE_FIELDS, SOUND_FIELDS, VIDEO_FIELDS
+from omni_sp.pipelines import quirks
+from omni_sp.pipelines.arguments import rounded_size
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallResult:
-    """What a pipeline made, and where its seconds went (see outputs.OmniRequestOutput)."""
+    """What one call of a pipeline made, and how long it took.
+
+    Attributes:
+        images: PIL images, or what the output type makes of them.
+        videos: lists of PIL images, or what the output type makes of them.
+        timings: seconds of the stages; see OmniRequestOutput.
+        audios: float32 arrays of shape (channels, samples).
+    """
 
     images: list[Any]
     videos: list[Any]
@@ -21,21 +30,24 @@ class CallResult:
 
 
 def result_of(name: str, output: Any, *, output_type: str | None, timings: dict[str, Any]) -> CallResult:
-    """Take the pictures, videos and sounds out of a pipeline's output.
+    """Take the images, videos and sounds out of a pipeline's output.
 
     Args:
-        name: the pipeline's class. output_type: what it was asked for; latents are left as they are.
+        name: the pipeline's class.
+        output: what the pipeline returned.
+        output_type: what it was asked for; latents are left as they are.
+        timings: for the result.
 
     Raises:
-        UnsupportedModelError: there is none of them in it.
+        UnsupportedModelError: the output holds none of them.
     """
     is_latent = output_type == "latent"
-    images = _rows(_first(output, PICTURE_FIELDS))
-    videos = _first(output, VIDEO_FIELDS)
+    images = _items(_first(output, quirks.IMAGE_FIELDS))
+    videos = _first(output, quirks.VIDEO_FIELDS)
     result = CallResult(
         images=images if is_latent else _without_layers(images),
-        videos=_rows(videos if is_latent or not _is_single_video(videos) else [videos]),
-        audios=_rows(_first(output, SOUND_FIELDS)) if is_latent else _waves(output),
+        videos=_items(videos if is_latent or not _is_single_video(videos) else [videos]),
+        audios=_items(_first(output, quirks.SOUND_FIELDS)) if is_latent else _waves(output),
         timings=timings,
     )
     if not result.images and not result.videos and not result.audios:
@@ -47,21 +59,42 @@ def result_of(name: str, output: Any, *, output_type: str | None, timings: dict[
     return result
 
 
+def output_deviation(
+    capabilities: PipelineCapabilities, arguments: Mapping[str, Any], result: CallResult
+) -> str | None:
+    """Say in which size or number of frames a result differs from the arguments; None where it does not.
+
+    Pipelines note such a difference at most in their log. A size that rounded_size() foresees is no difference.
+    """
+    from PIL import Image
+
+    frames = result.videos[0] if result.videos and isinstance(result.videos[0], list) else result.images
+    if not frames or not isinstance(frames[0], Image.Image):
+        return None
+    differences = []
+    asked = rounded_size(capabilities, arguments) or (arguments.get("height"), arguments.get("width"))
+    drawn = frames[0].height, frames[0].width
+    if any(isinstance(side, int) and side != got for side, got in zip(asked, drawn, strict=True)):
+        differences.append(f"{drawn[1]} x {drawn[0]} pixels instead of {asked[1] or 'any'} x {asked[0] or 'any'}")
+    num_frames = arguments.get(capabilities.argument_name("num_frames") or "")
+    if result.videos and isinstance(num_frames, int) and num_frames != len(frames):
+        differences.append(f"{len(frames)} frames instead of {num_frames}")
+    return f"{capabilities.name} drew {' and '.join(differences)}, as it does on one process" if differences else None
+
+
 def _first(output: Any, names: tuple[str, ...]) -> Any:
     return next((value for name in names if (value := getattr(output, name, None)) is not None), None)
 
 
-def _rows(result: Any) -> list[Any]:
+def _items(batch: Any) -> list[Any]:
     """One entry for each output, on the CPU, whatever the pipeline's output type holds them in."""
     import torch
 
-    if result is None:
-        return []
-    return [row.cpu() if isinstance(row, torch.Tensor) else row for row in result]
+    return [] if batch is None else [item.cpu() if isinstance(item, torch.Tensor) else item for item in batch]
 
 
 def _without_layers(images: list[Any]) -> list[Any]:
-    """Pictures that come as lists of layers (Qwen-Image-Layered), one after the other."""
+    """All images one after the other, where some are lists of layers."""
     return [layer for image in images for layer in (image if isinstance(image, list) else [image])]
 
 
@@ -73,14 +106,14 @@ def _is_single_video(videos: Any) -> bool:
 
 
 def _waves(output: Any) -> list[Any]:
-    """Each output's sound as a float32 array of channels × samples."""
+    """Each output's sound as a float32 array of shape (channels, samples)."""
     import numpy as np
     import torch
 
-    sounds = _first(output, SOUND_FIELDS)
+    sounds = _first(output, quirks.SOUND_FIELDS)
     if sounds is None:
         return []
-    if sounds is getattr(output, "sound", None):
-        sounds = [sounds]  # the sound of one video, where most pipelines give one for each
-    rows = (row.float().cpu().numpy() if isinstance(row, torch.Tensor) else np.asarray(row) for row in sounds)
-    return [np.atleast_2d(row).astype(np.float32) for row in rows]
+    if sounds is getattr(output, quirks.SINGLE_SOUND_FIELD, None):
+        sounds = [sounds]
+    arrays = (item.float().cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item) for item in sounds)
+    return [np.atleast_2d(array).astype(np.float32) for array in arrays]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from omni_sp.server.process import main
+from omni_sp.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["serve", *sys.argv[1:]]))

@@ -24,7 +24,7 @@ from omni_sp.server.api.reference import add_reference
 from omni_sp.server.api.schemas import check_model
 from omni_sp.server.api.videos import create_video_router
 from omni_sp.server.errors import RETRY_AFTER_S, ApiError, add_error_handlers
-from omni_sp.server.metrics import MeteredOmni, Metrics
+from omni_sp.server.metrics import Metrics
 from omni_sp.server.page import create_page_router
 from omni_sp.server.pictures import MEDIA_TYPES
 from omni_sp.server.security import BodyLimit, Guard, RequestIds
@@ -51,7 +51,6 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
     settings = dataclasses.replace(settings, data_dir=folder)
     files = FileStore(folder, max_age_s=settings.file_max_age_s, max_total_bytes=settings.file_max_total_bytes)
     metrics = Metrics(omni)
-    metered = MeteredOmni(omni, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -74,12 +73,12 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
         docs_url=None,  # ours needs nothing from elsewhere
         redoc_url=None,
     )
-    app.state.omni, app.state.settings = metered, settings
-    app.include_router(_server_router(metered, settings, files, metrics))
-    app.include_router(create_image_router(metered, settings, files))
-    app.include_router(create_chat_router(metered, settings))
-    app.include_router(create_video_router(metered, settings, files))
-    app.include_router(create_page_router(metered, settings))
+    app.state.omni, app.state.settings = omni, settings
+    app.include_router(_server_router(omni, settings, files, metrics))
+    app.include_router(create_image_router(omni, settings, files))
+    app.include_router(create_chat_router(omni, settings))
+    app.include_router(create_video_router(omni, settings, files))
+    app.include_router(create_page_router(omni, settings))
     add_reference(app, needs_key=bool(settings.api_keys))
     add_error_handlers(app)
     # The last one added is the first to see a request.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from omni_sp.errors import (
     QueueFullError,
     RankFailedError,
     RequestAbortedError,
+    SamplingParamsError,
 )
 
 CLIENT_CLOSED = 499
@@ -31,12 +31,6 @@ _UNREADABLE = "There was an error parsing the body"  # FastAPI, of bytes that ar
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Our names -> the names that requests have for them.
 _PARAMS = {"height": "size", "width": "size", "num_outputs_per_prompt": "n"}
-_NAMED = re.compile(
-    r"\b(height|width|num_frames|fps|num_inference_steps|guidance_scale|true_cfg_scale|num_outputs_per_prompt|"
-    r"negative_prompt|max_sequence_length|strength|mask_image|seed|image|prompt)\b"
-)
-# What torch raises on GPUs, Python, and torch on CPUs, which has no class for it.
-_NO_MEMORY = re.compile(r"\braised (\w*OutOfMemoryError|MemoryError|RuntimeError: .*can't allocate memory)")
 
 
 class ApiError(HTTPException):
@@ -78,7 +72,8 @@ def to_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidInputError):
-        return ApiError(400, str(error), param=_field_named(str(error)), code="invalid_value")
+        param = error.param if isinstance(error, SamplingParamsError) else None
+        return ApiError(400, str(error), param=_PARAMS.get(param or "", param), code="invalid_value")
     later = {"Retry-After": str(RETRY_AFTER_S)}
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full", headers=later)
@@ -90,7 +85,7 @@ def to_api_error(error: BaseException) -> ApiError:
         # Its traceback belongs into the server's log, not into the answer.
         _LOG.error("rank %d failed: %s\n%s", error.rank, error, error.rank_traceback)
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if _NO_MEMORY.search(what):
+        if error.kind == "out_of_memory":
             way_out = "ask for a smaller size, fewer frames or a smaller n"
             return ApiError(500, f"out of memory: {way_out} ({what})", code="out_of_memory")
         return ApiError(500, f"a rank process failed while it drew this: {what}", code="rank_failed")
@@ -152,10 +147,3 @@ def _reason(complaint: Any) -> str:
     if isinstance(cause, str):
         return cause
     return text.removeprefix("Value error, ")
-
-
-def _field_named(message: str) -> str | None:
-    """The request's name for the parameter that one of our own messages begins to talk of."""
-    taken, _, _ = message.partition("; it takes ")
-    found = _NAMED.search(taken)
-    return _PARAMS.get(found[1], found[1]) if found is not None else None

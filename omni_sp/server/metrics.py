@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import psutil  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -12,22 +12,28 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from omni_sp.async_omni import AsyncOmni
-from omni_sp.config import OmniDiffusionSamplingParams
-from omni_sp.engine.jobs import EngineStats
-from omni_sp.engine.messages import Ready
-from omni_sp.errors import EngineClosedError
-from omni_sp.events import RequestDone, RequestEvent, RequestProgress
+from omni_sp.events import RequestDone, RequestEvent, RequestProgress, RequestQueued
 from omni_sp.outputs import OmniRequestOutput
-from omni_sp.requests import PromptInput
 
 _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
 _STAGES = {"text_encoder": "text_encoder_s", "denoise": "denoise_s", "vae": "vae_s", "total": "total_s"}
 
 
+_MOST_UNDER_WAY = 10_000
+
+
 class Metrics:
-    """The metrics of one server."""
+    """The metrics of one server.
+
+    Args:
+        omni: whose requests are counted and timed, whoever makes them.
+    """
 
     def __init__(self, omni: AsyncOmni) -> None:
+        omni.add_observer(self.on_event)
+        # Request id -> when it was queued; None once its wait is counted. No event says that a client has left, so the
+        # oldest entries go when there are too many.
+        self._queued_at: dict[str, float | None] = {}
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(omni))
         self._stage = Histogram(
@@ -46,8 +52,29 @@ class Metrics:
         )
         self._outputs = Counter("omni_sp_outputs", "Results drawn", ["kind"], registry=self._registry)
 
-    def on_output(self, output: OmniRequestOutput) -> None:
-        """Count a finished request."""
+    def on_event(self, event: RequestEvent) -> None:
+        """Count an event of a request, and time the wait before its first step."""
+        name = event.request_id
+        if isinstance(event, RequestQueued):
+            self._queued_at.setdefault(name, time.monotonic())
+            if len(self._queued_at) > _MOST_UNDER_WAY:
+                del self._queued_at[next(iter(self._queued_at))]
+        elif isinstance(event, RequestProgress):
+            queued_at = self._queued_at.get(name)
+            if queued_at is not None:
+                self._wait.observe(time.monotonic() - queued_at)
+                self._queued_at[name] = None
+        else:
+            self._queued_at.pop(name, None)
+            if isinstance(event, RequestDone):
+                self._count_output(event.output)
+
+    def on_answer(self, method: str, route: str, status: int) -> None:
+        """Count an answer. ``route`` is the pattern, never a path of the client's own making."""
+        known = method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
+        self._answers.labels(known, route, str(status)).inc()
+
+    def _count_output(self, output: OmniRequestOutput) -> None:
         for stage, name in _STAGES.items():
             if name in output.metrics:
                 self._stage.labels(stage).observe(output.metrics[name])
@@ -57,84 +84,9 @@ class Metrics:
             if made:
                 self._outputs.labels(kind).inc(len(made))
 
-    def on_wait(self, seconds: float) -> None:
-        """Count how long a request waited for its turn."""
-        self._wait.observe(seconds)
-
-    def on_answer(self, method: str, route: str, status: int) -> None:
-        """Count an answer. ``route`` is the pattern, never a path of the client's own making."""
-        known = method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
-        self._answers.labels(known, route, str(status)).inc()
-
     def page(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)
-
-
-class MeteredOmni(AsyncOmni):
-    """An AsyncOmni whose every request is timed, whoever makes it."""
-
-    def __init__(self, omni: AsyncOmni, metrics: Metrics) -> None:
-        self._omni, self._metrics = omni, metrics
-
-    @property
-    def status(self) -> str:
-        """As AsyncOmni's."""
-        return self._omni.status
-
-    @property
-    def info(self) -> Ready:
-        """As AsyncOmni's, in words for those who are on the other side of HTTP."""
-        try:
-            return self._omni.info
-        except EngineClosedError as error:
-            if self.status != "starting":
-                raise
-            raise EngineClosedError("the model is still being loaded: try again later") from error
-
-    @property
-    def stats(self) -> EngineStats:
-        """As AsyncOmni's."""
-        return self._omni.stats
-
-    async def start(self) -> None:
-        """As AsyncOmni's."""
-        await self._omni.start()
-
-    async def drain(self, timeout_s: float = 30.0) -> None:
-        """As AsyncOmni's."""
-        await self._omni.drain(timeout_s)
-
-    async def close(self) -> None:
-        """As AsyncOmni's."""
-        await self._omni.close()
-
-    async def abort(self, request_id: str) -> bool:
-        """As AsyncOmni's."""
-        return await self._omni.abort(request_id)
-
-    async def generate(
-        self,
-        prompt: PromptInput,
-        sampling_params: OmniDiffusionSamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        previews: bool = False,
-    ) -> AsyncIterator[RequestEvent]:
-        """As AsyncOmni's."""
-        began, has_begun = time.monotonic(), False
-        events = self._omni.generate(
-            prompt, sampling_params, request_id=request_id, priority=priority, previews=previews
-        )
-        async with contextlib.aclosing(events):  # type: ignore[type-var]  # it is an async generator
-            async for event in events:
-                if isinstance(event, RequestProgress) and not has_begun:
-                    has_begun = True
-                    self._metrics.on_wait(time.monotonic() - began)
-                if isinstance(event, RequestDone):
-                    self._metrics.on_output(event.output)
-                yield event
 
 
 class _EngineCollector(Collector):

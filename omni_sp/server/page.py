@@ -15,7 +15,6 @@ from fastapi.responses import HTMLResponse, Response
 
 from omni_sp.async_omni import AsyncOmni, EngineStats
 from omni_sp.config import MAX_SEED
-from omni_sp.engine.messages import Ready
 from omni_sp.errors import EngineClosedError
 from omni_sp.pipelines.arguments import frames_per_second
 from omni_sp.pipelines.capabilities import PipelineCapabilities
@@ -27,7 +26,6 @@ _ASKED = (
 )  # fmt: skip
 # The page's scripts share one scope, so that no file of it needs an address of its own.
 _SCRIPTS = ("page.js", "works.js", "gallery.js", "mask.js")
-_RINGS = re.compile(r"ring of \[([\d |]+)\]")
 _INLINE = re.compile(r"<(style|script)>(.*?)</\1>", re.DOTALL)
 
 
@@ -105,7 +103,7 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
         "needs_image": capabilities.needs_image,
         "parameters": _parameters(capabilities, settings),
         "layout": ready.layout,
-        "rings": _rings(ready),
+        "rings": [list(ring) for ring in ready.rings],
         "ranks": ready.ranks,
         "device": ready.device,
         "dtype": ready.dtype,
@@ -144,14 +142,6 @@ def _parameters(capabilities: PipelineCapabilities, settings: ServerSettings) ->
     if capabilities.argument_name("generator") is not None:
         found["seed"] = {"default": None, "multiple": 1, "minimum": 0, "maximum": MAX_SEED}
     return found
-
-
-def _rings(ready: Ready) -> list[list[int]]:
-    """The ranks as they are told in ``layout``; one row where it tells none."""
-    told = _RINGS.search(ready.layout)
-    if told is None:
-        return [list(range(ready.ranks))]
-    return [[int(rank) for rank in row.split()] for row in told[1].split("|")]
 
 
 def _steps_per_second(stats: EngineStats) -> float | None:

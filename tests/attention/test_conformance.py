@@ -6,9 +6,9 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from tests.attention.reference import attention, relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, relative_error
 from tests.attention.test_core import Case, make, run_case
-from tests.ranks import RankPool
 
 DEGREES = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2)]
 LENGTH = st.one_of(st.just(0), st.integers(1, 3), st.integers(1, 40))

@@ -10,8 +10,8 @@ import torch
 
 from omni_sp.attention import SequenceLayout, sequence_parallel_attention
 from omni_sp.mesh import ParallelMesh
-from tests.attention.reference import attention, pieces, relative_error
-from tests.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, relative_error, split_tokens
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3), (4, 1), (1, 4)]
 
@@ -77,9 +77,9 @@ def run_case(mesh: ParallelMesh, case: Case, known: bool, head_groups: int | Non
     layout = SequenceLayout(case.query[: mesh.world_size], case.key[: mesh.world_size])
     rank = mesh.sequence.rank
     return sequence_parallel_attention(
-        pieces(query, layout.query)[rank],
-        pieces(key, layout.key)[rank],
-        pieces(value, layout.key)[rank],
+        split_tokens(query, layout.query)[rank],
+        split_tokens(key, layout.key)[rank],
+        split_tokens(value, layout.key)[rank],
         mesh=mesh,
         key_mask=None if mask is None else mask.split(list(layout.key), dim=1)[rank],
         is_causal=case.causal,

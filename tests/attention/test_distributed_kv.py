@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from omni_sp.attention import SequenceLayout
 from omni_sp.attention.distributed_kv import ChunkedPrefillAttention, decode_attention
 from omni_sp.mesh import ParallelMesh
-from tests.attention.reference import attention, pieces, relative_error
-from tests.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, relative_error, split_tokens
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def on_ranks(mesh: ParallelMesh, case: Case) -> tuple[torch.Tensor, torch.Tensor
     mine = torch.tensor(layout.positions(axis.rank), dtype=torch.int64)
 
     def held(tensor: torch.Tensor) -> torch.Tensor:
-        before = pieces(tensor[:, :cached], case.cached[: axis.size])[axis.rank]
+        before = split_tokens(tensor[:, :cached], case.cached[: axis.size])[axis.rank]
         return torch.cat([before, tensor[:, cached:].index_select(1, mine)], dim=1)
 
     query, key, value, mask = whole

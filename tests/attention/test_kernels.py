@@ -1,4 +1,4 @@
-"""The kernel room: a kernel of one's own, and packages that are not installed."""
+"""A kernel of one's own, and packages that are not installed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 from omni_sp import DiffusionParallelConfig, ParallelMesh, UnsupportedAttentionError
 from omni_sp.attention import Capabilities, Kernel, kernel_names, register_kernel, sequence_parallel_attention
-from omni_sp.attention.kernels import attend, registry
-from tests.attention.reference import attention, relative_error
-from tests.ranks import RankPool
+from omni_sp.attention.kernels import AttentionArgs, KeyBlock, attend, load_kernel, registry
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, relative_error
 
 
 def plain(query: Any, key: Any, value: Any, key_mask: Any, is_causal: bool, scale: float) -> Any:
@@ -77,7 +77,7 @@ def test_a_package_that_is_missing_is_named(name: str) -> None:
         pytest.skip(f"{module} is installed here")
     x = torch.zeros(1, 3, 4, 8, dtype=torch.bfloat16)
     with pytest.raises(UnsupportedAttentionError, match="needs a package that is not usable here"):
-        attend(registry._load(name), x, x, x, scale=1.0)
+        attend(x, KeyBlock(x, x, None), AttentionArgs(load_kernel(name), scale=1.0, is_causal=False))
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
@@ -94,7 +94,7 @@ def test_a_package_is_called_by_its_own_names(name: str, monkeypatch: pytest.Mon
         monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
     monkeypatch.setattr(sys.modules[module], function, stand_in, raising=False)
     x = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(0))
-    out, lse = attend(registry._load(name), x, x, x, scale=0.4)
+    out, lse = attend(x, KeyBlock(x, x, None), AttentionArgs(load_kernel(name), scale=0.4, is_causal=False))
     assert set(seen) == wanted
     assert relative_error(out, attention(x, x, x, scale=0.4)) <= 2e-6
     assert lse.shape == (1, 2, 5)

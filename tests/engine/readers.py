@@ -14,7 +14,7 @@ from typing import Any
 
 from omni_sp.engine.messages import Call, Failed, Join, Loaded, Loading, RankSettings, Ready, Stop
 from omni_sp.engine.worker import die_with_parent, rank_main
-from omni_sp.pipelines.arguments import PipelineCapabilities
+from omni_sp.pipelines.capabilities import PipelineCapabilities
 
 FOREVER_S = 600.0
 BEGUN = Path("rank-0-has-begun")
@@ -147,7 +147,7 @@ def _wait_for_rank_0() -> None:
 def _rank(front: Connection) -> int:
     settings = _receive(front)
     assert isinstance(settings, RankSettings)
-    die_with_parent(settings.parent_pid)
+    die_with_parent(settings.placement.parent_pid)
     return settings.rank
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, call_for
 from omni_sp.engine.messages import Abort, Call, Done, Failed, Join, Loaded, Progress, RankSettings, Ready, Stop
 from omni_sp.engine.worker import die_with_parent
-from omni_sp.pipelines.arguments import CallResult, PipelineCapabilities
+from omni_sp.pipelines.capabilities import PipelineCapabilities
+from omni_sp.pipelines.results import CallResult
 
 FOREVER_S = 600.0
 BATCHES_ARE_EXACT = {BATCH: 0.0, ROUNDING: 0.0, SMALLEST: 1e-5}
@@ -159,7 +160,7 @@ def dies_loading(front: Connection) -> None:
 def _start(front: Connection) -> int:
     settings = _receive(front)
     assert isinstance(settings, RankSettings)
-    die_with_parent(settings.parent_pid)
+    die_with_parent(settings.placement.parent_pid)
     _tell(front, Loaded())
     assert isinstance(_receive(front), Join)
     capabilities = PipelineCapabilities(

@@ -368,4 +368,4 @@ def ranks_of(omni: AsyncOmni) -> list[int]:
     """Process numbers of the ranks."""
     engine = omni._dispatcher._engine
     assert engine is not None
-    return [process._process.pid for process in engine._ranks._ranks]  # type: ignore[attr-defined]
+    return [process._process.pid for process in engine._group._processes._ranks]  # type: ignore[attr-defined]

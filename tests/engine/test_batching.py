@@ -12,15 +12,17 @@ import torch
 
 from omni_sp import AsyncOmni, DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.batching import Batching, call_for, merge_calls, split_result
+from omni_sp.engine.engine import Engine
 from omni_sp.engine.messages import Call, Done
-from omni_sp.engine.ranks.local import InPlaceEngine
+from omni_sp.engine.ranks.local import LocalRank
 from omni_sp.engine.startup import Startup
 from omni_sp.errors import ConfigError, RankFailedError, RequestAbortedError
 from omni_sp.events import RequestDone, RequestEvent, RequestProgress
-from omni_sp.pipelines.arguments import CallResult, PipelineCapabilities
+from omni_sp.pipelines.capabilities import PipelineCapabilities
+from omni_sp.pipelines.results import CallResult
 from omni_sp.requests import engine_options
+from omni_sp.testing.models import save_flux_kontext, save_wan
 from tests.engine.test_async_omni import bounded, draw, error_of, is_done, scripted
-from tests.pipelines.folders import save_kontext, save_wan
 from tests.thorough import THOROUGH
 
 FACTS = PipelineCapabilities(
@@ -97,13 +99,16 @@ def test_calls_are_joined_and_taken_apart() -> None:
 def batches_of(location: str, dtype: str | None = None, strip_mask: bool = False) -> tuple[set[bool], list[str]]:
     """What proves exact for a model, and what is told about the rest."""
     told: list[str] = []
-    engine = InPlaceEngine(engine_options(location, device="cpu", dtype=dtype), Startup(told.append), joined=False)
+    options = engine_options(location, device="cpu", dtype=dtype)
+    rank = LocalRank(options, joined=False)
+    engine = Engine(rank, Startup(told.append))
     if strip_mask:
 
         def without(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, {name: value for name, value in kwargs.items() if not name.endswith("_mask")}
 
-        engine._runner._pipe.transformer.register_forward_pre_hook(without, with_kwargs=True, prepend=True)
+        assert rank._runner is not None
+        rank._runner._pipe.transformer.register_forward_pre_hook(without, with_kwargs=True, prepend=True)
     told.clear()
     batching = Batching(max_size=2)
     batching.prove(engine.ready.capabilities, lambda one: engine.run(one, None), told.append)
@@ -127,7 +132,7 @@ def test_a_pipeline_that_masks_its_padding_is_proven_and_one_that_does_not_is_ca
 
 @pytest.mark.filterwarnings("ignore")
 def test_other_pipelines_are_proven_likewise(tmp_path: Path) -> None:
-    for save in (save_kontext, save_wan):
+    for save in (save_flux_kontext, save_wan):
         save(tmp_path / save.__name__)
         assert batches_of(str(tmp_path / save.__name__)) == ({False, True}, [])
 

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-from omni_sp.engine.messages import Call, Done
-from omni_sp.engine.ranks.local import InPlaceEngine
+from omni_sp.engine.engine import Engine
+from omni_sp.engine.messages import Call, Done, Ready
+from omni_sp.engine.ranks.local import LocalRank
+from omni_sp.engine.startup import Startup
 from omni_sp.errors import EngineClosedError, SamplingParamsError, ShardingError
 from omni_sp.mesh import ParallelMesh
-from tests.ranks import RankPool
+from omni_sp.pipelines.capabilities import PipelineCapabilities
+from omni_sp.testing.ranks import RankPool
 
 
 class FakeRunner:
     """Runs nothing; refuses the calls that ask for it."""
 
-    def run(self, call: Call, on_step: Any) -> Done:
+    def run(self, call: Call, on_step: Any, **_: Any) -> Done:
         if "refuse" in call.arguments:
             raise SamplingParamsError("not this")
         return Done(request_id=call.request_id, result=None, tokens={})
 
+    def close(self) -> None:
+        """Nothing to give back."""
 
-def joined(mesh: ParallelMesh) -> InPlaceEngine:
+
+class JoinedRanks(LocalRank):
+    """Ranks that are there already, without a model."""
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        vars(self).update(_mesh=mesh, _runner=FakeRunner(), _aborted=set())
+
+    def start(self, startup: Startup, is_cancelled: Any) -> Ready:
+        return Ready(
+            rank=0, ranks=1, layout="", capabilities=PipelineCapabilities(name="Fake", parameters={}), device="cpu",
+            dtype="float32", load_s=0.0,
+        )  # fmt: skip
+
+
+def joined(mesh: ParallelMesh) -> Engine:
     """An engine on ranks that are there already, without a model."""
-    engine = InPlaceEngine.__new__(InPlaceEngine)
-    vars(engine).update(_mesh=mesh, _runner=FakeRunner(), _closed=None, _lock=threading.Lock())
-    return engine
+    return Engine(JoinedRanks(mesh), Startup(lambda news: None))
 
 
 def run_case(mesh: ParallelMesh, odd_rank: int, name: str) -> str:

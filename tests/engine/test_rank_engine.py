@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from omni_sp import DiffusionParallelConfig
-from omni_sp.engine.engine import RankEngine
+from omni_sp.engine.engine import Engine
 from omni_sp.engine.messages import Call, EngineOptions, Progress
+from omni_sp.engine.ranks.remote import RemoteRanks
 from omni_sp.engine.ranks.spawn import SpawnLauncher
+from omni_sp.engine.startup import Startup
 from omni_sp.errors import (
     EngineClosedError,
     RankFailedError,
@@ -37,7 +39,7 @@ def _no_process_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert becomes_true(lambda: children() <= before, 5.0)
 
 
-def start(script: str, *, silence_s: float = 60.0) -> RankEngine:
+def start(script: str, *, silence_s: float = 60.0) -> Engine:
     options = EngineOptions(
         source=ModelSource(name="scripted", location=""),
         config=DiffusionParallelConfig(ulysses_degree=2),
@@ -48,7 +50,8 @@ def start(script: str, *, silence_s: float = 60.0) -> RankEngine:
         rank_timeout_s=silence_s,
         startup_timeout_s=30.0,
     )
-    return RankEngine(options, lambda news: None, SpawnLauncher("tests.engine.scripted", script))
+    group = RemoteRanks(options, SpawnLauncher("tests.engine.scripted", script))
+    return Engine(group, Startup(lambda news: None))
 
 
 def call(**arguments: object) -> Call:

@@ -18,8 +18,9 @@ import pytest
 
 from omni_sp import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
-from omni_sp.engine.engine import RankEngine
+from omni_sp.engine.engine import Engine
 from omni_sp.engine.messages import EngineOptions
+from omni_sp.engine.ranks.remote import RemoteRanks
 from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.engine.startup import (
     CAPTIONS,
@@ -46,7 +47,7 @@ PATIENCE_S = 120.0
 pytestmark = pytest.mark.usefixtures("no_process_left")
 
 
-def scripted(script: str, news: list[str]) -> RankEngine:
+def scripted(script: str, news: list[str]) -> Engine:
     options = EngineOptions(
         source=ModelSource(name="scripted", location=""),
         config=TWO,
@@ -57,7 +58,7 @@ def scripted(script: str, news: list[str]) -> RankEngine:
         rank_timeout_s=30.0,
         startup_timeout_s=30.0,
     )
-    return RankEngine(options, news.append, SpawnLauncher("tests.engine.readers", script))
+    return Engine(RemoteRanks(options, SpawnLauncher("tests.engine.readers", script)), Startup(news.append))
 
 
 def parts_of(news: list[str]) -> list[str]:
@@ -176,8 +177,8 @@ def test_ranks_that_stop_at_the_latent_read_no_vae(monkeypatch: pytest.MonkeyPat
         assert abs(two - drawn(omni)).max() <= 2
 
 
-def _with_watched_ranks(options: EngineOptions, on_news: Any) -> RankEngine:
-    return RankEngine(options, on_news, SpawnLauncher("tests.engine.readers", "watched"))
+def _with_watched_ranks(options: EngineOptions, on_news: Any) -> Engine:
+    return Engine(RemoteRanks(options, SpawnLauncher("tests.engine.readers", "watched")), Startup(on_news))
 
 
 def test_a_warm_up_is_part_of_the_start() -> None:

@@ -1,4 +1,4 @@
-"""Ranks under torchrun: each carried by one of its processes, started anew there, and none left behind."""
+"""Ranks under torchrun: each is supervised by one of its processes, started again there, and none is left."""
 
 from __future__ import annotations
 
@@ -42,7 +42,11 @@ async def draw(omni, name):
 
 
 async def main():
-    async with AsyncOmni("omni-sp/shapes", DiffusionParallelConfig(ulysses_degree=2), device="cpu") as omni:
+    omni = AsyncOmni("omni-sp/shapes", DiffusionParallelConfig(ulysses_degree=2), device="cpu")
+    if not omni.is_main:
+        await omni.supervise_rank()
+        return
+    async with omni:
         assert os.environ["RANK"] == "0"
         before = await draw(omni, "first")
         Path("ready").touch()
@@ -85,7 +89,7 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def carried_rank(pid: int, rank: int) -> psutil.Process:
+def supervised_rank(pid: int, rank: int) -> psutil.Process:
     """The process of a rank of this job."""
     return next(process for process in descendants(pid) if process.cmdline()[-1] == f"omni_sp-rank-{rank}")
 
@@ -101,12 +105,12 @@ def program(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_carried_rank_that_is_killed_comes_back_and_all_end_with_the_program(program: Path) -> None:
+def test_a_supervised_rank_that_is_killed_comes_back_and_all_end_with_the_program(program: Path) -> None:
     with torchrun(program, "program.py") as job:
         wait_for(program / "ready", job)
         (program / "go-on").touch()
         wait_for(program / "second-draws", job)
-        carried_rank(job.pid, 1).kill()
+        supervised_rank(job.pid, 1).kill()
         assert job.wait(PATIENCE_S) == 0
     assert json.loads((program / "told.json").read_text()) == [True, 1]
     assert (program / "over").exists()
@@ -118,7 +122,7 @@ def test_a_killed_front_leaves_no_rank(program: Path) -> None:
         wait_for(program / "ready", job)
         everybody = descendants(job.pid)
         assert len(everybody) == 4
-        front = carried_rank(job.pid, 0).parent()
+        front = supervised_rank(job.pid, 0).parent()
         assert front is not None
         front.kill()
         assert becomes_true(lambda: not any(map(psutil.Process.is_running, everybody)), 60.0)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from omni_sp import ParallelMesh, parallelize
-from tests.attention.reference import relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import relative_error
 from tests.pipelines.zoo.check import draw
-from tests.ranks import RankPool
 
 
 def quiet(build: Any) -> Any:

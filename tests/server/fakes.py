@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,6 +128,7 @@ class FakeOmni(AsyncOmni):
         self._is_started, self._state = False, "starting"
         self._numbers = itertools.count()
         self._num_steps = 0
+        self._observers: list[Callable[[RequestEvent], None]] = []
 
     @property
     def status(self) -> str:
@@ -135,10 +137,10 @@ class FakeOmni(AsyncOmni):
     @property
     def info(self) -> Ready:
         if not self._is_started:
-            raise EngineClosedError("AsyncOmni has not started yet: await start(), or use it with `async with`")
+            raise EngineClosedError("the model is still being loaded: try again later")
         return Ready(
-            rank=0, ranks=4, layout="ulysses_degree 2 × ring_degree 2 = 4 ranks; ring of [0 1 | 2 3]",
-            capabilities=self._facts, device="cpu", dtype="float32", load_s=0.5,
+            rank=0, ranks=4, layout="ulysses_degree 2 × ring_degree 2 = 4 ranks, in words of its own",
+            rings=((0, 1), (2, 3)), capabilities=self._facts, device="cpu", dtype="float32", load_s=0.5,
         )  # fmt: skip
 
     @property
@@ -201,6 +203,13 @@ class FakeOmni(AsyncOmni):
         previews: bool = False,
     ) -> AsyncIterator[RequestEvent]:
         request = self._submit_fake(prompt, require_params(sampling_params), request_id, priority, previews)
+        async with contextlib.aclosing(self._events(request)) as events:
+            async for event in events:
+                for observer in self._observers:
+                    observer(event)
+                yield event
+
+    async def _events(self, request: FakeRequest) -> AsyncGenerator[RequestEvent, None]:
         try:
             position = -1
             while self._line[0] is not request:

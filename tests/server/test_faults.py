@@ -11,11 +11,12 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from omni_sp.errors import RankFailedError
+from omni_sp.errors import RankFailedError, SamplingParamsError
 from omni_sp.server.errors import to_api_error
 from tests.engine.processes import alive, becomes_true
 from tests.server.serving import PATIENCE_S, Program, error_of, is_free, running, until
@@ -93,16 +94,26 @@ def test_a_rank_without_memory_says_so_and_what_to_do(server: Program) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "code"),
+    ("kind", "code"),
     [
-        ("rank 1 of 2 raised OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "out_of_memory"),
-        ("rank 1 of 2 raised MemoryError: no message", "out_of_memory"),
-        ("rank 0 of 2 was killed by signal 9 (out of memory?)", "rank_failed"),
-        ("rank 0 of 2 raised ValueError: no prompt but 'out of memory'", "rank_failed"),
+        ("out_of_memory", "out_of_memory"),
+        ("died", "rank_failed"),
+        ("raised", "rank_failed"),
+        ("silent", "rank_failed"),
     ],
 )
-def test_memory_is_blamed_only_where_it_is_known_to_be_the_cause(told: str, code: str) -> None:
-    assert to_api_error(RankFailedError(told, rank=1)).code == code
+@pytest.mark.parametrize("message", ["bananas", "raised MemoryError: out of memory"])
+def test_memory_is_blamed_only_where_it_is_known_to_be_the_cause(message: str, kind: Any, code: str) -> None:
+    assert to_api_error(RankFailedError(message, rank=1, kind=kind)).code == code
+
+
+@pytest.mark.parametrize(
+    ("param", "field"),
+    [("height", "size"), ("width", "size"), ("num_outputs_per_prompt", "n"), ("seed", "seed"), (None, None)],
+)
+def test_a_field_is_blamed_whatever_the_message_is(param: str | None, field: str | None) -> None:
+    error = to_api_error(SamplingParamsError("guidance_scale=1: bananas", param=param))
+    assert (error.status, error.message, error.param) == (400, "guidance_scale=1: bananas", field)
 
 
 def test_a_client_that_leaves_takes_its_picture_along(server: Program, expected: dict[int, bytes]) -> None:

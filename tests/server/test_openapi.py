@@ -88,7 +88,7 @@ def tried(operation: Any, mode: GenerationMode) -> Counter[int]:
 
 
 @pytest.mark.parametrize(
-    ("facts", "routes"),
+    ("capabilities", "routes"),
     [
         (PICTURES, ["POST /v1/images/generations", "POST /v1/chat/completions"]),
         (EDITS, ["POST /v1/images/edits"]),

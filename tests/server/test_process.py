@@ -1,22 +1,35 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from omni_sp import AsyncOmni, DiffusionParallelConfig, cli
+from omni_sp.cli.options import SERVE
+from omni_sp.command_line import BAD_INPUT
 from omni_sp.errors import EngineClosedError, RankFailedError
-from omni_sp.server.process import BAD_INPUT, listening, main, run_server
+from omni_sp.requests import engine_options
+from omni_sp.server.process import listening, run_server
 from omni_sp.server.settings import ServerSettings
 from tests.server.fakes import FakeOmni, held
 from tests.server.serving import PATIENCE_S, until
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code of ``omni-sp serve``."""
+    return cli.main(["serve", *arguments])
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -66,6 +79,25 @@ def test_a_data_folder_that_is_a_file_is_one_line(tmp_path: Path, capsys: pytest
     file.write_text("x")
     assert main(["--port", "0", "--data-dir", str(file)]) == BAD_INPUT
     assert str(file) in one_line(capsys)
+
+
+def test_the_module_runs_the_command() -> None:
+    program = [sys.executable, "-m", "omni_sp.server", "--max_stepps", "3"]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert ended.returncode == BAD_INPUT
+    assert ended.stderr == "omni-sp serve: error: no option --max-stepps; did you mean --max-steps?\n"
+
+
+def test_every_option_reaches_what_takes_it() -> None:
+    for option in SERVE:
+        match option.owner:
+            case "server":
+                known = {field.name for field in fields(ServerSettings)}
+            case "degrees":
+                known = set(inspect.signature(DiffusionParallelConfig).parameters)
+            case _:
+                known = {*inspect.signature(AsyncOmni).parameters, *inspect.signature(engine_options).parameters}
+        assert option.field in known, option.flags
 
 
 def run(omni: FakeOmni, after_start: Callable[[str], None], **settings: Any) -> int:

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from omni_sp.errors import ConfigError, RankFailedError
+from omni_sp.events import RequestFailed, RequestProgress, RequestQueued
 from omni_sp.server.errors import ApiError
+from omni_sp.server.metrics import Metrics
 from omni_sp.server.pictures import decode_picture, encode_picture
 from omni_sp.server.settings import ServerSettings
 from tests.server.fakes import EDITS, FakeOmni
@@ -169,6 +171,20 @@ def test_health_and_metrics() -> None:
         assert line in lines, line
     memory = next(line for line in lines if line.startswith('omni_sp_resident_memory_bytes{process="server"}'))
     assert float(memory.split()[1]) > 1e6
+
+
+def test_a_request_waits_once_until_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart queues it again, which is no second wait; whoever leaves without an event is forgotten in the end."""
+    monkeypatch.setattr("omni_sp.server.metrics._MOST_UNDER_WAY", 2)
+    metrics = Metrics(FakeOmni())
+    for name in ("left-1", "left-2", "drawn"):
+        metrics.on_event(RequestQueued(request_id=name, position=0))
+    for name in ("left-1", "drawn"):
+        metrics.on_event(RequestProgress(request_id=name, done=0, total=2))
+    metrics.on_event(RequestQueued(request_id="drawn", position=0))
+    metrics.on_event(RequestProgress(request_id="drawn", done=0, total=2))
+    metrics.on_event(RequestFailed(request_id="drawn", error=RankFailedError("no memory", rank=0)))
+    assert "omni_sp_queue_seconds_count 1.0" in metrics.page().decode().splitlines()
 
 
 def test_an_engine_that_does_not_start_is_told() -> None:

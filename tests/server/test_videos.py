@@ -16,7 +16,7 @@ from omni_sp import DiffusionParallelConfig
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.errors import RankFailedError
 from omni_sp.server.storage.job_store import JobStore, VideoJob
-from tests.pipelines import folders
+from omni_sp.testing import models
 from tests.server.fakes import PICTURES, VIDEOS, FakeOmni, held
 from tests.server.films import a_picture, film
 from tests.server.serving import Served, error_of, serving, until
@@ -375,7 +375,7 @@ def test_what_runs_at_the_end_is_finished(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "wan"
-    folders.save_wan(folder)
+    models.save_wan(folder)
     return folder
 
 

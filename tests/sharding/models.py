@@ -7,21 +7,9 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.models import flux_transformer, wan_transformer
+
 Inputs = dict[str, Any]
-
-
-def randomise(model: Any, seed: int = 0) -> Any:
-    """Random weights everywhere: layers that start at zero would hide every error behind them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                # Norm weights around 1, biases around 0; nothing of the unseeded initialisation stays.
-                parameter.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
-    return model.eval()
 
 
 def _draw(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -62,23 +50,6 @@ def qwen_inputs(
     }
 
 
-def flux() -> Any:
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=3,
-        joint_attention_dim=24,
-        pooled_projection_dim=20,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
-
-
 def flux_inputs(*, height: int = 5, width: int = 7, text: int = 13, batch: int = 2, ids_ndim: int = 2) -> Inputs:
     generator = torch.Generator().manual_seed(2)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -112,22 +83,7 @@ def qwen_controlnet_inputs() -> Inputs:
 
 
 def wan(image: bool = False) -> Any:
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=3,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=16,
-        ffn_dim=40,
-        num_layers=2,
-        image_dim=28 if image else None,
-        added_kv_proj_dim=72 if image else None,
-        rope_max_seq_len=32,
-    )
+    return wan_transformer(image_dim=28, added_kv_proj_dim=72) if image else wan_transformer()
 
 
 def wan_inputs(*, frames: int = 3, height: int = 6, width: int = 10, text: int = 13, batch: int = 2) -> Inputs:
@@ -161,10 +117,10 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Inputs]]] = {
     "qwen, 1000x1016 pixels": (qwen_image, lambda: qwen_inputs(height=62, width=63)),
     "qwen, 5 heads": (lambda: qwen_image(heads=5), lambda: qwen_inputs(batch=2)),
     "qwen, controlnet": (qwen_image, qwen_controlnet_inputs),
-    "flux, 13 text tokens": (flux, flux_inputs),
-    "flux, 3 text tokens": (flux, lambda: flux_inputs(text=3, batch=1)),
-    "flux, ids with batch": (flux, lambda: flux_inputs(ids_ndim=3)),
-    "flux, controlnet": (flux, flux_controlnet_inputs),
+    "flux, 13 text tokens": (flux_transformer, flux_inputs),
+    "flux, 3 text tokens": (flux_transformer, lambda: flux_inputs(text=3, batch=1)),
+    "flux, ids with batch": (flux_transformer, lambda: flux_inputs(ids_ndim=3)),
+    "flux, controlnet": (flux_transformer, flux_controlnet_inputs),
     "wan": (wan, wan_inputs),
     "wan, 1 frame": (wan, lambda: wan_inputs(frames=1, height=2, width=6)),
     "wan, timestep per token": (wan, wan_ti2v_inputs),

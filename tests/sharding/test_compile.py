@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from omni_sp import ParallelMesh, parallelize
-from tests.attention.reference import relative_error
-from tests.ranks import RankPool
-from tests.sharding.models import CASES, randomise
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
+from tests.sharding.models import CASES
 
 
 def compiled(mesh: ParallelMesh, name: str, backend: str) -> float:

@@ -11,9 +11,9 @@ import torch
 
 from omni_sp import OmniSPError, ParallelMesh, ShardingError, UnsupportedModelError, parallelize
 from omni_sp.sharding import ShardingPlan, plan_for
-from tests.attention.reference import relative_error
-from tests.ranks import RankPool
-from tests.sharding.models import qwen_image, qwen_inputs, randomise, wan, wan_inputs
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
+from tests.sharding.models import qwen_image, qwen_inputs, wan, wan_inputs
 
 
 def own_plan(model: Any) -> ShardingPlan:

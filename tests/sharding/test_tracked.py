@@ -22,7 +22,7 @@ from omni_sp.sharding.hooks import shard_tracked
 from omni_sp.sharding.plan import Split
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard, to_full_tensors
 from omni_sp.sharding.tracked.placement import concatenated
-from tests.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 from tests.sharding.operations import OPS, WRITE, Op
 from tests.thorough import THOROUGH
 

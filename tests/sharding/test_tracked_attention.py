@@ -18,7 +18,7 @@ from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.forward_context import ShardedForward, activate
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard, to_full_tensors, tracked_attention
 from omni_sp.sharding.tracked.placement import concatenated
-from tests.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 
 DEGREES = [(2, 1), (1, 2), (2, 2), (3, 1)]
 

@@ -7,9 +7,9 @@ import torch
 
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
-from tests.attention.reference import relative_error
-from tests.ranks import RankPool
-from tests.sharding.models import CASES, qwen_image, qwen_inputs, randomise
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
+from tests.sharding.models import CASES, qwen_image, qwen_inputs
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]
 

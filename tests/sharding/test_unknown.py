@@ -11,9 +11,8 @@ from torch import nn
 from omni_sp import ShardingError, parallelize
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding import Split, TrackedPlan
-from tests.attention.reference import relative_error
-from tests.ranks import RankPool
-from tests.sharding.models import randomise
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
 from tests.sharding.test_refusals import error_of
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from omni_sp import OmniSPError, ParallelMesh, UnsupportedAttentionError, parallelize
-from omni_sp.attention import SequenceLayout, select_strategy
-from tests.attention.reference import relative_error
-from tests.ranks import RankPool
-from tests.sharding.models import qwen_image, qwen_inputs, randomise
+from omni_sp import DiffusionParallelConfig, OmniSPError, ParallelMesh, UnsupportedAttentionError, parallelize
+from omni_sp.attention import SequenceLayout, select_strategy, sequence_parallel_attention
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
+from tests.sharding.models import qwen_image, qwen_inputs
 
 pytest.importorskip("yunchang", reason="yunchang is not installed: pip install 'omni-sp[yunchang]'")
 
@@ -84,3 +84,18 @@ def test_other_refusals(ranks: RankPool) -> None:
         assert "not used for causal attention without flash-attn" in messages[3]
         assert "zigzag" in messages[4]
         assert "needs tokens on every rank" in messages[5]
+
+
+def on_half_of_the_ranks(job: ParallelMesh) -> float:
+    """Ranks 2 and 3 of a job attend on a mesh of their own, and ranks 0 and 1 take no part."""
+    if job.rank < 2:
+        return 0.0
+    mesh = ParallelMesh(DiffusionParallelConfig(ulysses_degree=2), ranks=(2, 3))
+    x = torch.randn(1, 4, 4, 8, generator=torch.Generator().manual_seed(job.rank))
+    layout = SequenceLayout((4, 4), (4, 4))
+    got = select_strategy("yunchang", mesh, "auto")(x, x, x, key_mask=None, is_causal=False, scale=None, layout=layout)
+    return relative_error(got, sequence_parallel_attention(x, x, x, mesh=mesh, layout=layout))
+
+
+def test_a_mesh_of_some_ranks(ranks: RankPool) -> None:
+    assert max(ranks.run(on_half_of_the_ranks, ulysses=4)) <= 2e-6

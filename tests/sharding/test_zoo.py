@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from omni_sp.sharding.catalogue import PROVEN_FILE, as_markdown, catalogue, transformer_classes
 from omni_sp.sharding.models import PLANNED
-from tests.ranks import ROOT, RankPool
+from omni_sp.testing.ranks import RankPool
 from tests.sharding.zoo.all import ENTRIES, proven_classes
 from tests.sharding.zoo.check import LAYOUTS, compare
 from tests.thorough import THOROUGH
 
+ROOT = Path(__file__).resolve().parents[2]
 PLANNED_ENTRIES = [entry_id for entry_id, entry in ENTRIES.items() if entry.name in PLANNED]
 FIRST = {entry.name: entry_id for entry_id, entry in reversed(ENTRIES.items())}
 # Every class on all layouts, further modes of it where Ulysses meets ring; thoroughly, also on uneven shares.

@@ -1,14 +1,25 @@
 """Attention on one device, a kernel a file; all give (output, log-sum-exp) and declare what they can do."""
 
-from omni_sp.attention.kernels.base import Capabilities, Kernel, KernelCall, attend
-from omni_sp.attention.kernels.registry import kernel_names, missing_package, register_kernel, select_kernel
+from omni_sp.attention.kernels.base import AttentionArgs, Capabilities, Kernel, KernelCall, KeyBlock, attend
+from omni_sp.attention.kernels.registry import (
+    attention_args,
+    kernel_names,
+    load_kernel,
+    missing_package,
+    register_kernel,
+    select_kernel,
+)
 
 __all__ = [
+    "AttentionArgs",
     "Capabilities",
     "Kernel",
     "KernelCall",
+    "KeyBlock",
     "attend",
+    "attention_args",
     "kernel_names",
+    "load_kernel",
     "missing_package",
     "register_kernel",
     "select_kernel",

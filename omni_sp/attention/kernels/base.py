@@ -1,11 +1,13 @@
-"""What a kernel is, and the one way to call one: every degenerate case is settled here, before a kernel sees it."""
+"""What a kernel is, and the one way to call it: ``attend`` handles every degenerate case before a kernel sees it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -13,10 +15,14 @@ class Capabilities:
     """What a kernel can serve.
 
     Attributes:
-        devices: device types. dtypes: of query, key and value alike.
-        key_mask: takes a mask over keys. causal: takes causal attention. causal_with_mask: both at once.
-        gqa: takes fewer key/value heads than query heads, in equal runs.
-        max_head_dim, head_dim_multiple: which head sizes.
+        devices: device types that it runs on.
+        dtypes: dtypes of query, key and value, which are alike.
+        key_mask: it takes a mask over keys.
+        causal: it takes causal attention.
+        causal_with_mask: it takes causal attention and a mask at once.
+        gqa: it takes fewer key/value heads than query heads, in equal runs.
+        max_head_dim: the largest head_dim that it takes.
+        head_dim_multiple: head_dim must be a multiple of this.
     """
 
     devices: frozenset[str]
@@ -40,9 +46,7 @@ class KernelCall:
     causal: bool
 
 
-Run = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool, float], tuple[torch.Tensor, torch.Tensor]
-]
+Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,17 @@ class Kernel:
     """One attention kernel.
 
     Attributes:
-        name: what users choose it by.
+        name: the name that users choose it by.
         capabilities: what it can serve; it is never asked for more.
         run: ``run(query, key, value, key_mask, is_causal, scale) -> (out, lse)``, computing
             softmax(query · keyᵀ · scale) · value. query is (batch, q_tokens, heads, head_dim), key and value
             (batch, kv_tokens, kv_heads, head_dim), none of them empty, last dim contiguous; key_mask (batch, kv_tokens)
             bool, True = attend, or None. ``out`` is shaped like query; ``lse`` is the natural log-sum-exp
-            (batch, heads, q_tokens) in fp32 (fp64 for fp64). What they hold for rows that no key may attend does not
-            matter: ``attend`` overrides it.
+            (batch, heads, q_tokens) in fp32 (fp64 for fp64). What they hold for queries that no key may attend does
+            not matter: ``attend`` overrides it.
         lossy: it approximates. Such a kernel runs where it is named, never by "auto".
-        modules: of packages that are no part of an installation; it needs one of them. install: how to come by it.
+        modules: it needs one of these modules, which an installation may lack.
+        install: the command that installs one of them.
     """
 
     name: str
@@ -68,6 +73,40 @@ class Kernel:
     lossy: bool = False
     modules: tuple[str, ...] = ()
     install: str = ""
+
+
+@dataclass(frozen=True)
+class AttentionArgs:
+    """How one attention is computed, whatever tensors it gets. Made once a call by ``attention_args``, then passed on.
+
+    Attributes:
+        kernel: it computes attention on one device.
+        scale: the scores query · keyᵀ are multiplied by it.
+        is_causal: each query attends to its own token and to earlier ones.
+    """
+
+    kernel: Kernel
+    scale: float
+    is_causal: bool
+
+
+class KeyBlock(NamedTuple):
+    """The keys of some tokens with all that belongs to them, wherever they are sent.
+
+    Attributes:
+        key: (batch, kv_tokens, kv_heads, head_dim).
+        value: (batch, kv_tokens, kv_heads, head_dim).
+        mask: (batch, kv_tokens) bool, True = attend; None where all may be attended.
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+    def tokens(self, start: int, stop: int | None) -> KeyBlock:
+        """The block of the tokens from ``start`` to ``stop``, as views."""
+        mask = None if self.mask is None else self.mask[:, start:stop]
+        return KeyBlock(self.key[:, start:stop], self.value[:, start:stop], mask)
 
 
 def unsupported_reason(kernel: Kernel, call: KernelCall) -> str | None:
@@ -88,49 +127,43 @@ def unsupported_reason(kernel: Kernel, call: KernelCall) -> str | None:
     return None
 
 
-def _names(things: frozenset[str] | frozenset[torch.dtype]) -> str:
-    return ", ".join(sorted(str(thing) for thing in things))
+def _names(values: frozenset[str] | frozenset[torch.dtype]) -> str:
+    return ", ".join(sorted(map(str, values)))
 
 
 def attend(
-    kernel: Kernel,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    key_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    scale: float,
-    key_of_query: tuple[int, ...] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, block: KeyBlock, args: AttentionArgs, key_of_query: tuple[int, ...] | None = None
+) -> tuple[Tensor, Tensor]:
     """Run one kernel on one device's tensors, any of which may be empty.
 
     Args:
-        query: (batch, q_tokens, heads, head_dim). key, value: (batch, kv_tokens, kv_heads, head_dim).
-        key_mask: (batch, kv_tokens), True = attend. key_of_query: for each query head its key/value head, where they
-            do not form equal runs.
+        query: (batch, q_tokens, heads, head_dim).
+        block: the keys, on the same device.
+        args: the kernel and how to call it.
+        key_of_query: for each query head the index of its key/value head; None where they form equal runs.
 
     Returns:
-        Output (batch, q_tokens, heads, head_dim) and LSE (batch, heads, q_tokens); a row without a key has output 0
-        and LSE -inf.
+        Output (batch, q_tokens, heads, head_dim) and LSE (batch, heads, q_tokens). A query that no key may attend has
+        output 0 and LSE -inf.
     """
+    key, value, key_mask = block
     batch, num_queries, heads, head_dim = query.shape
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if query.numel() == 0 or key.shape[1] == 0:
         # Kernels are not asked: torch's CPU kernel kills the process on empty keys or queries.
+        lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = torch.full((batch, heads, num_queries), -torch.inf, dtype=lse_dtype, device=query.device)
         return query.new_zeros(batch, num_queries, heads, head_dim), lse
     if key_of_query is not None:
         index = torch.tensor(key_of_query, device=key.device)
         key, value = key.index_select(2, index), value.index_select(2, index)
-    elif key.shape[2] != heads and not kernel.capabilities.gqa:
+    elif key.shape[2] != heads and not args.kernel.capabilities.gqa:
         repeats = heads // key.shape[2]
         key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    out, lse = kernel.run(query, key, value, key_mask, is_causal, scale)
+    out, lse = args.kernel.run(query, key, value, key_mask, args.is_causal, args.scale)
     if key_mask is not None:
-        # Kernels disagree about rows without a key (0, nan, an average of everything): settle it.
-        if is_causal:
+        # Kernels disagree about queries without a key (0, nan, an average of everything): here it is 0 for all kernels.
+        if args.is_causal:
             without_keys = key_mask.cumsum(dim=1)[:, :num_queries] == 0
         else:
             without_keys = ~key_mask.any(dim=1, keepdim=True)
@@ -139,19 +172,22 @@ def attend(
     return out, lse
 
 
-def additive_mask(key_mask: torch.Tensor | None, is_causal: bool, num_queries: int, like: torch.Tensor) -> torch.Tensor:
-    """0 where a query may attend a key, -inf elsewhere.
+def additive_mask(key_mask: Tensor | None, is_causal: bool, num_queries: int, key: Tensor) -> Tensor:
+    """A mask to be added to the scores: 0 where a query may attend a key, -inf elsewhere.
 
     Args:
-        like: the key, whose dtype and number of tokens the mask takes.
+        key_mask: (batch, kv_tokens) bool, True = attend; None where all may be attended.
+        is_causal: each query attends to its own token and to earlier ones.
+        num_queries: number of query tokens.
+        key: (batch, kv_tokens, kv_heads, head_dim); the mask takes its dtype, device and number of tokens.
 
     Returns:
         (batch or 1, 1, q_tokens or 1, kv_tokens).
     """
-    num_keys = like.shape[1]
-    allowed = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=like.device)
+    num_keys = key.shape[1]
+    allowed = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=key.device)
     if is_causal:
-        allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=like.device).tril()[None, None]
+        allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()[None, None]
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
-    return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, -torch.inf)
+    return torch.zeros(allowed.shape, dtype=key.dtype, device=key.device).masked_fill_(~allowed, -torch.inf)

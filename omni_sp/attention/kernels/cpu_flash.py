@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from omni_sp.attention.kernels.base import Capabilities, Kernel, additive_mask
 
@@ -10,20 +11,15 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def _run(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     if query.dtype in _HALF:
-        # Keys and values are read once for every block of queries. In 16 bit the kernel is about a tenth faster, the
-        # copy included, where the tokens of a head lie side by side; in fp32 it makes no difference.
+        # The kernel reads keys and values once for every block of queries. In 16 bit it is about a tenth faster, the
+        # copy included, where the tokens of a head are contiguous; in fp32 that makes no difference.
         key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value))
     mask = None
     if key_mask is not None:
-        # The kernel takes no mask beside its causal flag: causality goes into the mask then.
+        # The kernel takes no mask beside its causal flag, so the mask says both.
         mask, is_causal = additive_mask(key_mask, is_causal, query.shape[1], key), False
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), 0.0, is_causal, attn_mask=mask, scale=scale

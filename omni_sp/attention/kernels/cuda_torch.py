@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from omni_sp.attention.kernels.base import Capabilities, Kernel, additive_mask
 
@@ -11,13 +12,8 @@ _HALF = frozenset({torch.bfloat16, torch.float16})
 
 
 def _flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _no_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, _no_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), 0.0, is_causal, False, scale=scale
     )
@@ -25,13 +21,8 @@ def _flash(
 
 
 def _cudnn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _no_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, _no_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -43,18 +34,13 @@ def _cudnn(
         False,
         scale=scale,
     )
-    # cuDNN keeps a last dim of 1 behind the tokens.
+    # The kernel's LSE has a last dim of 1 behind the tokens.
     return out.transpose(1, 2), lse.reshape(query.shape[0], query.shape[2], query.shape[1])
 
 
 def _efficient(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     bias = None
     if key_mask is not None:
         bias, is_causal = _bias(key_mask, is_causal, query, key), False
@@ -65,8 +51,8 @@ def _efficient(
     return out.transpose(1, 2), lse[:, :, : query.shape[1]]
 
 
-def _bias(key_mask: torch.Tensor, is_causal: bool, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The additive mask with a row stride that is a multiple of 8 elements, as the kernel's loads demand."""
+def _bias(key_mask: Tensor, is_causal: bool, query: Tensor, key: Tensor) -> Tensor:
+    """The additive mask, whose stride between queries is a multiple of 8 elements: the kernel's loads demand it."""
     mask = additive_mask(key_mask, is_causal, query.shape[1], key)
     num_keys = mask.shape[-1]
     padded = mask.new_zeros((*mask.shape[:-1], -(-num_keys // 8) * 8))

@@ -1,4 +1,4 @@
-"""Packages that a kernel may need and an installation may lack."""
+"""Packages that a kernel needs and an installation may lack."""
 
 from __future__ import annotations
 
@@ -11,21 +11,30 @@ from omni_sp.errors import UnsupportedAttentionError
 
 
 def is_installed(module: str) -> bool:
-    """Whether there is such a module, without importing any of its package: a front has no use for a GPU's memory."""
+    """Whether a module is installed. Nothing of its package is imported: that could allocate a GPU's memory.
+
+    Args:
+        module: its dotted name.
+    """
     package, *inner = module.split(".")
     spec, name = find_spec(package), package
-    for part in inner:
+    for component in inner:
         locations = None if spec is None else spec.submodule_search_locations
-        name = f"{name}.{part}"
+        name = f"{name}.{component}"
         spec = None if locations is None else PathFinder.find_spec(name, list(locations))
     return spec is not None
 
 
 def optional_function(modules: tuple[str, ...], name: str, install: str) -> Any:
-    """The function ``name`` from the first of ``modules`` that is installed.
+    """The function of the first module that can be imported.
+
+    Args:
+        modules: their dotted names, in order of preference.
+        name: name of the function.
+        install: the command that installs one of the modules, for the message.
 
     Raises:
-        UnsupportedAttentionError: none is, or what is installed does not work here; says how to install it.
+        UnsupportedAttentionError: no module is installed, or what is installed does not work on this machine.
     """
     reasons = []
     for module in modules:

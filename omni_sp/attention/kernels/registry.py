@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 
-from omni_sp.attention.kernels.base import Kernel, KernelCall, unsupported_reason
+from torch import Tensor
+
+from omni_sp.attention.kernels.base import AttentionArgs, Kernel, KernelCall, unsupported_reason
 from omni_sp.attention.kernels.optional import is_installed
 from omni_sp.errors import UnsupportedAttentionError
 
-# Module and name of each kernel; "auto" takes the first that can serve a call. A module is imported when one of its
-# kernels is first looked at, and a package that it wraps when that kernel first runs.
+# Module and name of each kernel. A module is imported when one of its kernels is first looked at, and a package that it
+# wraps when that kernel first runs.
 _LOCATIONS: dict[str, tuple[str, str]] = {
     "cpu_flash": ("omni_sp.attention.kernels.cpu_flash", "CPU_FLASH"),
     "cuda_flash": ("omni_sp.attention.kernels.cuda_torch", "CUDA_FLASH"),
@@ -26,12 +28,15 @@ _REGISTERED: dict[str, Kernel] = {}
 
 
 def kernel_names() -> tuple[str, ...]:
-    """All names that ``kernel=`` takes, "auto" first."""
+    """The names that ``kernel=`` takes, "auto" first."""
     return ("auto", *_LOCATIONS, *_REGISTERED)
 
 
 def register_kernel(kernel: Kernel) -> None:
     """Make a kernel of your own known by its name, in this process. It runs where it is named, never by "auto".
+
+    Args:
+        kernel: the kernel; its name must be new.
 
     Raises:
         UnsupportedAttentionError: the name is taken.
@@ -43,7 +48,8 @@ def register_kernel(kernel: Kernel) -> None:
     _REGISTERED[kernel.name] = kernel
 
 
-def _load(name: str) -> Kernel:
+def load_kernel(name: str) -> Kernel:
+    """The kernel called ``name``, which is one of ``kernel_names()`` other than "auto"."""
     if name in _REGISTERED:
         return _REGISTERED[name]
     module, attribute = _LOCATIONS[name]
@@ -52,26 +58,35 @@ def _load(name: str) -> Kernel:
 
 
 def missing_package(name: str) -> str | None:
-    """What the kernel called ``name`` needs and is not installed, and how to install it; None where it lacks nothing.
+    """What a kernel needs and is not installed, for a message. The package itself is not imported.
 
-    Nothing is imported for it, so that a process which will not run the kernel can tell.
+    Args:
+        name: of the kernel, one of ``kernel_names()``.
+
+    Returns:
+        The missing package and how to install it; None where nothing is missing.
     """
     if name == "auto":
         return None
-    kernel = _load(name)
+    kernel = load_kernel(name)
     if not kernel.modules or any(map(is_installed, kernel.modules)):
         return None
     return f"{' or '.join(kernel.modules)}, which is not installed: {kernel.install}"
 
 
 def select_kernel(name: str, call: KernelCall) -> Kernel:
-    """The kernel called ``name``, or with "auto" the first in order of preference that can serve ``call``.
+    """The kernel that serves a call.
+
+    Args:
+        name: of the kernel, or "auto" for the first in order of preference that can serve the call.
+        call: what is asked of it.
 
     Raises:
-        UnsupportedAttentionError: no such name, or it cannot serve the call; says why, and which kernels can.
+        UnsupportedAttentionError: there is no such kernel, or it cannot serve the call; the message says why, and
+            which kernels can.
     """
     if name == "auto":
-        for candidate in map(_load, _AUTO):
+        for candidate in map(load_kernel, _AUTO):
             if unsupported_reason(candidate, call) is None:
                 return candidate
         raise UnsupportedAttentionError(f"no kernel can serve {call}; there are {', '.join(_AUTO)}")
@@ -79,9 +94,17 @@ def select_kernel(name: str, call: KernelCall) -> Kernel:
         raise UnsupportedAttentionError(
             f"no attention kernel is called {name!r}; choose from {', '.join(kernel_names())}"
         )
-    kernel = _load(name)
-    why = unsupported_reason(kernel, call)
-    if why is not None:
-        able = [other for other in kernel_names()[1:] if unsupported_reason(_load(other), call) is None]
-        raise UnsupportedAttentionError(f"kernel {name!r} {why}; able here: {', '.join(able) or 'none'}")
+    kernel = load_kernel(name)
+    reason = unsupported_reason(kernel, call)
+    if reason is not None:
+        able = [other for other in kernel_names()[1:] if unsupported_reason(load_kernel(other), call) is None]
+        raise UnsupportedAttentionError(f"kernel {name!r} {reason}; able here: {', '.join(able) or 'none'}")
     return kernel
+
+
+def attention_args(
+    query: Tensor, key_mask: Tensor | None, *, is_causal: bool, scale: float | None, kernel: str
+) -> AttentionArgs:
+    """The arguments of one attention, with its kernel chosen; ``scale`` None becomes 1/sqrt(head_dim)."""
+    call = KernelCall(query.device.type, query.dtype, query.shape[-1], key_mask is not None, is_causal)
+    return AttentionArgs(select_kernel(kernel, call), query.shape[-1] ** -0.5 if scale is None else scale, is_causal)

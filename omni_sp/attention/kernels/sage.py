@@ -1,8 +1,9 @@
-"""SageAttention: query and key in 8 bits. Fast, and *not exact*: chosen by name only."""
+"""SageAttention computes with query and key in 8 bits: fast, and *not exact*. It runs only where it is named."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from omni_sp.attention.kernels.base import Capabilities, Kernel
 from omni_sp.attention.kernels.optional import optional_function
@@ -11,14 +12,9 @@ _MODULES, _INSTALL = ("sageattention",), "install SageAttention 2 from its sourc
 
 
 def _run(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _no_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # Version 1, which is what PyPI has, gives no LSE.
+    query: Tensor, key: Tensor, value: Tensor, _no_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    # Version 1, which is the one on PyPI, returns no LSE.
     function = optional_function(_MODULES, "sageattn", _INSTALL)
     out, lse = function(query, key, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale, return_lse=True)
     return out, lse

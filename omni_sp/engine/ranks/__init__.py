@@ -1,34 +1,58 @@
-"""How rank processes come to be: started on this machine (spawn), or by the processes that torchrun started (carried).
+"""What an engine knows of its ranks (RankGroup), and how rank processes are started (Launcher, RankProcess).
 
-A launcher of another kind needs no more than ``Launcher`` and ``RankProcess``.
+A group is this process itself (``local``) or processes of their own (``remote``), which a launcher starts on this
+machine (``spawn``) or through the processes of a torchrun job (``torchrun_supervised``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Protocol
 
 from omni_sp.config import DiffusionParallelConfig
+from omni_sp.engine.messages import Call, Done, OnProgress, RankPlacement, Ready
+from omni_sp.engine.startup import Startup
 
 LOOPBACK = "127.0.0.1"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankPlacement:
-    """Where a rank runs.
+class RankGroup(Protocol):
+    """The ranks of one engine, wherever they run. Calls come one at a time; abort() and end() come from any thread."""
 
-    Attributes:
-        machine: its name. device: the rank's own, such as "cuda:1".
-        num_threads: for the CPU's kernels; 0 leaves torch's choice.
-        guardian: the process there whose death must end the rank; 0 where the rank cannot watch it.
-    """
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that shows progress to people."""
 
-    host: str
-    device: str
-    num_threads: int
-    parent_pid: int
+    def start(self, startup: Startup, is_cancelled: Callable[[], bool]) -> Ready:
+        """Load the model on the ranks.
+
+        Args:
+            startup: receives what the start is doing.
+            is_cancelled: asked now and then whether to give up.
+        """
+
+    def run(self, call: Call, on_progress: OnProgress | None) -> Done:
+        """Run one call on all ranks.
+
+        Raises:
+            InvalidInputError: the pipeline refused the call, on all ranks alike.
+            RequestAbortedError: abort() was called.
+            ShardingError: the ranks make different calls.
+            RankFailedError: a rank raised, died, or fell silent.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """Have the ranks leave a call before its next step; run() then raises RequestAbortedError."""
+
+    def broadcast(self, number: int) -> int:
+        """The number that the first rank gives, on every rank of the program."""
+
+    def survives(self, error: BaseException) -> bool:
+        """Whether the ranks stand ready for the next call after run() raised this error."""
+
+    def end(self, patience_s: float = 0.0) -> None:
+        """End the ranks, after so many seconds in which they may leave by themselves. Idempotent."""
 
 
 class RankProcess(Protocol):
@@ -42,7 +66,7 @@ class RankProcess(Protocol):
         """The exit code, negative for a signal; None while it runs."""
 
     def wait(self, timeout_s: float) -> int | None:
-        """Wait so long at most for its end; then as poll()."""
+        """Wait so long at most for its end. Returns what poll() returns then."""
 
     def terminate(self) -> None:
         """Ask it to end."""
@@ -59,17 +83,21 @@ class Launcher(Protocol):
         """The address of the front's machine at which all ranks reach it; LOOPBACK where all are on that machine."""
 
     def placements(self, config: DiffusionParallelConfig, device: str | None) -> Sequence[RankPlacement]:
-        """Where the ranks will run, in rank order; ``device`` as the user gave it.
+        """Where the ranks will run, in rank order.
+
+        Args:
+            config: the degrees.
+            device: as the user gave it.
 
         Raises:
-            ConfigError: there are too few GPUs, or too few processes to carry them.
+            ConfigError: there are too few GPUs, or too few processes to start ranks from.
         """
 
     def start(self, rank: int) -> RankProcess:
-        """Start one rank; it says nothing until it has had its RankSettings. Also again, after it has ended."""
+        """Start one rank; it sends nothing until it has its RankSettings. Also again, after it has ended."""
 
     def close(self) -> None:
         """No rank will be started again. Idempotent."""
 
 
-__all__ = ["LOOPBACK", "Launcher", "RankPlacement", "RankProcess"]
+__all__ = ["LOOPBACK", "Launcher", "RankGroup", "RankProcess"]

@@ -1,4 +1,4 @@
-"""The rank processes as the front holds them: start, send, listen with a bound, and end them whatever happens."""
+"""The rank processes of one engine: start, send, listen with a bound, and end them whatever happens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ _DIE_S = 5.0
 
 
 class RankProcesses:
-    """All ranks of one engine. After the constructor they are loading; ``end()`` leaves no process."""
+    """All rank processes of one engine. After the constructor they are loading; ``end()`` leaves no process.
+
+    Args:
+        options: what the ranks run.
+        launcher: starts them.
+    """
 
     def __init__(self, options: EngineOptions, launcher: Launcher) -> None:
         placements = launcher.placements(options.config, options.device)
@@ -38,15 +43,8 @@ class RankProcesses:
             for rank, placement in enumerate(placements):
                 process = launcher.start(rank)
                 self._ranks.append(process)
-                settings = RankSettings(
-                    rank=rank,
-                    options=options,
-                    device=placement.device,
-                    backend=backend,
-                    store=(launcher.rendezvous_host, port),
-                    num_threads=placement.num_threads,
-                    parent_pid=placement.parent_pid,
-                )
+                store = launcher.rendezvous_host, port
+                settings = RankSettings(rank=rank, options=options, placement=placement, backend=backend, store=store)
                 _send(process.connection, pickle.dumps(settings))
         except BaseException:
             self.end()
@@ -61,7 +59,7 @@ class RankProcesses:
     def listen(self, until: float) -> list[tuple[int, Any]]:
         """Messages of any ranks, as (rank, message); empty once ``time.monotonic()`` has passed ``until``.
 
-        A rank whose process has ended says Gone, once, after its last message.
+        A rank whose process has ended gives RankExited, once, after its last message.
         """
         while True:
             heard = self._poll(min(_POLL_S, max(0.0, until - time.monotonic())))
@@ -71,7 +69,7 @@ class RankProcesses:
     def end(self, patience_s: float = 0.0) -> None:
         """End every process: Stop and ``patience_s`` to obey it, then SIGTERM, then SIGKILL. Idempotent."""
         if os.getpid() != self._owner:
-            return  # a forked copy of the front: the ranks are not its own
+            return  # a forked copy of the front does not own the ranks
         if patience_s:
             self.send(pickle.dumps(Stop()))
             _await(self._ranks, patience_s)
@@ -82,7 +80,7 @@ class RankProcesses:
             _await(alive, seconds)
         for process in self._ranks:
             process.connection.close()
-        self._store = None  # its port is free again, whoever still holds this team
+        self._store = None  # its port is free again, whoever still refers to this object
 
     def _poll(self, seconds: float) -> list[tuple[int, Any]]:
         listening = {process.connection: rank for rank, process in enumerate(self._ranks) if rank not in self._exited}

@@ -14,9 +14,12 @@ import sys
 import threading
 from multiprocessing.connection import Connection, Pipe
 
+from typing_extensions import override
+
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.engine.devices import rank_devices, threads_per_rank
-from omni_sp.engine.ranks import LOOPBACK, RankPlacement
+from omni_sp.engine.messages import RankPlacement
+from omni_sp.engine.ranks import LOOPBACK, Launcher, RankProcess
 from omni_sp.errors import ConfigError
 
 _BOOTSTRAP = """
@@ -25,13 +28,13 @@ from multiprocessing.connection import Connection
 sys.path[:], module, function = json.loads(sys.argv[2])
 getattr(importlib.import_module(module), function)(Connection(int(sys.argv[1])))
 """
-# Other ranks' ends are the front's business to report; torch's C++ warnings about them would flood the terminal.
+# The front reports that a rank ended; torch's C++ warnings about them would flood the terminal.
 _EVERY_RANK = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 # All ranks wait for the same download; one bar is enough.
 _ALL_BUT_RANK_0 = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-class SpawnedRank:
+class SpawnedRank(RankProcess):
     """A rank in a child process."""
 
     def __init__(self, process: subprocess.Popen[bytes], connection: Connection) -> None:
@@ -39,35 +42,36 @@ class SpawnedRank:
         self._connection = connection
 
     @property
+    @override
     def connection(self) -> Connection:
-        """The front's end of the pipe."""
         return self._connection
 
+    @override
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
         return self._process.poll()
 
+    @override
     def wait(self, timeout_s: float) -> int | None:
-        """Wait so long at most for its end; then as poll()."""
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
 
+    @override
     def terminate(self) -> None:
-        """Send SIGTERM."""
         self._process.terminate()
 
+    @override
     def kill(self) -> None:
-        """Send SIGKILL."""
         self._process.kill()
 
 
-class SpawnLauncher:
+class SpawnLauncher(Launcher):
     """Starts ranks with the interpreter and the import path of this process.
 
     Args:
-        module, function: what a rank runs, called with its end of the pipe.
+        module: where the function that a rank runs is defined.
+        function: its name; it is called with the rank's end of the pipe.
         thread_stays: the thread that starts the ranks lives until they have ended.
     """
 
@@ -78,16 +82,12 @@ class SpawnLauncher:
         self._thread_stays = thread_stays
 
     @property
+    @override
     def rendezvous_host(self) -> str:
-        """The loopback."""
         return LOOPBACK
 
+    @override
     def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
-        """All on this machine.
-
-        Raises:
-            ConfigError: it has fewer GPUs than ranks, or no such GPU.
-        """
         devices = rank_devices(device, config)
         threads, parent_pid = threads_per_rank(len(devices)), self.parent_pid()
         return [
@@ -95,12 +95,8 @@ class SpawnLauncher:
             for own in devices
         ]
 
+    @override
     def start(self, rank: int) -> SpawnedRank:
-        """Start one rank.
-
-        Raises:
-            ConfigError: this system, or an embedded interpreter, cannot start them.
-        """
         here, there = Pipe()
         process = self.start_on(there, rank)
         there.close()
@@ -128,8 +124,9 @@ class SpawnLauncher:
             start_new_session=True,
         )
 
+    @override
     def close(self) -> None:
-        """Nothing to do."""
+        """There is nothing to close."""
 
     def parent_pid(self) -> int:
         """The process that ranks watch, if they can.
@@ -141,7 +138,7 @@ class SpawnLauncher:
 
 
 def _standard_error() -> int:
-    """Where ranks print: not into the front's output, which may be somebody's input."""
+    """Where ranks print: not to the front's standard output, which another program may read."""
     try:
         os.fstat(2)
     except OSError:

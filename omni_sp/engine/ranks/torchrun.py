@@ -27,7 +27,12 @@ def inside_distributed_program() -> bool:
 def join(config: DiffusionParallelConfig, device: str | None, timeout_s: float) -> str:
     """Make this process a rank of the job around it, initialising torch.distributed where the user has not.
 
-    The group then lives until the program ends: other parts of it may use it too.
+    The process group then stays until the program ends: other parts of the program may use it too.
+
+    Args:
+        config: the degrees.
+        device: as the user gave it.
+        timeout_s: of the process group.
 
     Returns:
         This rank's device.

@@ -1,7 +1,7 @@
-"""Rank processes under torchrun, on one machine or several, that a front can start anew.
+"""Rank processes under torchrun, on one machine or several, that a front can start again.
 
-Each process that torchrun started carries one rank: a child of its own, which dies and comes back while its carrier
-stays. The process of rank 0 holds the front besides; the others hear from it whom to start and whom to end.
+Each process that torchrun started is the agent of one rank, which is a child process: the rank may die and be started
+again while its agent stays. The process of rank 0 also holds the front, which tells the other agents what to do.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge, wait
 from typing import Any
 
+from typing_extensions import override
+
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.engine.devices import joined_device, threads_per_rank
-from omni_sp.engine.ranks import LOOPBACK, RankPlacement, RankProcess
+from omni_sp.engine.messages import RankPlacement
+from omni_sp.engine.ranks import LOOPBACK, Launcher, RankProcess
 from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.errors import ConfigError, RankFailedError
 
 GATHER_S = 300.0
 """How long the processes of a job may take to find each other."""
 _START_S = 60.0
-_LOST = 255  # the exit code of a rank whose carrier is gone
+_LOST = 255  # the exit code of a rank whose agent is gone
 _KEY = "omni_sp/front"
 _POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class _AgentReady:
-    """Carrier -> front: here it is, with the seat that it has, or why it has none."""
+    """Agent -> front: its rank, and where that runs, or why it cannot run."""
 
     rank: int
     placement: RankPlacement | ConfigError
@@ -46,14 +49,14 @@ class _AgentReady:
 
 @dataclass(frozen=True)
 class _Start:
-    """Front -> carrier: start your rank, on a connection that says this number."""
+    """Front -> agent: start the rank, on a connection that sends this number."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class _Started:
-    """Rank's connection -> front: whose it is."""
+    """A rank's connection -> front: which rank it belongs to."""
 
     rank: int
     number: int
@@ -61,7 +64,7 @@ class _Started:
 
 @dataclass(frozen=True)
 class _Signal:
-    """Front -> carrier: send this signal to the rank of this number."""
+    """Front -> agent: send this signal to the process of this number."""
 
     number: int
     signal: int
@@ -69,7 +72,7 @@ class _Signal:
 
 @dataclass(frozen=True)
 class _Exited:
-    """Carrier -> front: the rank of this number has ended."""
+    """Agent -> front: the process of this number has ended."""
 
     number: int
     exitcode: int
@@ -84,7 +87,8 @@ def require_job_of(config: DiffusionParallelConfig) -> None:
     """Refuse a job of another size, on each of its processes alike.
 
     Raises:
-        ConfigError: the job has another number of processes than the degrees need, or they use torch.distributed.
+        ConfigError: the job has another number of processes than the degrees need, or the program uses
+            torch.distributed itself.
     """
     import torch.distributed as dist
 
@@ -100,7 +104,7 @@ def require_job_of(config: DiffusionParallelConfig) -> None:
         )
 
 
-class TorchrunLauncher:
+class TorchrunLauncher(Launcher):
     """The front's side, in the process of rank 0. Its own rank is a plain child of it."""
 
     def __init__(self) -> None:
@@ -114,18 +118,14 @@ class TorchrunLauncher:
         self._arrived: dict[tuple[int, int], Connection] = {}
 
     @property
+    @override
     def rendezvous_host(self) -> str:
-        """LOOPBACK where all processes of the job are on one machine; else the name of this one."""
         return self._host
 
+    @override
     def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
-        """Where the job's processes are. The first time, waits for all of them, with a bound.
-
-        Raises:
-            ConfigError: some did not come, or have no GPU for their rank.
-        """
         if self._store is None:
-            threading.Thread(target=self._accept_connections, name="omni-sp-carriers", daemon=True).start()
+            threading.Thread(target=self._accept_connections, name="omni-sp-agents", daemon=True).start()
             self._store = _rendezvous()
             self._store.set(_KEY, pickle.dumps((self._host, self._listener.address[1], self._key)))
         others = range(1, config.world_size)
@@ -136,12 +136,8 @@ class TorchrunLauncher:
         own = placement_here(config, device, parent_pid=self._own.parent_pid())
         return [own, *(self._agents[rank].placement() for rank in others)]
 
+    @override
     def start(self, rank: int) -> RankProcess:
-        """Start a rank.
-
-        Raises:
-            RankFailedError: its carrier is gone, or does not answer.
-        """
         if rank == 0:
             return self._own.start(0)
         agent = self._agents[rank]
@@ -153,15 +149,15 @@ class TorchrunLauncher:
             raise RankFailedError(f"rank {rank} of the job cannot be started: its process is gone or silent", rank=rank)
         return _SupervisedRank(agent, number, connection)
 
+    @override
     def close(self) -> None:
-        """Let the carriers go; they end what they still carry."""
         with contextlib.suppress(OSError):
             self._listener.close()
         for agent in self._agents.values():
             agent.disconnect()
 
     def _accept_connections(self) -> None:
-        """Take connections: the first of each carrier, and one for every rank that it starts."""
+        """Take connections: the first one of each agent, and one for every rank process that it starts."""
         while True:
             try:
                 connection = self._listener.accept()
@@ -187,9 +183,14 @@ class TorchrunLauncher:
 
 
 def supervise_rank(config: DiffusionParallelConfig, device: str | None) -> None:
-    """Carry this process's rank until the front is gone. Call it in the main thread, on all processes but rank 0's.
+    """Start, signal and watch this process's rank until the front is gone.
 
-    Signals that ask to end are left to the front, which lets the carriers go once it has finished what runs.
+    It is called in the main thread, in all processes but that of rank 0. Signals that ask to end are left to the front,
+    which disconnects the agents once it has finished what runs.
+
+    Args:
+        config: the degrees.
+        device: as the user gave it.
 
     Raises:
         ConfigError: no front was found in time.
@@ -205,7 +206,7 @@ def supervise_rank(config: DiffusionParallelConfig, device: str | None) -> None:
 
 
 def placement_here(config: DiffusionParallelConfig, device: str | None, *, parent_pid: int) -> RankPlacement:
-    """The seat of this process's rank.
+    """Where this process's rank runs.
 
     Raises:
         ConfigError: this machine has no GPU for it.
@@ -220,7 +221,7 @@ def placement_here(config: DiffusionParallelConfig, device: str | None, *, paren
 
 
 class _Agent:
-    """A carrier as the front sees it."""
+    """An agent as the front sees it."""
 
     def __init__(
         self, connection: Connection, placement: RankPlacement | ConfigError, changed: threading.Condition
@@ -229,7 +230,7 @@ class _Agent:
         self._ends: dict[int, int] = {}
         self._number = 0
         self.is_lost = False
-        threading.Thread(target=self._listen, name="omni-sp-carrier", daemon=True).start()
+        threading.Thread(target=self._listen, name="omni-sp-agent", daemon=True).start()
 
     def placement(self) -> RankPlacement:
         if isinstance(self._placement, ConfigError):
@@ -275,8 +276,8 @@ class _Agent:
                 return
 
 
-class _SupervisedRank:
-    """A rank that another process carries."""
+class _SupervisedRank(RankProcess):
+    """A rank process that an agent started."""
 
     def __init__(self, agent: _Agent, number: int, connection: Connection) -> None:
         self._agent, self._number, self._connection = agent, number, connection
@@ -299,7 +300,7 @@ class _SupervisedRank:
 
 
 class _AgentLoop:
-    """The life of a carrier: start, signal, and tell of ends, until the front is gone."""
+    """Starts, signals and reports the exits of one rank's processes, until the front is gone."""
 
     def __init__(self, address: tuple[str, int], key: bytes, front: Connection) -> None:
         self._address, self._key, self._front = address, key, front
@@ -339,7 +340,7 @@ class _AgentLoop:
 
 
 def _placement_or_error(config: DiffusionParallelConfig, device: str | None) -> RankPlacement | ConfigError:
-    """The error is for the front to raise: one place that tells people."""
+    """The placement, or the error for the front to raise: one process reports it to people."""
     try:
         return placement_here(config, device, parent_pid=SpawnLauncher().parent_pid())
     except ConfigError as error:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -17,21 +15,21 @@ from starlette.responses import JSONResponse, Response
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.events import RequestDone, RequestFailed
 from omni_sp.outputs import OmniRequestOutput
+from omni_sp.pipelines.arguments import Prompt
+from omni_sp.pipelines.images import input_image
 from omni_sp.server.api.schemas import (
     MAX_PROMPT_CHARS,
     Fields,
     GenerationFields,
     check_generation,
-    make_prompt,
     require_pictures,
     sampling_params,
 )
 from omni_sp.server.api.streaming import (
-    KEEP_ALIVE,
     STREAMED,
+    Chunks,
     Events,
     EventStream,
-    error_bytes,
     event_bytes,
     run_to_completion,
     start_stream,
@@ -108,11 +106,12 @@ def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
         text, urls = last_user_message(fields.messages, settings)
         capabilities = require_pictures(omni, settings)
         pictures = [await _picture(url, settings) for url in urls]
-        prompt, params = make_prompt(text, pictures, capabilities), sampling_params(request_fields, settings)
+        prompt = Prompt(text=text, image=input_image(pictures, capabilities))
+        params = sampling_params(request_fields, settings)
         answer = _Answer(fields, settings.names[0], one_choice)
         if fields.stream:
-            events = await start_stream(omni, prompt, params, previews=False, pause_s=settings.keep_alive_s)
-            return EventStream(_stream(events, answer), events)
+            _, events = await start_stream(omni, prompt, params)
+            return EventStream(_stream(events, answer), events, keep_alive_s=settings.keep_alive_s)
         return JSONResponse(await answer.whole(await run_to_completion(omni, request, prompt, params)))
 
     return router
@@ -191,16 +190,18 @@ class _Answer:
         """The first chunk, sent while there is nothing to see yet."""
         return self._chunk([_choice(0, {"role": "assistant", "content": ""})])
 
-    async def chunks(self, output: OmniRequestOutput) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, output: OmniRequestOutput) -> list[bytes]:
         """The rest: a chunk for each choice, and how it ended."""
-        choices = await self._choices(output)
-        for index, parts in enumerate(choices):
-            yield self._chunk([_choice(index, {"role": "assistant", "content": "", "images": parts})])
-        for index in range(len(choices)):
-            yield self._chunk([_choice(index, {}, "stop")])
+        choices = list(enumerate(await self._choices(output)))
+        chunks = [
+            self._chunk([_choice(index, {"role": "assistant", "content": "", "images": parts})])
+            for index, parts in choices
+        ]
+        chunks += [self._chunk([_choice(index, {}, "stop")]) for index, _ in choices]
         options = self._fields.stream_options
         if options is not None and options.include_usage:
-            yield self._chunk([], usage=_usage(output))
+            chunks.append(self._chunk([], usage=_usage(output)))
+        return chunks
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         body = {**self._common, "object": "chat.completion.chunk", "choices": choices, **more}
@@ -219,22 +220,15 @@ class _Answer:
         return {"type": "image_url", "image_url": {"url": f"data:{MEDIA_TYPES[self._kind]};base64,{as_base64(data)}"}}
 
 
-async def _stream(events: Events, answer: _Answer) -> AsyncGenerator[bytes, None]:
-    try:
-        async with aclosing(events):
-            yield answer.opening()
-            async for event in events:
-                if event is None:
-                    yield KEEP_ALIVE
-                elif isinstance(event, RequestDone):
-                    async with aclosing(answer.chunks(event.output)) as chunks:
-                        async for chunk in chunks:
-                            yield chunk
-                    yield _DONE
-                elif isinstance(event, RequestFailed):
-                    yield error_bytes(event.error)
-    except Exception as error:  # the status has gone out: all that is left to tell it is an event
-        yield error_bytes(error)
+async def _stream(events: Events, answer: _Answer) -> Chunks:
+    yield answer.opening()
+    async for event in events:
+        if isinstance(event, RequestDone):
+            for chunk in await answer.chunks(event.output):
+                yield chunk
+            yield _DONE
+        elif isinstance(event, RequestFailed):
+            raise event.error
 
 
 def _as_generation(fields: ChatFields) -> GenerationFields:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,23 +14,23 @@ from starlette.responses import JSONResponse, Response
 
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import OmniDiffusionSamplingParams
-from omni_sp.events import RequestDone, RequestFailed, RequestProgress, RequestQueued
+from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
 from omni_sp.outputs import OmniRequestOutput
+from omni_sp.pipelines.arguments import Prompt
+from omni_sp.pipelines.images import input_image
 from omni_sp.server.api.schemas import (
     EditFields,
     ImageFields,
     check_generation,
     from_form,
-    make_prompt,
     require_pictures,
     sampling_params,
 )
 from omni_sp.server.api.streaming import (
-    KEEP_ALIVE,
     STREAMED,
+    Chunks,
     Events,
     EventStream,
-    error_bytes,
     event_bytes,
     run_to_completion,
     start_stream,
@@ -55,9 +54,9 @@ def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
     @router.post("/generations", summary="Draw pictures", responses=STREAMED)
     async def generations(fields: ImageFields, request: Request) -> Response:
         check_image(fields, settings)
-        capabilities = require_pictures(omni, settings)
-        prompt = make_prompt(fields.prompt, [], capabilities)
-        return await _answer(omni, settings, files, request, fields, prompt, sampling_params(fields, settings))
+        require_pictures(omni, settings)
+        prompt, params = Prompt(text=fields.prompt), sampling_params(fields, settings)
+        return await _answer(omni, settings, files, request, fields, prompt, params)
 
     @router.post("/edits", summary="Edit pictures", responses=STREAMED, openapi_extra=_form_schema())
     async def edits(request: Request) -> Response:
@@ -70,7 +69,7 @@ def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
             if "mask_image" not in capabilities.parameters:
                 raise ApiError(400, f"{capabilities.name} takes no mask", param="mask", code="invalid_value")
             extra["mask_image"] = edit_mask(await decoded(mask, "mask"), pictures[0])
-        prompt = make_prompt(fields.prompt, pictures, capabilities)
+        prompt = Prompt(text=fields.prompt, image=input_image(pictures, capabilities))
         params = sampling_params(fields, settings, extra)
         return await _answer(omni, settings, files, request, fields, prompt, params, EDIT)
 
@@ -111,14 +110,13 @@ async def _answer(
     files: FileStore,
     request: Request,
     fields: ImageFields,
-    prompt: dict[str, Any],
+    prompt: Prompt,
     params: OmniDiffusionSamplingParams,
     kind: str = GENERATION,
 ) -> Response:
     if fields.stream:
-        wants_previews = bool(fields.partial_images)
-        events = await start_stream(omni, prompt, params, previews=wants_previews, pause_s=settings.keep_alive_s)
-        return EventStream(_stream(events, fields, kind), events)
+        first, events = await start_stream(omni, prompt, params, previews=bool(fields.partial_images))
+        return EventStream(_stream(first, events, fields, kind), events, keep_alive_s=settings.keep_alive_s)
     output = await run_to_completion(omni, request, prompt, params)
     pictures = _pictures(output)
     encoded = [await _encoded(picture, fields) for picture in pictures]
@@ -140,8 +138,8 @@ async def _answer(
     )
 
 
-async def _stream(events: Events, fields: ImageFields, kind: str) -> AsyncGenerator[bytes, None]:
-    """OpenAI's events of one request, and ours for progress; an error is the last one."""
+async def _stream(first: RequestEvent, events: Events, fields: ImageFields, kind: str) -> Chunks:
+    """OpenAI's events of one request, and ours for progress."""
     common = {
         "background": "auto",
         "output_format": fields.output_format or "png",
@@ -149,39 +147,34 @@ async def _stream(events: Events, fields: ImageFields, kind: str) -> AsyncGenera
         "size": fields.size or "auto",
     }
     wanted, shown, step = fields.partial_images or 0, 0, (0, 0)
-    try:
-        async with aclosing(events):
-            async for event in events:
-                if event is None:
-                    yield KEEP_ALIVE
-                elif isinstance(event, RequestQueued) and fields.progress:
-                    yield event_bytes(_progress(kind, step=None, total=None, position=event.position))
-                elif isinstance(event, RequestProgress):
-                    is_shown = _is_due(event, shown, wanted)
-                    if fields.progress and (event.done, event.total) != step:
-                        step = event.done, event.total
-                        told = _progress(kind, step=event.done, total=event.total, position=0)
-                        if is_shown and len(event.previews) > 1:  # of several, OpenAI's events show but one
-                            told["previews"] = [await _rough(one, fields) for one in event.previews]
-                        yield event_bytes(told)
-                    if event.preview is not None and is_shown:
-                        yield event_bytes(
-                            {
-                                "type": f"{kind}.partial_image",
-                                "partial_image_index": shown,
-                                "b64_json": as_base64(await _encoded(event.preview, fields)),
-                                "created_at": int(time.time()),
-                                **common,
-                            }
-                        )
-                        shown += 1
-                elif isinstance(event, RequestDone):
-                    for picture in _pictures(event.output):
-                        yield event_bytes(await _completed(kind, picture, event.output, fields, common))
-                elif isinstance(event, RequestFailed):
-                    yield error_bytes(event.error)
-    except Exception as error:  # the status has gone out: all that is left to tell it is an event
-        yield error_bytes(error)
+    if isinstance(first, RequestQueued) and fields.progress:
+        yield _progress(kind, position=first.position)
+    async for event in events:
+        if isinstance(event, RequestQueued) and fields.progress:
+            yield _progress(kind, position=event.position)
+        elif isinstance(event, RequestProgress):
+            is_shown = _is_due(event, shown, wanted)
+            if fields.progress and (event.done, event.total) != step:
+                step = event.done, event.total
+                # Of several previews, OpenAI's events show but one.
+                previews = event.previews if is_shown and len(event.previews) > 1 else ()
+                yield _progress(kind, event=event, previews=[await _rough(one, fields) for one in previews])
+            if event.preview is not None and is_shown:
+                yield event_bytes(
+                    {
+                        "type": f"{kind}.partial_image",
+                        "partial_image_index": shown,
+                        "b64_json": as_base64(await _encoded(event.preview, fields)),
+                        "created_at": int(time.time()),
+                        **common,
+                    }
+                )
+                shown += 1
+        elif isinstance(event, RequestDone):
+            for picture in _pictures(event.output):
+                yield event_bytes(await _completed(kind, picture, event.output, fields, common))
+        elif isinstance(event, RequestFailed):
+            raise event.error
 
 
 def _is_due(event: RequestProgress, shown: int, wanted: int) -> bool:
@@ -189,12 +182,16 @@ def _is_due(event: RequestProgress, shown: int, wanted: int) -> bool:
     return shown < wanted and event.done * (wanted + 1) >= event.total * (shown + 1) and event.done < event.total
 
 
-def _progress(kind: str, *, step: int | None, total: int | None, position: int) -> dict[str, Any]:
-    """Ours: ``position`` requests come before this one; ``step`` of ``total``, null while it waits.
+def _progress(
+    kind: str, *, position: int = 0, event: RequestProgress | None = None, previews: Sequence[dict[str, str]] = ()
+) -> bytes:
+    """Our own event: ``position`` requests come before this one; ``step`` of ``total``, null while it waits.
 
-    Of several pictures, ``previews`` are added to it when a preview is due: one of each.
+    Of several pictures, ``previews`` are added when a preview is due: one of each.
     """
-    return {"type": f"{kind}.progress", "step": step, "total": total, "position": position}
+    step, total = (None, None) if event is None else (event.done, event.total)
+    body = {"type": f"{kind}.progress", "step": step, "total": total, "position": position}
+    return event_bytes({**body, "previews": previews} if previews else body)
 
 
 async def _rough(picture: Image.Image, fields: ImageFields) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from omni_sp.async_omni import AsyncOmni
@@ -186,11 +185,3 @@ def parse_size(size: str | None, settings: ServerSettings) -> tuple[int | None, 
             code="invalid_value",
         )
     return width, height
-
-
-def make_prompt(text: str, pictures: list[Image.Image], capabilities: PipelineCapabilities) -> dict[str, Any]:
-    """A prompt as AsyncOmni takes it."""
-    if not pictures:
-        return {"prompt": text}
-    converted = [picture.convert(capabilities.image_mode) for picture in pictures]
-    return {"prompt": text, "image": converted if len(converted) > 1 else converted[0]}

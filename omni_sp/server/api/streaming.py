@@ -1,12 +1,12 @@
-"""One request under way: its events, a client that may go away meanwhile, and what is streamed of it."""
+"""A request under way: the wait for its result or its events, for a client that may go away meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from collections.abc import AsyncGenerator
+from typing import Any, cast
 
 from fastapi import Request
 from starlette.background import BackgroundTask
@@ -17,83 +17,111 @@ from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed
 from omni_sp.outputs import OmniRequestOutput
+from omni_sp.pipelines.arguments import Prompt
 from omni_sp.server.errors import CLIENT_CLOSED, ApiError, to_api_error
-
-KEEP_ALIVE = b": still here\n\n"
-"""A comment, which clients of server-sent events skip; it keeps proxies from closing a silent connection."""
 
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "At once, or with ``stream`` as events.", "content": {"text/event-stream": {}}}
 }
 """What the API's description says of a route whose answer may be an EventStream."""
+# A comment, which clients of server-sent events skip; it keeps proxies from closing a silent connection.
+_KEEP_ALIVE = b": still here\n\n"
 
-Events = AsyncGenerator[RequestEvent | None, None]
+Events = AsyncGenerator[RequestEvent, None]
+Chunks = AsyncGenerator[bytes, None]
 
 
 async def run_to_completion(
-    omni: AsyncOmni, request: Request, prompt: Any, params: OmniDiffusionSamplingParams
+    omni: AsyncOmni, request: Request, prompt: Prompt, params: OmniDiffusionSamplingParams
 ) -> OmniRequestOutput:
-    """Draw, and wait for it. A client that goes away meanwhile aborts it.
+    """Draw, and wait for the result. A client that goes away meanwhile aborts the request.
+
+    Args:
+        omni: to draw with.
+        request: of the client; its body has been read.
+        prompt: what to draw.
+        params: how.
 
     Raises:
-        OmniSPError: as AsyncOmni.generate and its RequestFailed have it. ApiError: 499: the client went away.
+        OmniSPError: the request is refused or fails.
+        ApiError: 499: the client went away.
     """
-    drawing = asyncio.create_task(_last(omni, prompt, params))
-    leaving = asyncio.create_task(wait_disconnect(request.receive))
-    try:
-        await asyncio.wait({drawing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not drawing.done():
-            raise ApiError(CLIENT_CLOSED, "the client went away", code="aborted", kind="request_aborted_error")
-        return drawing.result()
-    finally:
-        await _end(drawing, leaving)
+    generating = asyncio.create_task(_result(omni, prompt, params))
+    if not await _is_done_before_disconnect(generating, request.receive):
+        raise ApiError(CLIENT_CLOSED, "the client went away", code="aborted", kind="request_aborted_error")
+    return generating.result()
 
 
 async def start_stream(
-    omni: AsyncOmni, prompt: Any, params: OmniDiffusionSamplingParams, *, previews: bool, pause_s: float
-) -> Events:
-    """Draw, and tell the events; None after every ``pause_s`` without one. Closing it aborts the request.
+    omni: AsyncOmni, prompt: Prompt, params: OmniDiffusionSamplingParams, *, previews: bool = False
+) -> tuple[RequestEvent, Events]:
+    """Queue a request whose events are to be streamed.
+
+    A refusal must become a status, which is sent before any stream: so this returns after the first event.
+
+    Args:
+        omni: to draw with.
+        prompt: what to draw.
+        params: how.
+        previews: whether small pictures come along with the steps.
+
+    Returns:
+        The first event, and the events after it. Closing them aborts the request.
 
     Raises:
-        OmniSPError: at once, where the request is refused.
+        OmniSPError: the request is refused.
     """
-    events = with_keepalive(omni.generate(prompt, params, previews=previews), pause_s)
-    # Advanced to its first event here: a refusal must become a status, which comes before any stream.
-    first = await anext(events)
-    return _after(first, events)
+    events = cast(Events, omni.generate(prompt, params, previews=previews))
+    return await anext(events), events
 
 
 class EventStream(Response):
-    """Server-sent events. When the client goes away, the chunks and what they are made from are closed at once."""
+    """Server-sent events. When the client goes away, the chunks and what they are made from are closed at once.
+
+    Args:
+        chunks: what is sent. An exception becomes the last event: the status has gone out before.
+        source: the events that the chunks are made from.
+        keep_alive_s: pause in seconds after which a comment is sent.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], source: Events) -> None:
+    def __init__(self, chunks: Chunks, source: Events, *, keep_alive_s: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._chunks, self._source = chunks, source
+        self._chunks, self._source, self._keep_alive_s = chunks, source, keep_alive_s
         self.background: BackgroundTask | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until it is over or nobody listens."""
         assert scope["type"] == "http"
         sending = asyncio.create_task(self._send_all(send))
-        leaving = asyncio.create_task(wait_disconnect(receive))
         try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
+            if await _is_done_before_disconnect(sending, receive):
                 with contextlib.suppress(OSError):  # the connection broke
                     sending.result()
         finally:
-            await _end(sending, leaving)
             await self._chunks.aclose()
             # A generator that was never begun does not close what it would have read.
             await self._source.aclose()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for chunk in self._chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        next_chunk: asyncio.Task[bytes | None] | None = None
+        try:
+            while True:
+                next_chunk = next_chunk or asyncio.create_task(_next(self._chunks))
+                await asyncio.wait({next_chunk}, timeout=self._keep_alive_s)
+                if next_chunk.done():
+                    chunk, next_chunk = next_chunk.result(), None
+                    if chunk is None:
+                        break
+                else:
+                    chunk = _KEEP_ALIVE
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        finally:
+            if next_chunk is not None:
+                await _cancel(next_chunk)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -104,15 +132,23 @@ def event_bytes(body: dict[str, Any], *, named: bool = True) -> bytes:
     return f"{name}data: {data}\n\n".encode()
 
 
-def error_bytes(error: BaseException) -> bytes:
+def _error_bytes(error: Exception) -> bytes:
     """The event that ends a stream which went wrong; OpenAI's client raises it."""
-    told = to_api_error(error)
-    body = {"type": "error", **told.body, "status": told.status}
+    api_error = to_api_error(error)
+    body = {"type": "error", **api_error.body, "status": api_error.status}
     return b"event: error\n" + event_bytes(body, named=False)
 
 
-async def _last(omni: AsyncOmni, prompt: Any, params: OmniDiffusionSamplingParams) -> OmniRequestOutput:
-    async with contextlib.aclosing(omni.generate(prompt, params)) as events:  # type: ignore[type-var]
+async def _next(chunks: Chunks) -> bytes | None:
+    """The next chunk; an exception as its event, after which a generator has no more; None at the end."""
+    try:
+        return await anext(chunks, None)
+    except Exception as error:
+        return _error_bytes(error)
+
+
+async def _result(omni: AsyncOmni, prompt: Prompt, params: OmniDiffusionSamplingParams) -> OmniRequestOutput:
+    async with contextlib.aclosing(cast(Events, omni.generate(prompt, params))) as events:
         async for event in events:
             if isinstance(event, RequestFailed):
                 raise event.error
@@ -121,44 +157,22 @@ async def _last(omni: AsyncOmni, prompt: Any, params: OmniDiffusionSamplingParam
     raise AssertionError("a request ends with RequestDone or RequestFailed")
 
 
-async def _after(first: RequestEvent | None, events: Events) -> Events:
-    async with contextlib.aclosing(events):
-        yield first
-        async for event in events:
-            yield event
-
-
-async def with_keepalive(events: AsyncIterator[RequestEvent], pause_s: float) -> Events:
-    """The events; None after every pause."""
-    pending: asyncio.Task[RequestEvent | None] | None = None
+async def _is_done_before_disconnect(work: asyncio.Task[Any], receive: Receive) -> bool:
+    """Wait for a task; False, with the task cancelled, where the client leaves before it is done."""
+    leaving = asyncio.create_task(_wait_disconnect(receive))
     try:
-        while True:
-            pending = pending or asyncio.create_task(_next(events))
-            done, _ = await asyncio.wait({pending}, timeout=pause_s)
-            if not done:
-                yield None
-                continue
-            event, pending = pending.result(), None
-            if event is None:
-                return
-            yield event
+        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return work.done()
     finally:
-        if pending is not None:
-            await _end(pending)
-        await events.aclose()  # type: ignore[attr-defined]  # it is an async generator
+        await _cancel(work, leaving)
 
 
-async def _next(events: AsyncIterator[RequestEvent]) -> RequestEvent | None:
-    return await anext(events, None)
-
-
-async def wait_disconnect(receive: Receive) -> None:
-    """Return when the client has left; its body has been read before."""
+async def _wait_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _end(*tasks: asyncio.Task[Any]) -> None:
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -20,6 +20,7 @@ from starlette.datastructures import UploadFile
 
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import MAX_SEED, OmniDiffusionSamplingParams
+from omni_sp.engine.messages import new_seed
 from omni_sp.errors import ConfigError
 from omni_sp.pipelines.arguments import frames_per_second
 from omni_sp.pipelines.capabilities import PipelineCapabilities
@@ -36,7 +37,6 @@ from omni_sp.server.storage.video_jobs import VideoJobs
 _POLL_AFTER_MS = 500
 """What OpenAI's client is told to wait between two looks at a video that is not done."""
 _PICTURE = "input_reference"
-_NEW_SEED = 2**31
 
 
 def _as_number(value: Any) -> Any:
@@ -284,7 +284,7 @@ def _job(
                        param="num_inference_steps", code="invalid_value")  # fmt: skip
     seed = order.seed
     if seed is None and capabilities.argument_name("generator") is not None:
-        seed = secrets.randbelow(_NEW_SEED)
+        seed = new_seed()
     params = OmniDiffusionSamplingParams(
         height=height,
         width=width,

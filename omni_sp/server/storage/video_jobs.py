@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from PIL import Image
 
@@ -20,6 +20,7 @@ from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.errors import EngineClosedError, QueueFullError, RankFailedError, RequestAbortedError
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress
 from omni_sp.outputs import OmniRequestOutput
+from omni_sp.pipelines.arguments import Prompt
 from omni_sp.pipelines.export import why_no_sound_inside, write_sound, write_video, write_video_with_sound
 from omni_sp.server.errors import to_api_error
 from omni_sp.server.storage.file_store import FileStore
@@ -194,9 +195,8 @@ class VideoJobs:
                 self._fail(job.id, error)
 
     async def _make(self, job: VideoJob, picture: bytes | None, accepted: asyncio.Future[None], is_new: bool) -> None:
-        prompt: dict[str, Any] = {"prompt": job.prompt}
-        if picture is not None:
-            prompt["image"] = await asyncio.to_thread(self._read_picture, picture)
+        image = None if picture is None else await asyncio.to_thread(self._read_picture, picture)
+        prompt = Prompt(text=job.prompt, image=image)
         params = OmniDiffusionSamplingParams(**job.params)
         # What an earlier process left comes before what is new.
         making = self._omni.generate(prompt, params, request_id=job.id, priority=0 if is_new else 1)

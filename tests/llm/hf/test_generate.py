@@ -10,8 +10,8 @@ import torch
 
 from omni_sp.llm.hf.model import parallelize
 from omni_sp.mesh import ParallelMesh
+from omni_sp.testing.ranks import RankPool
 from tests.llm.hf import tiny
-from tests.ranks import RankPool
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]
 LENGTHS = (1, 7, 13, 34, 161)

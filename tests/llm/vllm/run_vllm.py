@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from tests.llm.folders import forget_threshold, held
+from omni_sp.testing.models import memory_of_rank
+
+
+def forget_threshold(model: Any) -> None:
+    """Have a rank measure anew, at its next step, when it is to share tokens."""
+    model._shift_parallel._threshold = None
 
 
 def main() -> None:
@@ -27,7 +33,7 @@ def main() -> None:
         return [list(answer.outputs[0].token_ids) for answer in made]
 
     result = {"version": vllm.__version__.partition("+")[0], "said": [answers(batch) for batch in case["batches"]]}
-    result |= {"steps": llm.steps, "held": llm.apply_model(held)}
+    result |= {"steps": llm.steps, "held": llm.apply_model(memory_of_rank)}
     if llm.steps is not None and llm.steps.threshold >= 0:
         llm.apply_model(forget_threshold)
         result |= {"said_by_measure": answers(case["batches"][-1]), "measured": llm.steps.threshold}

@@ -19,8 +19,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
+from omni_sp.testing.models import VOCABULARY_SIZE, save_language_model
 from tests.engine.processes import becomes_true
-from tests.llm.folders import greedy, prompts, save
 from tests.thorough import thorough_only
 
 if importlib.util.find_spec("vllm") is None:
@@ -64,21 +64,37 @@ def engine(folder: Path, batches: list[list[list[int]]], **options: Any) -> dict
     return result
 
 
+def prompts(*lengths: int) -> list[list[int]]:
+    """Token ids without those that mean something."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, VOCABULARY_SIZE, (length,), generator=generator).tolist() for length in lengths]
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The token ids that transformers generates."""
+    with torch.no_grad():
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    generated: list[int] = ids[0, len(prompt) :].tolist()
+    return generated
+
+
 @pytest.mark.parametrize(
     ("kind", "kv_heads", "tensor", "sequence"),
     [
-        ("Qwen3", 1, 1, 2),  # one head for two ranks
+        ("qwen3", 1, 1, 2),  # one head for two ranks
         *(
             pytest.param(*case, marks=thorough_only)
             for case in (
-                ("Llama", 2, 1, 2),
-                ("Mistral", 4, 1, 2),
-                ("Qwen2", 1, 1, 2),
-                ("Llama", 1, 2, 2),
-                ("Mistral", 4, 2, 2),
-                ("Qwen2", 2, 2, 2),
-                ("Qwen3", 2, 2, 2),
-                ("Llama", 2, 1, 4),
+                ("llama", 2, 1, 2),
+                ("mistral", 4, 1, 2),
+                ("qwen2", 1, 1, 2),
+                ("llama", 1, 2, 2),
+                ("mistral", 4, 2, 2),
+                ("qwen2", 2, 2, 2),
+                ("qwen3", 2, 2, 2),
+                ("llama", 2, 1, 4),
             )
         ),
     ],
@@ -87,7 +103,7 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
     tmp_path: Path, kind: str, kv_heads: int, tensor: int, sequence: int
 ) -> None:
     """A request begins by Ulysses and goes on by tensor parallelism; then the same where a threshold is measured."""
-    model = save(tmp_path, kind, kv_heads)
+    model = save_language_model(kind, tmp_path, num_key_value_heads=kv_heads)
     first = prompts(*LENGTHS)
     again = [first[4] + [5, 6, 7], [*first[4][:100], 9, 9]]
     result = engine(
@@ -129,7 +145,7 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
     not torch.cpu._is_avx512_supported(), reason="vLLM keeps keys and values in fp8 on CPUs with AVX-512 alone"
 )
 def test_keys_and_values_in_fp8_say_what_vllm_itself_says_with_them(tmp_path: Path) -> None:
-    save(tmp_path, "Llama", 2)
+    save_language_model("llama", tmp_path)
     batch = prompts(*LENGTHS)
     shared: dict[str, Any] = {"kv_cache_dtype": "fp8", "enforce_eager": True}
     alone = engine(tmp_path, [batch, batch], **shared)
@@ -147,7 +163,7 @@ def test_keys_and_values_in_fp8_say_what_vllm_itself_says_with_them(tmp_path: Pa
 @thorough_only
 def test_without_our_flags_vllms_own_models_are_what_they_were(tmp_path: Path) -> None:
     """One process, as vLLM's users run it; classes for embeddings are derived as vLLM does it."""
-    model = save(tmp_path, "Llama", num_key_value_heads=2)
+    model = save_language_model("llama", tmp_path)
     batch = prompts(7, 34)
     result = engine(tmp_path, [batch], enforce_eager=True)
     assert VERSION in (None, result["version"])
@@ -263,7 +279,7 @@ WORDS = "a red circle on a blue cat in the snow walks on the star"
 @pytest.mark.parametrize("shift", ["", pytest.param("--enable-shift-parallel", marks=thorough_only)])
 def test_vllm_serve_with_our_flags_answers_a_chat(tmp_path: Path, shift: str) -> None:
     """By Ulysses alone, answers included; or with a threshold that it measures as it starts."""
-    model = save(tmp_path, "Llama", num_key_value_heads=2)
+    model = save_language_model("llama", tmp_path)
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tmp_path)]
     flags = f"--ulysses-sequence-parallel-size 2 {shift}"
     with server(tmp_path, [*command, *flags.split()]) as url:
@@ -283,7 +299,7 @@ def test_vllm_serve_with_our_flags_answers_a_chat(tmp_path: Path, shift: str) ->
 
 def test_the_api_server_at_two_by_two_says_what_transformers_says(tmp_path: Path) -> None:
     """Qwen2 with biases, tensor × sequence parallel 2 × 2 and the shift between them, n-gram speculation beside it."""
-    model = save(tmp_path, "Qwen2", num_key_value_heads=2)
+    model = save_language_model("qwen2", tmp_path)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)]
     flags = "--tensor-parallel-size 2 --sequence-parallel-size 2 --enable-shift-parallel --shift-parallel-threshold 20"
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}

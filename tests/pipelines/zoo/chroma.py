@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.models import image_vae
 from tests.pipelines.zoo.entry import PipelineEntry
-from tests.pipelines.zoo.parts import image_vae, transformer
+from tests.pipelines.zoo.parts import transformer
 from tests.sharding.zoo.entry import draw, key_mask
 
 _MODEL = "ChromaTransformer2DModel"

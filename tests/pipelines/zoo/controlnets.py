@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.models import image_vae
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.flux import flux_parts, flux_prompts
-from tests.pipelines.zoo.parts import clear_qwen_vae, image_vae, resized, transformer
+from tests.pipelines.zoo.parts import clear_qwen_vae, resized, transformer
 from tests.pipelines.zoo.z_image import z_image_arguments, z_image_parts
-from tests.sharding.models import randomise
 from tests.sharding.zoo.entry import draw, key_mask
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from omni_sp.testing.models import wan_vae
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
-from tests.pipelines.zoo.parts import wan_vae
-from tests.sharding.models import randomise
 from tests.sharding.zoo.cosmos import build_cosmos
 from tests.sharding.zoo.entry import draw
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from omni_sp.testing.models import image_vae
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.parts import (
     clip_with_projection,
-    image_vae,
     letter_tokenizer,
     pil_picture,
     resized,

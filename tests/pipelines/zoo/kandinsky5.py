@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.models import image_vae
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
-from tests.pipelines.zoo.parts import image_vae, picture, resized, transformer
-from tests.sharding.models import randomise
+from tests.pipelines.zoo.parts import picture, resized, transformer
 from tests.sharding.zoo.entry import draw
 
 _MODEL = "Kandinsky5Transformer3DModel"

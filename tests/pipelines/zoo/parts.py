@@ -7,25 +7,8 @@ from typing import Any
 
 import torch
 
-from tests.sharding.models import randomise
+from omni_sp.testing.reference import randomise
 from tests.sharding.zoo.entry import draw
-
-
-def image_vae(latent_channels: int = 4, **config: Any) -> Any:
-    """An AutoencoderKL that shrinks a side to half."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=latent_channels,
-        **{"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 0.4} | config,
-    )
-    return randomise(vae)
 
 
 def qwen_vae() -> Any:
@@ -40,22 +23,6 @@ def qwen_vae() -> Any:
         temperal_downsample=[False, False, False],
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
-    )
-    return randomise(vae)
-
-
-def wan_vae(z_dim: int = 4) -> Any:
-    """Wan's VAE: sides to an eighth, frames to a quarter."""
-    from diffusers import AutoencoderKLWan
-
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=z_dim,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * z_dim,
-        latents_std=[1.0] * z_dim,
     )
     return randomise(vae)
 

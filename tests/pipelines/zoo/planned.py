@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from omni_sp.testing.models import flux_transformer, image_vae, wan_vae
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
-from tests.pipelines.zoo.parts import image_vae, qwen_vae, wan_vae
-from tests.sharding.models import flux, qwen_image, randomise, wan
+from tests.pipelines.zoo.parts import qwen_vae
+from tests.sharding.models import qwen_image, wan
 from tests.sharding.zoo.entry import draw, key_mask
 
 
@@ -45,7 +47,7 @@ def flux_pipeline() -> Any:
         tokenizer=None,
         text_encoder_2=None,
         tokenizer_2=None,
-        transformer=randomise(flux()),
+        transformer=randomise(flux_transformer()),
     )
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.parts import clear_qwen_vae, pil_picture, transformer
-from tests.sharding.models import randomise
 from tests.sharding.zoo.entry import draw, key_mask
 
 

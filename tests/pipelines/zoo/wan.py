@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from omni_sp.testing.models import wan_vae
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
-from tests.pipelines.zoo.parts import PictureProcessor, picture, pil_picture, wan_vae
-from tests.sharding.models import randomise
+from tests.pipelines.zoo.parts import PictureProcessor, picture, pil_picture
 from tests.sharding.zoo.entry import draw
 from tests.sharding.zoo.wan import IMAGE, build_wan
 

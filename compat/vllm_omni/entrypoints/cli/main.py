@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from omni_sp.cli import BAD_INPUT
 from omni_sp.cli import main as omni_sp_main
+from omni_sp.command_line import BAD_INPUT
 from omni_sp.errors import ConfigError
 from vllm_omni.entrypoints.cli.translate import as_omni_sp
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from omni_sp.command_line import split_flag, with_dashes
 from omni_sp.errors import ConfigError
 
 _SEVERAL_VALUES = ("--served-model-name", "--api-key")
@@ -73,14 +74,13 @@ def _translated(words: Sequence[str]) -> Iterator[str]:
         if not word.startswith("-"):
             yield word
             continue
-        name, equals, value = word.partition("=")
-        name = name.replace("_", "-")
-        _refuse_what_is_not_ours(name)
-        values = [value] if equals else []
+        name, value = split_flag(word)
+        _require_ours(name)
+        values = [] if value is None else [value]
         if name == "--help":
             yield name  # vLLM's users ask for --help=all
         elif name in _SEVERAL_VALUES:
-            while rest and not equals and not rest[0].startswith("-"):
+            while rest and value is None and not rest[0].startswith("-"):
                 values.append(rest.pop(0))
             if len(values) > 1 and not is_model_known:
                 raise ConfigError(f"{name} takes every word after it: name the model first, vllm serve MODEL --omni")
@@ -88,10 +88,9 @@ def _translated(words: Sequence[str]) -> Iterator[str]:
         elif name in ("--model", "--dtype", "--allowed-origins"):
             if not values and not rest:
                 raise ConfigError(f"{name} needs a value")
-            value = value if values else rest.pop(0)
-            yield from _with_our_name(name, value)
+            yield from _with_our_name(name, values[0] if values else rest.pop(0))
         else:
-            yield name + equals + value
+            yield with_dashes(word)
 
 
 def _with_our_name(name: str, value: str) -> Iterator[str]:
@@ -109,7 +108,7 @@ def _with_our_name(name: str, value: str) -> Iterator[str]:
         yield from (f"--allow-origin={origin}" for origin in origins)
 
 
-def _refuse_what_is_not_ours(name: str) -> None:
+def _require_ours(name: str) -> None:
     why = REFUSED.get(name) or REFUSED.get(name.replace("--no-", "--", 1))
     if why:
         raise ConfigError(f"no option {name} with --omni: {why}")

@@ -1,6 +1,6 @@
-"""Persistent rank processes for tests: started once per session, told by pipe which function to run on which mesh.
+"""Rank processes that are started once and then run one function after the other, each on a mesh of its own.
 
-Importing torch costs seconds; a test that started its own processes would take minutes in sum.
+Importing torch takes seconds: tests that each started their own processes would take minutes.
 """
 
 from __future__ import annotations
@@ -8,13 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,16 +23,18 @@ from omni_sp import DiffusionParallelConfig
 from omni_sp.engine.worker import die_with_parent
 from omni_sp.mesh import ParallelMesh
 
-ROOT = Path(__file__).resolve().parent.parent
 MAX_RANKS = 4
 
 
 class RankError(AssertionError):
-    """A rank raised; the message is its traceback."""
+    """A rank raised or died; the message has its traceback."""
 
 
 class RankPool:
-    """Up to four ranks on gloo. ``run`` is the only way in; every wait is bounded."""
+    """Up to four ranks on CPUs, connected by gloo.
+
+    A rank imports the module of the function that it runs, by the import path of the process that made the pool.
+    """
 
     def __init__(self) -> None:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -60,10 +60,21 @@ class RankPool:
         shared_memory: bool = True,
         timeout: float = 120.0,
     ) -> list[Any]:
-        """``function(mesh, *args)`` on ulysses × ring ranks; returns what each rank returned.
+        """Call ``function(mesh, *args)`` on each of ulysses × ring ranks.
 
-        The function is a module-level one. Without ``shared_memory`` all goes through gloo. Raises RankError with the
-        failing ranks' tracebacks.
+        Args:
+            function: a function at the top level of a module; its first argument is the rank's ParallelMesh.
+            *args: further arguments, the same for all ranks.
+            ulysses: the Ulysses degree.
+            ring: the ring degree.
+            shared_memory: let tensors cross between ranks through shared memory; else they go through gloo.
+            timeout: seconds to wait for an answer.
+
+        Returns:
+            What each rank returned, in order.
+
+        Raises:
+            RankError: a rank raised, died, or did not answer in time; the processes are ended.
         """
         config = DiffusionParallelConfig(ulysses_degree=ulysses, ring_degree=ring)
         if config.world_size != self._world_size:
@@ -95,8 +106,8 @@ class RankPool:
                 timeout = 2.0
         if failures or waiting:
             self.close()
-            told = "\n".join(f"rank {rank} of {config.world_size}:\n{text}" for rank, text in failures.items())
-            raise RankError(told or f"ranks {sorted(waiting.values())} did not answer in {timeout} s")
+            message = "\n".join(f"rank {rank} of {config.world_size}:\n{text}" for rank, text in failures.items())
+            raise RankError(message or f"ranks {sorted(waiting.values())} did not answer in {timeout} s")
         return [results[rank] for rank in range(config.world_size)]
 
     @property
@@ -116,8 +127,7 @@ class RankPool:
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
-    """A rank's life: wait for a job, run it, answer."""
-    sys.path.insert(0, str(ROOT))
+    """Run what the pool asks for until its pipe closes. ``multiprocessing`` has set the parent's import path."""
     die_with_parent(os.getppid())  # a test run that is killed must not leave its ranks
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
