@@ -1,4 +1,4 @@
-"""Fetching what a client names by URL, from public addresses only: a server must not be led into its own network."""
+"""Fetch files that clients name by URL, from public addresses only: the server's own network is not theirs to reach."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ _TIMEOUT_S = 20.0
 
 
 def fetch(url: str, *, max_bytes: int, param: str) -> bytes:
-    """The file behind an http(s) URL. Redirects are not followed.
+    """Fetch the file at an http(s) URL. Redirects are not followed.
+
+    Args:
+        url: what the client sent.
+        max_bytes: the most bytes of the file.
+        param: the field that the URL was sent as.
 
     Raises:
-        ApiError: 400, naming ``param``: no such host, an address that is not public, another status than 200, too
-            large, or too slow.
+        ApiError: 400: no such host, an address that is not public, another status than 200, too large, or too slow.
     """
     try:
         parts = urlsplit(url)
@@ -33,8 +37,8 @@ def fetch(url: str, *, max_bytes: int, param: str) -> bytes:
         connection = http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_S, context=ssl.create_default_context())
     else:
         connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT_S)
-    # What is looked at is the address that the connection goes to, not what the name stood for a moment before.
-    connection._create_connection = _connected  # type: ignore[attr-defined]
+    # The address that is checked is the one that the connection goes to, not one that the name had a moment before.
+    connection._create_connection = _connect  # type: ignore[attr-defined]
     try:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "omni-sp"})
@@ -62,7 +66,7 @@ def _refusal(param: str, reason: str) -> ApiError:
     return refusal(param, reason, code="invalid_image_url")
 
 
-def _connected(address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.socket:
+def _connect(address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.socket:
     host, port = address
     for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         if not is_public(str(found[4][0])):

@@ -20,8 +20,8 @@ from omni_sp.pipelines.arguments import frames_per_second
 from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.server.settings import ServerSettings
 
-# What the page's form can ask for, named as in OmniDiffusionSamplingParams.
-_ASKED = (
+# Fields of the page's form, named as in OmniDiffusionSamplingParams.
+_FORM_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
 # The page's scripts share one scope, so that no file of it needs an address of its own.
@@ -54,19 +54,23 @@ def create_page_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
 
 
 def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
-    """What is loaded, how it is spread over ranks, what it may be asked for, and what it has done so far.
+    """Describe what is loaded, its ranks, what it may be asked for, and what it has done so far.
+
+    Args:
+        omni: the engine.
+        settings: of the server.
 
     Returns:
-        ``status`` (as AsyncOmni's), ``model``, counts (``queued``, ``running``, ``done``, ``failed``, ``aborted``,
+        ``status`` (of the AsyncOmni), ``model``, counts (``queued``, ``running``, ``done``, ``failed``, ``aborted``,
         ``restarts``, ``steps``), ``steps_per_second`` (denoising steps, on average since the start; None before the
         first) and ``limits`` always. Once it is loaded also ``pipeline`` (a class; None until then), ``makes``
         ("picture", "video", "sound"), ``makes_videos``, ``takes_image``, ``takes_many_images``, ``takes_mask``,
         ``needs_image``, ``parameters`` (name -> ``default``, and where they are known ``multiple``, ``minimum``,
-        ``maximum``), ``layout`` (for people), ``rings`` (ranks, row by row: a row is a Ulysses group), ``ranks``,
+        ``maximum``), ``layout`` (for people), ``rings`` (ranks: a list for each Ulysses group), ``ranks``,
         ``device``, ``dtype``, ``load_s``.
     """
     stats = omni.stats
-    told: dict[str, Any] = {
+    state: dict[str, Any] = {
         "object": "server.info",
         "status": omni.status,
         "model": settings.names[0],
@@ -88,11 +92,11 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
     try:
         ready = omni.info
     except EngineClosedError:
-        return told
+        return state
     capabilities = ready.capabilities
     takes_image = capabilities.argument_name("image") is not None
     return {
-        **told,
+        **state,
         "pipeline": capabilities.name,
         "makes": capabilities.makes,
         "makes_videos": capabilities.makes_videos,
@@ -112,9 +116,9 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
 
 
 def _parameters(capabilities: PipelineCapabilities, settings: ServerSettings) -> dict[str, dict[str, Any]]:
-    """What a request may set, with the default that holds where it does not; None where only the pipeline knows."""
+    """The parameters that a request may set, with their defaults; None where only the pipeline knows one."""
     found: dict[str, dict[str, Any]] = {}
-    for name in _ASKED:
+    for name in _FORM_FIELDS:
         taken = capabilities.argument_name(name)
         if taken is None or (name == "guidance_scale" and capabilities.ignores_guidance_scale):
             continue
@@ -150,7 +154,7 @@ def _steps_per_second(stats: EngineStats) -> float | None:
 
 @cache
 def page() -> tuple[str, str]:
-    """The page in one piece, and the policy under which it runs: no script or style but its own, no other address."""
+    """The page with its style and scripts inline, and its policy: no other script or style, no other address."""
     folder = files("omni_sp.server").joinpath("web")
     text, style, *scripts = (folder.joinpath(name).read_text("utf-8") for name in ("page.html", "page.css", *_SCRIPTS))
     text = text.replace("<style></style>", f"<style>\n{style}</style>", 1)

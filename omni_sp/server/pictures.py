@@ -21,7 +21,7 @@ MEDIA_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp":
 SUFFIXES: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 _DATA_URL = re.compile(r"data:(?P<type>[\w./+-]*)(?P<base64>;base64)?,", re.ASCII)
 _BEST_QUALITY = 95
-"""Of JPEG where nobody asks for less; above it files grow and pictures do not change."""
+"""The quality of a JPEG where nobody asks for less; above it files grow and pictures do not change."""
 
 
 def decode_picture(data: bytes, *, param: str, max_pixels: int) -> Image.Image:
@@ -75,7 +75,11 @@ def _decode_data_url(url: str, *, param: str) -> bytes:
 
 
 def edit_mask(mask: Image.Image, like: Image.Image) -> Image.Image:
-    """OpenAI's mask (transparent where to draw) as diffusers' (white where to draw, black where to keep).
+    """Turn OpenAI's mask (transparent where to draw) into diffusers' (white where to draw, black where to keep).
+
+    Args:
+        mask: the uploaded mask.
+        like: the picture that it belongs to.
 
     Raises:
         ApiError: 400: it has no transparency, or another size than the picture.
@@ -91,11 +95,12 @@ def edit_mask(mask: Image.Image, like: Image.Image) -> Image.Image:
 
 
 def encode_picture(picture: Image.Image, kind: PictureFormat, quality: int | None = None) -> bytes:
-    """A picture as a file.
+    """Encode a picture as a file. In a JPEG, transparent pixels become white: it has no transparency.
 
     Args:
-        quality: of JPEG and WebP, 0 … 100; None for the best that is worth its bytes. Where JPEG is asked for,
-            transparent places become white, which is all that JPEG can hold.
+        picture: RGB or RGBA.
+        kind: the format.
+        quality: of JPEG and WebP, 0 … 100; None for the best that is worth its bytes.
     """
     file = io.BytesIO()
     if kind == "png":

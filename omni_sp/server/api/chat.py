@@ -38,7 +38,7 @@ from omni_sp.server.errors import ApiError, refusal
 from omni_sp.server.pictures import MEDIA_TYPES, as_base64, picture_at
 from omni_sp.server.settings import ServerSettings
 
-# For the API's description; what is wrong with a message, last_user_message() says in words.
+# For the API's description; the errors about a message come from last_user_message().
 _PART = {
     "type": "object",
     "required": ["type"],
@@ -60,7 +60,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class StreamOptions(Fields):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -69,7 +69,7 @@ class StreamOptions(Fields):
 class ChatFields(GenerationFields):
     """A chat that ends with what is to be drawn. Earlier messages are not looked at.
 
-    The last message of the user says it: its texts are the prompt, its pictures are edited. ``n`` asks for as many
+    Of the last message of the user, the texts are the prompt, and the pictures are edited. ``n`` asks for as many
     choices of a picture each; ``num_outputs_per_prompt`` for as many pictures in one choice; ``height`` and ``width``
     may stand for ``size``. Fields that steer the writing of text are accepted, as chat programs send them with every
     request, and mean nothing here.
@@ -111,23 +111,30 @@ def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
         if fields.stream:
             _, events = await start_stream(omni, prompt, params)
             return EventStream(_stream(events, answer), events, keep_alive_s=settings.keep_alive_s)
-        return JSONResponse(await answer.whole(await run_to_completion(omni, request, prompt, params)))
+        return JSONResponse(await answer.at_once(await run_to_completion(omni, request, prompt, params)))
 
     return router
 
 
 def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) -> tuple[str, list[str]]:
-    """The text and the pictures' URLs of the last message of the user.
+    """Find what to draw in the last message of the user.
+
+    Args:
+        messages: the chat.
+        settings: of the server.
+
+    Returns:
+        The text, and the URLs of the pictures.
 
     Raises:
-        ApiError: 400: there is none, it says nothing, or holds what is no text and no picture.
+        ApiError: 400: there is no such message, it is empty, or holds what is no text and no picture.
     """
-    place, message = next(
-        ((place, one) for place, one in reversed([*enumerate(messages)]) if one.get("role") == "user"), (0, None)
+    index, message = next(
+        ((index, one) for index, one in reversed([*enumerate(messages)]) if one.get("role") == "user"), (0, None)
     )
     if message is None:
         raise refusal("messages", 'none has the role "user"', code="missing_required_parameter")
-    where = f"messages[{place}].content"
+    where = f"messages[{index}].content"
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
@@ -158,14 +165,14 @@ def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) 
 
 
 class _Answer:
-    """The shapes of one answer, whole or in chunks."""
+    """The shapes of one answer, at once or in chunks."""
 
     def __init__(self, fields: ChatFields, model: str, one_choice: bool) -> None:
         self._fields, self._one_choice = fields, one_choice
         self._common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
-    async def whole(self, output: OmniRequestOutput) -> dict[str, Any]:
-        """The answer at once."""
+    async def at_once(self, output: OmniRequestOutput) -> dict[str, Any]:
+        """The answer in one body."""
         choices = [
             {
                 "index": index,
@@ -189,7 +196,7 @@ class _Answer:
         return self._chunk([_choice(0, {"role": "assistant", "content": ""})])
 
     async def chunks(self, output: OmniRequestOutput) -> list[bytes]:
-        """The rest: a chunk for each choice, and how it ended."""
+        """The chunks after the first: one for each choice, one for its end, and the usage where it is asked for."""
         choices = list(enumerate(await self._choices(output)))
         chunks = [
             self._chunk([_choice(index, {"role": "assistant", "content": "", "images": parts})])
@@ -227,7 +234,7 @@ async def _stream(events: Events, answer: _Answer) -> Chunks:
 
 
 def _as_generation(fields: ChatFields) -> GenerationFields:
-    """The same request with one name for each thing.
+    """The request's fields under their names in GenerationFields.
 
     Raises:
         ApiError: 400: two names of one thing.

@@ -46,7 +46,13 @@ GENERATION, EDIT = "image_generation", "image_edit"
 
 
 def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore) -> APIRouter:
-    """The routes below ``/v1/images``."""
+    """The routes below ``/v1/images``.
+
+    Args:
+        omni: draws the pictures.
+        settings: of the server.
+        files: where pictures are kept whose URL is asked for.
+    """
     router = APIRouter(prefix="/v1/images", tags=["images"])
 
     async def decoded(data: bytes, param: str) -> Image.Image:
@@ -78,7 +84,11 @@ def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
 
 
 def check_image(fields: ImageFields, settings: ServerSettings) -> None:
-    """As check_generation(), and what only these routes have."""
+    """Refuse what does not fit together, or is more than the operator allows.
+
+    Raises:
+        ApiError: 400, naming the field; 404 for another model.
+    """
     check_generation(fields, settings)
     if fields.stream:
         if fields.response_format == "url":
@@ -119,7 +129,7 @@ async def _answer(
     pictures = pictures_of(output)
     encoded = [await encode(picture, fields) for picture in pictures]
     if fields.response_format == "url":
-        data = [{"url": await _kept(files, request, one, fields)} for one in encoded]
+        data = [{"url": await _keep(files, request, one, fields)} for one in encoded]
     else:
         data = [{"b64_json": as_base64(one)} for one in encoded]
     return JSONResponse(
@@ -131,13 +141,13 @@ async def _answer(
             "size": _size(pictures[0]),
             "usage": usage_of(output.metrics, len(pictures)),
             "seed": output.metrics.get("seed"),
-            "metrics": _shown(output),
+            "metrics": _metrics(output),
         }
     )
 
 
 async def _stream(first: RequestEvent, events: Events, fields: ImageFields, kind: str) -> Chunks:
-    """OpenAI's events of one request, and ours for progress."""
+    """OpenAI's events of one request, and our own for progress."""
     common = {
         "background": "auto",
         "output_format": fields.output_format or "png",
@@ -156,7 +166,7 @@ async def _stream(first: RequestEvent, events: Events, fields: ImageFields, kind
                 step = event.done, event.total
                 # Of several previews, OpenAI's events show but one.
                 previews = event.previews if is_shown and len(event.previews) > 1 else ()
-                yield _progress(kind, event=event, previews=[await _rough(one, fields) for one in previews])
+                yield _progress(kind, event=event, previews=[await _preview(one, fields) for one in previews])
             if event.preview is not None and is_shown:
                 yield event_bytes(
                     {
@@ -176,7 +186,7 @@ async def _stream(first: RequestEvent, events: Events, fields: ImageFields, kind
 
 
 def _is_due(event: RequestProgress, shown: int, wanted: int) -> bool:
-    """Previews are spread evenly over the steps; the finished picture is none of them."""
+    """Is it time for the next preview? They are spread evenly over the steps, without the finished picture."""
     return shown < wanted and event.done * (wanted + 1) >= event.total * (shown + 1) and event.done < event.total
 
 
@@ -192,7 +202,7 @@ def _progress(
     return event_bytes({**body, "previews": previews} if previews else body)
 
 
-async def _rough(picture: Image.Image, fields: ImageFields) -> dict[str, str]:
+async def _preview(picture: Image.Image, fields: ImageFields) -> dict[str, str]:
     return {"b64_json": as_base64(await encode(picture, fields)), "output_format": fields.output_format or "png"}
 
 
@@ -208,11 +218,11 @@ async def _completed(
         "background": "opaque" if picture.mode == "RGB" else "transparent",
         "usage": usage_of(output.metrics, 1),
         "seed": output.metrics.get("seed"),
-        "metrics": _shown(output),
+        "metrics": _metrics(output),
     }
 
 
-async def _kept(files: FileStore, request: Request, data: bytes, fields: ImageFields) -> str:
+async def _keep(files: FileStore, request: Request, data: bytes, fields: ImageFields) -> str:
     kind = fields.output_format or "png"
     file_id = await asyncio.to_thread(files.put, data, suffix=SUFFIXES[kind], media_type=MEDIA_TYPES[kind])
     return str(request.url_for("file_content", file_id=file_id))
@@ -222,17 +232,16 @@ def _size(picture: Image.Image) -> str:
     return f"{picture.width}x{picture.height}"
 
 
-def _shown(output: OmniRequestOutput) -> dict[str, Any]:
+def _metrics(output: OmniRequestOutput) -> dict[str, Any]:
     return {name: output.metrics[name] for name in _SHOWN_METRICS if name in output.metrics}
 
 
 async def _form(request: Request, settings: ServerSettings) -> tuple[EditFields, list[bytes], bytes | None]:
-    """The fields of an edit, its pictures' files and its mask's."""
+    """Read the form of an edit: its fields, the files of its pictures, and the file of its mask."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
-        raise ApiError(
-            415, f"content-type {kind or 'missing'}: send multipart/form-data", code="unsupported_media_type"
-        )
+        message = f"content-type {kind or 'missing'}: send multipart/form-data"
+        raise ApiError(415, message, code="unsupported_media_type")
     fields: dict[str, str] = {}
     pictures: list[bytes] = []
     mask: bytes | None = None
@@ -255,17 +264,13 @@ async def _form(request: Request, settings: ServerSettings) -> tuple[EditFields,
     if not pictures:
         raise refusal("image", "upload the picture to edit", code="missing_required_parameter")
     if len(pictures) > settings.max_images:
-        raise ApiError(
-            400,
-            f"{len(pictures)} pictures: this server takes up to {settings.max_images}",
-            param="image",
-            code="invalid_value",
-        )
+        message = f"{len(pictures)} pictures: this server takes up to {settings.max_images}"
+        raise ApiError(400, message, param="image", code="invalid_value")
     return checked, pictures, mask
 
 
 def _form_schema() -> dict[str, Any]:
-    """For the API's documentation: the form is read by hand."""
+    """The API's description of the form, which FastAPI cannot know: it is read by hand."""
     schema = EditFields.model_json_schema()
     file = {"type": "string", "format": "binary"}
     several = {"type": "array", "items": file, "description": "the pictures to edit"}

@@ -23,7 +23,7 @@ from omni_sp.server.errors import CLIENT_CLOSED, ApiError, to_api_error
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "At once, or with ``stream`` as events.", "content": {"text/event-stream": {}}}
 }
-"""What the API's description says of a route whose answer may be an EventStream."""
+"""The API's description of a route whose answer may be an EventStream."""
 # A comment, which clients of server-sent events skip; it keeps proxies from closing a silent connection.
 _KEEP_ALIVE = b": still here\n\n"
 
@@ -126,7 +126,12 @@ class EventStream(Response):
 
 
 def event_bytes(body: dict[str, Any], *, named: bool = True) -> bytes:
-    """One server-sent event; ``named`` after its type, as OpenAI's image events are."""
+    """One server-sent event.
+
+    Args:
+        body: its data.
+        named: whether the event has its type as name, which OpenAI's image events have.
+    """
     data = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     name = f"event: {body['type']}\n" if named else ""
     return f"{name}data: {data}\n\n".encode()
