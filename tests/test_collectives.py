@@ -12,9 +12,8 @@ import torch
 from omni_sp.collectives import Exchange, exchange, shift
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
-from testing.ranks import RankPool
 from omni_sp.shared_memory import Segment, can_read
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 
 WAYS = pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "gloo"])
 
