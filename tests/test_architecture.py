@@ -50,10 +50,7 @@ FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 CYCLES: list[set[str]] = [
     {"omni_sp/llm/hf/generate.py", "omni_sp/llm/hf/model.py"},
 ]
-PRIVATE_IMPORTS: set[tuple[str, str]] = {
-    ("tests/test_collectives.py", "omni_sp.shared_memory._Segment"),
-    ("tests/test_collectives.py", "omni_sp.shared_memory._holds"),
-}
+PRIVATE_IMPORTS: set[tuple[str, str]] = set()
 IMPORTS_ACROSS_TREES: set[tuple[str, str]] = {
     ("tests/llm/test_rank_program.py", "benchmarks/interleaved.py"),
     ("tests/llm/test_rank_program.py", "benchmarks/llm_rank_program.py"),
