@@ -101,12 +101,7 @@ class _ProcessGroupExchange:
     """One ``all_to_all_single`` of the process group."""
 
     def __init__(
-        self,
-        send_sizes: Sequence[int],
-        recv_sizes: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        axis: Axis,
+        self, send_sizes: Sequence[int], recv_sizes: Sequence[int], dtype: torch.dtype, device: torch.device, axis: Axis
     ) -> None:
         self._axis, self._device = axis, device
         self._send = torch.empty(sum(send_sizes), dtype=dtype, device=device)
@@ -123,13 +118,9 @@ class _ProcessGroupExchange:
         # Kept until wait(): a buffer freed earlier would be sent as garbage.
         self._send = self._send.to(self._received.device)
         # Sent as bytes, so that no library has to know the dtype (gloo does not know bfloat16 everywhere).
+        received, send = self._received.view(torch.uint8), self._send.view(torch.uint8)
         self._work = dist.all_to_all_single(
-            self._received.view(torch.uint8),
-            self._send.view(torch.uint8),
-            recv_sizes,
-            send_sizes,
-            group=self._axis.group,
-            async_op=True,
+            received, send, recv_sizes, send_sizes, group=self._axis.group, async_op=True
         )
 
     def wait(self) -> torch.Tensor:

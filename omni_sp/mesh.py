@@ -30,12 +30,7 @@ class Traffic:
     bytes: dict[str, int] = field(default_factory=dict)
 
     def add(self, kind: str, num_bytes: int) -> None:
-        """Count one call.
-
-        Args:
-            kind: the kind of collective.
-            num_bytes: what it sends to other ranks.
-        """
+        """Count one call of ``kind`` that sends ``num_bytes`` to other ranks."""
         self.calls[kind] = self.calls.get(kind, 0) + 1
         self.bytes[kind] = self.bytes.get(kind, 0) + num_bytes
 

@@ -26,12 +26,7 @@ _ALIGNMENT = 64
 
 
 class Segment:
-    """A range of this rank's memory that other ranks may read.
-
-    Args:
-        number: tells the segments of a channel apart.
-        num_bytes: its size.
-    """
+    """A range of this rank's memory that other ranks may read. A number distinguishes the segments of a channel."""
 
     def __init__(self, number: int, num_bytes: int) -> None:
         self.number, self.num_bytes = number, num_bytes
@@ -82,12 +77,9 @@ def _probe_segment() -> Segment | None:
 
 
 def can_read(pid: int, descriptor: int, token: int) -> bool:
-    """Whether this process can read a segment of another one.
+    """Whether this process can read another one's segment, which contains ``token``; ``descriptor`` -1 is none.
 
-    Args:
-        pid: the other process.
-        descriptor: the segment's file descriptor there; -1 for none.
-        token: what the segment holds. It is compared, because another machine has processes of the same numbers.
+    The token is compared because another machine has processes of the same ids.
     """
     if descriptor < 0:
         return False
@@ -172,7 +164,7 @@ class SharedMemoryChannel:
         segment.readers |= new_readers
         location = (number, index, segment.number, segment.descriptor, segment.num_bytes, bool(new_readers))
         messages = torch.tensor([[*location, offset] for offset in offsets])
-        return ChannelExchange(self, number, slot, send_buffers, messages)
+        return ChannelExchange(send_buffers, self, number, slot, messages)
 
     def _received_views(self, number: int, messages: list[list[int]], sizes: Sequence[int]) -> list[torch.Tensor]:
         """What each rank has sent to this one in exchange ``number``, ``sizes[rank]`` bytes, as views of its memory."""
@@ -208,6 +200,7 @@ class SharedMemoryChannel:
         return Segment(self._num_segments, max(num_bytes, mmap.PAGESIZE))
 
 
+@dataclass
 class ChannelExchange:
     """One exchange of a channel, which :meth:`SharedMemoryChannel.prepare` makes.
 
@@ -215,22 +208,16 @@ class ChannelExchange:
         send_buffers: for each rank the bytes (flat, uint8) that it will read; written before :meth:`send`.
     """
 
-    def __init__(
-        self,
-        channel: SharedMemoryChannel,
-        number: int,
-        slot: _Slot,
-        send_buffers: list[torch.Tensor],
-        messages: torch.Tensor,
-    ) -> None:
-        self.send_buffers = send_buffers
-        self._channel, self._number, self._slot = channel, number, slot
-        self._messages = messages
-        self._received = torch.empty_like(messages)
-        self._work: dist.Work | None = None
+    send_buffers: list[torch.Tensor]
+    _channel: SharedMemoryChannel
+    _number: int
+    _slot: _Slot
+    _messages: torch.Tensor
+    _work: dist.Work | None = None
 
     def send(self) -> None:
         """Let all ranks know that what is for them can be read."""
+        self._received = torch.empty_like(self._messages)
         self._work = dist.all_to_all_single(self._received, self._messages, group=self._channel.group, async_op=True)
 
     def receive(self, buffers: Sequence[torch.Tensor]) -> None:
