@@ -16,7 +16,7 @@ VLLM_TORCH = $(shell grep '^torch==' requirements-vllm.txt)
 VLLM_BEFORE := 0.31.0 0.30.0
 VLLM_FOLDERS := $(VLLM_BEFORE:%=$(VLLM_VENV)/versions/%)
 
-.PHONY: install install-vllm demo serve test test-vllm test-vllm-range lint check clean
+.PHONY: install install-vllm demo serve test test-vllm test-vllm-range lint check docs clean
 
 install: $(VENV)/.installed
 
@@ -69,5 +69,10 @@ lint: install
 
 check: lint test
 
+# A site in site/, with API pages made from the docstrings. Warnings are errors (see mkdocs.yml).
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+	@echo "the documentation is in site/index.html"
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) pictures .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) site pictures .pytest_cache .mypy_cache .ruff_cache

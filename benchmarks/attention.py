@@ -42,8 +42,8 @@ from omni_sp.attention import (
 )
 from omni_sp.errors import OmniSPError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import attention, relative_error
+from testing.ranks import RankPool
+from testing.reference import attention, relative_error
 
 BASE, FLOOR, OURS = "one process", "floor (no exchange)", "ours"
 

@@ -1,4 +1,4 @@
-"""Pictures to read, and the files that pictures, videos and sounds are written to."""
+"""Image files that the command line reads, and the files that it writes results to."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ def read_picture(path: str) -> Image.Image:
 
 
 class OutputFiles:
-    """Where results go: a file of its own name, numbered names where there are several, or new names in a folder.
+    """Where results go: into the file that is named, into numbered ones if there are several, or into a folder.
+
+    Constructing it creates nothing on disk.
 
     Args:
-        path: a folder (it exists, ends in a slash, or has no suffix), or a file; None for a folder "pictures", "videos"
-            or "sounds". num_outputs: how many there will be.
+        path: a folder (one that exists, or a name that ends in a slash or has no suffix), or a file; None for a folder
+            "pictures", "videos" or "sounds".
+        num_outputs: how many results there will be.
 
     Attributes:
-        saved: what has been written so far. A file is there when it is whole, never before.
+        saved: the files that have been written. A file appears when it is complete.
 
     Raises:
-        ConfigError: there are no files of that kind, a package is missing, or nothing can be written there. Nothing is
-            created by asking.
+        ConfigError: no kind of result has this suffix, a package is missing, or nothing can be written there.
     """
 
     def __init__(self, path: str | None, num_outputs: int) -> None:
@@ -66,15 +68,14 @@ class OutputFiles:
             raise ConfigError(f"--output {self._target} cannot be written: {error.strerror or error}") from error
 
     def expect(self, capabilities: PipelineCapabilities) -> None:
-        """Make sure, before anything is drawn, that what this pipeline makes can be written.
+        """Make sure, before anything is generated, that what this pipeline makes can be written.
 
         Raises:
             ConfigError: it makes something else than the file's suffix says, or a package is missing.
         """
         if self._kind not in (None, capabilities.makes):
-            suffixes = (
-                "an image suffix such as .png" if capabilities.makes == "picture" else _SUFFIXES[capabilities.makes]
-            )
+            is_image = capabilities.makes == "picture"
+            suffixes = "an image suffix such as .png" if is_image else _SUFFIXES[capabilities.makes]
             raise ConfigError(
                 f"{capabilities.name} makes {capabilities.makes}s, and --output {self._path} is a {self._kind} file: "
                 f"use {suffixes}, or a folder"
@@ -89,7 +90,7 @@ class OutputFiles:
             self._target = Path(f"{capabilities.makes}s")
 
     def save(self, output: OmniRequestOutput) -> Iterator[str]:
-        """Write what one prompt gave, file by file. Yields a line for people as each is finished."""
+        """Write the results of one prompt, and yield a line for people about each file that has been written."""
         several = self._several or max(len(output.images), len(output.videos), len(output.audios)) > 1
         for image in output.images:
             path = self._next("picture", several)

@@ -1,12 +1,16 @@
-"""Range checks of single values. Callers choose the class of the error, and so what kind of mistake it is."""
+"""Checks of single values. The caller chooses the class of the error, and so what kind of mistake it is.
+
+Every check takes the name by which the user knows the value, and states name, value and hint in its error.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["require_int", "require_number", "require_str"]
+__all__ = ["require_int", "require_number", "require_str", "suggestion"]
 
 Error = Callable[[str], Exception]
 """Makes the exception out of its message: an exception class, or a partial of one."""
@@ -15,19 +19,7 @@ Error = Callable[[str], Exception]
 def require_int(
     name: str, value: Any, *, minimum: int, maximum: int | None = None, error: Error, hint: str | None = None
 ) -> int:
-    """Return the value if it is a whole number in the range; True and False are none.
-
-    Args:
-        name: what the user calls the value.
-        value: the value.
-        minimum: the smallest allowed.
-        maximum: the largest allowed; None for any.
-        error: the exception class, or a function that makes the exception out of its message.
-        hint: what to do instead, for the message; by default "give a whole number of at least <minimum>".
-
-    Raises:
-        Exception: of the class given. The message states the name, the value and the hint.
-    """
+    """Return the value if it is a whole number from ``minimum`` to ``maximum``; True and False are none."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not is_whole or value < minimum or (maximum is not None and value > maximum):
         raise error(f"{name}={value!r}: {hint or f'give a whole number of at least {minimum}'}")
@@ -44,20 +36,7 @@ def require_number(
     error: Error,
     hint: str = "give a finite number",
 ) -> float:
-    """Return the value as a float if it is a finite number within the bounds; True and False are none.
-
-    Args:
-        name: what the user calls the value.
-        value: the value.
-        minimum: the smallest allowed.
-        above: the value must be greater.
-        below: the value must be less.
-        error: the exception class, or a function that makes the exception out of its message.
-        hint: what to do instead, for the message.
-
-    Raises:
-        Exception: of the class given. The message states the name, the value and the hint.
-    """
+    """Return the value as a float if it is finite, at least ``minimum``, and between ``above`` and ``below``."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     try:
         number = float(value) if is_number else math.nan
@@ -69,17 +48,14 @@ def require_number(
 
 
 def require_str(name: str, value: Any, *, error: Error, hint: str = "give a string") -> str:
-    """Return the value if it is a string.
-
-    Args:
-        name: what the user calls the value.
-        value: the value.
-        error: the exception class, or a function that makes the exception out of its message.
-        hint: what to do instead, for the message.
-
-    Raises:
-        Exception: of the class given. The message states the name, the value and the hint.
-    """
+    """Return the value if it is a string."""
     if not isinstance(value, str):
         raise error(f"{name}={value!r}: {hint}")
     return value
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str = "it takes {known}") -> str:
+    """What to write in place of an unknown name: the nearest known one, or else ``otherwise``, with all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise.format(known=", ".join(names))

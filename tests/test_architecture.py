@@ -1,15 +1,19 @@
-"""The arrows between the rooms, read from the imports and held."""
+"""Which file may import which, read from the imports of every file."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "omni_sp"
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "omni_sp"
 
-# A room may import rooms of lower levels only (and itself). `errors` and `config` lie at the bottom.
+# A package may import packages of lower levels only (and itself). `errors` and `validation` lie at the bottom.
 LEVELS = {
     "errors": 0,
     "validation": 0,
@@ -31,59 +35,130 @@ LEVELS = {
     "async_omni": 9,
     "server": 10,
     "cli": 11,
-    "testing": 12,
     "__main__": 12,
 }
-# Packages that only these rooms may import.
+# Distributions that only these packages may import.
 RESERVED = {
-    "diffusers": {"sharding", "pipelines", "testing"},
-    "transformers": {"pipelines", "llm", "testing"},
+    "diffusers": {"sharding", "pipelines"},
+    "transformers": {"pipelines", "llm"},
     "ray": set(),
     "vllm": {"llm"},
 }
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
+# What breaks a rule today, and shall not. A line that is no longer needed fails the test: delete it.
+CYCLES: list[set[str]] = [
+    {"omni_sp/llm/hf/generate.py", "omni_sp/llm/hf/model.py"},
+]
+PRIVATE_IMPORTS: set[tuple[str, str]] = {
+    ("tests/test_collectives.py", "omni_sp.shared_memory._Segment"),
+    ("tests/test_collectives.py", "omni_sp.shared_memory._holds"),
+}
+IMPORTS_ACROSS_TREES: set[tuple[str, str]] = {
+    ("tests/llm/test_rank_program.py", "benchmarks/interleaved.py"),
+    ("tests/llm/test_rank_program.py", "benchmarks/llm_rank_program.py"),
+}
 
-def room_of(path: Path) -> str:
-    """The room that a file belongs to: the first component below the package; `python -m` is one by itself."""
+
+@cache
+def imports_of(path: Path) -> list[tuple[str, str]]:
+    """Every import of a file, also inside functions and for type checkers: a module, and a name in it or ""."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            found += [(node.module or "", alias.name) for alias in node.names]
+    return found
+
+
+def files_imported_by(path: Path) -> Iterator[Path]:
+    """The files of this repository that hold what a file imports."""
+    for module, name in imports_of(path):
+        base = ROOT.joinpath(*module.split("."))
+        for candidate in ((base / name).with_suffix(".py"), base / name / "__init__.py", base.with_suffix(".py")):
+            if candidate.is_file():
+                yield candidate
+                break
+        else:
+            if (base / "__init__.py").is_file():
+                yield base / "__init__.py"
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def package_of(path: Path) -> str:
+    """The first component below omni_sp that a file belongs to; a file for `python -m` is one by itself."""
     if path.name == "__main__.py":
         return "__main__"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute here"
-            found.add(node.module or "")
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+FILES = [path for path in sources("omni_sp") if path != PACKAGE / "__init__.py"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_arrows_run_downward(path: Path) -> None:
-    room = room_of(path)
-    assert room in LEVELS, f"{room} is a new room: give it a level here and a line in docs/architecture.md"
-    for module in imports_of(path):
-        parts = module.split(".")
-        if parts[0] == "omni_sp" and len(parts) > 1 and parts[1] in LEVELS and parts[1] != room:
-            assert LEVELS[parts[1]] < LEVELS[room], f"{room} must not import {parts[1]}"
+def test_packages_import_lower_levels_only(path: Path) -> None:
+    package = package_of(path)
+    assert package in LEVELS, f"{package} is new: give it a level here and a line in docs/architecture.md"
+    for module, name in imports_of(path):
+        parts = f"{module}.{name}".split(".")
+        if parts[0] == "omni_sp" and parts[1] in LEVELS and parts[1] != package:
+            assert LEVELS[parts[1]] < LEVELS[package], f"{package} must not import {parts[1]}"
         if parts[0] in RESERVED:
-            assert room in RESERVED[parts[0]], f"{room} must not import {parts[0]}"
+            assert package in RESERVED[parts[0]], f"{package} must not import {parts[0]}"
 
 
-def test_every_room_is_on_the_map() -> None:
-    rooms = {room_of(path) for path in FILES}
-    assert rooms == set(LEVELS)
-    told = (PACKAGE.parent / "docs" / "architecture.md").read_text()
-    assert all(room in told for room in rooms)
+def test_no_files_import_each_other() -> None:
+    allowed = [{ROOT / name for name in cycle} for cycle in CYCLES]
+    graph = {path: {*files_imported_by(path)} - {path} for path in sources("omni_sp")}
+    for cycle in allowed:
+        for path in cycle:
+            assert graph[path] & cycle, f"{name_of(path)} is in no cycle any more: delete it from CYCLES"
+            graph[path] -= cycle
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(name_of(path) for path in reversed(error.args[1])))
+
+
+def test_private_names_stay_in_their_file() -> None:
+    private = {
+        (name_of(path), f"{module}.{name}")
+        for path in sources("omni_sp", "tests", "testing", "benchmarks", "examples", "training", "compat/vllm_omni")
+        for module, name in imports_of(path)
+        if module.split(".")[0] in ("omni_sp", "tests", "testing", "benchmarks", "training", "vllm_omni")
+        if any(part.startswith("_") and not part.startswith("__") for part in f"{module}.{name}".split("."))
+    }
+    assert private == PRIVATE_IMPORTS
+
+
+def test_tests_benchmarks_and_examples_share_only_the_testing_module() -> None:
+    trees = {"tests", "testing", "benchmarks", "examples", "training"}
+    forbidden = {"omni_sp": trees, "testing": trees - {"testing"}, "tests": {"benchmarks", "examples"}}
+    forbidden |= {"benchmarks": {"tests"}, "examples": {"tests", "benchmarks"}}
+    found = {
+        (name_of(path), name_of(imported))
+        for folder, others in forbidden.items()
+        for path in sources(folder)
+        for imported in files_imported_by(path)
+        if imported.relative_to(ROOT).parts[0] in others
+    }
+    assert found == IMPORTS_ACROSS_TREES
+
+
+def test_every_package_is_in_the_documentation() -> None:
+    packages = {package_of(path) for path in FILES}
+    assert packages == set(LEVELS)
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert all(package in text for package in packages)
 
 
 def test_no_file_is_named_for_everything() -> None:

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from omni_sp import Omni, OmniDiffusionSamplingParams, ParallelMesh
-from omni_sp.testing import models
-from omni_sp.testing.ranks import RankPool
+from testing import models
+from testing.ranks import RankPool
 from tests.thorough import thorough_only
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ def pixels(frames: list[Image.Image]) -> Any:
 
 
 def run(example: str, *words: Any, cwd: Path, code: int = 0) -> str:
-    """What an example says: on stdout, or on stderr where it is to fail."""
+    """What an example prints: on stdout, or on stderr where it is to fail."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(ROOT / "examples" / f"{example}.py"), "--device", "cpu", *map(str, words)]
     done = subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, timeout=150, check=False)
@@ -84,10 +84,10 @@ def test_a_picture_is_edited_as_on_one_process(saved: Path, tmp_path: Path) -> N
     asked = {"height": 44, "width": 60, "num_inference_steps": 3, "seed": 7, "max_sequence_length": 13}
     words = ["--model", saved / "kontext", "--image", saved / "picture.png", "--prompt", PROMPT, *options(asked)]
     words += ["--extra", "_auto_resize=false", "--ulysses-degree", 2, "--ring-degree", 2]
-    told = run("image_edit", *words, cwd=tmp_path)
-    assert "FluxKontextPipeline, float32 on cpu" in told
-    assert "= 4 ranks" in told
-    assert told.splitlines()[-1] == "picture edited.png"
+    shown = run("image_edit", *words, cwd=tmp_path)
+    assert "FluxKontextPipeline, float32 on cpu" in shown
+    assert "= 4 ranks" in shown
+    assert shown.splitlines()[-1] == "picture edited.png"
     extra = {"_auto_resize": False}
     alone = one_process(saved / "kontext", {"prompt": PROMPT, "image": picture()}, **asked, extra_args=extra)
     other = one_process(saved / "kontext", {"prompt": PROMPT, "image": picture(36, 52)}, **asked, extra_args=extra)
@@ -101,8 +101,8 @@ def test_a_picture_is_edited_as_on_one_process(saved: Path, tmp_path: Path) -> N
 
 def test_a_video_is_drawn_and_can_be_read_back(saved: Path, tmp_path: Path) -> None:
     words = ["--model", saved / "wan", "--prompt", PROMPT, *options(VIDEO), "--fps", 12]
-    told = run("text_to_video", *words, cwd=tmp_path)
-    assert told.splitlines()[-1] == "video   video.mp4  9 frames, 12 a second"
+    shown = run("text_to_video", *words, cwd=tmp_path)
+    assert shown.splitlines()[-1] == "video   video.mp4  9 frames, 12 a second"
     fps, frames = read_video(tmp_path / "video.mp4")
     assert (fps, frames.shape) == (12.0, (9, 48, 80, 3))
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
@@ -115,9 +115,9 @@ def test_a_video_is_drawn_and_can_be_read_back(saved: Path, tmp_path: Path) -> N
 def test_a_picture_becomes_videos_over_two_ranks(saved: Path, tmp_path: Path) -> None:
     words = ["--model", saved / "wan-i2v", "--image", saved / "picture.png", "--prompt", PROMPT, *options(VIDEO)]
     words += ["--num-outputs-per-prompt", 2, "--ring", 2, "--output", "new/clip.mp4"]
-    told = run("image_to_video", *words, cwd=tmp_path)
-    assert "ring_degree 2 = 2 ranks" in told
-    assert told.splitlines()[-2:] == [f"video   new/clip-{number}.mp4  9 frames, 16 a second" for number in (1, 2)]
+    shown = run("image_to_video", *words, cwd=tmp_path)
+    assert "ring_degree 2 = 2 ranks" in shown
+    assert shown.splitlines()[-2:] == [f"video   new/clip-{number}.mp4  9 frames, 16 a second" for number in (1, 2)]
     for number in (1, 2):
         fps, frames = read_video(tmp_path / "new" / f"clip-{number}.mp4")
         assert (fps, frames.shape) == (16.0, (9, 48, 80, 3))
@@ -137,7 +137,42 @@ def test_frames_are_those_of_one_process(ranks: RankPool, saved: Path, model: st
 
 
 @pytest.mark.parametrize("example", ["image_edit", "image_to_video"])
-def test_a_missing_picture_is_told_at_once(example: str, tmp_path: Path) -> None:
-    told = run(example, "--prompt", PROMPT, cwd=tmp_path, code=2)
-    assert told == "omni-sp: error: no picture to start from: give --image PATH\n"
+def test_a_missing_picture_is_reported_at_once(example: str, tmp_path: Path) -> None:
+    shown = run(example, "--prompt", PROMPT, cwd=tmp_path, code=2)
+    assert shown == "omni-sp: error: no picture to start from: give --image PATH\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("example", "num_processes", "printed", "pictures"),
+    [
+        ("api_attention", 2, ["rank 0: 8 tokens, largest difference", "rank 1: 5 tokens"], []),
+        ("api_parallelize", 2, ["ulysses_degree 2", "'hidden_states': 256"], ["api_parallelize.png"]),
+        ("api_omni", 1, ["2 ranks", "a large green star"], ["api_omni-1.png", "api_omni-2.png"]),
+        pytest.param(
+            "api_async", 1, ["1.png: done", "2.png: done"], ["api_async-1.png", "api_async-2.png"], marks=thorough_only
+        ),
+    ],
+)
+def test_the_api_in_a_few_lines(
+    example: str, num_processes: int, printed: list[str], pictures: list[str], tmp_path: Path
+) -> None:
+    """Each runs by the command in its docstring, without an option."""
+    path = ROOT / "examples" / f"{example}.py"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    program = [sys.executable, *(launcher if num_processes > 1 else []), str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(words in done.stdout for words in printed), done.stdout
+    assert sorted(file.name for file in tmp_path.iterdir()) == pictures
+    for name in pictures:
+        with Image.open(tmp_path / name) as file:
+            assert pixels([file]).std() > 1
+    if example == "api_attention":
+        differences = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+        assert max(differences) <= 1e-6
+    command = f"torchrun --nproc-per-node {num_processes}" if num_processes > 1 else "python"
+    assert f"\n{command} examples/{example}.py\n" in path.read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ from omni_sp.attention import sequence_parallel_attention
 from omni_sp.collectives import gather_ints, require_equal
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import attention, randomise, relative_error
+from testing.ranks import RankPool
+from testing.reference import attention, randomise, relative_error
 from tests.sharding.models import qwen_image, qwen_inputs
 
 HALVES = {

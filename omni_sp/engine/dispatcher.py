@@ -41,8 +41,6 @@ class Dispatcher:
     batch that failed, each job is tried alone: the cause may be one of them, or their number.
 
     Args:
-        options: what the ranks run.
-        launcher: starts the ranks.
         warm_up: gives the calls to run before the first job.
         max_queue_length: jobs that may wait; None for any number.
         on_news: called with what a start is doing.

@@ -45,18 +45,13 @@ class Job:
     """A call in the queue, and the callbacks for what becomes of it. They run in the dispatcher's threads.
 
     Attributes:
-        call: to run on the ranks.
         priority: higher ones come first, equal ones in the order of arrival.
         on_position: called with the number of jobs before it, running ones too, whenever that changes.
         on_progress: called at every step.
         on_end: called once, with what rank 0 answered or with the error.
         key: equal for jobs that may share a call; None for one that runs alone.
-        number: of its arrival.
         arrived: the time of its arrival, on the monotonic clock.
         position: jobs before it, as last reported.
-        is_over: its end was reported.
-        is_aborted: somebody aborted it.
-        was_retried: it had its second try.
     """
 
     call: Call

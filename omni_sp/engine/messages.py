@@ -18,8 +18,6 @@ class EngineOptions:
     """What an engine is to run.
 
     Attributes:
-        source: the model.
-        config: the degrees.
         device: "cpu", "cuda", "cuda:N", or None for CUDA where there is one.
         dtype: a torch dtype's name, or None for the device's default.
         attention_backend: a kernel's name, or "auto".
@@ -39,26 +37,36 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankPlacement:
+    """Where a rank runs.
+
+    Attributes:
+        host: the name of the machine.
+        device: the rank's own, such as "cuda:1".
+        num_threads: for the CPU's kernels; 0 leaves torch's choice.
+        parent_pid: the process on that machine whose death must end the rank; 0 where the rank cannot watch it.
+    """
+
+    host: str
+    device: str
+    num_threads: int
+    parent_pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankSettings:
     """Front -> rank, the first message: who the rank is.
 
     Attributes:
-        rank: its number.
-        options: what the engine is to run.
-        device: this rank's own.
         backend: what moves tensors, in torch.distributed's words.
         store: the host and port at which the front's store listens.
-        num_threads: for the CPU's kernels; 0 leaves torch's choice.
-        parent_pid: the process on the rank's machine whose death must end it; 0 where the kernel cannot watch that.
     """
 
     rank: int
     options: EngineOptions
-    device: str
+    placement: RankPlacement
     backend: str
     store: tuple[str, int]
-    num_threads: int
-    parent_pid: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +79,6 @@ class Call:
     """Front -> ranks: one call of the pipeline.
 
     Attributes:
-        request_id: the name of the request that it is for.
         arguments: of the pipeline's own ``__call__``, without the generator.
         seeds: one; or one for each prompt where the arguments hold lists of prompts (see batching.merge_calls).
         check: "ranks" also runs it on each rank alone, "batch" also runs each prompt alone; both answer how far apart
@@ -90,11 +97,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Abort:
-    """Front -> ranks: leave this call before its next step. For a call that is over it means nothing.
-
-    Attributes:
-        request_id: of the call.
-    """
+    """Front -> ranks: leave the call of this name before its next step. For a call that is over it means nothing."""
 
     request_id: str
 
@@ -139,7 +142,6 @@ class Ready:
     """Rank -> front: waiting for calls.
 
     Attributes:
-        rank: its number.
         ranks: how many there are.
         layout: which rank is where, for people.
         capabilities: what the pipeline can be asked for.
@@ -163,13 +165,10 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Rank 0 -> front: how far the denoising is.
+    """Rank 0 -> front: denoising steps so far, and in all.
 
     Attributes:
-        done: steps so far.
-        total: steps in all.
-        previews: small pictures of the intermediate result, one for each picture of the call, prompt by prompt, where
-            they were asked for.
+        previews: small pictures of the intermediate result, one for each picture of the call, prompt by prompt.
     """
 
     done: int
@@ -182,7 +181,6 @@ class Done:
     """Rank -> front: the call is over.
 
     Attributes:
-        request_id: of the call.
         result: what the pipeline made; from rank 0 alone, and None of a check.
         tokens: stream name -> the most tokens that one forward had.
         errors: of a check, from every rank: stage -> relative difference.
@@ -201,8 +199,6 @@ class Failed:
 
     Attributes:
         kind: the class of the error.
-        message: its text.
-        traceback: as Python prints it.
         is_shared: all ranks raise it alike at the same point, and stand ready for the next call: one of our own
             InvalidInputErrors, or an abort.
         is_peer_loss: the error follows from another rank's end (a broken connection), and has no cause of its own.
@@ -221,11 +217,7 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True)
 class RankExited:
-    """What the front notes when a rank's process has ended.
-
-    Attributes:
-        exitcode: negative for a signal; None where it is unknown.
-    """
+    """What the front notes when a rank's process has ended; ``exitcode`` is negative for a signal, None if unknown."""
 
     exitcode: int | None
 

@@ -112,7 +112,7 @@ class PipelineRunner:
             def on_step(done: int, total: int) -> None:
                 if on_progress is not None:
                     shows = previews is not None and 0 < done < total and _is_preview_step(done, total)
-                    pictures = previews.pictures(num_outputs) if previews is not None and shows else ()
+                    pictures = previews.images(num_outputs) if previews is not None and shows else ()
                     on_progress(Progress(done=done, total=total, previews=pictures))
                 if call.can_be_aborted and done < total and any_rank(is_aborted(), mesh):
                     raise RequestAbortedError(f"{call.request_id} was aborted after {done} of {total} steps")

@@ -18,13 +18,7 @@ CAPTIONS = {IMPORTS: "processes and imports", WEIGHTS: "weights", JOINING: "join
 
 
 class StartupMessage(str):
-    """What a start is doing, in words for people.
-
-    Attributes:
-        part: one of CAPTIONS.
-        done: how far that part is.
-        total: where that part ends.
-    """
+    """What a start is doing, in words for people: ``done`` of ``total`` of a part, one of CAPTIONS."""
 
     part: str
     done: int
@@ -60,14 +54,7 @@ class Startup:
         self.seconds: dict[str, float] = {}
 
     def report(self, part: str, text: str, done: int = 0, total: int = 1) -> None:
-        """Enter this part, and report it. A text is not reported twice in a row.
-
-        Args:
-            part: one of CAPTIONS.
-            text: for people.
-            done: how far the part is.
-            total: where the part ends.
-        """
+        """Enter this part, which is ``done`` of ``total``, and report it; no text is reported twice in a row."""
         self._enter(part)
         if text != self._last_text:
             self._last_text = text

@@ -38,7 +38,7 @@ def rank_main(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front: it ends the ranks
     settings = pickle.loads(connection.recv_bytes())
     assert isinstance(settings, RankSettings)
-    die_with_parent(settings.parent_pid)
+    die_with_parent(settings.placement.parent_pid)
     inbox: Inbox = queue.SimpleQueue()
     aborted: Aborted = set()
     sending = threading.Lock()
@@ -105,11 +105,11 @@ def _load(settings: RankSettings, report: Report) -> PipelineRunner:
     from omni_sp.engine.pipeline_runner import PipelineRunner
     from omni_sp.pipelines.load import silence_libraries
 
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
+    if settings.placement.num_threads:
+        torch.set_num_threads(settings.placement.num_threads)
     runner = PipelineRunner(
         settings.options,
-        settings.device,
+        settings.placement.device,
         decodes=settings.rank == 0,
         on_component=lambda part, done, total: report(Loading(part=part, done=done, total=total)),
     )

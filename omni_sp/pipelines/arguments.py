@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,25 +9,9 @@ from typing import Any
 
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.errors import SamplingParamsError
+from omni_sp.pipelines import quirks
 from omni_sp.pipelines.capabilities import PipelineCapabilities, our_name
-from omni_sp.pipelines.quirks import (
-    AREA,
-    ARGUMENT_NAMES,
-    IMAGE_LIST_ARGUMENTS,
-    PLACEHOLDER_IMAGES,
-    REPLACES_IMAGE,
-    SMALL_VALUES,
-)
-
-__all__ = [
-    "DEFAULT_FPS",
-    "Prompt",
-    "call_arguments",
-    "frames_per_second",
-    "rounded_size",
-    "small_arguments",
-    "warm_up_arguments",
-]
+from omni_sp.validation import suggestion
 
 DEFAULT_FPS = 16.0
 """Frames a second of a video whose pipeline says nothing about it."""
@@ -64,11 +47,6 @@ def call_arguments(
 
     Where true_cfg_scale is above 1 and there is no negative prompt, it is " ": without one, pipelines would leave out
     the guidance. A pipeline that takes an area (FLUX.1 Kontext: ``max_area``) gets that of height and width.
-
-    Args:
-        capabilities: of the pipeline.
-        prompt: what to draw.
-        params: how to draw it.
 
     Raises:
         SamplingParamsError: the pipeline cannot take a parameter, would ignore it, or needs one that is missing; or a
@@ -107,14 +85,9 @@ def call_arguments(
 def small_arguments(
     capabilities: PipelineCapabilities, arguments: Mapping[str, Any], params: OmniDiffusionSamplingParams
 ) -> dict[str, Any]:
-    """Return the arguments with small sizes and two steps wherever the user gives none.
+    """Return the arguments that call_arguments() made of ``params``, with small sizes wherever the user gives none.
 
-    The numbers of tokens that follow from these sizes are divisible by few numbers of ranks.
-
-    Args:
-        capabilities: of the pipeline.
-        arguments: what call_arguments() made.
-        params: what it made them from.
+    There are two steps, and the numbers of tokens are divisible by few numbers of ranks.
     """
     wanted = {
         "height": 11 * capabilities.height_multiple,
@@ -129,25 +102,20 @@ def small_arguments(
         is_given = getattr(params, name) is not None or argument_name in params.extra_args
         if argument_name is not None and argument_name in capabilities.parameters and not is_given:
             small[argument_name] = value
-    for name, value in SMALL_VALUES.items():
+    for name, value in quirks.SMALL_VALUES.items():
         if name in capabilities.parameters:
             small.setdefault(name, value)
-    if AREA not in params.extra_args:
-        small.pop(AREA, None)
+    if quirks.AREA not in params.extra_args:
+        small.pop(quirks.AREA, None)
         _add_area(capabilities, small)
     return small
 
 
 def warm_up_arguments(capabilities: PipelineCapabilities, height: int, width: int) -> dict[str, Any]:
-    """Make the arguments of a call of one step at this size, whose result nobody looks at.
+    """Make the arguments of a call of one step at this size in pixels, whose result nobody looks at.
 
     Grey images stand in for those that the pipeline cannot do without, and a mask covers all of them. Where the
     pipeline takes no size, theirs decides.
-
-    Args:
-        capabilities: of the pipeline.
-        height: pixels.
-        width: pixels.
 
     Raises:
         SamplingParamsError: the pipeline needs something that cannot be made up, or cannot draw this size.
@@ -159,7 +127,7 @@ def warm_up_arguments(capabilities: PipelineCapabilities, height: int, width: in
 
     image = plain() if capabilities.needs_image else None
     extra: dict[str, Any] = {
-        name: plain(*looks) for name, looks in PLACEHOLDER_IMAGES.items() if name in capabilities.parameters
+        name: plain(*looks) for name, looks in quirks.PLACEHOLDER_IMAGES.items() if name in capabilities.parameters
     }
     if _needs_video(capabilities):
         extra["video"] = [plain()] * _WARM_UP_FRAMES
@@ -178,13 +146,7 @@ def warm_up_arguments(capabilities: PipelineCapabilities, height: int, width: in
 
 
 def frames_per_second(capabilities: PipelineCapabilities, arguments: Mapping[str, Any], fps: float | None) -> float:
-    """Return how fast a video is meant to be shown: the user's number, else the pipeline's, else DEFAULT_FPS.
-
-    Args:
-        capabilities: of the pipeline that makes the video.
-        arguments: of its call.
-        fps: the user's frames a second, if any.
-    """
+    """Return how fast a video is meant to be shown: the user's ``fps``, else the pipeline's, else DEFAULT_FPS."""
     name = capabilities.argument_name("fps")
     if fps is None and name is not None:
         given = arguments.get(name)
@@ -193,12 +155,7 @@ def frames_per_second(capabilities: PipelineCapabilities, arguments: Mapping[str
 
 
 def rounded_size(capabilities: PipelineCapabilities, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the (height, width) in pixels that diffusers will draw if it differs from the arguments' size; else None.
-
-    Args:
-        capabilities: of the pipeline.
-        arguments: of its call.
-    """
+    """Return the (height, width) in pixels that diffusers rounds the arguments' size to; None where it keeps it."""
     height, width = arguments.get("height"), arguments.get("width")
     if not isinstance(height, int) or not isinstance(width, int):
         return None
@@ -210,15 +167,15 @@ def _needs_video(capabilities: PipelineCapabilities) -> bool:
     """Whether it starts from a video: it says so, or it takes the strength of a change and no image to change."""
     names = capabilities.parameters.keys()
     return "video" in capabilities.required or (
-        {"video", "strength"} <= names and names.isdisjoint(ARGUMENT_NAMES["image"])
+        {"video", "strength"} <= names and names.isdisjoint(quirks.ARGUMENT_NAMES["image"])
     )
 
 
 def _adapt_value(capabilities: PipelineCapabilities, name: str, value: Any) -> Any:
     """A value in the pipeline's own form: a list for lists of images, a whole number for whole frame rates."""
-    if name in IMAGE_LIST_ARGUMENTS and not isinstance(value, list):
+    if name in quirks.IMAGE_LIST_ARGUMENTS and not isinstance(value, list):
         return [value]
-    takes_int = name in ARGUMENT_NAMES["fps"] and isinstance(capabilities.parameters.get(name), int)
+    takes_int = name in quirks.ARGUMENT_NAMES["fps"] and isinstance(capabilities.parameters.get(name), int)
     return int(value) if takes_int and float(value).is_integer() else value
 
 
@@ -242,8 +199,7 @@ def _add_extra_args(
         elif name in arguments:
             reason = f"{name} is given twice: {arguments[name]!r}, and {value!r} in extra_args"
         elif name not in capabilities.parameters and not capabilities.takes_anything:
-            near = difflib.get_close_matches(str(name), capabilities.parameters, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(capabilities.parameters)}"
+            hint = suggestion(str(name), capabilities.parameters)
             reason = f"{capabilities.name} does not take {name!r} from extra_args; {hint}"
         if reason is not None:
             raise SamplingParamsError(reason, param=our_name(str(name)))
@@ -290,7 +246,7 @@ def _apply_image_rules(
             )
         arguments[name] = images[0]
     if images is None and capabilities.needs_image:
-        if not any(word in extra for extra in extra_args for word in REPLACES_IMAGE):
+        if not any(word in extra for extra in extra_args for word in quirks.REPLACES_IMAGE):
             raise SamplingParamsError(
                 f"{capabilities.name} needs a picture to start from: give image in the prompt, or --image on the "
                 "command line",
@@ -312,8 +268,8 @@ def _require_all(capabilities: PipelineCapabilities, arguments: Mapping[str, Any
 def _add_area(capabilities: PipelineCapabilities, arguments: dict[str, Any]) -> None:
     """Add the area of height and width where the pipeline takes one."""
     height, width = arguments.get("height"), arguments.get("width")
-    if AREA in capabilities.parameters and isinstance(height, int) and isinstance(width, int):
-        arguments.setdefault(AREA, height * width)
+    if quirks.AREA in capabilities.parameters and isinstance(height, int) and isinstance(width, int):
+        arguments.setdefault(quirks.AREA, height * width)
 
 
 def _check_sizes(capabilities: PipelineCapabilities, arguments: Mapping[str, Any]) -> None:

@@ -9,21 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from omni_sp.pipelines.quirks import (
-    ARGUMENT_NAMES,
-    IMAGE_FIELDS,
-    NEEDS_IMAGE,
-    SAMPLING_RATES,
-    SEVERAL_CONDITIONS,
-    SINGLE_IMAGE_ARGUMENTS,
-    SOUND_ARGUMENTS,
-    SOUND_FIELDS,
-    SPATIAL_FACTORS,
-    TAKES_ONE_IMAGE,
-    TEMPORAL_FACTORS,
-    VIDEO_ARGUMENTS,
-    VIDEO_FIELDS,
-)
+from omni_sp.pipelines import quirks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +53,8 @@ class PipelineCapabilities:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def argument_name(self, name: str) -> str | None:
-        """The pipeline's own name for an argument of ours; None where it has nothing of the kind.
-
-        Args:
-            name: as in OmniDiffusionSamplingParams, or of a field of a prompt.
-        """
-        candidates = ARGUMENT_NAMES.get(name, (name,))
+        """Return the pipeline's own name for an argument of ours; None where it has nothing of the kind."""
+        candidates = quirks.ARGUMENT_NAMES.get(name, (name,))
         known = next((candidate for candidate in candidates if candidate in self.parameters), None)
         return candidates[0] if known is None and self.takes_anything else known
 
@@ -85,20 +67,14 @@ class PipelineCapabilities:
 
 
 def our_name(argument_name: str) -> str:
-    """Return our name for an argument of a pipeline: the opposite of PipelineCapabilities.argument_name().
-
-    Args:
-        argument_name: as the pipeline calls it.
-    """
-    return next((ours for ours, theirs in ARGUMENT_NAMES.items() if argument_name in theirs), argument_name)
+    """Return our name for an argument of a pipeline: the opposite of PipelineCapabilities.argument_name()."""
+    return next((ours for ours, theirs in quirks.ARGUMENT_NAMES.items() if argument_name in theirs), argument_name)
 
 
 def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = None) -> PipelineCapabilities:
     """Learn from a loaded pipeline's signature and components what it can be asked for.
 
-    Args:
-        pipe: a diffusers pipeline.
-        sampling_defaults: see PipelineCapabilities.
+    ``sampling_defaults`` is passed on to PipelineCapabilities.
     """
     parameters: dict[str, Any] = {}
     required = []
@@ -113,11 +89,13 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
                 required.append(name)
     name = type(pipe).__name__
     made = _output_fields(pipe, parameters)
-    makes_videos, makes_sounds = bool(made & {*VIDEO_FIELDS}), bool(made & {*SOUND_FIELDS})
-    vae_multiple = _first_positive_int(pipe, SPATIAL_FACTORS)
+    makes_videos, makes_sounds = bool(made & {*quirks.VIDEO_FIELDS}), bool(made & {*quirks.SOUND_FIELDS})
+    vae_multiple = _first_positive_int(pipe, quirks.SPATIAL_FACTORS)
     height_multiple, width_multiple = _size_multiples(pipe, vae_multiple)
-    image = next((candidate for candidate in ARGUMENT_NAMES["image"] if candidate in parameters), None)
-    is_batch = (makes_videos and SEVERAL_CONDITIONS not in parameters) or any(part in name for part in TAKES_ONE_IMAGE)
+    image = next((candidate for candidate in quirks.ARGUMENT_NAMES["image"] if candidate in parameters), None)
+    is_batch = (makes_videos and quirks.SEVERAL_CONDITIONS not in parameters) or any(
+        part in name for part in quirks.TAKES_ONE_IMAGE
+    )
     return PipelineCapabilities(
         name=name,
         parameters=parameters,
@@ -125,8 +103,8 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
         takes_anything=takes_anything,
         makes_videos=makes_videos,
         makes_sounds=makes_sounds,
-        needs_image=image in required or (image == "image" and any(part in name for part in NEEDS_IMAGE)),
-        takes_one_image=image in SINGLE_IMAGE_ARGUMENTS and is_batch,
+        needs_image=image in required or (image == "image" and any(part in name for part in quirks.NEEDS_IMAGE)),
+        takes_one_image=image in quirks.SINGLE_IMAGE_ARGUMENTS and is_batch,
         image_mode="RGBA" if _vae_channels(pipe) == 4 else "RGB",
         sampling_rate=_sampling_rate(pipe) if makes_sounds else None,
         vae_multiple=vae_multiple,
@@ -143,7 +121,7 @@ def _output_fields(pipe: Any, parameters: Mapping[str, Any]) -> set[str]:
 
     A pipeline whose module names none is judged by its arguments.
     """
-    known = {*IMAGE_FIELDS, *VIDEO_FIELDS, *SOUND_FIELDS}
+    known = {*quirks.IMAGE_FIELDS, *quirks.VIDEO_FIELDS, *quirks.SOUND_FIELDS}
     for owner in type(pipe).__mro__:
         if owner.__name__ == "DiffusionPipeline":
             break  # the base of all; its module has outputs of every kind
@@ -156,9 +134,9 @@ def _output_fields(pipe: Any, parameters: Mapping[str, Any]) -> set[str]:
         found = known & {entry.name for output in outputs for entry in fields(output)}
         if found:
             return found
-    if parameters.keys() & {*VIDEO_ARGUMENTS}:
-        return {*VIDEO_FIELDS}
-    return {*SOUND_FIELDS} if parameters.keys() & {*SOUND_ARGUMENTS} else {*IMAGE_FIELDS}
+    if parameters.keys() & {*quirks.VIDEO_ARGUMENTS}:
+        return {*quirks.VIDEO_FIELDS}
+    return {*quirks.SOUND_FIELDS} if parameters.keys() & {*quirks.SOUND_ARGUMENTS} else {*quirks.IMAGE_FIELDS}
 
 
 def _config_entry(pipe: Any, component: str, name: str) -> Any:
@@ -179,7 +157,7 @@ def _sampling_rate(pipe: Any) -> int | None:
     """Samples a second of the finished sound: the vocoder's, where there is one, else the pipeline's or the VAE's."""
     found = (
         _config_entry(pipe, component, name) if component else getattr(pipe, name, None)
-        for component, name in SAMPLING_RATES
+        for component, name in quirks.SAMPLING_RATES
     )
     return next((rate for rate in found if isinstance(rate, int) and rate > 0), None)
 
@@ -206,8 +184,8 @@ def _size_multiples(pipe: Any, vae_multiple: int) -> tuple[int, int]:
 
 def _frames_multiple(pipe: Any, parameters: Mapping[str, Any]) -> int:
     """Frames that the VAE shrinks to one, where the pipeline's own default obeys 1 + n × that; else 1, for no rule."""
-    factor = _first_positive_int(pipe, TEMPORAL_FACTORS)
-    name = next((candidate for candidate in ARGUMENT_NAMES["num_frames"] if candidate in parameters), None)
+    factor = _first_positive_int(pipe, quirks.TEMPORAL_FACTORS)
+    name = next((candidate for candidate in quirks.ARGUMENT_NAMES["num_frames"] if candidate in parameters), None)
     default = parameters.get(name) if name is not None else None
     if name is not None and default is None:
         default = _transformer_config(pipe, "sample_frames")

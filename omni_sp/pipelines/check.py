@@ -1,7 +1,8 @@
-"""A pipeline over many ranks against the same pipeline on one: how far apart they are, stage by stage."""
+"""The difference between a pipeline over many ranks and the same pipeline on one, stage by stage."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,8 +12,7 @@ import torch
 from omni_sp.pipelines.parallelize import transformers_of
 from omni_sp.pipelines.run import run_call
 
-Record = dict[str, list[torch.Tensor]]
-TEXT, PICTURE = "text", "result"
+_Record = dict[str, list[torch.Tensor]]
 
 
 def stage_errors(
@@ -27,54 +27,66 @@ def stage_errors(
     """Run one call on this rank alone, and again over all ranks.
 
     Args:
-        alone: takes the pipeline apart from the other ranks. spread: puts it back; both are called.
+        pipe: a parallelized diffusers pipeline.
+        arguments: of the call.
+        seed: of the generators, as run_call() takes it.
+        device: where the pipeline runs.
+        on_one_rank: lets the pipeline run without the other ranks; called before the first run.
+        on_all_ranks: parallelizes the pipeline again; called before the second run, also where the first one failed.
 
     Returns:
-        Stage -> the largest difference, relative to the largest number of the stage in one process: "text" (prompt
-        embeddings), each call of each transformer, and "result" (the finished picture, video or sound).
+        Stage -> the largest difference, relative to the largest number of the stage in one process. The stages are
+        "text" (prompt embeddings), each call of each transformer, and "result" (the finished image, video or sound).
     """
     on_one_rank()
     try:
-        reference = _recorded(pipe, arguments, seed, device)
+        reference = _run_recorded(pipe, arguments, seed, device)
     finally:
         on_all_ranks()
-    found = _recorded(pipe, arguments, seed, device)
+    found = _run_recorded(pipe, arguments, seed, device)
     return {
-        stage: max(
-            (difference(mine, theirs) for mine, theirs in zip(found.get(stage, []), wanted, strict=True)), default=0.0
-        )
+        stage: max((difference(*pair) for pair in zip(found.get(stage, []), wanted, strict=True)), default=0.0)
         for stage, wanted in reference.items()
     }
 
 
-def _recorded(
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest wanted number; infinite for another shape, or for nan."""
+    if found.shape != wanted.shape:
+        return math.inf
+    if wanted.numel() == 0:
+        return 0.0
+    largest = wanted.abs().max().clamp(min=1e-30)
+    relative = ((found - wanted).abs().max() / largest).item()
+    return math.inf if math.isnan(relative) else relative
+
+
+def _run_recorded(
     pipe: Any, arguments: Mapping[str, Any], seed: int | tuple[int, ...] | None, device: torch.device
-) -> Record:
-    record: Record = {}
+) -> _Record:
+    record: _Record = {}
     with ExitStack() as stack:
         stack.enter_context(_text_recorded(pipe, record))
         for name, model in transformers_of(pipe):
-            calls = _Calls(name, record)
-            stack.callback(model.register_forward_hook(calls.note).remove)
+            stack.callback(model.register_forward_hook(_OutputRecorder(name, record)).remove)
         result = run_call(pipe, arguments, seed=seed, device=device)
-    record[PICTURE] = [torch.as_tensor(item) for item in (*result.images, *result.videos, *result.audios)]
+    record["result"] = [torch.as_tensor(item) for item in (*result.images, *result.videos, *result.audios)]
     return record
 
 
-class _Calls:
-    """Keeps what a transformer gives, call by call."""
+class _OutputRecorder:
+    """A forward hook that records what a transformer returns, call by call."""
 
-    def __init__(self, name: str, record: Record) -> None:
+    def __init__(self, name: str, record: _Record) -> None:
         self._name, self._record, self._number = name, record, 0
 
-    def note(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
-        """A forward hook."""
+    def __call__(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
         self._number += 1
         self._record[f"{self._name}, call {self._number}"] = _tensors(output)
 
 
 @contextmanager
-def _text_recorded(pipe: Any, record: Record) -> Iterator[None]:
+def _text_recorded(pipe: Any, record: _Record) -> Iterator[None]:
     original = getattr(pipe, "encode_prompt", None)
     if original is None:
         yield
@@ -82,7 +94,7 @@ def _text_recorded(pipe: Any, record: Record) -> Iterator[None]:
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        record.setdefault(TEXT, []).extend(_tensors(result))
+        record.setdefault("text", []).extend(_tensors(result))
         return result
 
     pipe.encode_prompt = encode_prompt
@@ -93,20 +105,9 @@ def _text_recorded(pipe: Any, record: Record) -> Iterator[None]:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """Floating-point tensors anywhere in a result, copied."""
+    """Copies of the floating-point tensors anywhere in a result."""
     if isinstance(value, torch.Tensor):
         return [value.detach().float().cpu().clone()] if value.is_floating_point() else []
     if isinstance(value, Mapping):
         value = tuple(value.values())
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
-
-
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference, relative to the largest number that is wanted; infinite for another shape, or nan."""
-    if found.shape != wanted.shape:
-        return float("inf")
-    if wanted.numel() == 0:
-        return 0.0
-    largest = wanted.abs().max().clamp(min=1e-30)
-    difference = ((found - wanted).abs().max() / largest).item()
-    return float("inf") if difference != difference else difference  # nan is no number to be near to

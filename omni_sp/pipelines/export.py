@@ -1,4 +1,4 @@
-"""Finished videos and sounds as files: by diffusers' own exporters, and by the standard library."""
+"""Videos and sounds as files, written by diffusers' own exporters and by the standard library."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ExportedSound:
 
 
 def require_video_writer() -> None:
-    """Make sure that videos can be written before any is drawn.
+    """Make sure that videos can be written, before one is generated.
 
     Raises:
         ConfigError: a package is missing, or has no ffmpeg.
@@ -50,7 +50,7 @@ def require_video_writer() -> None:
 
 
 def write_video(frames: list[Any], path: Path, fps: float) -> None:
-    """Write PIL pictures as an .mp4 without sound. Odd sides are widened by a pixel: the codec knows even ones."""
+    """Write PIL images as an .mp4 without sound. Odd sides are widened by a pixel, since the codec takes even ones."""
     from diffusers.utils import export_to_video
 
     export_to_video(frames, str(path), fps=fps, macro_block_size=2)
@@ -111,7 +111,7 @@ def complete_file(path: Path) -> Iterator[Path]:
 
 
 def why_no_sound_inside(frames: list[Any], fps: float, sound: Any) -> str | None:
-    """Why write_video_with_sound() cannot do it; None where it can."""
+    """Return the reason why write_video_with_sound() cannot write these; None where it can."""
     if importlib.util.find_spec("av") is None:
         return "PyAV, which puts both into one file, is not installed: pip install av"
     if not float(fps).is_integer():
@@ -123,7 +123,7 @@ def why_no_sound_inside(frames: list[Any], fps: float, sound: Any) -> str | None
 
 
 def write_video_with_sound(frames: list[Any], sound: Any, path: Path, fps: float, sampling_rate: int) -> None:
-    """Write PIL pictures and a sound (channels × samples, -1 … 1) as one .mp4."""
+    """Write PIL images and a sound, a float array of shape (channels, samples) in -1 … 1, as one .mp4."""
     import torch
     from diffusers.utils import encode_video
 
@@ -132,7 +132,7 @@ def write_video_with_sound(frames: list[Any], sound: Any, path: Path, fps: float
 
 
 def write_sound(sound: Any, path: Path, sampling_rate: int) -> None:
-    """Write a sound (channels × samples, -1 … 1; what is louder is cut) as a .wav of 16 bits."""
+    """Write a sound of shape (channels, samples) as a .wav of 16 bits; values beyond -1 … 1 are clipped."""
     samples = (sound.clip(-1.0, 1.0) * 32767).round().astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(samples.shape[0])

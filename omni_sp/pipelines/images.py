@@ -14,8 +14,6 @@ from omni_sp.errors import InvalidInputError
 if TYPE_CHECKING:
     from omni_sp.pipelines.capabilities import PipelineCapabilities
 
-__all__ = ["WEB_FORMATS", "decode_image", "input_image"]
-
 WEB_FORMATS = ("PNG", "JPEG", "WebP")
 """The formats that every browser shows."""
 

@@ -1,8 +1,8 @@
-"""Parts of a pipeline whose weights are read only where something uses them.
+"""Components of a pipeline whose weights are read only when something uses them.
 
-Ranks that stop at the latent never decode. Their VAE is built from its config, so that everything that follows from it
-holds, and its weights stay in the file. Whatever does reach for them (a picture to encode, a check, which decodes on
-every rank) has them read then: it may come late, but never wrong.
+Ranks that stop at the latent never decode. Their VAE is built from its config, so that everything that follows from the
+config is right, and its weights stay in the file. Whatever does use them (an image to encode, or a check, which decodes
+on every rank) has them read first: that costs time late, and is never wrong.
 """
 
 from __future__ import annotations
@@ -13,60 +13,65 @@ from typing import Any
 import torch
 
 from omni_sp.errors import ModelNotFoundError
-from omni_sp.pipelines.quirks import DECODERS, ENCODED_ARGUMENTS, NOT_ENCODED
+from omni_sp.pipelines import quirks
 
 _STORES = ("_parameters", "_buffers", "_modules")
 _KEY = "_omni_sp_unread"
 
 
 def lazy_component_names(pipeline_class: Any, classes: dict[str, Any]) -> list[str]:
-    """Names of the parts that only the rank that answers needs.
+    """Return the names of the components that only the rank that answers needs.
 
     Args:
-        pipeline_class: the pipeline's. classes: of its parts, by name. None for what is no library's own.
+        pipeline_class: the pipeline's class; None if it is not one of diffusers' own.
+        classes: the classes of its components by name; None for one that is not a library's own.
     """
     from diffusers import ModelMixin
 
     if pipeline_class is None:
         return []
-    arguments = inspect.signature(pipeline_class.__call__).parameters
-    encodes = [name for name in arguments if name.split("_")[-1] in ENCODED_ARGUMENTS and NOT_ENCODED not in name]
-    if encodes:  # every rank encodes; not at its first request
-        return []
-    return [name for name in DECODERS if isinstance(classes.get(name), type) and issubclass(classes[name], ModelMixin)]
+    for name in inspect.signature(pipeline_class.__call__).parameters:
+        if name.split("_")[-1] in quirks.ENCODED_ARGUMENTS and quirks.NOT_ENCODED not in name:
+            return []  # every rank encodes, and should not have to read the weights during the first request
+    known = {name: component for name in quirks.DECODERS if isinstance(component := classes.get(name), type)}
+    return [name for name, component in known.items() if issubclass(component, ModelMixin)]
 
 
-def lazy_component(part_class: Any, location: str, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """A part of a pipeline without its weights, as ``part_class.from_pretrained`` would give it but for them.
+def lazy_component(component_class: Any, location: str, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """Build a component without its weights, otherwise as ``component_class.from_pretrained`` would.
 
-    The first look at a submodule, a parameter or a buffer has the weights read.
+    The first access to a submodule, a parameter or a buffer reads the weights.
 
     Args:
-        location: the pipeline's folder or hub id. name: the part's. device: where the weights would be.
+        component_class: a model class of diffusers.
+        location: the pipeline's folder or hub id.
+        name: of the component in the pipeline.
+        dtype: of the weights.
+        device: where the weights belong.
     """
     from accelerate import init_empty_weights
 
     def read() -> Any:
-        # The call under way may be drawing from the global generator, as every other rank does.
+        # A call may be under way that uses the global generator, which must stay equal on all ranks.
         with torch.random.fork_rng(devices=[]):
-            return part_class.from_pretrained(location, subfolder=name, dtype=dtype).to(device)
+            return component_class.from_pretrained(location, subfolder=name, dtype=dtype).to(device)
 
     with init_empty_weights():
-        part = part_class.from_config(part_class.load_config(location, subfolder=name))
-    part = part.to(dtype).eval()
-    kind = {"__module__": part_class.__module__, "__qualname__": part_class.__qualname__}
-    vars(part)[_KEY] = (part_class, name, read, device)
-    part.__class__ = type(part_class.__name__, (_LazyWeights, part_class), kind)
-    return part
+        component = component_class.from_config(component_class.load_config(location, subfolder=name))
+    component = component.to(dtype).eval()
+    names = {"__module__": component_class.__module__, "__qualname__": component_class.__qualname__}
+    vars(component)[_KEY] = (component_class, name, read, device)
+    component.__class__ = type(component_class.__name__, (_LazyWeights, component_class), names)
+    return component
 
 
-def has_unread_weights(part: Any) -> bool:
-    """True for a part whose weights nothing has needed yet."""
-    return isinstance(part, _LazyWeights)
+def has_unread_weights(component: Any) -> bool:
+    """Whether a component is lazy, and nothing has needed its weights yet."""
+    return isinstance(component, _LazyWeights)
 
 
 class _LazyWeights:
-    """Put before the class of a part: torch's modules look up in ``__getattr__`` whatever holds weights."""
+    """A base put before a component's class: torch's modules look up in ``__getattr__`` whatever holds weights."""
 
     def __getattr__(self, name: str) -> Any:
         if any(name in vars(self)[store] for store in _STORES):
@@ -76,29 +81,29 @@ class _LazyWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights would be: pipelines ask their first part where to work."""
+        """Where the weights belong: a pipeline's device is that of its first component."""
         device: torch.device = vars(self)[_KEY][3]
         return device
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Stay where the weights would be; to go elsewhere, they are read."""
-        asked = [torch.device(one) if isinstance(one, str) else one for one in (*args, *kwargs.values())]
-        if any(one not in (None, self.device) for one in asked):
+        """Do nothing for the device where the weights belong already; read them for anything else."""
+        targets = [torch.device(one) if isinstance(one, str) else one for one in (*args, *kwargs.values())]
+        if any(one not in (None, self.device) for one in targets):
             self._read()
             return self.to(*args, **kwargs)
         return self
 
     def _read(self) -> None:
-        part_class, name, read, _ = vars(self)[_KEY]
+        component_class, name, read, _ = vars(self)[_KEY]
         try:
-            part = read()
+            component = read()
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ModelNotFoundError(
-                f"the weights of {name} ({part_class.__name__}), which this rank had left unread until now, cannot be "
-                f"read ({type(error).__name__}): {reason}"
+                f"the weights of {name} ({component_class.__name__}), which this rank had left unread until now, "
+                f"cannot be read ({type(error).__name__}): {reason}"
             ) from error
         for store in _STORES:
-            vars(self)[store] = vars(part)[store]
+            vars(self)[store] = vars(component)[store]
         del vars(self)[_KEY]
-        self.__class__ = part_class
+        self.__class__ = component_class

@@ -1,4 +1,4 @@
-"""From a model's name to a loaded diffusers pipeline. Importing this module and resolving a name need no torch."""
+"""Find a model by its name, and load its diffusers pipeline. Only loading needs torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WAY_OUT = (
 )
 
 OnComponent = Callable[[str, int, int], None]
-"""Told the name of a part of a pipeline, how many were read before it, and how many there are."""
+"""Called with the name of a component, the number of components read before it, and the number of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,10 @@ class ModelSource:
     """Where a model comes from.
 
     Attributes:
-        name: as the user gave it. location: the folder or hub id that diffusers loads.
-        sampling_defaults: what this model draws with where the user says nothing, named as in
-            OmniDiffusionSamplingParams; empty for all but the demo model, whose class was made for larger ones.
+        name: as the user gave it.
+        location: the folder or hub id that diffusers loads.
+        sampling_defaults: what to use where the user gives nothing, named as in OmniDiffusionSamplingParams. Empty for
+            all models but the demo model, whose class has defaults for larger ones.
     """
 
     name: str
@@ -44,7 +45,10 @@ class ModelSource:
 def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
     """Find a model before anything is started for it: the embedded demo model, a local folder, or a hub id.
 
-    Of a hub id only ``model_index.json`` is fetched here (from the cache where there is no network).
+    Of a hub id only ``model_index.json`` is looked up here (in the cache, else on the hub).
+
+    Args:
+        model: the name.
 
     Raises:
         ModelNotFoundError: there is no such model, or it is no diffusers pipeline.
@@ -73,7 +77,7 @@ def load_pipeline(
     dtype: str | None = None,
     device: str = "cpu",
     decodes: bool = True,
-    on_component: OnComponent = lambda part, done, total: None,
+    on_component: OnComponent = lambda name, done, total: None,
 ) -> Any:
     """Load a pipeline with diffusers' own loader and move it to a device.
 
@@ -82,9 +86,9 @@ def load_pipeline(
         dtype: "float32", "bfloat16" or "float16"; None is bfloat16 on CUDA and float32 on the CPU.
         device: "cpu", "cuda:0", …
         decodes: False where nobody looks at what this process decodes: the weights of its VAE are then read only if
-            something needs them after all (see deferred).
-        on_component: told of every part before it is read, and how many of how many were read before; and first, with
-            "", once all classes are imported.
+            something needs them after all (see lazy_components).
+        on_component: called before each component is read, and once before, with the name "", when all classes are
+            imported.
 
     Returns:
         The diffusers pipeline, of whatever class the model names.
@@ -95,21 +99,23 @@ def load_pipeline(
     import torch
     from diffusers import DiffusionPipeline
 
-    kind = getattr(torch, dtype or default_dtype(device))
+    torch_dtype = getattr(torch, dtype or default_dtype(device))
     with quiet_libraries():
         try:
             pipeline_class, classes = _classes(source.location)
             on_component("", 0, len(classes))
-            given: dict[str, Any] = {}
+            lazy: dict[str, Any] = {}
             if not decodes:
                 from omni_sp.pipelines.lazy_components import lazy_component, lazy_component_names
 
-                given = {
-                    name: lazy_component(classes[name], source.location, name, dtype=kind, device=torch.device(device))
+                lazy = {
+                    name: lazy_component(
+                        classes[name], source.location, name, dtype=torch_dtype, device=torch.device(device)
+                    )
                     for name in lazy_component_names(pipeline_class, classes)
                 }
             with _loading_reported(on_component):
-                pipe = DiffusionPipeline.from_pretrained(source.location, dtype=kind, **given)
+                pipe = DiffusionPipeline.from_pretrained(source.location, dtype=torch_dtype, **lazy)
         except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ModelNotFoundError(f"{source.name} cannot be loaded ({type(error).__name__}): {reason}") from error
@@ -117,12 +123,12 @@ def load_pipeline(
 
 
 def default_dtype(device: str) -> str:
-    """The dtype of a model when the user names none."""
+    """Return the dtype of a model on this device when the user names none."""
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def silence_libraries() -> None:
-    """Let diffusers and transformers say only errors, and draw no bars."""
+    """Let diffusers and transformers log only errors, and show no progress bars."""
     for library in _library_logs():
         library.set_verbosity_error()
         library.disable_progress_bar()
@@ -130,7 +136,7 @@ def silence_libraries() -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """As silence_libraries(), until the block ends."""
+    """Silence diffusers and transformers until the block ends."""
     libraries = _library_logs()
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     try:
@@ -151,7 +157,7 @@ def _library_logs() -> tuple[Any, ...]:
 
 
 def _classes(location: str) -> tuple[Any, dict[str, Any]]:
-    """The pipeline's class and those of its parts, imported; None where a class is not a library's own."""
+    """The pipeline's class and those of its components, imported; None where a class is not a library's own."""
     import importlib
 
     import diffusers
@@ -171,30 +177,30 @@ def _classes(location: str) -> tuple[Any, dict[str, Any]]:
 
 @contextmanager
 def _loading_reported(on_component: OnComponent) -> Iterator[None]:
-    """Tell what diffusers' loader is reading: it draws a bar over the parts, which is listened to until the block ends.
+    """Report the components that diffusers' loader reads: its progress bar over them is replaced until the block ends.
 
-    A loader that draws none is silent, and loads all the same.
+    A loader without such a bar reports nothing, and loads all the same.
     """
     from diffusers.utils import logging
 
     original = logging.tqdm
 
-    def listened(*args: Any, **kwargs: Any) -> Any:
-        parts = args[0] if args else None
-        if not str(kwargs.get("desc")).startswith("Loading pipeline") or not isinstance(parts, Sized):
+    def tqdm(*args: Any, **kwargs: Any) -> Any:
+        components = args[0] if args else None
+        if not str(kwargs.get("desc")).startswith("Loading pipeline") or not isinstance(components, Sized):
             return original(*args, **kwargs)
-        return _reported(parts, on_component)
+        return _reported(components, on_component)
 
-    logging.tqdm = listened
+    logging.tqdm = tqdm
     try:
         yield
     finally:
         logging.tqdm = original
 
 
-def _reported(parts: Any, on_component: OnComponent) -> Iterator[Any]:
-    for done, entry in enumerate(parts):
-        on_component(str(entry[0]), done, len(parts))
+def _reported(components: Any, on_component: OnComponent) -> Iterator[Any]:
+    for done, entry in enumerate(components):
+        on_component(str(entry[0]), done, len(components))
         yield entry
 
 
@@ -225,7 +231,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _require_on_hub(repo: str) -> None:
-    """Refuse a hub id that does not exist, is closed to the user, or is no pipeline. One question, without retries."""
+    """Refuse a hub id that does not exist, is closed to the user, or is no pipeline. One request, without retries."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     try:

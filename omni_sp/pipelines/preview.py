@@ -1,4 +1,4 @@
-"""A small picture of how far a denoising is, from the latent that the scheduler has just made."""
+"""Small images of how far a denoising is, decoded from the latent that the scheduler has just made."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-_CELLS = 32
-"""Latent cells along the longer side of what is decoded: a fraction of a second on a CPU, nothing on a GPU."""
+_MAX_SIDE = 32
+"""Latents along the longer side of what is decoded: a fraction of a second on a CPU, nothing on a GPU."""
 
 
 class Previews:
-    """Watches a pipeline's scheduler while the block lasts. The pipeline's own code is left alone.
+    """Keeps the latest latent of a pipeline's scheduler while the block lasts. No class is changed.
 
     Args:
-        pipe: a diffusers pipeline. height, width: of the picture, in pixels, for latents that come as rows of patches.
+        pipe: a diffusers pipeline.
+        height: of the image in pixels, for latents that come as sequences of patches.
+        width: of the image in pixels.
     """
 
     def __init__(self, pipe: Any, height: int | None, width: int | None) -> None:
@@ -42,24 +44,24 @@ class Previews:
     ) -> None:
         vars(self._scheduler or self).pop("step", None)
 
-    def pictures(self, count: int = 1) -> tuple[Image.Image, ...]:
-        """The first pictures (or videos' first frames) as they are now; none where the latent does not tell."""
+    def images(self, count: int = 1) -> tuple[Image.Image, ...]:
+        """Return the first ``count`` images (or first frames of videos) as they are now; none of an unknown latent."""
         try:
             with torch.no_grad():
-                latent = self._cells(count)
-                return () if latent is None else _decoded(self._pipe.vae, latent)
+                latent = self._small_latent(count)
+                return () if latent is None else _decode(self._pipe.vae, latent)
         except (AttributeError, RuntimeError, TypeError, ValueError):
-            return ()  # a latent that is made otherwise than most: no picture is better than no result
+            return ()  # a result without previews is better than no result
 
-    def _cells(self, count: int) -> torch.Tensor | None:
-        """(count, channels, [1,] rows, columns), small."""
+    def _small_latent(self, count: int) -> torch.Tensor | None:
+        """The latent, shrunk, of shape (count, channels, [1,] height, width)."""
         if self._latent is None:
             return None
         latent = self._latent[:count]
         if latent.ndim == 3:
             latent = self._pipe._unpack_latents(latent, self._height, self._width, self._pipe.vae_scale_factor)
         latent = latent[:, :, :1] if latent.ndim == 5 else latent
-        shrink = max(latent.shape[-2:]) / _CELLS
+        shrink = max(latent.shape[-2:]) / _MAX_SIDE
         if shrink > 1:
             size = [max(1, round(side / shrink)) for side in latent.shape[-2:]]
             small = torch.nn.functional.interpolate(latent.flatten(0, -4).float(), size=size, mode="area")
@@ -67,7 +69,7 @@ class Previews:
         return latent
 
 
-def _decoded(vae: Any, latent: torch.Tensor) -> tuple[Image.Image, ...]:
+def _decode(vae: Any, latent: torch.Tensor) -> tuple[Image.Image, ...]:
     config = vae.config
     if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
         shape = (1, -1) + (1,) * (latent.ndim - 2)

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_sp.errors import UnsupportedModelError
+from omni_sp.pipelines import quirks
 from omni_sp.pipelines.arguments import rounded_size
 from omni_sp.pipelines.capabilities import PipelineCapabilities
-from omni_sp.pipelines.quirks import IMAGE_FIELDS, SINGLE_SOUND_FIELD, SOUND_FIELDS, VIDEO_FIELDS
-
-__all__ = ["CallResult", "output_deviation", "result_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +42,12 @@ def result_of(name: str, output: Any, *, output_type: str | None, timings: dict[
         UnsupportedModelError: the output holds none of them.
     """
     is_latent = output_type == "latent"
-    images = _items(_first(output, IMAGE_FIELDS))
-    videos = _first(output, VIDEO_FIELDS)
+    images = _items(_first(output, quirks.IMAGE_FIELDS))
+    videos = _first(output, quirks.VIDEO_FIELDS)
     result = CallResult(
         images=images if is_latent else _without_layers(images),
         videos=_items(videos if is_latent or not _is_single_video(videos) else [videos]),
-        audios=_items(_first(output, SOUND_FIELDS)) if is_latent else _waves(output),
+        audios=_items(_first(output, quirks.SOUND_FIELDS)) if is_latent else _waves(output),
         timings=timings,
     )
     if not result.images and not result.videos and not result.audios:
@@ -67,11 +65,6 @@ def output_deviation(
     """Say in which size or number of frames a result differs from the arguments; None where it does not.
 
     Pipelines note such a difference at most in their log. A size that rounded_size() foresees is no difference.
-
-    Args:
-        capabilities: of the pipeline.
-        arguments: of its call.
-        result: of the call.
     """
     from PIL import Image
 
@@ -117,10 +110,10 @@ def _waves(output: Any) -> list[Any]:
     import numpy as np
     import torch
 
-    sounds = _first(output, SOUND_FIELDS)
+    sounds = _first(output, quirks.SOUND_FIELDS)
     if sounds is None:
         return []
-    if sounds is getattr(output, SINGLE_SOUND_FIELD, None):
+    if sounds is getattr(output, quirks.SINGLE_SOUND_FIELD, None):
         sounds = [sounds]
     arrays = (item.float().cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item) for item in sounds)
     return [np.atleast_2d(array).astype(np.float32) for array in arrays]

@@ -15,8 +15,6 @@ from omni_sp.pipelines.quirks import OPTIONAL_PACKAGES
 from omni_sp.pipelines.results import CallResult, result_of
 from omni_sp.pipelines.timing import OnStep, StageClock
 
-__all__ = ["run_call"]
-
 
 def run_call(
     pipe: Any,

@@ -1,4 +1,4 @@
-"""Where a pipeline call's seconds go, and how far its denoising is, for any diffusers pipeline."""
+"""How long the stages of a pipeline call take, and how far its denoising is, for any diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ OnStep = Callable[[int, int], None]
 class StageClock:
     """Times one call of a pipeline, stage by stage, while the block lasts.
 
-    Instance attributes of the pipeline and its parts are replaced for that long: ``progress_bar`` (every diffusers
+    Instance attributes of the pipeline and its components are replaced for that long: ``progress_bar`` (every diffusers
     pipeline steps it in its denoising loop), ``encode_prompt`` (or, where there is none, the text encoders' forward),
-    and the VAE's ``encode`` and ``decode``. Classes are left alone, and leaving the block puts everything back.
+    and the VAE's ``encode`` and ``decode``. No class is changed, and leaving the block restores every attribute.
 
     Args:
-        pipe: a diffusers pipeline. device: where it runs; a CUDA device is synchronised at the borders of stages, and
-            nowhere else, so that the clock costs nothing.
+        pipe: a diffusers pipeline.
+        device: where it runs; a CUDA device is synchronised at the borders of stages, and nowhere else, so that timing
+            costs nothing.
         on_step: see OnStep.
 
     Attributes:
-        seconds: "text_encoder", "denoise" and "vae" -> seconds. num_steps: denoising steps done.
+        seconds: "text_encoder", "denoise" and "vae" -> seconds.
+        num_steps: denoising steps done.
+        denoising_began: whether the pipeline has accepted its arguments and entered its denoising loop.
     """
 
     def __init__(self, pipe: Any, device: torch.device, on_step: OnStep | None = None) -> None:
@@ -37,21 +40,15 @@ class StageClock:
         self._inside: set[str] = set()
         self.seconds = {"text_encoder": 0.0, "denoise": 0.0, "vae": 0.0}
         self.num_steps = 0
-
-    @property
-    def denoising_began(self) -> bool:
-        """True once the pipeline has accepted its arguments and stands in its denoising loop."""
-        return self._denoising_began
-
-    _denoising_began = False
+        self.denoising_began = False
 
     def __enter__(self) -> StageClock:
         if callable(getattr(self._pipe, "encode_prompt", None)):
             self._time_method(self._pipe, "encode_prompt", "text_encoder")
         else:
-            for name, part in getattr(self._pipe, "components", {}).items():
-                if name.startswith("text_encoder") and isinstance(part, torch.nn.Module):
-                    self._time_method(part, "forward", "text_encoder")
+            for name, component in getattr(self._pipe, "components", {}).items():
+                if name.startswith("text_encoder") and isinstance(component, torch.nn.Module):
+                    self._time_method(component, "forward", "text_encoder")
         vae = getattr(self._pipe, "vae", None)
         for method in ("encode", "decode"):
             if callable(getattr(vae, method, None)):
@@ -63,14 +60,14 @@ class StageClock:
         self._undo.close()
 
     def now(self) -> float:
-        """Seconds on a steady clock, once the device has done what it was given."""
+        """Return the seconds of a steady clock, once the device has finished all its work."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the block's seconds to a stage. A stage inside itself is counted once."""
+        """Add the seconds of the block to a stage. A stage that is entered within itself is counted once."""
         if name in self._inside:
             yield
             return
@@ -100,16 +97,16 @@ class StageClock:
             self._undo.callback(delattr, owner, name)
         setattr(owner, name, value)
 
-    def _steps(self, iterable: Any = None, total: int | None = None) -> StepBar:
+    def _steps(self, iterable: Any = None, total: int | None = None) -> _StepBar:
         """Stand in for DiffusionPipeline.progress_bar."""
-        self._denoising_began = True
+        self.denoising_began = True
         if total is None:
             total = len(iterable) if hasattr(iterable, "__len__") else 0
-        return StepBar(self, iterable, total, self._on_step)
+        return _StepBar(self, iterable, total, self._on_step)
 
 
-class StepBar:
-    """What pipelines know of a tqdm bar: update(), iteration, ``with``. Its life is the denoise stage."""
+class _StepBar:
+    """What pipelines use of tqdm's bar: update(), iteration and ``with``. The denoise stage lasts while it is open."""
 
     def __init__(self, clock: StageClock, iterable: Any, total: int, on_step: OnStep | None) -> None:
         self._clock = clock
@@ -121,7 +118,7 @@ class StepBar:
         self._report()
 
     def update(self, n: int = 1) -> None:
-        """Say that n more steps are done."""
+        """Count further steps."""
         self.n += n
         self._clock.num_steps += n
         self._report()
@@ -129,12 +126,12 @@ class StepBar:
             self.close()
 
     def close(self) -> None:
-        """End the stage; the second time, do nothing."""
+        """End the stage. A second call does nothing."""
         if self._began is not None:
             self._clock.seconds["denoise"] += self._clock.now() - self._began
             self._began = None
 
-    def __enter__(self) -> StepBar:
+    def __enter__(self) -> _StepBar:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,7 +144,7 @@ class StepBar:
         self.close()
 
     def set_description(self, *_: Any, **__: Any) -> None:
-        """A bar's caption; there is no bar here."""
+        """Do nothing: there is no bar whose caption could be set."""
 
     set_postfix = set_postfix_str = set_description_str = refresh = set_description
 

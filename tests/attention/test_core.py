@@ -10,8 +10,8 @@ import torch
 
 from omni_sp.attention import SequenceLayout, sequence_parallel_attention
 from omni_sp.mesh import ParallelMesh
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import attention, relative_error, split_tokens
+from testing.ranks import RankPool
+from testing.reference import attention, relative_error, split_tokens
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3), (4, 1), (1, 4)]
 

@@ -7,8 +7,8 @@ import torch
 
 from omni_sp import ParallelMesh
 from omni_sp.attention import sequence_parallel_attention
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import attention, relative_error
+from testing.ranks import RankPool
+from testing.reference import attention, relative_error
 
 Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 

@@ -12,7 +12,7 @@ from omni_sp import ConfigError, DiffusionParallelConfig, OmniSPError, ParallelM
 from omni_sp.attention import SequenceLayout, kernel_names, sequence_parallel_attention, split_evenly
 from omni_sp.attention.kernels import KernelCall, select_kernel
 from omni_sp.attention.layout import head_shares
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 
 
 def error_of(call: Callable[[], Any]) -> str:

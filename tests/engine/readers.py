@@ -147,7 +147,7 @@ def _wait_for_rank_0() -> None:
 def _rank(front: Connection) -> int:
     settings = _receive(front)
     assert isinstance(settings, RankSettings)
-    die_with_parent(settings.parent_pid)
+    die_with_parent(settings.placement.parent_pid)
     return settings.rank
 
 

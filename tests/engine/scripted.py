@@ -160,7 +160,7 @@ def dies_loading(front: Connection) -> None:
 def _start(front: Connection) -> int:
     settings = _receive(front)
     assert isinstance(settings, RankSettings)
-    die_with_parent(settings.parent_pid)
+    die_with_parent(settings.placement.parent_pid)
     _tell(front, Loaded())
     assert isinstance(_receive(front), Join)
     capabilities = PipelineCapabilities(

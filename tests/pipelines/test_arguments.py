@@ -26,7 +26,7 @@ from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.results import CallResult, output_deviation, result_of
 from omni_sp.pipelines.run import run_call
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from omni_sp.testing.models import save_flux_kontext, save_wan, save_wan_i2v
+from testing.models import save_flux_kontext, save_wan, save_wan_i2v
 
 IMAGE = PipelineCapabilities(
     name="ImagePipeline",
@@ -103,8 +103,7 @@ def test_names_are_those_of_the_pipeline() -> None:
 
 
 def test_what_a_pipeline_does_not_take_is_named_with_what_it_takes() -> None:
-    told = refusal(VIDEO, height=480)
-    assert told == (
+    assert refusal(VIDEO, height=480) == (
         "VideoPipeline does not take height (given: 480); it takes prompt, num_frames, guidance_scale, "
         "num_outputs_per_prompt, seed"
     )
@@ -152,19 +151,19 @@ def test_a_prompts_own_negative_prompt_goes_first() -> None:
     assert both["negative_prompt"] == "a dog"
 
 
-def test_sampling_defaults_fill_what_nobody_said() -> None:
+def test_sampling_defaults_fill_what_is_not_given() -> None:
     capabilities = PipelineCapabilities(
         name="Tuned",
         parameters=IMAGE.parameters,
         sampling_defaults={"width": 256, "true_cfg_scale": 2.0, "negative_prompt": "blurred", "num_frames": 5},
     )
-    said_nothing = call_arguments(capabilities, CAT, params())
-    assert (said_nothing["width"], said_nothing["true_cfg_scale"]) == (256, 2.0)
-    assert said_nothing["negative_prompt"] == "blurred"
-    assert "num_frames" not in said_nothing
-    said = call_arguments(capabilities, CAT, params(width=64, true_cfg_scale=1.0))
-    assert (said["width"], said["true_cfg_scale"]) == (64, 1.0)
-    assert "negative_prompt" not in said
+    by_default = call_arguments(capabilities, CAT, params())
+    assert (by_default["width"], by_default["true_cfg_scale"]) == (256, 2.0)
+    assert by_default["negative_prompt"] == "blurred"
+    assert "num_frames" not in by_default
+    given = call_arguments(capabilities, CAT, params(width=64, true_cfg_scale=1.0))
+    assert (given["width"], given["true_cfg_scale"]) == (64, 1.0)
+    assert "negative_prompt" not in given
 
 
 def test_extra_args_are_the_pipelines_own() -> None:
@@ -186,7 +185,7 @@ def shapes() -> Any:
 SMALL = {"prompt": "a red circle", "height": 64, "width": 80, "num_inference_steps": 3, "output_type": "pil"}
 
 
-def test_facts_of_the_demo_pipeline(shapes: Any) -> None:
+def test_capabilities_of_the_demo_pipeline(shapes: Any) -> None:
     capabilities = inspect_pipeline(shapes)
     assert capabilities.name == "QwenImagePipeline"
     assert (capabilities.vae_multiple, capabilities.height_multiple, capabilities.width_multiple) == (8, 16, 16)
@@ -240,7 +239,7 @@ def test_the_pipeline_is_as_it_was(shapes: Any) -> None:
     assert instance_attributes(shapes) == before
 
 
-def test_the_pipelines_own_refusal_is_told_as_ours(shapes: Any) -> None:
+def test_the_pipelines_own_refusal_is_raised_as_ours(shapes: Any) -> None:
     with pytest.raises(
         SamplingParamsError, match="QwenImagePipeline refused the call: `max_sequence_length`"
     ) as caught:
@@ -271,7 +270,7 @@ def wan() -> Any:
     return WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
 
 
-def test_facts_of_a_video_pipeline(wan: Any) -> None:
+def test_capabilities_of_a_video_pipeline(wan: Any) -> None:
     capabilities = inspect_pipeline(wan)
     assert capabilities.makes_videos
     assert (capabilities.height_multiple, capabilities.width_multiple, capabilities.frames_multiple) == (16, 16, 4)
@@ -428,7 +427,7 @@ def test_a_pipeline_that_keeps_to_an_area_draws_the_size_that_is_asked_for() -> 
     assert small["_auto_resize"] is False
 
 
-def test_a_check_is_small_where_nobody_says_otherwise() -> None:
+def test_a_check_is_small_by_default() -> None:
     capabilities = PipelineCapabilities(
         name="Video",
         parameters={"prompt": None, "frames": 81, "height": 480, "width": 832, "output_type": "np"},
@@ -486,14 +485,14 @@ def test_a_result_is_never_empty() -> None:
     )
 
 
-def test_what_is_drawn_otherwise_is_told() -> None:
+def test_a_result_that_differs_from_the_request_is_reported() -> None:
     picture = Image.new("RGB", (48, 32))
     capabilities = PipelineCapabilities(
         name="Film", parameters={"num_frames": 9, "height": 1, "width": 1}, height_multiple=16, width_multiple=16
     )
     drawn = result(frames=[[picture] * 5])
     assert output_deviation(capabilities, {"num_frames": 5, "height": 32, "width": 48}, drawn) is None
-    assert output_deviation(capabilities, {"height": 40, "width": 48}, drawn) is None, "rounded_size() has told it"
+    assert output_deviation(capabilities, {"height": 40, "width": 48}, drawn) is None, "rounded_size() foresees it"
     assert output_deviation(capabilities, {"num_frames": 6, "height": 64, "width": 48}, drawn) == (
         "Film drew 48 x 32 pixels instead of 48 x 64 and 5 frames instead of 6, as it does on one process"
     )

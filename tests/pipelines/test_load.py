@@ -18,7 +18,7 @@ from omni_sp import ModelNotFoundError
 from omni_sp.pipelines.lazy_components import has_unread_weights
 from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.shapes import SHAPES_MODEL, shapes_folder
-from omni_sp.testing.models import save_flux_kontext, save_wan
+from testing.models import save_flux_kontext, save_wan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +80,7 @@ def hub_error(kind: type[Exception]) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (errors.GatedRepoError, "is gated: ask for access at https://huggingface.co/owner/model"),
         (errors.RepositoryNotFoundError, "no model 'owner/model' on the hub"),
@@ -89,13 +89,13 @@ def hub_error(kind: type[Exception]) -> Exception:
         (ConnectionError, "the hub cannot be reached (refused by the hub with details)"),
     ],
 )
-def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, error: type[Exception], told: str) -> None:
+def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, error: type[Exception], message: str) -> None:
     def answer(*_: object, **__: object) -> None:
         raise hub_error(error)
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answer)
-    assert told in refusal("owner/model")
+    assert message in refusal("owner/model")
 
 
 def test_a_cached_hub_model_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +109,8 @@ def test_resolving_imports_no_torch() -> None:
         "import sys; from omni_sp.pipelines.load import resolve_model; "
         f"resolve_model({SHAPES_MODEL!r}); print('torch' in sys.modules)"
     )
-    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert told.stdout == "False\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
@@ -139,22 +139,22 @@ def test_damaged_pipelines_are_refused_in_one_line(tmp_path: Path) -> None:
         load_pipeline(resolve_model(folder))
 
 
-def test_every_part_is_told_before_it_is_read() -> None:
+def test_every_component_is_reported_before_it_is_read() -> None:
     from diffusers.utils import logging as diffusers_logging
 
     bars = diffusers_logging.tqdm
-    told: list[tuple[str, int, int]] = []
-    load_pipeline(resolve_model(SHAPES_MODEL), on_component=lambda *news: told.append(news))
-    assert told[0] == ("", 0, 5)
-    assert [done for _, done, _ in told[1:]] == [0, 1, 2, 3, 4]
-    assert {part for part, _, _ in told[1:]} == {"vae", "text_encoder", "transformer", "tokenizer", "scheduler"}
-    assert {total for _, _, total in told} == {5}
+    calls: list[tuple[str, int, int]] = []
+    load_pipeline(resolve_model(SHAPES_MODEL), on_component=lambda *call: calls.append(call))
+    assert calls[0] == ("", 0, 5)
+    assert [done for _, done, _ in calls[1:]] == [0, 1, 2, 3, 4]
+    assert {name for name, _, _ in calls[1:]} == {"vae", "text_encoder", "transformer", "tokenizer", "scheduler"}
+    assert {total for _, _, total in calls} == {5}
     assert diffusers_logging.tqdm is bars
 
 
 def held(pipe: Any) -> int:
     """Bytes of the pipeline's parameters in memory."""
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
     return sum(one.nbytes for module in modules for one in module.parameters() if not one.is_meta)
 
 
@@ -185,7 +185,7 @@ def test_a_process_that_does_not_decode_holds_no_vae(tmp_path: Path) -> None:
     assert held(pipe) == held(whole)
 
 
-def test_a_late_read_draws_no_random_numbers_and_keeps_what_was_set() -> None:
+def test_a_late_read_uses_no_random_numbers_and_keeps_what_was_set() -> None:
     vae = load_pipeline(resolve_model(SHAPES_MODEL), decodes=False, dtype="bfloat16").vae
     vae.enable_tiling()
     torch.manual_seed(3)

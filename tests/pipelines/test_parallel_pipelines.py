@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 from tests.pipelines.zoo.all import ENTRIES
 from tests.pipelines.zoo.check import LAYOUTS, compare
 from tests.pipelines.zoo.planned import ENTRIES as PLANNED
@@ -26,8 +26,8 @@ def test_fp32_equals_one_process(ranks: RankPool, entry_id: str, layout: tuple[i
     ulysses, ring = layout
     # That remove() gives the bits back is proven for every transformer by tests/sharding.
     looks_again = THOROUGH or (ulysses, ring) not in LAYOUTS
-    rows = ranks.run(compare, entry_id, torch.float32, looks_again, ulysses=ulysses, ring=ring)
-    for error, _, restored, tokens in rows:
+    results = ranks.run(compare, entry_id, torch.float32, looks_again, ulysses=ulysses, ring=ring)
+    for error, _, restored, tokens in results:
         assert error <= ENTRIES[entry_id].error
         assert restored
         assert tokens

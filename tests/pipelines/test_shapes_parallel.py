@@ -11,7 +11,7 @@ import torch
 
 from omni_sp import ParallelMesh, parallelize
 from omni_sp.pipelines.shapes import SHAPES_CALL, shapes_folder
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 
 PROMPTS = ["a red circle on a blue background", "a large green star at the top right of a black background"]
 CALLS: dict[str, dict[str, Any]] = {
@@ -42,11 +42,11 @@ def load() -> Any:
 
 
 @lru_cache
-def alone(name: str) -> Any:
+def one_process(name: str) -> Any:
     return draw(load(), name)
 
 
-def together(mesh: ParallelMesh, name: str) -> tuple[Any, dict[str, int]]:
+def parallel(mesh: ParallelMesh, name: str) -> tuple[Any, dict[str, int]]:
     pipe = load()
     handle = parallelize(pipe, mesh)
     return draw(pipe, name), handle.tokens
@@ -54,17 +54,17 @@ def together(mesh: ParallelMesh, name: str) -> tuple[Any, dict[str, int]]:
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (3, 1), (1, 3), (4, 1)], ids=lambda degree: str(degree))
 def test_the_picture_is_that_of_one_process(ranks: RankPool, ulysses: int, ring: int) -> None:
-    wanted = alone("256 x 256")
+    wanted = one_process("256 x 256")
     assert wanted.shape == (1, 256, 256, 3)
-    for pixels, tokens in ranks.run(together, "256 x 256", ulysses=ulysses, ring=ring):
+    for pixels, tokens in ranks.run(parallel, "256 x 256", ulysses=ulysses, ring=ring):
         assert np.abs(pixels - wanted).max() <= 2
         assert tokens == {"hidden_states": 256, "encoder_hidden_states": 12}
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("1000 x 1016", 1e-4), ("two prompts", 2)])
 def test_awkward_calls_are_exact_too(ranks: RankPool, name: str, tolerance: float) -> None:
-    wanted = alone(name)
+    wanted = one_process(name)
     assert wanted.std() > 0.1
-    for got, _ in ranks.run(together, name, ulysses=2, ring=2, timeout=300):
+    for got, _ in ranks.run(parallel, name, ulysses=2, ring=2, timeout=300):
         assert got.shape == wanted.shape
         assert np.abs(got - wanted).max() <= tolerance

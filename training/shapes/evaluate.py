@@ -92,12 +92,12 @@ def _report_prompts(pipeline: DiffusionPipeline, name: str, prompts: list[tuple[
 
 
 def _summary(verdicts: list[Verdict]) -> str:
-    """Say the shares of verdicts that are right."""
-    split_evenly = {name: np.mean([getattr(v, name) for v in verdicts]) for name in ("background", "colour", "shape")}
-    split_evenly["all three"] = np.mean([v.right for v in verdicts])
-    split_evenly["position"] = np.mean([v.position for v in verdicts])
-    split_evenly["mean overlap"] = np.mean([v.overlap for v in verdicts])
-    return f"{len(verdicts)} pictures, " + ", ".join(f"{name} {share:.3f}" for name, share in split_evenly.items())
+    """The shares of verdicts that are right, as text."""
+    shares = {name: np.mean([getattr(v, name) for v in verdicts]) for name in ("background", "colour", "shape")}
+    shares["all three"] = np.mean([v.right for v in verdicts])
+    shares["position"] = np.mean([v.position for v in verdicts])
+    shares["mean overlap"] = np.mean([v.overlap for v in verdicts])
+    return f"{len(verdicts)} pictures, " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
 
 
 def _report_reconstruction(pipeline: DiffusionPipeline, scenes: list[Scene]) -> None:
@@ -120,6 +120,6 @@ def _contact_sheet(images: list[Image.Image], captions: list[str], num_columns: 
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(number, num_columns)
         sheet.paste(image, (column * PICTURE_SIZE, row * height))
-        place = (column * PICTURE_SIZE + 2, row * height + PICTURE_SIZE + 4)
-        ImageDraw.Draw(sheet).text(place, caption, fill="black", font_size=8.5)
+        corner = (column * PICTURE_SIZE + 2, row * height + PICTURE_SIZE + 4)
+        ImageDraw.Draw(sheet).text(corner, caption, fill="black", font_size=8.5)
     return sheet

@@ -59,7 +59,7 @@ def export_pipeline(parts: Path, settings: Settings, folder: Path) -> None:
 def _tidy(config: Path) -> None:
     """Remove the notes of origin from a configuration, and see that the text encoder is loaded in float32.
 
-    Diffusers loads its own models in float32 unless told otherwise, so the text encoder must not come in bfloat16.
+    Diffusers loads its own models in float32 by default, so the text encoder must not come in bfloat16.
     """
     content: dict[str, Any] = json.loads(config.read_text())
     if config.parent.name == "tokenizer":

@@ -50,7 +50,7 @@ class Pool:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Tell whether the scene's shape and colours are one of the combinations never trained on, an eighth of all."""
+    """Whether the scene's shape and colours are one of the combinations never trained on, an eighth of all."""
     colours = list(COLOURS)
     number = SHAPES.index(scene.shape) + 3 * colours.index(scene.colour) + 5 * colours.index(scene.background)
     return number % 8 == 0

@@ -1,6 +1,6 @@
 """The tokenizer and text encoder stages.
 
-The text encoder learns to say a caption's shape, colours, size and position from the hidden states of the template's
+The text encoder learns to name a caption's shape, colours, size and position from the hidden states of the template's
 last tokens, which are the same for every prompt.  It is then frozen: the transformer finds each attribute there.
 """
 
@@ -58,7 +58,7 @@ def text_pipeline(
 
 
 def random_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Say a scene in one of its paraphrases, now and then with a capital letter or a full stop."""
+    """Describe a scene in one of its paraphrases, now and then with a capital letter or a full stop."""
     caption = scene.caption(int(rng.integers(num_captions())))
     caption = caption[0].upper() + caption[1:] if rng.random() < 0.15 else caption
     return caption + "." if rng.random() < 0.15 else caption
@@ -109,7 +109,7 @@ def load_text_encoder(folder: Path, device: torch.device) -> Qwen2_5_VLForCondit
 def train_text_encoder(
     tokenizer: Qwen2Tokenizer, settings: Settings, device: torch.device
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Train a text encoder to tell the attributes of captions.
+    """Train a text encoder to name the attributes of captions.
 
     Args:
         tokenizer: The trained tokenizer.
@@ -196,7 +196,7 @@ def _build_text_encoder(tokenizer: Qwen2Tokenizer, settings: Settings) -> Qwen2_
 def _attribute_loss(
     heads: nn.ModuleDict, embeddings: Tensor, mask: Tensor | None, scenes: list[Scene]
 ) -> tuple[Tensor, float]:
-    """Return the summed cross entropy of all attributes at each of the last tokens, and the share told right.
+    """Return the summed cross entropy of all attributes at each of the last tokens, and the share that is right.
 
     Args:
         heads: A linear classifier per attribute.

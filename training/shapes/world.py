@@ -79,8 +79,8 @@ class Scene:
         background: The background's colour, another key of `COLOURS`.
         size: A key of `SIZES`; empty for the ordinary size.
         position: A key of `POSITIONS`; empty for the middle.
-        offset: What to add to the position's centre, as fractions of the side.  The caption does not tell it.
-        stretch: What to multiply the size's radius with.  The caption does not tell it.
+        offset: What to add to the position's centre, as fractions of the side.  The caption does not mention it.
+        stretch: What to multiply the size's radius with.  The caption does not mention it.
 
     Raises:
         ValueError: If a word is not in the vocabulary, or both colours are the same.
@@ -120,7 +120,7 @@ class Scene:
         return SIZES[self.size] * self.stretch
 
     def caption(self, variant: int = 0) -> str:
-        """Say the scene in words.
+        """Describe the scene in words.
 
         Args:
             variant: Which of the `num_captions()` paraphrases, 0 is the plainest:

@@ -7,12 +7,11 @@ machine (``spawn``) or through the processes of a torchrun job (``torchrun_super
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
 
 from omni_sp.config import DiffusionParallelConfig
-from omni_sp.engine.messages import Call, Done, OnProgress, Ready
+from omni_sp.engine.messages import Call, Done, OnProgress, RankPlacement, Ready
 from omni_sp.engine.startup import Startup
 
 LOOPBACK = "127.0.0.1"
@@ -54,23 +53,6 @@ class RankGroup(Protocol):
 
     def end(self, patience_s: float = 0.0) -> None:
         """End the ranks, after so many seconds in which they may leave by themselves. Idempotent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankPlacement:
-    """Where a rank runs.
-
-    Attributes:
-        host: the name of the machine.
-        device: the rank's own, such as "cuda:1".
-        num_threads: for the CPU's kernels; 0 leaves torch's choice.
-        parent_pid: the process on that machine whose death must end the rank; 0 where the rank cannot watch it.
-    """
-
-    host: str
-    device: str
-    num_threads: int
-    parent_pid: int
 
 
 class RankProcess(Protocol):
@@ -118,4 +100,4 @@ class Launcher(Protocol):
         """No rank will be started again. Idempotent."""
 
 
-__all__ = ["LOOPBACK", "Launcher", "RankGroup", "RankPlacement", "RankProcess"]
+__all__ = ["LOOPBACK", "Launcher", "RankGroup", "RankProcess"]

@@ -43,15 +43,8 @@ class RankProcesses:
             for rank, placement in enumerate(placements):
                 process = launcher.start(rank)
                 self._ranks.append(process)
-                settings = RankSettings(
-                    rank=rank,
-                    options=options,
-                    device=placement.device,
-                    backend=backend,
-                    store=(launcher.rendezvous_host, port),
-                    num_threads=placement.num_threads,
-                    parent_pid=placement.parent_pid,
-                )
+                store = launcher.rendezvous_host, port
+                settings = RankSettings(rank=rank, options=options, placement=placement, backend=backend, store=store)
                 _send(process.connection, pickle.dumps(settings))
         except BaseException:
             self.end()

@@ -18,7 +18,8 @@ from typing_extensions import override
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.engine.devices import rank_devices, threads_per_rank
-from omni_sp.engine.ranks import LOOPBACK, Launcher, RankPlacement, RankProcess
+from omni_sp.engine.messages import RankPlacement
+from omni_sp.engine.ranks import LOOPBACK, Launcher, RankProcess
 from omni_sp.errors import ConfigError
 
 _BOOTSTRAP = """

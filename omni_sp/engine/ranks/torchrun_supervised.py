@@ -26,7 +26,8 @@ from typing_extensions import override
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.engine.devices import joined_device, threads_per_rank
-from omni_sp.engine.ranks import LOOPBACK, Launcher, RankPlacement, RankProcess
+from omni_sp.engine.messages import RankPlacement
+from omni_sp.engine.ranks import LOOPBACK, Launcher, RankProcess
 from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.errors import ConfigError, RankFailedError
 

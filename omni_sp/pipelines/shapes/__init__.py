@@ -1,14 +1,14 @@
 """The embedded demo model: a tiny Qwen-Image pipeline that draws coloured shapes.
 
-It needs no download: the weights lie in the package.  It is for trying, testing and benchmarking, no more.
+Its weights are part of the package. It is meant for trying, testing and benchmarking.
 
     >>> from diffusers import DiffusionPipeline
     >>> from omni_sp.pipelines.shapes import SHAPES_CALL, shapes_folder
     >>> pipeline = DiffusionPipeline.from_pretrained(shapes_folder())
     >>> image = pipeline("a red circle on a blue background", **SHAPES_CALL).images[0]
 
-`world` holds what the model knows (its words and what they mean), `judge` says whether a picture shows what was asked.
-Importing this package imports neither torch nor diffusers.
+The program that trained it, and the judge of its images, are in `training/shapes` of the project's source. Importing
+this package imports neither torch nor diffusers.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ __all__ = ["SHAPES_CALL", "SHAPES_MODEL", "shapes_folder"]
 
 SHAPES_MODEL = "omni-sp/shapes"
 
-# The arguments to call the pipeline with.  Its own default is 1024 x 1024 pixels, which the model has never seen, and
-# the negative prompt must not be None for classifier-free guidance to happen.
+# The arguments to call the pipeline with. Its class has a default of 1024 x 1024 pixels, a size that the model was not
+# trained on, and uses classifier-free guidance only where the negative prompt is not None.
 SHAPES_CALL: Mapping[str, Any] = MappingProxyType(
     {"height": 256, "width": 256, "num_inference_steps": 12, "true_cfg_scale": 2.0, "negative_prompt": " "}
 )

@@ -1,0 +1,1 @@
+"""Rank processes: how they start, what they run, how they fail and end."""
