@@ -24,8 +24,13 @@ from omni_sp.server.settings import ServerSettings
 _FORM_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
+_COUNTS = ("queued", "running", "done", "failed", "aborted", "restarts", "steps")
 # The page's scripts share one scope, so that no file of it needs an address of its own.
 _SCRIPTS = ("page.js", "works.js", "gallery.js", "mask.js")
+_POLICY = (
+    "connect-src 'self'; img-src blob: data:; media-src blob:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
 _INLINE = re.compile(r"<(style|script)>(.*?)</\1>", re.DOTALL)
 
 
@@ -36,15 +41,8 @@ def create_page_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     @router.get("/", include_in_schema=False, response_class=HTMLResponse)
     async def show() -> Response:
         text, policy = page()
-        return HTMLResponse(
-            text,
-            headers={
-                "Content-Security-Policy": policy,
-                "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer",
-                "Cache-Control": "no-cache",
-            },
-        )
+        headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy, **headers})
 
     @router.get("/v1/info", tags=["server"], summary="What is loaded, how it is spread, and how busy it is")
     async def info() -> dict[str, Any]:
@@ -55,10 +53,6 @@ def create_page_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
 
 def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
     """Describe what is loaded, its ranks, what it may be asked for, and what it has done so far.
-
-    Args:
-        omni: the engine.
-        settings: of the server.
 
     Returns:
         ``status`` (of the AsyncOmni), ``model``, counts (``queued``, ``running``, ``done``, ``failed``, ``aborted``,
@@ -74,10 +68,7 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
         "object": "server.info",
         "status": omni.status,
         "model": settings.names[0],
-        **{
-            name: getattr(stats, name)
-            for name in ("queued", "running", "done", "failed", "aborted", "restarts", "steps")
-        },
+        **{name: getattr(stats, name) for name in _COUNTS},
         "steps_per_second": _steps_per_second(stats),
         "limits": {
             "pixels": settings.max_pixels,
@@ -130,11 +121,8 @@ def _parameters(capabilities: PipelineCapabilities, settings: ServerSettings) ->
         found["num_inference_steps"] |= {"multiple": 1, "minimum": 1, "maximum": settings.max_steps}
     if capabilities.makes_videos:
         if "num_frames" in found:
-            found["num_frames"] |= {
-                "multiple": capabilities.frames_multiple,
-                "minimum": 1,
-                "maximum": settings.max_frames,
-            }
+            limits = {"multiple": capabilities.frames_multiple, "minimum": 1, "maximum": settings.max_frames}
+            found["num_frames"] |= limits
         default = capabilities.sampling_defaults.get("fps", frames_per_second(capabilities, {}, None))
         found["fps"] = {"default": default, "minimum": 0.1}
     elif capabilities.makes == "picture":
@@ -168,18 +156,5 @@ def content_security_policy(text: str) -> str:
     for kind, inside in _INLINE.findall(text):
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
         inline[kind].append(f"'sha256-{digest}'")
-    return "; ".join(
-        (
-            "default-src 'none'",
-            f"script-src {' '.join(inline['script'])}",
-            f"style-src {' '.join(inline['style'])}",
-            "connect-src 'self'",
-            "img-src blob: data:",
-            "media-src blob:",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-            "require-trusted-types-for 'script'",
-            "trusted-types 'none'",
-        )
-    )
+    allowed = f"script-src {' '.join(inline['script'])}; style-src {' '.join(inline['style'])}"
+    return f"default-src 'none'; {allowed}; {_POLICY}"

@@ -27,11 +27,7 @@ _POLL_S = 0.2
 
 
 def serve(omni: AsyncOmni, settings: ServerSettings) -> int:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Args:
-        omni: not started yet.
-        settings: of the server.
+    """Serve until SIGTERM or Ctrl-C; ``omni`` is not started yet.
 
     Returns:
         The exit code: 0 after SIGTERM, and in the other processes of torchrun; 130 after Ctrl-C; 1 where uvicorn ended
@@ -50,11 +46,7 @@ def serve(omni: AsyncOmni, settings: ServerSettings) -> int:
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens until the end of the block.
-
-    Args:
-        host: name or address.
-        port: 0 for a free one.
+    """A socket that listens until the end of the block; port 0 takes a free one.
 
     Raises:
         ConfigError: the port is taken, or there is no such address here.
@@ -71,15 +63,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 async def run_server(omni: AsyncOmni, settings: ServerSettings, listener: socket.socket) -> int:
-    """Start the engine and serve until a signal. Call it in the main thread.
-
-    Args:
-        omni: not started yet.
-        settings: of the server.
-        listener: the socket to serve on.
-
-    Returns:
-        The exit code.
+    """Start the engine and serve until a signal, in the main thread. Returns the exit code.
 
     Raises:
         OmniSPError: the engine did not start, or failed for good.
@@ -88,14 +72,7 @@ async def run_server(omni: AsyncOmni, settings: ServerSettings, listener: socket
 
 
 class ServerProcess:
-    """One run of the server: listen, load, serve, drain.
-
-    Args:
-        app: the application.
-        omni: its engine.
-        settings: of the server.
-        listener: the socket to serve on.
-    """
+    """One run of the server: listen, load, serve, drain."""
 
     def __init__(self, app: FastAPI, omni: AsyncOmni, settings: ServerSettings, listener: socket.socket) -> None:
         self._app, self._omni, self._settings, self._listener = app, omni, settings, listener

@@ -29,12 +29,7 @@ OnAnswer = Callable[[str, str, int], None]
 
 
 class RequestIds:
-    """Gives every answer an ``X-Request-ID``, the client's own where it sends a valid one, and counts answers.
-
-    Args:
-        app: the application behind it.
-        on_answer: called with every answer.
-    """
+    """Gives every answer an ``X-Request-ID``, the client's own where it sends a valid one, and counts answers."""
 
     def __init__(self, app: ASGIApp, on_answer: OnAnswer) -> None:
         self._app, self._on_answer = app, on_answer
@@ -65,10 +60,6 @@ class Guard:
 
     Everything below /v1 is guarded, except what is fetched by an unguessable name. A page is foreign by its Origin; or,
     on a server for this machine only, by a host name of its own that it made point here (DNS rebinding).
-
-    Args:
-        app: the application behind it.
-        settings: of the server.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:

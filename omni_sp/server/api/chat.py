@@ -119,10 +119,6 @@ def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
 def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) -> tuple[str, list[str]]:
     """Find what to draw in the last message of the user.
 
-    Args:
-        messages: the chat.
-        settings: of the server.
-
     Returns:
         The text, and the URLs of the pictures.
 
@@ -259,8 +255,5 @@ def _choice(index: int, delta: dict[str, Any], finish_reason: str | None = None)
 def _usage(output: OmniRequestOutput) -> dict[str, int]:
     """OpenAI's usage of chats: tokens of the text as prompt, and of the pictures as completion."""
     text_tokens, picture_tokens = count_tokens(output.metrics, len(output.images))
-    return {
-        "prompt_tokens": text_tokens,
-        "completion_tokens": picture_tokens,
-        "total_tokens": text_tokens + picture_tokens,
-    }
+    total = text_tokens + picture_tokens
+    return {"prompt_tokens": text_tokens, "completion_tokens": picture_tokens, "total_tokens": total}

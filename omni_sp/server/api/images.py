@@ -46,13 +46,7 @@ GENERATION, EDIT = "image_generation", "image_edit"
 
 
 def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore) -> APIRouter:
-    """The routes below ``/v1/images``.
-
-    Args:
-        omni: draws the pictures.
-        settings: of the server.
-        files: where pictures are kept whose URL is asked for.
-    """
+    """The routes below ``/v1/images``; ``files`` keeps pictures whose URL is asked for."""
     router = APIRouter(prefix="/v1/images", tags=["images"])
 
     async def decoded(data: bytes, param: str) -> Image.Image:

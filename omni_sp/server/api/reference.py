@@ -60,12 +60,7 @@ code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
 
 
 def add_reference(app: FastAPI, *, needs_key: bool) -> None:
-    """Describe an application's routes, and add the route ``/docs``.
-
-    Args:
-        app: whose routes there are.
-        needs_key: whether an API key is needed below /v1.
-    """
+    """Describe an application's routes, with the API key that ``needs_key`` below /v1, and add the route ``/docs``."""
     generated = app.openapi
 
     def openapi() -> Schema:

@@ -145,12 +145,7 @@ def require_pictures(omni: AsyncOmni, settings: ServerSettings) -> PipelineCapab
 def sampling_params(
     fields: GenerationFields, settings: ServerSettings, extra_args: dict[str, Any] | None = None
 ) -> OmniDiffusionSamplingParams:
-    """The parameters that a request asks for.
-
-    Args:
-        fields: of the request.
-        settings: of the server.
-        extra_args: further arguments of the pipeline.
+    """The parameters that a request asks for; ``extra_args`` are further arguments of the pipeline.
 
     Raises:
         ApiError: 400: no size, or too large a one.

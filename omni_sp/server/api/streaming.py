@@ -34,13 +34,7 @@ Chunks = AsyncGenerator[bytes, None]
 async def run_to_completion(
     omni: AsyncOmni, request: Request, prompt: Prompt, params: OmniDiffusionSamplingParams
 ) -> OmniRequestOutput:
-    """Draw, and wait for the result. A client that goes away meanwhile aborts the request.
-
-    Args:
-        omni: to draw with.
-        request: of the client; its body has been read.
-        prompt: what to draw.
-        params: how.
+    """Draw, and wait for the result. A client that goes away meanwhile aborts the request, whose body has been read.
 
     Raises:
         OmniSPError: the request is refused or fails.
@@ -58,12 +52,6 @@ async def start_stream(
     """Queue a request whose events are to be streamed.
 
     A refusal must become a status, which is sent before any stream: so this returns after the first event.
-
-    Args:
-        omni: to draw with.
-        prompt: what to draw.
-        params: how.
-        previews: whether small pictures come along with the steps.
 
     Returns:
         The first event, and the events after it. Closing them aborts the request.

@@ -261,9 +261,8 @@ def _job(
     check_model(settings, fields.model)
     if not capabilities.makes_videos:
         where = "use /v1/images/generations" if capabilities.makes == "picture" else "serve a video model"
-        raise ApiError(400, f"{settings.names[0]} ({capabilities.name}) makes {capabilities.makes}s "
-                       f"and no videos: {where}",
-                       param="model", code="unsupported_model")  # fmt: skip
+        message = f"{settings.names[0]} ({capabilities.name}) makes {capabilities.makes}s and no videos: {where}"
+        raise ApiError(400, message, param="model", code="unsupported_model")
     if fields.prompt is None and not has_picture:
         raise refusal("prompt", "say what the video is to show", code="missing_required_parameter")
     try:
@@ -305,8 +304,8 @@ def _num_frames(
 ) -> int | None:
     """The requested number of frames; for ``seconds``, the nearest number that the model can make."""
     if fields.seconds is not None and fields.num_frames is not None:
-        raise ApiError(400, "seconds and num_frames say the same: give one of them", param="num_frames",
-                       code="invalid_value")  # fmt: skip
+        message = "seconds and num_frames say the same: give one of them"
+        raise ApiError(400, message, param="num_frames", code="invalid_value")
     num_frames, name = fields.num_frames, "num_frames"
     if fields.seconds is not None:
         name, multiple = "seconds", capabilities.frames_multiple

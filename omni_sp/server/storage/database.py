@@ -105,23 +105,19 @@ def _lock_folder(folder: Path) -> int:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    connection: sqlite3.Connection | None = None
-    try:
-        path.touch(mode=0o600)  # only its user may read the prompts in it, wherever the folder is
-        connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10.0)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")  # an accepted job is on disk, also after a power failure
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > _VERSION:
-            raise ConfigError(f"{path} was written by a newer Omni-SP: use that one, or another data folder")
-        if version == 0:
-            connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
-    except (OSError, sqlite3.Error) as error:
-        if connection is not None:
-            connection.close()
-        raise ConfigError(f"{path} cannot be used ({error}): move it away, or give another data folder") from error
-    except BaseException:
-        if connection is not None:
-            connection.close()
-        raise
-    return connection
+    with contextlib.ExitStack() as stack:
+        try:
+            path.touch(mode=0o600)  # only its user may read the prompts in it, wherever the folder is
+            connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10.0)
+            stack.callback(connection.close)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")  # an accepted job is on disk, also after a power failure
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version > _VERSION:
+                raise ConfigError(f"{path} was written by a newer Omni-SP: use that one, or another data folder")
+            if version == 0:
+                connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"{path} cannot be used ({error}): move it away, or give another data folder") from error
+        stack.pop_all()  # from here on, the caller closes the connection
+        return connection

@@ -58,15 +58,7 @@ class FileStore:
             raise
 
     def put(self, data: bytes, *, suffix: str, media_type: str) -> str:
-        """Keep these bytes.
-
-        Args:
-            data: the content of the file.
-            suffix: of its name, such as ".png".
-            media_type: of the content.
-
-        Returns:
-            The id to fetch the file by.
+        """Keep these bytes under a name with this suffix. Returns the id to fetch the file by.
 
         Raises:
             OSError: for example of a full disk; nothing is kept then.
@@ -80,15 +72,7 @@ class FileStore:
             part.unlink(missing_ok=True)
 
     def adopt(self, source: Path, *, suffix: str, media_type: str) -> str:
-        """Move a finished file from ``scratch()`` into the store.
-
-        Args:
-            source: the file.
-            suffix: of its name, such as ".mp4".
-            media_type: of the content.
-
-        Returns:
-            The id to fetch the file by.
+        """Move a finished file from ``scratch()`` into the store. Returns the id to fetch the file by.
 
         Raises:
             OSError: for example of a full disk; nothing is kept then.
@@ -114,13 +98,7 @@ class FileStore:
         return file_id
 
     def path(self, file_id: str) -> tuple[Path, str]:
-        """Look up a file. The id never becomes part of a path.
-
-        Args:
-            file_id: of put() or adopt().
-
-        Returns:
-            Where the file lies, and its media type.
+        """Where a file lies, and its media type. The id is looked up, and never becomes part of a path.
 
         Raises:
             KeyError: there is no file of that id, or no longer.

@@ -32,12 +32,7 @@ _ALMOST = 99
 _THUMBNAIL_PIXELS = 512
 _SWEEP_EVERY_S = 60.0
 _LOOK_EVERY_S = 0.2
-_SOUND_NOTES = {
-    "none": "",
-    "inside": "",
-    "separate": "the sound is a file of its own, content?variant=audio: {}",
-    "omitted": "the sound is left out: {}",
-}
+_SEPARATE_SOUND, _NO_SOUND = "the sound is a file of its own, content?variant=audio", "the sound is left out"
 _CLOSING = "the server is shutting down: try again later"
 _log = logging.getLogger(__name__)
 
@@ -158,15 +153,7 @@ class VideoJobs:
         return self._as_it_is(self._store.get(job_id))
 
     def page(self, *, limit: int, after: str | None = None, ascending: bool = False) -> tuple[list[VideoJob], bool]:
-        """List jobs by age, page by page.
-
-        Args:
-            limit: the most jobs of this page.
-            after: the id of the last job of the page before; None for the first page.
-            ascending: the oldest first, not the newest.
-
-        Returns:
-            The jobs, and whether there are more of them.
+        """One page of jobs by age, the newest first unless ``ascending``, and whether there are more after it.
 
         Raises:
             KeyError: there is no job ``after``.
@@ -304,19 +291,15 @@ class VideoJobs:
             small = frames[0].convert("RGB")
             small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
             small.save(thumbnail)
-            sound = export_video(
-                frames,
-                video,
-                metrics["fps"],
-                sound=output.audios[0] if output.audios else None,
-                sampling_rate=metrics.get("sampling_rate"),
-                sound_path=audio,
-            )
-            if sound.placement == "separate":
+            sound, rate = (output.audios[0] if output.audios else None), metrics.get("sampling_rate")
+            export = export_video(frames, video, metrics["fps"], sound=sound, sampling_rate=rate, sound_path=audio)
+            if export.placement == "separate":
                 files["audio"] = self._files.adopt(audio, suffix=".wav", media_type="audio/wav")
             files["thumbnail"] = self._files.adopt(thumbnail, suffix=".webp", media_type="image/webp")
             files["video"] = self._files.adopt(video, suffix=".mp4", media_type="video/mp4")
-        return _SOUND_NOTES[sound.placement].format(sound.reason) or None
+        if export.reason is None:
+            return None
+        return f"{_SEPARATE_SOUND if export.placement == 'separate' else _NO_SOUND}: {export.reason}"
 
     def _fail(self, job_id: str, error: Exception) -> None:
         self._mark_failed(job_id, *_error_fields(error))
@@ -353,9 +336,8 @@ class VideoJobs:
             self._mark_failed(job.id, "model_changed", reason)
             return False
         if job.attempts >= _MAX_ATTEMPTS:
-            self._mark_failed(
-                job.id, "interrupted", f"the server stopped {job.attempts} times while it made this video"
-            )
+            reason = f"the server stopped {job.attempts} times while it made this video"
+            self._mark_failed(job.id, "interrupted", reason)
             return False
         return True
 
