@@ -6,10 +6,9 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+from omni_sp.attention import local_attention
 from testing.ranks import RankPool
 from testing.reference import attention, relative_error
-from omni_sp.attention import local_attention
-from omni_sp.testing.reference import attention, relative_error
 from tests.attention.test_core import Case, make, run_case
 
 DEGREES = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2)]

@@ -8,12 +8,9 @@ import pytest
 import torch
 
 from omni_sp import ParallelMesh
-from omni_sp.attention import sequence_parallel_attention
 from testing.ranks import RankPool
 from testing.reference import attention, relative_error
-from omni_sp.testing.reference import attention, relative_error
 from tests.attention.test_core import Case, make, run_case
-from omni_sp.testing.ranks import RankPool
 
 
 def error(ranks: RankPool, lengths: tuple[int, ...], ulysses: int, ring: int, **options: Any) -> float:
