@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -189,8 +188,12 @@ def _local_group(ranks: Sequence[int]) -> dist.ProcessGroup:
     counts = _num_local_groups.setdefault(dist.group.WORLD, Counter())
     counts[tuple(ranks)] += 1
     name = f"omni_sp/{'-'.join(map(str, ranks))}/{counts[tuple(ranks)]}"
-    with patch.object(distributed_c10d, "_hash_ranks_to_str", lambda _ranks: name):
+    hash_of_ranks = distributed_c10d._hash_ranks_to_str
+    distributed_c10d._hash_ranks_to_str = lambda _ranks: name
+    try:
         group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    finally:
+        distributed_c10d._hash_ranks_to_str = hash_of_ranks
     return group
 
 
