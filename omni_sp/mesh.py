@@ -189,7 +189,7 @@ def _local_group(ranks: Sequence[int]) -> dist.ProcessGroup:
     counts[tuple(ranks)] += 1
     name = f"omni_sp/{'-'.join(map(str, ranks))}/{counts[tuple(ranks)]}"
     hash_of_ranks = distributed_c10d._hash_ranks_to_str
-    distributed_c10d._hash_ranks_to_str = lambda _ranks: name
+    distributed_c10d._hash_ranks_to_str = lambda ranks: name
     try:
         group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
     finally:
