@@ -247,10 +247,18 @@ def test_cancel_aborts_the_request(browser: Browser) -> None:
     ("error", "said", "focus"),
     [
         (RankFailedError("rank 1 ended by signal 9", rank=1), "rank 1 ended", "draw"),
-        (SamplingParamsError("width=72: give a multiple of 16"), "width=72", "width"),
-        (SamplingParamsError("num_outputs_per_prompt=1: give 2"), "num_outputs_per_prompt=1", "n"),
-        (SamplingParamsError("negative_prompt: this model wants one"), "wants one", "negative_prompt"),
-        (SamplingParamsError("max_sequence_length=4: too short"), "too short", "draw"),  # the form has no such field
+        (SamplingParamsError("width=72: give a multiple of 16", "width"), "width=72", "width"),
+        (
+            SamplingParamsError("num_outputs_per_prompt=1: give 2", "num_outputs_per_prompt"),
+            "num_outputs_per_prompt=1",
+            "n",
+        ),
+        (SamplingParamsError("this model wants one", "negative_prompt"), "wants one", "negative_prompt"),
+        (
+            SamplingParamsError("max_sequence_length=4: too short", "max_sequence_length"),
+            "too short",
+            "draw",
+        ),  # the form has no such field
     ],
 )
 def test_errors_are_shown_at_their_field(browser: Browser, error: OmniSPError, said: str, focus: str) -> None:
