@@ -14,6 +14,12 @@ from omni_sp.config import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
 from omni_sp.shared_memory import SharedMemoryChannel
 
+if dist.is_available():
+    # Its functions take the group that exists when it is imported as a default argument. Transformers imports it with a
+    # model's class; after init_process_group, the group would then outlive destroy_process_group, and a thread of gloo
+    # that still runs while the interpreter ends can abort the process.
+    import torch.distributed.nn  # noqa: F401
+
 _AXES = ("cfg", "ring", "ulysses")
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -131,3 +135,27 @@ def test_what_differs_between_ranks_is_named(ranks: RankPool, odd: str) -> None:
     assert messages[0].startswith(f"{odd} differs on [2]: rank 0: ")
     if odd in ("number", "dtype"):
         assert f"rank 2: {8 if odd == 'number' else torch.bfloat16}" in messages[0]
+
+
+THREADS_AFTER_THE_JOB = """
+import os
+import torch.distributed as dist
+from omni_sp import DiffusionParallelConfig, ParallelMesh
+
+dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
+from transformers.models.llama import modeling_llama
+
+mesh = ParallelMesh(DiffusionParallelConfig())
+dist.barrier()
+dist.destroy_process_group()
+print(*(open(f"/proc/self/task/{{task}}/comm").read().strip() for task in os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names from /proc")
+def test_no_thread_of_a_group_runs_on_after_its_end(tmp_path: Path) -> None:
+    """One that still ran as the interpreter ends would abort the process."""
+    program = THREADS_AFTER_THE_JOB.format(file=tmp_path / "rendezvous")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip()
+    assert "gloo" not in done.stdout
