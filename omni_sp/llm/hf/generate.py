@@ -15,6 +15,7 @@ from omni_sp.llm.hf.attention import NextChunk, NextToken, Prefill
 from omni_sp.llm.hf.kv_cache import TokenCache
 from omni_sp.llm.hf.sequence_shard import SequenceShard, key_mask, prompt_layout, require_same_inputs
 from omni_sp.mesh import ParallelMesh
+from omni_sp.validation import require_int
 
 if TYPE_CHECKING:
     from omni_sp.llm.hf.model import ParallelModel
@@ -197,8 +198,8 @@ def _check(parallel: ParallelModel, input_ids: torch.Tensor, max_new_tokens: int
             "least one token"
         )
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidInputError(f"{name}={value!r}: give a whole number of at least 1")
+        if value is not None:
+            require_int(name, value, minimum=1, error=InvalidInputError)
 
 
 def _special(model: Any, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None) -> tuple[set[int], int]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omni_sp.command_line import CommandLine
 from omni_sp.errors import ConfigError
 from omni_sp.llm.vllm.config import CONFIG_KEY, LlmParallelConfig
 from omni_sp.llm.vllm.model_support import method_of, require_handled_model
@@ -31,7 +32,7 @@ def for_vllm(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: values that cannot be, what is not handled beside it, or a model that is not.
     """
-    line = _CommandLine(arguments)
+    line = CommandLine(arguments)
     sequence = line.take_number(*_SEQUENCE)
     threshold = line.take_number(_THRESHOLD)
     shift = line.take_switch(_SHIFT)
@@ -68,75 +69,12 @@ def for_vllm(arguments: Sequence[str]) -> list[str]:
 
 def world_size(rewritten: Sequence[str]) -> int:
     """Ranks of an engine, from arguments as vLLM knows them."""
-    return _CommandLine(rewritten).number_of(*_TENSOR) or 1
+    return CommandLine(rewritten).number_of(*_TENSOR) or 1
 
 
 def sets_memory(rewritten: Sequence[str]) -> bool:
     """Whether the arguments say how much memory the cache may have."""
-    return not set(_CommandLine(rewritten).flags()).isdisjoint(_MEMORY)
-
-
-class _CommandLine:
-    """A command line that flags are taken from: ``--flag value`` or ``--flag=value``, with ``-`` or ``_``."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.rest = list(arguments)
-
-    def flags(self) -> list[str]:
-        """Every flag on it, as we write it."""
-        return [_name(word) for word in self.rest if word.startswith("-")]
-
-    def take_switch(self, name: str) -> bool:
-        """Take a flag without a value; whether it was there."""
-        before = len(self.rest)
-        self.rest = [word for word in self.rest if _name(word) != name]
-        return len(self.rest) < before
-
-    def take_number(self, *names: str) -> int | None:
-        """Take a flag, whatever it is called of these, and its value."""
-        value = self.take_value(*names)
-        if value is None:
-            return None
-        try:
-            return int(value)
-        except ValueError:
-            raise ConfigError(f"{names[0]} {value}: give a whole number") from None
-
-    def take_value(self, *names: str) -> str | None:
-        """Take a flag and its value; the last where there are several."""
-        found: str | None = None
-        kept: list[str] = []
-        words = iter(self.rest)
-        for word in words:
-            if _name(word) not in names:
-                kept.append(word)
-                continue
-            value = word.partition("=")[2] if "=" in word else next(words, None)
-            if value is None:
-                raise ConfigError(f"{word} needs a value")
-            found = value
-        self.rest = kept
-        return found
-
-    def value_of(self, *names: str) -> str | None:
-        """The value of a flag, whatever it is called of these; it stays."""
-        return _CommandLine(self.rest).take_value(*names)
-
-    def number_of(self, *names: str) -> int | None:
-        """Likewise, a number."""
-        return _CommandLine(self.rest).take_number(*names)
-
-    def positional_after(self, word: str) -> str | None:
-        """What follows a command word and is no flag."""
-        following = self.rest[self.rest.index(word) + 1 :] if word in self.rest else []
-        return following[0] if following and not following[0].startswith("-") else None
-
-
-def _name(word: str) -> str:
-    """A flag's name, as we write it; other words as they are."""
-    if not word.startswith("--"):
-        return word.partition("=")[0] if word.startswith("-") else word
-    return "--" + word[2:].partition("=")[0].replace("_", "-")
+    return not set(CommandLine(rewritten).flags()).isdisjoint(_MEMORY)
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from omni_sp.errors import ConfigError
+from omni_sp.validation import require_int
 
 _WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")  # ways to speculate
 CONFIG_KEY = "omni_sp"
@@ -31,14 +32,11 @@ class LlmParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel_size", "tensor_parallel_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r}: give a whole number from 1 on")
+            require_int(name, getattr(self, name), minimum=1, error=ConfigError, hint="give a whole number from 1 on")
         threshold = self.shift_parallel_threshold
-        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int) or threshold < 0):
-            raise ConfigError(
-                f"shift_parallel_threshold={threshold!r}: give a number of tokens from 0 on, or leave it to be measured"
-            )
+        if threshold is not None:
+            hint = "give a number of tokens from 0 on, or leave it to be measured"
+            require_int("shift_parallel_threshold", threshold, minimum=0, error=ConfigError, hint=hint)
         if threshold is not None and not self.enable_shift_parallel:
             raise ConfigError(
                 f"shift_parallel_threshold={threshold} means nothing without shift parallelism: add "
