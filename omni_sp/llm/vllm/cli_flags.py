@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omni_sp.command_line import CommandLine
 from omni_sp.errors import ConfigError
 from omni_sp.llm.vllm.config import CONFIG_KEY, LlmParallelConfig
 from omni_sp.llm.vllm.model_support import method_of, require_handled_model
+from omni_sp.llm.vllm.step_metrics import start_step_counter
 
 _SEQUENCE = ("--ulysses-sequence-parallel-size", "--sequence-parallel-size")
 _SHIFT, _THRESHOLD = "--enable-shift-parallel", "--shift-parallel-threshold"
@@ -26,7 +28,7 @@ def is_vllms_command() -> bool:
     return Path(sys.argv[0]).name == "vllm" or (spec is not None and spec.name.startswith("vllm."))
 
 
-def for_vllm(arguments: Sequence[str]) -> list[str]:
+def for_vllm(arguments: Sequence[str], *, count_steps: bool = False) -> list[str]:
     """The arguments as vLLM knows them. Without a flag of ours: unchanged.
 
     Raises:
@@ -62,6 +64,8 @@ def for_vllm(arguments: Sequence[str]) -> list[str]:
         quantization=line.value_of("--quantization", "-q"),
         speculation=method_of(line.value_of("--speculative-config", "-sc")),
     )
+    if count_steps:
+        settings = replace(settings, step_counts_file=str(start_step_counter().path))
     merged = settings.additional_config(_json(others) if others is not None else None)
     eager = [] if _EAGER in line.flags() else [_EAGER]
     return [*line.rest, *eager, _TENSOR[0], str(settings.world_size), _OTHERS, json.dumps(merged)]

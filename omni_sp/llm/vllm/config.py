@@ -23,12 +23,15 @@ class LlmParallelConfig:
         tensor_parallel_size: ranks among which each of those splits its weights. vLLM runs the product of the two.
         enable_shift_parallel: steps with few tokens use the same weights by tensor parallelism over all ranks.
         shift_parallel_threshold: the most tokens of such a step. None: measured at the first step, each way in turns.
+        step_counts_file: where rank 0 counts the steps. vLLM hashes it with the rest of ``additional_config`` into the
+            key of its compile cache, so that no start finds another's entries. Steps run eagerly, nothing is compiled.
     """
 
     sequence_parallel_size: int = 1
     tensor_parallel_size: int = 1
     enable_shift_parallel: bool = False
     shift_parallel_threshold: int | None = None
+    step_counts_file: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel_size", "tensor_parallel_size"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import vllm
@@ -58,6 +59,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
             if internals.runs_on_cpu():
                 cpu_env.set_defaults(settings.world_size, memory_is_set=not _MEMORY.isdisjoint(options))
             self._counter = start_step_counter()
+            settings = replace(settings, step_counts_file=str(self._counter.path))
             options["additional_config"] = settings.additional_config(options.get("additional_config"))
             options.setdefault("enforce_eager", True)
         super().__init__(model=model, tensor_parallel_size=settings.world_size, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from omni_sp.errors import InvalidInputError
-from omni_sp.llm.vllm import cli_flags, cpu_env, internals, step_metrics
+from omni_sp.llm.vllm import cli_flags, cpu_env, internals
 
 _MODELS = "omni_sp.llm.vllm.models"
 
@@ -17,12 +17,11 @@ def register() -> None:
     if not cli_flags.is_vllms_command():
         return
     try:
-        rewritten = cli_flags.for_vllm(sys.argv[1:])
+        rewritten = cli_flags.for_vllm(sys.argv[1:], count_steps=True)
     except InvalidInputError as error:
         print(f"omni-sp: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if rewritten != sys.argv[1:]:
         sys.argv[1:] = rewritten
-        step_metrics.start_step_counter()
         if internals.runs_on_cpu():
             cpu_env.set_defaults(cli_flags.world_size(rewritten), memory_is_set=cli_flags.sets_memory(rewritten))

@@ -61,7 +61,7 @@ class ShiftParallelModel:
         self._max_tokens = max_tokens
         self._axis, weights_group = internals.groups(settings)
         self._step = Step()
-        self._counter = StepCounter.of_this_process() if internals.world_rank() == 0 else None
+        self._counter = StepCounter.open(settings.step_counts_file) if internals.world_rank() == 0 else None
         self._layers = [
             _Layer(layer, settings, self._axis, weights_group, self._step) for layer in internals.decoder_layers(model)
         ]
@@ -70,10 +70,10 @@ class ShiftParallelModel:
         ]  # before their weights are loaded
         self._set_sizes()
         if self._counter is not None:
-            self._counter.begin()
+            self._counter.add_model()
         self._threshold = settings.shift_parallel_threshold if settings.enable_shift_parallel else -1
         if self._counter is not None and self._threshold is not None:
-            self._counter.tell(self._threshold)
+            self._counter.set_threshold(self._threshold)
 
     def run(self, model: Any, input_ids: Any, positions: torch.Tensor, inputs_embeds: Any) -> torch.Tensor:
         """One step of the decoder: the last hidden states of all tokens, on every rank."""
@@ -85,7 +85,7 @@ class ShiftParallelModel:
             self._threshold = self._measured_threshold(model, positions)
         is_ulysses = count > self._threshold
         if self._counter is not None:
-            self._counter.add(count, is_ulysses=is_ulysses)
+            self._counter.add_step(count, is_ulysses=is_ulysses)
         return self._run(model, input_ids, positions, inputs_embeds, is_ulysses=is_ulysses)
 
     def _measured_threshold(self, model: Any, positions: torch.Tensor) -> int:
@@ -103,7 +103,7 @@ class ShiftParallelModel:
             self._step.attends = True
         found = threshold(trials)
         if self._counter is not None:
-            self._counter.tell(found)
+            self._counter.set_threshold(found)
             told = ", ".join(
                 f"{trial.tokens} {trial.tensor_s * 1e3:.2f} / {trial.ulysses_s * 1e3:.2f}" for trial in trials
             )

@@ -122,20 +122,23 @@ def test_quantised_weights_go_with_ulysses_alone(tmp_path: Path) -> None:
     assert for_vllm(["serve", str(tmp_path), "--sequence-parallel-size", "2"])
 
 
-def test_steps_are_counted_across_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMNI_SP_LLM_STEPS", raising=False)
-    assert StepCounter.of_this_process() is None
-    monkeypatch.setenv("OMNI_SP_LLM_STEPS", "")
-    front = StepCounter.create()
-    rank = StepCounter.of_this_process()
+def test_steps_are_counted_in_a_file_that_the_settings_name() -> None:
+    line = ["serve", "M", "--sequence-parallel-size", "2"]
+    assert settings_in(for_vllm(line))["step_counts_file"] is None
+    settings = LlmParallelConfig.found_in({"omni_sp": settings_in(for_vllm(line, count_steps=True))})
+    assert settings is not None
+    path = settings.step_counts_file
+    rank, main = StepCounter.open(path), StepCounter.open(path)
     assert rank is not None
-    rank.begin()
-    rank.add(9, is_ulysses=True)
-    rank.add(1, is_ulysses=False)
-    rank.add(2, is_ulysses=False)
-    assert front.read() == StepCounts(1, 9, 2, 3, 1, -1)
-    rank.tell(64)
-    assert front.read() == StepCounts(1, 9, 2, 3, 1, 64)
-    front.remove()
-    front.remove()
-    assert StepCounter.of_this_process() is None
+    assert main is not None
+    rank.add_model()
+    rank.add_step(9, is_ulysses=True)
+    rank.add_step(1, is_ulysses=False)
+    rank.add_step(2, is_ulysses=False)
+    assert main.read() == StepCounts(1, 9, 2, 3, 1, -1)
+    rank.set_threshold(64)
+    assert main.read() == StepCounts(1, 9, 2, 3, 1, 64)
+    main.remove()
+    main.remove()
+    assert StepCounter.open(path) is None
+    assert StepCounter.open(None) is None
