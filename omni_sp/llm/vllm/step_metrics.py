@@ -8,6 +8,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,14 +90,14 @@ class StepCounter:
 class _Collector:
     """The counts as Prometheus reads them, beside vLLM's own metrics."""
 
-    def __init__(self, counter: StepCounter) -> None:
-        self._counter = counter
+    counter: StepCounter | None = None
 
     def collect(self) -> Iterator[Any]:
         """Two counters with a label for how a step ran, and the threshold."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        counts = self._counter.read()
+        assert self.counter is not None, "it is registered with a counter"
+        counts = self.counter.read()
         steps = CounterMetricFamily("omni_sp_llm_steps", "Steps, by how they ran", labels=["mode"])
         tokens = CounterMetricFamily("omni_sp_llm_step_tokens", "Tokens of these steps", labels=["mode"])
         for mode in ("ulysses", "tensor"):
@@ -108,11 +109,20 @@ class _Collector:
         yield GaugeMetricFamily("omni_sp_llm_shift_threshold_tokens", text, value=counts.threshold)
 
 
+@cache
+def _collector() -> _Collector:
+    """This process's only collector: Prometheus refuses a second one with the same names."""
+    return _Collector()
+
+
 def start_step_counter() -> StepCounter:
-    """A counter whose counts this process shows on its /metrics. Its file is deleted when this process ends."""
+    """A counter whose file is deleted when this process ends. This process's /metrics shows the newest counter."""
     from prometheus_client import REGISTRY
 
-    counter = StepCounter.create()
+    counter, collector = StepCounter.create(), _collector()
     atexit.register(counter.remove)
-    REGISTRY.register(_Collector(counter))
+    is_first = collector.counter is None
+    collector.counter = counter
+    if is_first:
+        REGISTRY.register(collector)
     return counter

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from omni_sp.errors import ConfigError, UnsupportedModelError
 from omni_sp.llm.vllm.cli_flags import for_vllm
 from omni_sp.llm.vllm.config import LlmParallelConfig
-from omni_sp.llm.vllm.step_metrics import StepCounter, StepCounts
+from omni_sp.llm.vllm.step_metrics import StepCounter, StepCounts, start_step_counter
 
 
 @pytest.fixture(autouse=True)
@@ -142,3 +143,9 @@ def test_steps_are_counted_in_a_file_that_the_settings_name() -> None:
     main.remove()
     assert StepCounter.open(path) is None
     assert StepCounter.open(None) is None
+
+
+def test_metrics_show_the_newest_engine_of_a_process() -> None:
+    for tokens in (5, 7):
+        start_step_counter().add_step(tokens, is_ulysses=True)
+        assert REGISTRY.get_sample_value("omni_sp_llm_step_tokens_total", {"mode": "ulysses"}) == tokens
