@@ -51,10 +51,7 @@ CYCLES: list[set[str]] = [
     {"omni_sp/llm/hf/generate.py", "omni_sp/llm/hf/model.py"},
 ]
 PRIVATE_IMPORTS: set[tuple[str, str]] = set()
-IMPORTS_ACROSS_TREES: set[tuple[str, str]] = {
-    ("tests/llm/test_rank_program.py", "benchmarks/interleaved.py"),
-    ("tests/llm/test_rank_program.py", "benchmarks/llm_rank_program.py"),
-}
+IMPORTS_ACROSS_TREES: set[tuple[str, str]] = set()
 
 
 @cache
