@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from omni_sp.attention import SequenceLayout
 from omni_sp.collectives import gather_ints
 from omni_sp.errors import InvalidInputError
-from omni_sp.llm.hf.attention import NextChunk, NextToken, Prefill
+from omni_sp.llm.hf.attention import AttentionPhase, NextChunk, NextToken, Prefill
 from omni_sp.llm.hf.kv_cache import TokenCache
 from omni_sp.llm.hf.sequence_shard import SequenceShard, key_mask, prompt_layout, require_same_inputs
 from omni_sp.mesh import ParallelMesh
 from omni_sp.validation import require_int
-
-if TYPE_CHECKING:
-    from omni_sp.llm.hf.model import ParallelModel
 
 
 class Streamer(Protocol):
@@ -29,6 +26,22 @@ class Streamer(Protocol):
 
     def end(self) -> None:
         """Nothing more comes."""
+
+
+class DistributedModel(Protocol):
+    """What generation needs of :class:`omni_sp.llm.hf.model.ParallelModel`, which offers it."""
+
+    model: Any
+    base: Any
+    head: Any
+    mesh: ParallelMesh
+    kernel: str
+
+    def run(self, phase: AttentionPhase, position_ids: torch.Tensor, **inputs: Any) -> Any:
+        """Run the model's own code, without its head, over this rank's tokens."""
+
+    def set_cache(self, cache: TokenCache | None) -> None:
+        """Note the keys and values that this rank now holds."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class _KvPlan:
 
 @torch.no_grad()
 def greedy(
-    parallel: ParallelModel,
+    parallel: DistributedModel,
     input_ids: torch.Tensor,
     *,
     max_new_tokens: int,
@@ -145,7 +158,7 @@ def greedy(
 
 
 def _tokens(
-    parallel: ParallelModel, prompt: _Prompt, max_new_tokens: int, prefill_chunk: int | None
+    parallel: DistributedModel, prompt: _Prompt, max_new_tokens: int, prefill_chunk: int | None
 ) -> Iterator[torch.Tensor]:
     """(batch,) token after token. What the taker writes into one is what is fed back."""
     mesh, kernel, span = parallel.mesh, parallel.kernel, prompt.tokens + max_new_tokens
@@ -178,7 +191,7 @@ def _tokens(
         yield token
 
 
-def _choose(parallel: ParallelModel, hidden: torch.Tensor) -> torch.Tensor:
+def _choose(parallel: DistributedModel, hidden: torch.Tensor) -> torch.Tensor:
     """The most likely next token for (batch, 1, hidden size).
 
     All ranks take what the first one chose: unlike machines may round unlike, and ranks that went on from different
@@ -189,7 +202,7 @@ def _choose(parallel: ParallelModel, hidden: torch.Tensor) -> torch.Tensor:
     return torch.tensor(first, dtype=torch.int64, device=chosen.device)
 
 
-def _check(parallel: ParallelModel, input_ids: torch.Tensor, max_new_tokens: int, prefill_chunk: int | None) -> None:
+def _check(parallel: DistributedModel, input_ids: torch.Tensor, max_new_tokens: int, prefill_chunk: int | None) -> None:
     if parallel.head is None:
         raise InvalidInputError(f"{type(parallel.model).__name__} has no head and cannot generate: load …ForCausalLM")
     if input_ids.ndim != 2 or not input_ids.numel() or input_ids.dtype != torch.int64:
