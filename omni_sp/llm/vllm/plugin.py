@@ -1,4 +1,4 @@
-"""What vLLM calls, in each of its processes, as soon as it looks for plugins. Inert unless our flags are given."""
+"""The plugin that every process of vLLM loads. It changes nothing unless our flags are given."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _MODELS = "omni_sp.llm.vllm.models"
 
 
 def register() -> None:
-    """Offer our decoders to vLLM, and turn our flags on its command line into its own. May be called twice."""
+    """Register our decoders with vLLM, and rewrite our flags on its command line. vLLM may call it twice."""
     for architecture in internals.ARCHITECTURES:
         internals.register(architecture, f"{_MODELS}:{architecture}")
-    if not cli_flags.is_vllms_command():
+    if not cli_flags.is_vllm_command():
         return
     try:
         rewritten = cli_flags.for_vllm(sys.argv[1:], count_steps=True)

@@ -1,4 +1,4 @@
-"""Our flags on vLLM's command line become vLLM's own, and what cannot be is refused before anything starts."""
+"""Our flags on vLLM's command line become vLLM's own, and invalid ones are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_our_flags_become_vllms(
     assert "-tp" not in rewritten
     assert rewritten.count("--enforce-eager") == 1
     assert not any("shift" in word or "sequence" in word for word in rewritten if word.startswith("--"))
-    settings = LlmParallelConfig.found_in({"omni_sp": settings_in(rewritten)})
+    settings = LlmParallelConfig.from_additional_config({"omni_sp": settings_in(rewritten)})
     assert settings == LlmParallelConfig(sequence, tensor, shift, threshold)
     assert settings.world_size == ranks
     assert for_vllm(rewritten) == rewritten  # a child process reads the line again
@@ -58,8 +58,8 @@ def test_our_flags_become_vllms(
 def test_a_degree_of_one_is_vllms_own_tensor_parallelism() -> None:
     stock = ["serve", "M", "--tensor-parallel-size", "2"]
     assert for_vllm(["serve", "M", "--sequence-parallel-size", "1", "-tp", "2"]) == stock
-    assert LlmParallelConfig.found_in({"omni_sp": {"sequence_parallel_size": 1}}) is None
-    assert LlmParallelConfig.found_in({}) is None
+    assert LlmParallelConfig.from_additional_config({"omni_sp": {"sequence_parallel_size": 1}}) is None
+    assert LlmParallelConfig.from_additional_config({}) is None
 
 
 def test_the_users_own_additional_config_stays() -> None:
@@ -69,7 +69,7 @@ def test_the_users_own_additional_config_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("--enable-shift-parallel", "--ulysses-sequence-parallel-size"),
         ("--sequence-parallel-size 2 --shift-parallel-threshold 9", "--enable-shift-parallel"),
@@ -87,8 +87,8 @@ def test_the_users_own_additional_config_stays() -> None:
         ('--sequence-parallel-size 2 --additional-config {"omni_sp":{}}', "one place"),
     ],
 )
-def test_what_cannot_be_is_refused(line: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_invalid_flags_are_refused(line: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         for_vllm(["serve", "M", *line.split()])
 
 
@@ -101,7 +101,7 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entries", "flags", "told"),
+    ("entries", "flags", "message"),
     [
         ({"num_attention_heads": 6}, "--sequence-parallel-size 4", "6 attention heads"),
         ({"rope_scaling": {"mrope_section": [8, 12, 12]}}, "--sequence-parallel-size 2", "mrope"),
@@ -109,11 +109,11 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "--sequence-parallel-size 2 -tp 2", "'gptq'"),
     ],
 )
-def test_what_a_models_configuration_forbids_is_told_before_anything_starts(
-    tmp_path: Path, entries: dict[str, object], flags: str, told: str
+def test_an_unsupported_model_is_refused_before_anything_starts(
+    tmp_path: Path, entries: dict[str, object], flags: str, message: str
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **entries}))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         for_vllm(["serve", str(tmp_path), *flags.split()])
 
 
@@ -126,7 +126,7 @@ def test_quantised_weights_go_with_ulysses_alone(tmp_path: Path) -> None:
 def test_steps_are_counted_in_a_file_that_the_settings_name() -> None:
     line = ["serve", "M", "--sequence-parallel-size", "2"]
     assert settings_in(for_vllm(line))["step_counts_file"] is None
-    settings = LlmParallelConfig.found_in({"omni_sp": settings_in(for_vllm(line, count_steps=True))})
+    settings = LlmParallelConfig.from_additional_config({"omni_sp": settings_in(for_vllm(line, count_steps=True))})
     assert settings is not None
     path = settings.step_counts_file
     rank, main = StepCounter.open(path), StepCounter.open(path)
