@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from omni_sp.attention.layout import HeadShare, head_shares, split_evenly
 from omni_sp.attention.ulysses import GatherHeads, ScatterHeads, UlyssesLayout
@@ -76,7 +77,7 @@ class ShiftParallelModel:
             if self._threshold is not None:
                 self._counter.set_threshold(self._threshold)
 
-    def run(self, model: Any, input_ids: Any, positions: torch.Tensor, inputs_embeds: Any) -> torch.Tensor:
+    def run(self, model: Any, input_ids: Any, positions: Tensor, inputs_embeds: Any) -> Tensor:
         """Run one step of the decoder: the last hidden states of all tokens, on every rank."""
         count = positions.shape[-1]
         internals.require_slots(self._layers[0].name, count)
@@ -89,7 +90,7 @@ class ShiftParallelModel:
             self._counter.add_step(count, is_ulysses=is_ulysses)
         return self._run(model, input_ids, positions, inputs_embeds, is_ulysses=is_ulysses)
 
-    def _measure_threshold(self, model: Any, positions: torch.Tensor) -> int:
+    def _measure_threshold(self, model: Any, positions: Tensor) -> int:
         """Time steps of more and more tokens, each way; the cache is neither read nor written."""
 
         def run(count: int, is_ulysses: bool) -> None:
@@ -111,16 +112,14 @@ class ShiftParallelModel:
             _log.info("shift threshold: %d tokens (tokens, ms by tensor parallelism / Ulysses: %s)", measured, times)
         return measured
 
-    def _run(
-        self, model: Any, input_ids: Any, positions: torch.Tensor, inputs_embeds: Any, *, is_ulysses: bool
-    ) -> torch.Tensor:
+    def _run(self, model: Any, input_ids: Any, positions: Tensor, inputs_embeds: Any, *, is_ulysses: bool) -> Tensor:
         count = positions.shape[-1]
         was_ulysses = self._step.is_ulysses
         self._step.begin(count, self._axis.size, is_ulysses=is_ulysses)
         if is_ulysses != was_ulysses:
             self._set_sizes()
         if not is_ulysses:
-            hidden: torch.Tensor = model(input_ids, positions, None, inputs_embeds)
+            hidden: Tensor = model(input_ids, positions, None, inputs_embeds)
             return hidden
         embedded = model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         lengths = self._step.lengths
@@ -197,7 +196,7 @@ class _LinearFactory:
         starts = [sum(counts[:index]) for index in range(len(counts))]
         rows = [slice(start + first, start + last) for start, (first, last) in zip(starts, spans, strict=True)]
 
-        def forward(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        def forward(self: Any, hidden: Tensor) -> tuple[Tensor, None]:
             bias = self.bias
             if step.is_ulysses:
                 return self.quant_method.apply(self, hidden, bias), None
@@ -215,7 +214,7 @@ class _LinearFactory:
         columns = slice(self._rank * width, (self._rank + 1) * width)
         is_first = inner.rank_in_group == 0 and self._rank == 0
 
-        def forward(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        def forward(self: Any, hidden: Tensor) -> tuple[Tensor, None]:
             if not step.is_ulysses:
                 product = F.linear(hidden, self.weight[:, columns], self.bias if is_first else None)
                 return internals.reduce_over_world(product), None
@@ -248,10 +247,10 @@ def _wrap_attention(attention: Any, heads: tuple[HeadShare, ...], axis: Axis, st
     head_dim = attention.head_size
     num_heads, num_kv_heads = heads[-1].query[1], heads[-1].key[1]
 
-    def attend(query: torch.Tensor, *rest: Any, **named: Any) -> Any:
+    def attend(query: Tensor, *rest: Any, **named: Any) -> Any:
         return stock(query, *rest, **named) if step.attends else query
 
-    def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any) -> Any:
+    def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:
         if not step.is_ulysses:
             return attend(query, key, value, *rest, **named)
         layout = UlyssesLayout(axis, heads, step.lengths, step.lengths)
