@@ -16,7 +16,7 @@ _COMPOSING = ("omni_sp/attention/overlap.py", "omni_sp/attention/ring.py")
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes that a call needs at its peak beyond what was in use before; None where the system does not tell."""
+    """Bytes that a call needs at its peak beyond what was in use before; None where the system does not report it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -41,7 +41,7 @@ def _status(entry: str) -> int:
 
 
 def exchange_share(call: Callable[[], object]) -> float:
-    """Of one of our calls, the part of its time that packing, sending, waiting for other ranks and unpacking take."""
+    """The share of a call's time that packing, sending, waiting for other ranks and unpacking take."""
     profile = cProfile.Profile()
     profile.runcall(call)
     stats = pstats.Stats(profile)

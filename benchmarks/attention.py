@@ -21,18 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.anatomy import exchange_share, peak_memory
-from benchmarks.interleaved import (
-    Answer,
-    Timing,
-    paired,
-    plot,
-    plot_growth,
-    report,
-    save,
-    summary,
-    table,
-    take_turns,
-)
+from benchmarks.interleaved import Answer, Timing, paired, plot, plot_growth, report, save, summary, table, take_turns
 from omni_sp.attention import (
     SequenceLayout,
     local_attention,
@@ -42,8 +31,8 @@ from omni_sp.attention import (
 )
 from omni_sp.errors import OmniSPError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import attention, relative_error
+from testing.ranks import RankPool
+from testing.reference import attention, relative_error
 
 BASE, FLOOR, OURS = "one process", "floor (no exchange)", "ours"
 
@@ -61,7 +50,7 @@ class Settings:
     rounds: int
 
 
-def whole_row(settings: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def whole_sequence(settings: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value, the same on all ranks."""
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch, settings.tokens, settings.heads, settings.head_dim)
@@ -85,9 +74,9 @@ def diffusers_peer(mesh: ParallelMesh, own: tuple[torch.Tensor, ...], scheme: st
 
 
 def run(mesh: ParallelMesh, settings: Settings) -> Answer:
-    """On one rank: every contender's rounds, and what else is told of them."""
+    """On one rank: every contender's rounds, and what else is measured of them."""
     warnings.simplefilter("ignore")  # the peers' own
-    whole = whole_row(settings)
+    whole = whole_sequence(settings)
     lengths = split_evenly(settings.tokens, mesh.world_size)
     layout = SequenceLayout(lengths, lengths)
     query, key, value = (x.split(list(lengths), dim=1)[mesh.rank].contiguous() for x in whole)
@@ -175,15 +164,8 @@ def main() -> None:
     lines: dict[str, dict[int, float]] = {}
     for ranks in options.ranks:
         for tokens in options.tokens:
-            settings = Settings(
-                options.batch,
-                tokens,
-                options.heads,
-                options.head_dim,
-                options.dtype,
-                tuple(options.peers),
-                options.rounds,
-            )
+            shape = (options.batch, tokens, options.heads, options.head_dim)
+            settings = Settings(*shape, options.dtype, tuple(options.peers), options.rounds)
             timings = compare(settings, ranks, options.scheme, vars(options))
             for name in timings:
                 if name != BASE and timings[name].seconds:

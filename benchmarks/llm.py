@@ -117,7 +117,7 @@ def engine_main(options: dict[str, Any]) -> None:
     # By its own name: what is sent to the ranks is looked up there.
     from benchmarks.llm import count_bytes, read_bytes
     from omni_sp.llm import LLM
-    from omni_sp.testing.models import memory_of_rank
+    from testing.models import memory_of_rank
 
     llm = LLM(
         dtype="float32", skip_tokenizer_init=True, max_model_len=8192, max_num_batched_tokens=8192, max_num_seqs=8,

@@ -2,7 +2,7 @@
 
 python -m benchmarks.rank_program --model qwen-image-2048 --ulysses 8 --bandwidth 300
 
-A fake process group takes the other ranks' place: shapes, kernels and packing are real, nothing is exchanged. The
+A fake process group replaces the other ranks: shapes, kernels and packing are real, nothing is exchanged. The
 exchange is added from the bytes that this rank sends over a stated bandwidth, so the step times printed for several
 ranks are *projected*. Weights are random. A few layers are timed and scaled up: time is linear in layers.
 """
@@ -32,7 +32,8 @@ class Workload:
 
     Attributes:
         layers: kinds of layers, and how many the whole model has of each.
-        build: a model with so many layers of each kind. inputs: one forward's arguments.
+        build: makes a model with so many layers of each kind.
+        inputs: makes the arguments of one forward.
         published: speed-ups that others have published for it, by number of ranks.
     """
 
@@ -40,10 +41,6 @@ class Workload:
     build: Callable[[dict[str, int]], Any]
     inputs: Callable[[], dict[str, Any]]
     published: dict[int, float]
-
-
-def _draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape)
 
 
 def qwen_image(side: int, published: dict[int, float], width: int = 24, layers: int = 60) -> Workload:
@@ -56,8 +53,8 @@ def qwen_image(side: int, published: dict[int, float], width: int = 24, layers: 
 
     def inputs() -> dict[str, Any]:
         return {
-            "hidden_states": _draw(1, side * side, 64),
-            "encoder_hidden_states": _draw(1, 128, 3584),
+            "hidden_states": torch.randn(1, side * side, 64),
+            "encoder_hidden_states": torch.randn(1, 128, 3584),
             "timestep": torch.full((1,), 0.6),
             "img_shapes": [[(1, side, side)]],
         }
@@ -77,9 +74,9 @@ def flux(side: int, published: dict[int, float]) -> Workload:
 
     def inputs() -> dict[str, Any]:
         return {
-            "hidden_states": _draw(1, side * side, 64),
-            "encoder_hidden_states": _draw(1, 512, 4096),
-            "pooled_projections": _draw(1, 768),
+            "hidden_states": torch.randn(1, side * side, 64),
+            "encoder_hidden_states": torch.randn(1, 512, 4096),
+            "pooled_projections": torch.randn(1, 768),
             "timestep": torch.full((1,), 0.6),
             "guidance": torch.full((1,), 3.5),
             "img_ids": torch.zeros(side * side, 3),
@@ -99,9 +96,9 @@ def wan(height: int, width: int, published: dict[int, float]) -> Workload:
 
     def inputs() -> dict[str, Any]:
         return {
-            "hidden_states": _draw(1, 16, 21, height // 8, width // 8),
+            "hidden_states": torch.randn(1, 16, 21, height // 8, width // 8),
             "timestep": torch.full((1,), 600.0),
-            "encoder_hidden_states": _draw(1, 512, 4096),
+            "encoder_hidden_states": torch.randn(1, 512, 4096),
         }
 
     return Workload({"blocks": 40}, build, inputs, published)
@@ -207,7 +204,7 @@ def main() -> None:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
         # Nothing is exchanged, so nobody can be asked; lengths and heads here are divided evenly.
         with (
-            patch("omni_sp.attention.entry.gather_ints", pretend_all_ranks_alike),
+            patch("omni_sp.collectives.gather_ints", pretend_all_ranks_alike),
             patch("omni_sp.sharding.forward_context.gather_ints", pretend_all_ranks_alike),
         ):
             one = measure(workload, config, options)

@@ -36,7 +36,7 @@ from omni_sp.engine.startup import format_seconds
 from omni_sp.events import RequestDone
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 
 PROMPT = "a red circle on a blue background"
 START_S, ANSWER_S = 180.0, 600.0

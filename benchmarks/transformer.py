@@ -24,8 +24,8 @@ from benchmarks.anatomy import exchange_share, peak_memory
 from benchmarks.interleaved import Answer, Timing, plot, report, save, summary, table, take_turns
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import randomise, relative_error
+from testing.ranks import RankPool
+from testing.reference import randomise, relative_error
 
 BASE, OURS = "one process", "ours"
 

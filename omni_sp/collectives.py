@@ -1,4 +1,4 @@
-"""The only room that moves tensors between ranks: all-to-all, ring shift, uneven gather.
+"""All that moves tensors between ranks: all-to-all, ring shift, gather of uneven lengths, sum.
 
 Every function is called by all ranks of the axis at the same point of the program. On an axis of size 1 nothing is
 sent. CPU tensors cross between ranks of one machine through shared memory. Where no library moves tensors of the
@@ -24,27 +24,28 @@ _DIRECT = {"cpu": ("gloo", "mpi", "fake"), "cuda": ("nccl", "fake")}
 
 
 def _needs_host_staging(device: torch.device, axis: Axis) -> bool:
-    """True where tensors of this device must cross through host memory."""
+    """Whether tensors of this device must cross through host memory."""
     library = axis.backends.get(device.type, "")
     return device.type != "cpu" and library not in _DIRECT.get(device.type, ())
 
 
 class Exchange(Protocol):
-    """An all-to-all in which every pair of ranks has a share of its own: fill ``places``, ``start``, ``wait``.
+    """An all-to-all of different sizes for every pair of ranks: fill ``send_buffers``, ``start``, ``wait``.
 
     Attributes:
-        places: for each rank a flat tensor, to be filled with what goes there before :meth:`start`.
+        send_buffers: for each rank a flat tensor, to be filled with what is sent there before :meth:`start`.
     """
 
     send_buffers: tuple[torch.Tensor, ...]
 
     def start(self) -> None:
-        """Send what is in ``places``, which must not be touched afterwards."""
+        """Send what is in ``send_buffers``, which must not be touched afterwards."""
 
     def wait(self) -> torch.Tensor:
-        """What came in: flat, the pieces from rank 0, 1, … one behind the other.
+        """Wait for all ranks. On CUDA only the current stream waits, not the host.
 
-        On CUDA only the current stream waits, not the host.
+        Returns:
+            What was received, flat: from rank 0, 1, … one behind the other.
         """
 
 
@@ -54,17 +55,19 @@ def exchange(
     """Prepare an all-to-all: through shared memory where the ranks have it, else through the group's library.
 
     Args:
-        send_sizes: elements for each rank. recv_sizes: elements from each rank. Zeros are fine; this rank's own entry
-            is the same in both.
-        dtype, device: of what is sent. axis: the ranks, more than one.
+        send_sizes: number of elements for each rank; zeros are fine.
+        recv_sizes: number of elements from each rank; this rank's own entry is the same in both.
+        dtype: dtype of what is sent.
+        device: device of what is sent.
+        axis: the ranks, more than one.
     """
     if device.type == "cpu" and axis.channel is not None:
-        return _MemoryExchange(send_sizes, recv_sizes, dtype, axis, axis.channel, "exchange")
-    return _GroupExchange(send_sizes, recv_sizes, dtype, device, axis)
+        return _SharedMemoryExchange(send_sizes, recv_sizes, dtype, axis, axis.channel, "exchange")
+    return _ProcessGroupExchange(send_sizes, recv_sizes, dtype, device, axis)
 
 
-class _MemoryExchange:
-    """Each rank writes into memory of its own, and copies what is for it out of the others'."""
+class _SharedMemoryExchange:
+    """Each rank writes into its own memory, and copies what is sent to it out of the other ranks' memory."""
 
     def __init__(
         self,
@@ -77,33 +80,28 @@ class _MemoryExchange:
     ) -> None:
         self._axis, self._kind = axis, kind
         self._received = torch.empty(sum(recv_sizes), dtype=dtype)
-        self._into = list(self._received.split(list(recv_sizes)))
-        leaving = [0 if rank == axis.rank else size * dtype.itemsize for rank, size in enumerate(send_sizes)]
-        self._pending = channel.start(leaving)
-        send_buffers = [place.view(dtype) for place in self._pending.send_buffers]
-        # What this rank keeps is written where it is wanted, and not copied again.
-        send_buffers[axis.rank], self._into[axis.rank] = self._into[axis.rank], send_buffers[axis.rank]
+        self._recv_buffers = list(self._received.split(list(recv_sizes)))
+        num_bytes = [0 if rank == axis.rank else size * dtype.itemsize for rank, size in enumerate(send_sizes)]
+        self._pending = channel.prepare(num_bytes)
+        send_buffers = [buffer.view(dtype) for buffer in self._pending.send_buffers]
+        # What this rank keeps is written straight into what it receives, and not copied again.
+        send_buffers[axis.rank], self._recv_buffers[axis.rank] = self._recv_buffers[axis.rank], send_buffers[axis.rank]
         self.send_buffers = tuple(send_buffers)
 
     def start(self) -> None:
-        self._axis.traffic.add(self._kind, sum(place.nbytes for place in self._pending.send_buffers))
+        self._axis.traffic.add(self._kind, sum(buffer.nbytes for buffer in self._pending.send_buffers))
         self._pending.send()
 
     def wait(self) -> torch.Tensor:
-        self._pending.receive([place.view(torch.uint8) for place in self._into])
+        self._pending.receive([buffer.view(torch.uint8) for buffer in self._recv_buffers])
         return self._received
 
 
-class _GroupExchange:
+class _ProcessGroupExchange:
     """One ``all_to_all_single`` of the process group."""
 
     def __init__(
-        self,
-        send_sizes: Sequence[int],
-        recv_sizes: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        axis: Axis,
+        self, send_sizes: Sequence[int], recv_sizes: Sequence[int], dtype: torch.dtype, device: torch.device, axis: Axis
     ) -> None:
         self._axis, self._device = axis, device
         self._send = torch.empty(sum(send_sizes), dtype=dtype, device=device)
@@ -119,14 +117,10 @@ class _GroupExchange:
         self._axis.traffic.add("exchange", sum(send_sizes) - send_sizes[self._axis.rank])
         # Kept until wait(): a buffer freed earlier would be sent as garbage.
         self._send = self._send.to(self._received.device)
-        # Bytes, so that no library has to know the dtype (gloo does not know bfloat16 everywhere).
+        # Sent as bytes, so that no library has to know the dtype (gloo does not know bfloat16 everywhere).
+        received, send = self._received.view(torch.uint8), self._send.view(torch.uint8)
         self._work = dist.all_to_all_single(
-            self._received.view(torch.uint8),
-            self._send.view(torch.uint8),
-            recv_sizes,
-            send_sizes,
-            group=self._axis.group,
-            async_op=True,
+            received, send, recv_sizes, send_sizes, group=self._axis.group, async_op=True
         )
 
     def wait(self) -> torch.Tensor:
@@ -136,31 +130,41 @@ class _GroupExchange:
 
 
 class PendingShift(Protocol):
-    """A ring shift under way: this rank's block goes to the next rank, the previous rank's block comes in."""
+    """A ring shift that was started: this rank's block goes to the next rank, the previous rank's comes here."""
 
     def wait(self) -> torch.Tensor:
-        """The previous rank's block, once it is here and this rank's own may be touched again."""
+        """Wait until the previous rank's block is here and this rank's own may be touched again.
+
+        Returns:
+            The previous rank's block, flat.
+        """
 
 
 def shift(send: torch.Tensor, recv_size: int, axis: Axis) -> PendingShift:
-    """Start to pass ``send`` (flat, contiguous) to the next rank and take ``recv_size`` elements from the previous."""
+    """Start to send a block to the next rank and to receive one from the previous rank.
+
+    Args:
+        send: this rank's block, flat and contiguous.
+        recv_size: number of elements of the previous rank's block.
+        axis: the ranks, more than one.
+    """
     following, previous = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
     if send.device.type == "cpu" and axis.channel is not None:
         send_sizes, recv_sizes = [0] * axis.size, [0] * axis.size
         send_sizes[following], recv_sizes[previous] = send.numel(), recv_size
-        through_memory = _MemoryExchange(send_sizes, recv_sizes, send.dtype, axis, axis.channel, "shift")
-        through_memory.send_buffers[following].copy_(send)
-        through_memory.start()
-        return through_memory
-    return _GroupShift(send, recv_size, axis.ranks[following], axis.ranks[previous], axis)
+        pending = _SharedMemoryExchange(send_sizes, recv_sizes, send.dtype, axis, axis.channel, "shift")
+        pending.send_buffers[following].copy_(send)
+        pending.start()
+        return pending
+    return _ProcessGroupShift(send, recv_size, axis.ranks[following], axis.ranks[previous], axis)
 
 
-class _GroupShift:
-    """A send and a receive of the process group, by global rank."""
+class _ProcessGroupShift:
+    """A send and a receive of the process group, whose peers are global ranks."""
 
     def __init__(self, send: torch.Tensor, recv_size: int, following: int, previous: int, axis: Axis) -> None:
         self._device = send.device
-        # Kept until wait(): a send buffer that were freed earlier would be sent as garbage.
+        # Kept until wait(): a buffer freed earlier would be sent as garbage.
         self._send = send.cpu() if _needs_host_staging(send.device, axis) else send
         self._received = self._send.new_empty(recv_size)
         # Both ends know the lengths, so an empty block is skipped by sender and receiver alike.
@@ -179,71 +183,84 @@ class _GroupShift:
 
 
 def gather(tensor: torch.Tensor, lengths: Sequence[int], dim: int, axis: Axis) -> torch.Tensor:
-    """Join pieces that differ in length along ``dim``; every rank gets the whole, in rank order.
+    """Concatenate tensors of all ranks, which may differ in length along one dim. Every rank gets the result.
 
     Args:
-        tensor: this rank's piece, ``lengths[axis.rank]`` long along ``dim`` and alike in all other dims.
+        tensor: this rank's, with the same shape on all ranks but for ``dim``.
+        lengths: the size of each rank's tensor along ``dim``.
+        dim: the dim to concatenate along.
+        axis: the ranks.
+
+    Returns:
+        The tensors in rank order; where the axis has one rank, ``tensor`` itself.
     """
     if axis.size == 1:
         return tensor
-    rows = tensor.movedim(dim, 0)
-    longest = max(lengths)
-    # The collective wants equal pieces; the rows added here are cut off again below and never seen.
-    padded = rows.new_zeros((longest, *rows.shape[1:]))
-    padded[: rows.shape[0]] = rows
+    own = tensor.movedim(dim, 0)
+    # The collective takes equal shapes only; the padding is cut off again below.
+    padded = own.new_zeros((max(lengths), *own.shape[1:]))
+    padded[: own.shape[0]] = own
     staged = _needs_host_staging(padded.device, axis)
     source = padded.cpu() if staged else padded
-    whole = source.new_empty((axis.size, *source.shape))
+    per_rank = source.new_empty((axis.size, *source.shape))
     axis.traffic.add("gather", source.numel() * source.element_size() * (axis.size - 1))
     flat = source.reshape(-1).view(torch.uint8)
-    dist.all_gather([piece.reshape(-1).view(torch.uint8) for piece in whole], flat, group=axis.group)
-    joined = torch.cat([piece[:length] for piece, length in zip(whole, lengths, strict=True)])
+    dist.all_gather([x.reshape(-1).view(torch.uint8) for x in per_rank], flat, group=axis.group)
+    joined = torch.cat([x[:length] for x, length in zip(per_rank, lengths, strict=True)])
     return (joined.to(tensor.device) if staged else joined).movedim(0, dim)
 
 
 def all_reduce(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """The sum over all ranks of tensors of one shape; every rank gets the same."""
+    """Add the tensors of all ranks. Every rank gets the same sum.
+
+    Args:
+        tensor: this rank's, of the same shape and dtype on all ranks. 16-bit numbers are added in 32 bit.
+        axis: the ranks.
+
+    Returns:
+        A new tensor; where the axis has one rank, ``tensor`` itself.
+    """
     if axis.size == 1:
         return tensor
     device = torch.device("cpu") if _needs_host_staging(tensor.device, axis) else tensor.device
-    # Sums of 16-bit numbers are made in 32 bit, as kernels do.
     dtype = torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
     total = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-    axis.traffic.add("add_up", total.nbytes)
+    axis.traffic.add("all_reduce", total.nbytes)
     dist.all_reduce(total, group=axis.group)
     return total.to(tensor.device, tensor.dtype)
 
 
 def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:
-    """Gather whole numbers from all ranks.
+    """Gather integers from all ranks.
 
     Args:
-        values: this rank's numbers; all ranks pass as many.
+        values: this rank's; all ranks pass as many.
         axis: the ranks.
 
     Returns:
-        Each rank's numbers, in rank order.
+        Each rank's values, in rank order.
     """
     if axis.size == 1:
         return [tuple(values)]
     device = "cpu" if axis.backends.get("cpu") in _DIRECT["cpu"] else "cuda"
-    mine = torch.tensor(list(values), dtype=torch.int64, device=device)
-    rows = [torch.empty_like(mine) for _ in range(axis.size)]
-    axis.traffic.add("gather_ints", mine.numel() * 8 * (axis.size - 1))
-    dist.all_gather(rows, mine, group=axis.group)
-    return [tuple(row.tolist()) for row in rows]
+    own = torch.tensor(list(values), dtype=torch.int64, device=device)
+    per_rank = [torch.empty_like(own) for _ in range(axis.size)]
+    axis.traffic.add("gather_ints", own.numel() * 8 * (axis.size - 1))
+    dist.all_gather(per_rank, own, group=axis.group)
+    return [tuple(values.tolist()) for values in per_rank]
 
 
 def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **values: object) -> list[tuple[int, ...]]:
-    """Raise where the ranks hold different values, on all ranks alike. One small exchange.
+    """Raise where the ranks hold different values, on all ranks alike. It takes one small exchange.
 
     Args:
         axis: the ranks.
-        message: of the error, a format of ``{name}`` (the first value that differs), ``{values}`` (what each rank
-            holds) and ``{ranks}`` (those that differ from the first rank).
-        gathered: further numbers that the same exchange gathers; they may differ.
-        values: by name, the same names on all ranks. Whole numbers and dtypes are compared and shown as they are, of
-            everything else a checksum: of a tensor's shape, dtype and numbers, else of the value's ``repr``.
+        message: the error's message, a format of ``{name}`` (the first value that differs), ``{values}`` (what each
+            rank holds) and ``{ranks}`` (those that differ from the first rank).
+        gathered: further integers, which may differ; the same exchange gathers them.
+        **values: the values by name, with the same names on all ranks. Integers and dtypes are compared and shown as
+            they are. Other values are compared and shown by a checksum: a tensor by that of its shape, dtype and
+            elements, everything else by that of its ``repr``.
 
     Returns:
         Each rank's ``gathered``, in rank order.
@@ -251,25 +268,24 @@ def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **v
     Raises:
         ShardingError: the ranks hold different values.
     """
-    rows = gather_ints([*gathered, *map(_comparable, values.values())], axis)
-    for name, held in zip(values, zip(*(row[len(gathered) :] for row in rows), strict=True), strict=True):
+    per_rank = gather_ints([*gathered, *map(_comparable, values.values())], axis)
+    for index, (name, own) in enumerate(values.items(), len(gathered)):
+        held = [of_rank[index] for of_rank in per_rank]
         if len(set(held)) > 1:
-            is_dtype = isinstance(values[name], torch.dtype)
-            shown = [str(_DTYPES[value]) if is_dtype else str(value) for value in held]
+            shown = [str(_DTYPES[value]) if isinstance(own, torch.dtype) else str(value) for value in held]
             by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in zip(axis.ranks, shown, strict=True))
             ranks = [rank for rank, value in zip(axis.ranks, held, strict=True) if value != held[0]]
             raise ShardingError(message.format(name=name, values=by_rank, ranks=ranks))
-    return [row[: len(gathered)] for row in rows]
+    return [of_rank[: len(gathered)] for of_rank in per_rank]
 
 
 def _comparable(value: object) -> int:
-    """A whole number that differs where the value does."""
+    """An integer that differs where the value does."""
     if isinstance(value, torch.dtype):
         return _DTYPES.index(value)
     if isinstance(value, int):
         return int(value)
     if isinstance(value, torch.Tensor):
-        numbers = value.detach().contiguous().cpu()
-        content = numbers.reshape(-1).view(torch.uint8).numpy().tobytes()
+        content = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         return zlib.crc32(content, zlib.crc32(repr((tuple(value.shape), value.dtype)).encode()))
     return zlib.crc32(repr(value).encode())

@@ -35,7 +35,8 @@ class ConfigError(InvalidInputError):
 class SamplingParamsError(InvalidInputError):
     """A sampling parameter that the chosen pipeline cannot take, or a value out of range.
 
-    Attributes:
+    Args:
+        message: what was wrong, the values, and the way out.
         param: the parameter or the field of the prompt that is to blame, by its name in OmniDiffusionSamplingParams or
             in a prompt; None where it is no single one.
     """
@@ -71,7 +72,8 @@ FailureKind = Literal["raised", "died", "silent", "out_of_memory"]
 class RankFailedError(EngineError):
     """A rank raised, died or fell silent.
 
-    Attributes:
+    Args:
+        message: which rank, and what happened to it.
         rank: the number of the rank that failed first.
         kind: "raised"; "out_of_memory", where it raised for want of memory; "died", where its process ended by itself,
             which need not have anything to do with what was asked of it; or "silent".

@@ -1,4 +1,4 @@
-"""Which rank is where: the axes cfg, ring and ulysses, and the process groups along them."""
+"""The ranks as a mesh with the axes cfg, ring and ulysses, and the process groups along these axes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ _AXES = ("cfg", "ring", "ulysses")
 
 @dataclass
 class Traffic:
-    """What one rank has sent along one axis: ``calls`` of each kind, and ``bytes`` that left this rank."""
+    """What one rank has sent along one axis.
+
+    Attributes:
+        calls: number of calls of each kind of collective.
+        bytes: number of bytes that this rank sent to other ranks, by kind.
+    """
 
     calls: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
@@ -30,7 +35,7 @@ class Traffic:
         self.bytes[kind] = self.bytes.get(kind, 0) + num_bytes
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Set all counts to zero."""
         self.calls.clear()
         self.bytes.clear()
 
@@ -41,12 +46,12 @@ class Axis:
 
     Attributes:
         name: "cfg", "ring", "ulysses", "sequence" (ring × ulysses: all that hold tokens of the same sequence), "world"
-            (all ranks of the mesh), or what :meth:`of_group` was given.
+            (all ranks of the mesh), or the name given to :meth:`of_group`.
         ranks: the global ranks along it, in order.
         rank: this rank's index in ``ranks``.
         group: their process group; None where the axis has size 1 and nothing is ever sent.
         backends: which library moves tensors of which device type, such as ``{"cpu": "gloo", "cuda": "nccl"}``.
-        channel: this rank's shared memory, where all ranks along the axis run on one machine; else None.
+        channel: this rank's shared memory where all ranks along the axis can read each other's memory; else None.
         traffic: what this rank has sent along it so far.
     """
 
@@ -69,8 +74,8 @@ class Axis:
 
         Args:
             group: the ranks, of which this process is one.
-            name: of the axis.
-            shared_memory: let CPU tensors cross through shared memory, where the ranks can read each other's.
+            name: the name of the axis.
+            shared_memory: let CPU tensors cross through shared memory, where the ranks can read each other's memory.
         """
         backends = _backends_of(group)
         channel = SharedMemoryChannel.open(group, shared_memory) if backends.get("cpu") == "gloo" else None
@@ -78,24 +83,24 @@ class Axis:
 
 
 class ParallelMesh:
-    """The ranks of one picture laid out as cfg × ring × ulysses, ulysses innermost: its ranks are neighbours.
+    """The ranks of one picture as cfg × ring × ulysses, ulysses innermost: ranks of a Ulysses group are neighbours.
 
     Args:
         config: the degrees.
         ranks: the global ranks of this mesh, as many as the product of the degrees, ascending; every one of them
             builds the mesh at the same point of the program, other ranks need not. None for all ranks of the job.
             Meshes of disjoint ranks run side by side.
-        check: see on every call that the ranks hold tensors that fit together, not only where lengths are learned. None
-            for what ``OMNI_SP_CHECK`` says in the environment ("1" for yes).
-        shared_memory: let CPU tensors cross between ranks of one machine through shared memory. None for what
-            ``OMNI_SP_SHARED_MEMORY`` says in the environment ("0" for no).
+        check: check on every call that the ranks hold tensors that fit together, not only where lengths are exchanged.
+            None reads the environment: True where ``OMNI_SP_CHECK`` is "1".
+        shared_memory: let CPU tensors cross between ranks of one machine through shared memory. None reads the
+            environment: False where ``OMNI_SP_SHARED_MEMORY`` is "0".
 
     Attributes:
-        config: as given.
+        config: the degrees.
         ranks: the global ranks of this mesh.
         rank: this rank's index in ``ranks``.
         world_size: number of ranks.
-        check: as given, or as the environment has it.
+        check: whether every call checks that the ranks hold tensors that fit together.
         cfg: ranks that compute different guidance branches.
         ring: ranks around which keys and values travel.
         ulysses: ranks that trade tokens for heads.
@@ -103,7 +108,8 @@ class ParallelMesh:
         world: all ranks of this mesh.
 
     Raises:
-        ConfigError: torch.distributed is not initialised, or the number of ranks is not the product of the degrees.
+        ConfigError: torch.distributed is not initialised, the number of ranks is not the product of the degrees, or
+            ``ranks`` are not ascending ranks of the job with this one among them.
     """
 
     def __init__(
@@ -131,47 +137,44 @@ class ParallelMesh:
 
     @property
     def rings(self) -> tuple[tuple[int, ...], ...]:
-        """The global ranks, a row for each Ulysses group; the ring goes from row to row."""
+        """The global ranks of each Ulysses group; a ring joins the ranks of the same index in all of them."""
         degree = self.ulysses.size
         return tuple(self.ranks[start : start + degree] for start in range(0, self.world_size, degree))
 
     def _axis(self, name: str, along: tuple[str, ...]) -> Axis:
-        """Build the groups along some axes. All ranks make the same groups in the same order, as new_group demands."""
+        """The axis along some axes. All ranks make the same groups in the same order, as new_group demands."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank, index in zip(self.ranks, product(*(range(self._sizes[axis]) for axis in _AXES)), strict=True):
-            others = tuple(0 if axis in along else at for axis, at in zip(_AXES, index, strict=True))
-            groups.setdefault(others, []).append(rank)
+            elsewhere = tuple(0 if axis in along else coordinate for axis, coordinate in zip(_AXES, index, strict=True))
+            groups.setdefault(elsewhere, []).append(rank)
         rank, own_group = self.ranks[self.rank], None
         for ranks in groups.values():
             group = self._group(ranks) if len(ranks) > 1 else None
             own_group = group if rank in ranks else own_group
         if own_group is None:
             return Axis(name, (rank,), 0, None, {})
-        # What travels along "sequence" and "world" is gathered, not exchanged.
+        # Along "sequence" and "world" tensors are gathered, not exchanged.
         is_exchanged = name in ("ring", "ulysses")
         return Axis.of_group(own_group, name, shared_memory=self._shared_memory and is_exchanged)
 
     def _group(self, ranks: list[int]) -> dist.ProcessGroup | None:
+        """The process group of some ranks of the mesh; None where this rank takes no part."""
         if self._is_whole_job:
-            whole: dist.ProcessGroup | None = dist.group.WORLD
-            return whole if len(ranks) == self.world_size else dist.new_group(ranks)
+            world: dist.ProcessGroup | None = dist.group.WORLD
+            return world if len(ranks) == self.world_size else dist.new_group(ranks)
         # Ranks outside a group do not take part: they may belong to another mesh, or to none.
         return dist.new_group(ranks, use_local_synchronization=True) if self.ranks[self.rank] in ranks else None
 
     def describe(self) -> str:
-        """One line for people: the equation, and which rank is where."""
+        """One line for people: the degrees, and which ranks are in which Ulysses group."""
         if self.world_size == 1:
             return "1 rank, nothing is split"
-        rows = " | ".join(" ".join(map(str, row)) for row in self.rings)
-        return f"{self.config.equation}; ring of [{rows}]"
+        groups = " | ".join(" ".join(map(str, group)) for group in self.rings)
+        return f"{self.config.equation}; ring of [{groups}]"
 
 
 def _mesh_ranks(config: DiffusionParallelConfig, ranks: Sequence[int] | None) -> tuple[int, ...]:
-    """The global ranks of a mesh, in order.
-
-    Raises:
-        ConfigError: see :class:`ParallelMesh`.
-    """
+    """The global ranks of a mesh, in order; raises ConfigError as :class:`ParallelMesh` documents."""
     initialised = dist.is_available() and dist.is_initialized()
     if config.world_size > 1 and not initialised:
         raise ConfigError(
@@ -200,6 +203,6 @@ def _mesh_ranks(config: DiffusionParallelConfig, ranks: Sequence[int] | None) ->
 
 
 def _backends_of(group: dist.ProcessGroup) -> dict[str, str]:
-    """Device type -> library, from a group's own description (``cpu:gloo,cuda:nccl``)."""
+    """Device type -> library, from a group's description (``cpu:gloo,cuda:nccl``)."""
     entries = str(dist.get_backend_config(group)).split(",")
     return {device: library for device, _, library in (entry.partition(":") for entry in entries)}

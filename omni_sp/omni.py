@@ -187,7 +187,12 @@ class Omni:
     def check_report(
         self, prompt: PromptInput = "a red circle", sampling_params: OmniDiffusionSamplingParams | None = None
     ) -> CheckReport:
-        """What check() finds, and which operations needed a full tensor on the way."""
+        """Run check(), and count which operations of the model needed a full tensor on the way.
+
+        Args:
+            prompt: what check() takes.
+            sampling_params: what check() takes.
+        """
         capabilities = self._engine.ready.capabilities
         params = require_params(sampling_params)
         arguments = small_arguments(capabilities, call_arguments(capabilities, parse_prompt(prompt), params), params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import warnings
@@ -19,7 +18,7 @@ from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt, frames_per_second
 from omni_sp.pipelines.load import resolve_model
 from omni_sp.pipelines.results import output_deviation
-from omni_sp.validation import require_number
+from omni_sp.validation import require_number, suggestion
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _PROMPT_KEYS = ("prompt", "negative_prompt", "image")
@@ -78,9 +77,7 @@ def require_known(options: Mapping[str, Any], owner: type) -> None:
             continue
         if name in inspect.signature(DiffusionParallelConfig).parameters:
             raise ConfigError(f"{name} belongs into parallel_config=DiffusionParallelConfig({name}=...)")
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
-        raise ConfigError(f"{owner.__name__} has no option {name!r}; {hint}")
+        raise ConfigError(f"{owner.__name__} has no option {name!r}; {suggestion(name, known)}")
 
 
 def require_params(params: OmniDiffusionSamplingParams | None) -> OmniDiffusionSamplingParams:
@@ -117,8 +114,7 @@ def parse_prompt(prompt: Any) -> Prompt:
         raise SamplingParamsError(f"prompt {prompt!r}: give a string, or a dict with {', '.join(_PROMPT_KEYS)}")
     for key in prompt:
         if key not in _PROMPT_KEYS:
-            near = difflib.get_close_matches(str(key), _PROMPT_KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"a prompt has {', '.join(_PROMPT_KEYS)}"
+            hint = suggestion(str(key), _PROMPT_KEYS, "a prompt has {known}")
             raise SamplingParamsError(f"unknown key {key!r} in a prompt; {hint}", str(key))
     for key in ("prompt", "negative_prompt"):
         if prompt.get(key) is not None and not isinstance(prompt[key], str):

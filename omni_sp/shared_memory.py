@@ -1,11 +1,11 @@
-"""Memory that the ranks of one machine show each other: a CPU tensor crosses with one copy, not through a socket.
+"""Memory that the ranks of one machine can read from each other: a CPU tensor crosses with one copy, not by a socket.
 
-Every rank has an :class:`Outbox`. It writes what leaves it there, a small message over the process group says where it
-lies, and the receiver copies it out. The messages are the only synchronisation: they carry the group's timeout and its
-error when a rank dies, and nobody polls.
+Every rank has a :class:`SharedMemoryChannel`. It writes what it sends into its own memory, a small message over the
+process group says where that lies, and the receiver copies it out. The messages are the only synchronisation: they have
+the group's timeout and its error when a rank dies, and nobody polls.
 
-The memory is anonymous (``memfd_create``), found by its peers under ``/proc/<pid>/fd``: it has no name that a killed
-process could leave behind, and does not count against a container's small ``/dev/shm``. Linux only.
+The memory is anonymous (``memfd_create``), and other ranks open it under ``/proc/<pid>/fd``: it has no name that a
+killed process could leave behind, and does not count against a container's small ``/dev/shm``. Linux only.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from omni_sp.errors import ShardingError
 _ALIGNMENT = 64
 
 
-class _Segment:
-    """A piece of this rank's memory that its peers may read."""
+class Segment:
+    """A range of this rank's memory that other ranks may read. A number distinguishes the segments of a channel."""
 
     def __init__(self, number: int, num_bytes: int) -> None:
         self.number, self.num_bytes = number, num_bytes
         self.descriptor = os.memfd_create("omni-sp", os.MFD_CLOEXEC)
-        # Peers open it by this descriptor, so it stays open for as long as the segment may be read.
+        # Other ranks open it by this descriptor, so it stays open for as long as the segment may be read.
         weakref.finalize(self, os.close, self.descriptor)
         os.truncate(self.descriptor, num_bytes)
+        self.readers: set[int] = set()  # the ranks that have opened it, or do with the next exchange
         self.bytes = _mapped(self.descriptor, num_bytes)
 
 
@@ -42,96 +43,111 @@ def _mapped(descriptor: int, num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
 
 
-def _open_peer(pid: int, descriptor: int, num_bytes: int) -> torch.Tensor:
-    """Another rank's segment."""
-    mine = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+def _open_segment(pid: int, descriptor: int, num_bytes: int) -> torch.Tensor:
+    """A segment of another process, as a flat uint8 tensor."""
+    own_descriptor = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
     try:
-        return _mapped(mine, num_bytes)
+        return _mapped(own_descriptor, num_bytes)
     finally:
-        os.close(mine)
+        os.close(own_descriptor)
 
 
 @dataclass
 class _Slot:
-    """Room for one exchange under way.
+    """Memory for one exchange at a time.
 
     Attributes:
         segment: its memory.
-        free_from: exchanges from this number on were started after the one in this slot was waited for; None while it
-            has not been.
+        free_from: every exchange from this number on is prepared after the exchange in this slot was received; None
+            while that was not received.
     """
 
-    segment: _Segment
+    segment: Segment
     free_from: int | None = None
 
 
-def _probe() -> _Segment | None:
-    """A little memory for others to try, where there can be any."""
+def _probe_segment() -> Segment | None:
+    """A small segment for other ranks to try; None where there can be none."""
     if not hasattr(os, "memfd_create"):
         return None
     try:
-        return _Segment(0, 8)
+        return Segment(0, 8)
     except OSError:  # a sandbox may forbid it
         return None
 
 
-def _holds(pid: int, descriptor: int, token: int) -> bool:
-    """Whether that process's memory can be read, and is the one meant: process numbers repeat on other machines."""
+def can_read(pid: int, descriptor: int, token: int) -> bool:
+    """Whether this process can read another one's segment, which contains ``token``; ``descriptor`` -1 is none.
+
+    The token is compared because another machine has processes of the same ids.
+    """
     if descriptor < 0:
         return False
     try:
-        return int(_open_peer(pid, descriptor, 8).view(torch.int64)[0]) == token
+        return int(_open_segment(pid, descriptor, 8).view(torch.int64)[0]) == token
     except (OSError, ValueError):
         return False
 
 
 class SharedMemoryChannel:
-    """What one rank sends along one row of ranks that can all read each other's memory.
+    """What one rank sends to a group of ranks that can all read each other's memory.
 
-    All ranks start and wait for the same exchanges in the same order, and that alone tells when memory may be written
-    again: whoever has waited for exchange j knows that everybody has started j, and has done all that comes before it
-    in the program. In steady state two segments take turns.
+    All ranks prepare, send and receive the same exchanges in the same order, and that alone says when memory may be
+    written again: a rank that received exchange j knows that all ranks have sent j, and have done all that comes before
+    it in the program. In steady state two segments take turns.
+
+    A segment can be opened only while its owner holds it, and be read ever after. So where a rank opens one for the
+    first time, all ranks wait until that is done: the owner may drop its mesh, or end, right after its last exchange.
 
     Args:
-        group: the ranks. pids: their process numbers.
+        group: the ranks.
+        pids: their process ids.
     """
-
-    @classmethod
-    def open(cls, group: dist.ProcessGroup, wanted: bool = True) -> SharedMemoryChannel | None:
-        """An outbox on every rank of ``group``, or on none. All call it at the same point of the program.
-
-        Whether all can read each other's memory is tried out, not guessed from host names. None where they cannot,
-        where the system lacks what it takes, or where a rank does not want it.
-
-        Args:
-            group: the ranks.
-            wanted: whether this rank wants one.
-        """
-        size = dist.get_world_size(group)
-        probe = _probe() if wanted else None
-        token = int.from_bytes(os.urandom(7), "little")
-        if probe is not None:
-            probe.bytes.view(torch.int64)[0] = token
-        mine = torch.tensor([os.getpid(), -1 if probe is None else probe.descriptor, token])
-        rows = torch.empty(size, 3, dtype=torch.int64)
-        dist.all_gather(list(rows), mine, group=group)
-        able = torch.tensor([probe is not None and all(_holds(*row) for row in rows.tolist())], dtype=torch.uint8)
-        answers = torch.empty(size, 1, dtype=torch.uint8)
-        # It also tells everybody that its probe has been looked at and may go.
-        dist.all_gather(list(answers), able, group=group)
-        return cls(group, rows[:, 0].tolist()) if answers.all() else None
 
     def __init__(self, group: dist.ProcessGroup, pids: Sequence[int]) -> None:
         self.group = group
         self._pids = tuple(pids)
         self._slots: list[_Slot] = []
-        self._segments = 0
-        self._started = 0
-        self._seen = -1  # the newest exchange that was waited for
-        self._theirs: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
+        self._num_segments = 0
+        self._num_prepared = 0
+        self._newest_received = -1
+        # By rank and slot there: the number of the segment that is open, and its memory.
+        self._opened: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
 
-    def start(self, sizes: Sequence[int]) -> ChannelExchange:
-        """Make room for ``sizes[rank]`` bytes to each rank: fill the parcel's ``places``, then ``send`` it."""
+    @classmethod
+    def open(cls, group: dist.ProcessGroup, wanted: bool = True) -> SharedMemoryChannel | None:
+        """Open a channel on every rank of a group, or on none. All call it at the same point of the program.
+
+        Whether all can read each other's memory is tried out, not guessed from host names.
+
+        Args:
+            group: the ranks.
+            wanted: whether this rank wants a channel.
+
+        Returns:
+            None where ranks cannot read each other's memory, where the system lacks what it takes, or where a rank
+            does not want a channel.
+        """
+        size = dist.get_world_size(group)
+        probe = _probe_segment() if wanted else None
+        token = int.from_bytes(os.urandom(7), "little")
+        if probe is not None:
+            probe.bytes.view(torch.int64)[0] = token
+        own = torch.tensor([os.getpid(), -1 if probe is None else probe.descriptor, token])
+        probes = torch.empty(size, 3, dtype=torch.int64)
+        dist.all_gather(list(probes), own, group=group)
+        able = torch.tensor([probe is not None and all(can_read(*x) for x in probes.tolist())], dtype=torch.uint8)
+        answers = torch.empty(size, 1, dtype=torch.uint8)
+        # After this gather, too, all ranks have looked at this rank's probe, which may be freed.
+        dist.all_gather(list(answers), able, group=group)
+        return cls(group, probes[:, 0].tolist()) if answers.all() else None
+
+    def prepare(self, sizes: Sequence[int]) -> ChannelExchange:
+        """Reserve memory for the next exchange: fill its ``send_buffers``, then ``send`` it.
+
+        Args:
+            sizes: number of bytes for each rank.
+        """
         ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
         index = next((i for i, slot in enumerate(self._slots) if self._is_free(slot)), len(self._slots))
         if index == len(self._slots):
@@ -140,78 +156,83 @@ class SharedMemoryChannel:
         if slot.segment.num_bytes < ends[-1]:
             slot.segment = self._new_segment(ends[-1])
         slot.free_from = None
-        number, segment = self._started, slot.segment
-        self._started += 1
+        number, segment = self._num_prepared, slot.segment
+        self._num_prepared += 1
         offsets = [0, *ends[:-1]]
         send_buffers = [segment.bytes[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
-        where = (number, index, segment.number, segment.descriptor, segment.num_bytes)
-        return ChannelExchange(self, number, slot, send_buffers, torch.tensor([[*where, offset] for offset in offsets]))
+        new_readers = {rank for rank, size in enumerate(sizes) if size} - segment.readers
+        segment.readers |= new_readers
+        location = (number, index, segment.number, segment.descriptor, segment.num_bytes, bool(new_readers))
+        messages = torch.tensor([[*location, offset] for offset in offsets])
+        return ChannelExchange(send_buffers, self, number, slot, messages)
 
-    def arrived(self, pending: ChannelExchange, messages: list[list[int]], sizes: Sequence[int]) -> list[torch.Tensor]:
-        """The pieces of an exchange that everybody has sent, ``sizes[rank]`` bytes in each rank's memory."""
-        pieces = []
+    def _received_views(self, number: int, messages: list[list[int]], sizes: Sequence[int]) -> list[torch.Tensor]:
+        """What each rank has sent to this one in exchange ``number``, ``sizes[rank]`` bytes, as views of its memory."""
+        views = []
         for rank, (message, size) in enumerate(zip(messages, sizes, strict=True)):
-            number, slot, segment, descriptor, num_bytes, offset = message
-            if number != pending.number:
+            sent_number, slot, segment, descriptor, num_bytes, _, offset = message
+            if sent_number != number:
                 raise ShardingError(
-                    f"the ranks fell out of step: this one waits for exchange {pending.number}, rank {rank} of its row "
-                    f"sends exchange {number}; every rank must run the same attentions in the same order"
+                    f"the ranks fell out of step: this one waits for exchange {number}, rank {rank} of its row "
+                    f"sends exchange {sent_number}; every rank must run the same attentions in the same order"
                 )
             if not size:
-                pieces.append(torch.empty(0, dtype=torch.uint8))
+                views.append(torch.empty(0, dtype=torch.uint8))
                 continue
-            if self._theirs.get((rank, slot), (-1,))[0] != segment:
-                self._theirs[rank, slot] = segment, _open_peer(self._pids[rank], descriptor, num_bytes)
-            pieces.append(self._theirs[rank, slot][1][offset : offset + size])
-        return pieces
+            if self._opened.get((rank, slot), (-1,))[0] != segment:
+                self._opened[rank, slot] = segment, _open_segment(self._pids[rank], descriptor, num_bytes)
+            views.append(self._opened[rank, slot][1][offset : offset + size])
+        if any(is_opened_first for *_, is_opened_first, _ in messages):
+            # Every rank got the same answer to this question from every rank, so all take part.
+            dist.all_reduce(torch.zeros(1), group=self.group)
+        return views
 
-    def done(self, pending: ChannelExchange) -> None:
-        """This rank has read all of an exchange."""
-        self._seen = max(self._seen, pending.number)
-        pending.slot.free_from = self._started
+    def _mark_received(self, number: int, slot: _Slot) -> None:
+        """This rank has read all of exchange ``number``, which lies in ``slot``."""
+        self._newest_received = max(self._newest_received, number)
+        slot.free_from = self._num_prepared
 
     def _is_free(self, slot: _Slot) -> bool:
-        return slot.free_from is not None and slot.free_from <= self._seen
+        return slot.free_from is not None and slot.free_from <= self._newest_received
 
-    def _new_segment(self, num_bytes: int) -> _Segment:
-        self._segments += 1
-        return _Segment(self._segments, max(num_bytes, mmap.PAGESIZE))
+    def _new_segment(self, num_bytes: int) -> Segment:
+        self._num_segments += 1
+        return Segment(self._num_segments, max(num_bytes, mmap.PAGESIZE))
 
 
+@dataclass
 class ChannelExchange:
-    """One exchange of an outbox.
+    """One exchange of a channel, which :meth:`SharedMemoryChannel.prepare` makes.
 
     Attributes:
-        places: for each rank, the bytes (flat, uint8) that it will read; written before :meth:`send`.
+        send_buffers: for each rank the bytes (flat, uint8) that it will read; written before :meth:`send`.
     """
 
-    def __init__(
-        self,
-        channel: SharedMemoryChannel,
-        number: int,
-        slot: _Slot,
-        send_buffers: list[torch.Tensor],
-        messages: torch.Tensor,
-    ) -> None:
-        self.number, self.slot, self.send_buffers = number, slot, send_buffers
-        self._outbox = channel
-        self._messages = messages
-        self._received = torch.empty_like(messages)
-        self._work: dist.Work | None = None
+    send_buffers: list[torch.Tensor]
+    _channel: SharedMemoryChannel
+    _number: int
+    _slot: _Slot
+    _messages: torch.Tensor
+    _work: dist.Work | None = None
 
     def send(self) -> None:
-        """Tell everybody that it is there."""
-        self._work = dist.all_to_all_single(self._received, self._messages, group=self._outbox.group, async_op=True)
+        """Let all ranks know that what is for them can be read."""
+        self._received = torch.empty_like(self._messages)
+        self._work = dist.all_to_all_single(self._received, self._messages, group=self._channel.group, async_op=True)
 
-    def receive(self, into: Sequence[torch.Tensor]) -> None:
-        """Wait for everybody, and copy their pieces out: ``into[rank]`` is flat uint8, empty where nothing comes.
+    def receive(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Wait for all ranks, and copy what they have sent to this one.
+
+        Args:
+            buffers: for each rank where to copy it, flat uint8; empty where nothing comes.
 
         Raises:
             ShardingError: a rank runs another program.
         """
         assert self._work is not None, "send() comes first"
         self._work.wait()
-        pieces = self._outbox.arrived(self, self._received.tolist(), [place.numel() for place in into])
-        for place, piece in zip(into, pieces, strict=True):
-            place.copy_(piece)
-        self._outbox.done(self)
+        sizes = [buffer.numel() for buffer in buffers]
+        views = self._channel._received_views(self._number, self._received.tolist(), sizes)
+        for buffer, view in zip(buffers, views, strict=True):
+            buffer.copy_(view)
+        self._channel._mark_received(self._number, self._slot)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 
 _POOL: list[RankPool] = []
 

@@ -35,13 +35,12 @@ LEVELS = {
     "async_omni": 9,
     "server": 10,
     "cli": 11,
-    "testing": 12,
     "__main__": 12,
 }
 # Distributions that only these packages may import.
 RESERVED = {
-    "diffusers": {"sharding", "pipelines", "testing"},
-    "transformers": {"pipelines", "llm", "testing"},
+    "diffusers": {"sharding", "pipelines"},
+    "transformers": {"pipelines", "llm"},
     "ray": set(),
     "vllm": {"llm"},
 }
@@ -51,10 +50,7 @@ FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 CYCLES: list[set[str]] = [
     {"omni_sp/llm/hf/generate.py", "omni_sp/llm/hf/model.py"},
 ]
-PRIVATE_IMPORTS: set[tuple[str, str]] = {
-    ("tests/test_collectives.py", "omni_sp.shared_memory._Segment"),
-    ("tests/test_collectives.py", "omni_sp.shared_memory._holds"),
-}
+PRIVATE_IMPORTS: set[tuple[str, str]] = set()
 IMPORTS_ACROSS_TREES: set[tuple[str, str]] = {
     ("tests/llm/test_rank_program.py", "benchmarks/interleaved.py"),
     ("tests/llm/test_rank_program.py", "benchmarks/llm_rank_program.py"),
@@ -133,16 +129,18 @@ def test_no_files_import_each_other() -> None:
 def test_private_names_stay_in_their_file() -> None:
     private = {
         (name_of(path), f"{module}.{name}")
-        for path in sources("omni_sp", "tests", "benchmarks", "examples", "training", "compat/vllm_omni")
+        for path in sources("omni_sp", "tests", "testing", "benchmarks", "examples", "training", "compat/vllm_omni")
         for module, name in imports_of(path)
-        if module.split(".")[0] in ("omni_sp", "tests", "benchmarks", "training", "vllm_omni")
+        if module.split(".")[0] in ("omni_sp", "tests", "testing", "benchmarks", "training", "vllm_omni")
         if any(part.startswith("_") and not part.startswith("__") for part in f"{module}.{name}".split("."))
     }
     assert private == PRIVATE_IMPORTS
 
 
 def test_tests_benchmarks_and_examples_share_only_the_testing_module() -> None:
-    forbidden = {"tests": {"benchmarks", "examples"}, "benchmarks": {"tests"}, "examples": {"tests", "benchmarks"}}
+    trees = {"tests", "testing", "benchmarks", "examples", "training"}
+    forbidden = {"omni_sp": trees, "testing": trees - {"testing"}, "tests": {"benchmarks", "examples"}}
+    forbidden |= {"benchmarks": {"tests"}, "examples": {"tests", "benchmarks"}}
     found = {
         (name_of(path), name_of(imported))
         for folder, others in forbidden.items()

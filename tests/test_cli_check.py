@@ -11,7 +11,7 @@ from PIL import Image
 from omni_sp.cli import main
 from omni_sp.omni import Omni
 from omni_sp.outputs import CheckReport
-from omni_sp.testing.models import save_wan_i2v
+from testing.models import save_wan_i2v
 from tests.engine.processes import becomes_true, children
 from tests.thorough import thorough_only
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ import torch
 from omni_sp.collectives import Exchange, exchange, shift
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.testing.ranks import RankPool
+from omni_sp.shared_memory import Segment, can_read
+from testing.ranks import RankPool
 
 WAYS = pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "gloo"])
 
 
-def piece(number: int, source: int, target: int, size: int) -> torch.Tensor:
-    """What one rank sends another in an exchange: told apart from every other piece."""
+def content(number: int, source: int, target: int, size: int) -> torch.Tensor:
+    """What one rank sends another in an exchange: it differs from everything else that is sent."""
     return torch.arange(size, dtype=torch.float32) + 1e6 * number + 1e4 * source + 1e3 * target
 
 
@@ -29,9 +31,9 @@ def sizes_of(number: int, num_ranks: int) -> dict[tuple[int, int], int]:
 
 
 def run_exchanges(mesh: ParallelMesh, program: list[int], dtype: torch.dtype) -> list[int]:
-    """Start (n >= 0) and wait for (-1 - n) exchanges; returns the numbers of those that brought anything wrong."""
+    """Start (n >= 0) and wait for (-1 - n) exchanges; returns the numbers of those that delivered anything wrong."""
     axis, num_ranks = mesh.ulysses, mesh.world_size
-    under_way: dict[int, Exchange] = {}
+    pending: dict[int, Exchange] = {}
     wrong = []
     for step in program:
         number = step if step >= 0 else -1 - step
@@ -39,14 +41,13 @@ def run_exchanges(mesh: ParallelMesh, program: list[int], dtype: torch.dtype) ->
         send_sizes = [sizes[axis.rank, target] for target in range(num_ranks)]
         recv_sizes = [sizes[source, axis.rank] for source in range(num_ranks)]
         if step >= 0:
-            coming = exchange(send_sizes, recv_sizes, dtype, torch.device("cpu"), axis)
-            for target, place in enumerate(coming.send_buffers):
-                place.copy_(piece(number, axis.rank, target, send_sizes[target]))
-            coming.start()
-            under_way[number] = coming
+            pending[number] = exchange(send_sizes, recv_sizes, dtype, torch.device("cpu"), axis)
+            for target, send_buffer in enumerate(pending[number].send_buffers):
+                send_buffer.copy_(content(number, axis.rank, target, send_sizes[target]))
+            pending[number].start()
             continue
-        pieces = [piece(number, source, axis.rank, recv_sizes[source]) for source in range(num_ranks)]
-        if not torch.equal(under_way.pop(number).wait(), torch.cat(pieces).to(dtype)):
+        wanted = [content(number, source, axis.rank, recv_sizes[source]) for source in range(num_ranks)]
+        if not torch.equal(pending.pop(number).wait(), torch.cat(wanted).to(dtype)):
             wrong.append(number)
     return wrong
 
@@ -54,10 +55,10 @@ def run_exchanges(mesh: ParallelMesh, program: list[int], dtype: torch.dtype) ->
 @WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_exchanges_that_overlap_bring_everything(
+def test_overlapping_exchanges_deliver_everything(
     ranks: RankPool, num_ranks: int, dtype: torch.dtype, shared_memory: bool
 ) -> None:
-    # One after the other; then a pipeline of groups that wait for their returns only at the end; then all at once.
+    # One after the other; then a pipeline of groups that wait for what returns only at the end; then all at once.
     program = [step for number in range(12) for step in (number, -1 - number)]
     program += [12, -13, 13, 14, -14, 15, 16, -16, 17, -15, -17, -18]
     program += [*range(18, 26), *(-1 - number for number in reversed(range(18, 26)))]
@@ -106,12 +107,28 @@ def test_two_segments_take_turns_and_nothing_is_left(ranks: RankPool) -> None:
         assert after == before
 
 
+def drop_mesh_early(job: ParallelMesh) -> list[int]:
+    """Rank 0 drops its mesh after the only exchange, which rank 1 waits for later."""
+    own = ParallelMesh(job.config)
+    pending = exchange([4, 4], [4, 4], torch.float32, torch.device("cpu"), own.ulysses)
+    for target, send_buffer in enumerate(pending.send_buffers):
+        send_buffer.copy_(content(0, own.rank, target, 4))
+    pending.start()
+    time.sleep(0.3 * own.rank)
+    return pending.wait().tolist()
+
+
+def test_a_mesh_may_go_before_others_have_read_from_it(ranks: RankPool) -> None:
+    for rank, got in enumerate(ranks.run(drop_mesh_early, ulysses=2)):
+        assert got == torch.cat([content(0, source, rank, 4) for source in range(2)]).tolist()
+
+
 def run_out_of_step(mesh: ParallelMesh) -> str:
     """Rank 1 has started one exchange more."""
     own = ParallelMesh(mesh.config)
     assert own.ulysses.channel is not None
     if own.rank == 1:
-        own.ulysses.channel.start([0, 0])
+        own.ulysses.channel.prepare([0, 0])
     try:
         run_exchanges(own, [0, -1], torch.float32)
     except ShardingError as error:
@@ -120,9 +137,9 @@ def run_out_of_step(mesh: ParallelMesh) -> str:
 
 
 def test_ranks_out_of_step_are_found_out(ranks: RankPool) -> None:
-    for told in ranks.run(run_out_of_step, ulysses=2):
-        assert "out of step" in told
-        assert "same order" in told
+    for message in ranks.run(run_out_of_step, ulysses=2):
+        assert "out of step" in message
+        assert "same order" in message
 
 
 def has_channels(mesh: ParallelMesh, unwilling: int) -> list[bool]:
@@ -131,19 +148,17 @@ def has_channels(mesh: ParallelMesh, unwilling: int) -> list[bool]:
     return [axis.channel is not None for axis in (own.ulysses, own.ring)]
 
 
-def test_a_row_shares_memory_wholly_or_not_at_all(ranks: RankPool) -> None:
+def test_all_ranks_of_a_group_share_memory_or_none_does(ranks: RankPool) -> None:
     assert ranks.run(has_channels, 3, ulysses=2, ring=2) == [[True, True], [True, False], [False, True], [False, False]]
 
 
-def holds_foreign_memory(mesh: ParallelMesh) -> bool:
+def reads_foreign_memory(mesh: ParallelMesh) -> bool:
     """What another machine's process of the same number would look like: readable, but not the one meant."""
-    from omni_sp.shared_memory import _holds, _Segment
-
-    segment = _Segment(0, 8)
+    segment = Segment(0, 8)
     segment.bytes.view(torch.int64)[0] = 7
-    assert _holds(os.getpid(), segment.descriptor, 7)
-    return _holds(os.getpid(), segment.descriptor, 8) or _holds(2**22 + 1, segment.descriptor, 7)
+    assert can_read(os.getpid(), segment.descriptor, 7)
+    return can_read(os.getpid(), segment.descriptor, 8) or can_read(2**22 + 1, segment.descriptor, 7)
 
 
 def test_only_the_memory_meant_is_taken(ranks: RankPool) -> None:
-    assert not any(ranks.run(holds_foreign_memory))
+    assert not any(ranks.run(reads_foreign_memory))

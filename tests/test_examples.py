@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from omni_sp import Omni, OmniDiffusionSamplingParams, ParallelMesh
-from omni_sp.testing import models
-from omni_sp.testing.ranks import RankPool
+from testing import models
+from testing.ranks import RankPool
 from tests.thorough import thorough_only
 
 ROOT = Path(__file__).resolve().parent.parent

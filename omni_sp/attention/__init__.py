@@ -1,4 +1,4 @@
-"""The attention core: tensors in, tensors out, exact for every shape; knows no model."""
+"""The attention core: tensors in, tensors out, exact for every shape. It does not depend on any model."""
 
 from omni_sp.attention.entry import agree_on_layout, local_attention, sequence_parallel_attention
 from omni_sp.attention.kernels import Capabilities, Kernel, kernel_names, missing_package, register_kernel

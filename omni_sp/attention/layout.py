@@ -72,10 +72,7 @@ class SequenceLayout:
         back_lengths = [tokens - front for tokens, front in zip(per_group, self.front_lengths, strict=True)]
         front = sum(self.front_lengths[:ring_rank])
         back = sum(self.front_lengths) + sum(back_lengths[ring_rank + 1 :])
-        of_group = [
-            *range(front, front + self.front_lengths[ring_rank]),
-            *range(back, back + back_lengths[ring_rank]),
-        ]
+        of_group = [*range(front, front + self.front_lengths[ring_rank]), *range(back, back + back_lengths[ring_rank])]
         start = sum(self.query[ring_rank * ulysses : rank])
         return tuple(of_group[start : start + self.query[rank]])
 

@@ -5,7 +5,6 @@ Source: Ring Attention (arXiv 2310.01889).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -37,29 +36,19 @@ class RingLayout:
     front_lengths: tuple[int, ...] | None
 
 
-@dataclass(frozen=True)
-class _BlockShape:
-    """The shape of a packed block but for its number of tokens, which differs from rank to rank."""
+def _packed_sizes(like: KeyBlock, tokens: int) -> list[int]:
+    """Number of elements of key, value and mask in a packed block of so many tokens."""
+    batch, _, heads, head_dim = like.key.shape
+    numel = batch * tokens * heads * head_dim
+    return [numel, numel, 0 if like.mask is None else mask_elements(tokens * batch, like.key.dtype)]
 
-    batch: int
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-    is_masked: bool
 
-    def numel(self, tokens: int) -> int:
-        """Number of elements of a packed block of so many tokens."""
-        return 2 * self._key_numel(tokens) + (mask_elements(tokens * self.batch, self.dtype) if self.is_masked else 0)
-
-    def unpack(self, packed: Tensor, tokens: int) -> KeyBlock:
-        """Key and value as views of a packed block, and its mask."""
-        key_numel = self._key_numel(tokens)
-        shape = (self.batch, tokens, self.heads, self.head_dim)
-        mask = unpack_mask(packed[2 * key_numel :], tokens, self.batch) if self.is_masked else None
-        return KeyBlock(packed[:key_numel].view(shape), packed[key_numel : 2 * key_numel].view(shape), mask)
-
-    def _key_numel(self, tokens: int) -> int:
-        return math.prod((self.batch, tokens, self.heads, self.head_dim))
+def _unpack(packed: Tensor, like: KeyBlock, tokens: int) -> KeyBlock:
+    """Key and value as views of a packed block, and its mask."""
+    batch, _, heads, head_dim = like.key.shape
+    key, value, mask = packed.split(_packed_sizes(like, tokens))
+    shape = (batch, tokens, heads, head_dim)
+    return KeyBlock(key.view(shape), value.view(shape), None if like.mask is None else unpack_mask(mask, tokens, batch))
 
 
 def ring_attention(
@@ -81,8 +70,6 @@ def ring_attention(
     if axis.size == 1:
         return attend(query, block, args, key_of_query)[0]
     whole_args = replace(args, is_causal=False) if args.is_causal else args
-    batch, _, heads, head_dim = block.key.shape
-    shape = _BlockShape(batch, heads, head_dim, block.key.dtype, block.mask is not None)
     tensors = [block.key.reshape(-1), block.value.reshape(-1)]
     if block.mask is not None:
         tensors.append(pack_mask(block.mask, block.key.dtype))
@@ -93,10 +80,10 @@ def ring_attention(
         if step < axis.size - 1:
             # The next block is on its way while this one is attended to; both ends know every length. Under causality a
             # block may hold nothing for this rank's queries; it is passed on all the same.
-            pending = shift(packed, shape.numel(layout.key_lengths[(origin - 1) % axis.size]), axis)
+            pending = shift(packed, sum(_packed_sizes(block, layout.key_lengths[(origin - 1) % axis.size])), axis)
         region = causal_region(layout.front_lengths, axis.rank, origin) if args.is_causal else _WHOLE_BLOCK
         if region is not None:
-            keys = shape.unpack(packed, layout.key_lengths[origin]).tokens(0, region.key_stop)
+            keys = _unpack(packed, block, layout.key_lengths[origin]).tokens(0, region.key_stop)
             region_args = args if region.is_causal else whole_args
             out, lse = attend(query[:, region.query_start :], keys, region_args, key_of_query)
             merger.add(out, lse, region.query_start)

@@ -29,7 +29,16 @@ class Strategy(Protocol):
         scale: float | None,
         layout: SequenceLayout,
     ) -> Tensor:
-        """Attend as ``sequence_parallel_attention`` does, whose arguments have the same names.
+        """Compute one attention. All ranks call it at the same point of the program.
+
+        Args:
+            query: (batch, q_tokens, heads, head_dim) of this rank's tokens.
+            key: (batch, kv_tokens, kv_heads, head_dim) of this rank's tokens.
+            value: (batch, kv_tokens, kv_heads, head_dim) of this rank's tokens.
+            key_mask: (batch, kv_tokens) bool of this rank's keys, True = attend; None on all ranks for no mask.
+            is_causal: each token attends to itself and to earlier tokens.
+            scale: the scores are multiplied by it; None means 1/sqrt(head_dim).
+            layout: how many tokens each rank holds.
 
         Returns:
             (batch, q_tokens, heads, head_dim) for this rank's queries.

@@ -67,14 +67,7 @@ class YunchangAttention:
         scale: float | None,
         layout: SequenceLayout,
     ) -> Tensor:
-        """Attend as ``sequence_parallel_attention`` does, whose arguments have the same names.
-
-        Returns:
-            (batch, q_tokens, heads, head_dim) for this rank's queries.
-
-        Raises:
-            UnsupportedAttentionError: yunchang cannot do this attention, or gets it wrong.
-        """
+        """One attention, as ``Strategy`` defines it; UnsupportedAttentionError where yunchang cannot do it right."""
         reason = self._unsupported_reason(query, key, key_mask, is_causal, layout)
         if reason is not None:
             raise UnsupportedAttentionError(f"yunchang {reason}: {_WAY_OUT}")

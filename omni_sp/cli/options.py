@@ -6,8 +6,7 @@ import argparse
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,47 @@ from omni_sp.server.settings import ServerSettings
 # ServerSettings.
 DEGREES, ENGINE, PARAMS, SERVER = "degrees", "engine", "params", "server"
 _MIB = 2**20
+_SETTINGS = ServerSettings()
+_METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
-@dataclass(frozen=True)
 class Option:
     """One option of a command.
 
-    Attributes:
-        flags: the names on the command line; a name without dashes is a positional argument.
-        argparse: further arguments of ``ArgumentParser.add_argument``.
+    Args:
+        flags: the names on the command line, separated by spaces; a name without dashes is a positional argument.
+        text: the help.
         owner: DEGREES, ENGINE, PARAMS or SERVER; None where only the command itself reads the option.
-        field: the name that the value has there.
+        field: the name that the value has there; by default the first flag with underscores.
         convert: makes the field's value of the option's.
+        unit: how much of the field one of the option is.
+        argparse: further arguments of ``ArgumentParser.add_argument``. The default of an option of ServerSettings is
+            the default there.
     """
 
-    flags: tuple[str, ...]
-    argparse: Mapping[str, Any]
-    owner: str | None
-    field: str
-    convert: Callable[[Any], Any]
+    def __init__(
+        self,
+        flags: str,
+        text: str | None = None,
+        owner: str | None = None,
+        field: str | None = None,
+        convert: Callable[[Any], Any] | None = None,
+        unit: int = 1,
+        **argparse: Any,
+    ) -> None:
+        self.flags, self.owner = tuple(flags.split()), owner
+        self.dest = self.flags[0].lstrip("-").replace("-", "_")
+        self.field = field or self.dest
+        if argparse.get("action") == "append":
+            argparse.setdefault("default", [])
+            convert = convert or tuple
+        elif owner == SERVER and convert is None:
+            default = getattr(_SETTINGS, self.field)
+            argparse["default"] = default if unit == 1 else default // unit
+        if argparse.get("type") in _METAVARS:
+            argparse.setdefault("metavar", _METAVARS[argparse["type"]])
+        self.argparse = {**argparse, "help": text}
+        self.convert = convert or (lambda value: value if unit == 1 else value * unit)
 
 
 def arguments_for(owner: str, table: Sequence[Option], options: argparse.Namespace) -> dict[str, Any]:
@@ -57,7 +78,7 @@ def arguments_for(owner: str, table: Sequence[Option], options: argparse.Namespa
     for option in table:
         if option.owner != owner:
             continue
-        value = getattr(options, option.flags[0].lstrip("-").replace("-", "_"))
+        value = getattr(options, option.dest)
         value = None if value is None else option.convert(value)
         if value is not None:
             found[option.field] = found[option.field] + value if option.field in found else value
@@ -140,127 +161,90 @@ def _keys_in(path: Path) -> tuple[str, ...]:
     return keys
 
 
-def _option(
-    flags: str,
-    text: str | None = None,
-    owner: str | None = None,
-    field: str | None = None,
-    convert: Callable[[Any], Any] | None = None,
-    unit: int = 1,
-    **argparse: Any,
-) -> Option:
-    """An entry of a table.
-
-    Args:
-        flags: the names, separated by spaces.
-        text: the help.
-        owner: what takes the value.
-        field: its name there; by default the first flag with underscores.
-        convert: makes the field's value of the option's.
-        unit: how much of the field one of the option is.
-        argparse: further arguments of ``ArgumentParser.add_argument``. The default of an option of ServerSettings is
-            the default there.
-    """
-    names = tuple(flags.split())
-    field = field or names[0].lstrip("-").replace("-", "_")
-    if argparse.get("action") == "append":
-        argparse.setdefault("default", [])
-        convert = convert or tuple
-    elif owner == SERVER and convert is None:
-        default = getattr(_SETTINGS, field)
-        argparse["default"] = default if unit == 1 else default // unit
-    if argparse.get("type") in _METAVARS:
-        argparse.setdefault("metavar", _METAVARS[argparse["type"]])
-    scale = convert or (lambda value: value if unit == 1 else value * unit)
-    return Option(names, {**argparse, "help": text}, owner, field, scale)
-
-
-_SETTINGS = ServerSettings()
-_METAVARS = {int: "N", float: "X", Path: "PATH"}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 # One entry a line reads as a table.
 # fmt: off
 _LAYOUT = (
-    _option("--ulysses-degree --usp", "ranks that trade tokens for heads", DEGREES, type=int, default=1),
-    _option("--ring-degree --ring", "ranks that keys and values travel around", DEGREES, type=int, default=1),
-    _option("--device", "auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
-            ENGINE, convert=_unless_auto, default="auto"),
-    _option("--attention-backend", "attention kernel (%(default)s)", ENGINE, default="auto", metavar="NAME"),
+    Option("--ulysses-degree --usp", "ranks that trade tokens for heads", DEGREES, type=int, default=1),
+    Option("--ring-degree --ring", "ranks that keys and values travel around", DEGREES, type=int, default=1),
+    Option("--device", "auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
+           ENGINE, convert=_unless_auto, default="auto"),
+    Option("--attention-backend", "attention kernel (%(default)s)", ENGINE, default="auto", metavar="NAME"),
 )
-_DTYPE = _option("--dtype", "auto: bfloat16 on GPUs",
-                 ENGINE, convert=_unless_auto, default="auto", choices=("auto", *_DTYPES))
-_IMAGE = _option("--image", "picture to edit or to start from; repeat it where the model takes several",
-                 action="append", metavar="PATH")
+_DTYPE = Option("--dtype", "auto: bfloat16 on GPUs",
+                ENGINE, convert=_unless_auto, default="auto", choices=("auto", *_DTYPES))
+_IMAGE = Option("--image", "picture to edit or to start from; repeat it where the model takes several",
+                action="append", metavar="PATH")
 _SIZE = (
-    _option("--width", owner=PARAMS, type=int, metavar="PIXELS"),
-    _option("--height", owner=PARAMS, type=int, metavar="PIXELS"),
-    _option("--num-frames", "frames of a video", PARAMS, type=int),
-    _option("--num-inference-steps", "denoising steps", PARAMS, type=int),
+    Option("--width", owner=PARAMS, type=int, metavar="PIXELS"),
+    Option("--height", owner=PARAMS, type=int, metavar="PIXELS"),
+    Option("--num-frames", "frames of a video", PARAMS, type=int),
+    Option("--num-inference-steps", "denoising steps", PARAMS, type=int),
 )
 GENERATE = (
-    _option("--model", f"hub id, folder of a pipeline, or {SHAPES_MODEL} (default: %(default)s)", default=SHAPES_MODEL),
-    _option("--prompt", "what to draw; repeat it for more outputs", action="append", metavar="TEXT"),
-    _option("--negative-prompt", "what to keep away from", PARAMS, metavar="TEXT"),
+    Option("--model", f"hub id, folder of a pipeline, or {SHAPES_MODEL} (default: %(default)s)", default=SHAPES_MODEL),
+    Option("--prompt", "what to draw; repeat it for more outputs", action="append", metavar="TEXT"),
+    Option("--negative-prompt", "what to keep away from", PARAMS, metavar="TEXT"),
     _IMAGE,
     *_LAYOUT,
     *_SIZE,
-    _option("--fps", "frames a second of a video; without it, the pipeline's own default, or 16 where it has none",
-            PARAMS, type=float),
-    _option("--cfg-scale", "guidance: true_cfg_scale where the model has it, or guidance_scale", type=float),
-    _option("--true-cfg-scale", "the pipeline's own true_cfg_scale", PARAMS, type=float),
-    _option("--guidance-scale", "the pipeline's own guidance_scale", PARAMS, type=float),
-    _option("--max-sequence-length", "longest text, in tokens", PARAMS, type=int),
-    _option("--seed", "the same seed draws the same picture; without it, a fresh one", PARAMS, type=int),
-    _option("--num-outputs-per-prompt --num-images-per-prompt", owner=PARAMS, type=int),
-    _option("--extra", "another argument of the pipeline's own call, such as strength=0.6 or 'sigmas=[1.0, 0.5]'",
-            PARAMS, "extra_args", _extra_args, action="append", metavar="NAME=JSON"),
-    _option("--output", "folder or file: .png, .jpg, .webp, ... for pictures, .mp4 for videos, .wav for sounds "
-            "(a folder: pictures, videos or sounds)", metavar="PATH"),
+    Option("--fps", "frames a second of a video; without it, the pipeline's own default, or 16 where it has none",
+           PARAMS, type=float),
+    Option("--cfg-scale", "guidance: true_cfg_scale where the model has it, or guidance_scale", type=float),
+    Option("--true-cfg-scale", "the pipeline's own true_cfg_scale", PARAMS, type=float),
+    Option("--guidance-scale", "the pipeline's own guidance_scale", PARAMS, type=float),
+    Option("--max-sequence-length", "longest text, in tokens", PARAMS, type=int),
+    Option("--seed", "the same seed draws the same picture; without it, a fresh one", PARAMS, type=int),
+    Option("--num-outputs-per-prompt --num-images-per-prompt", owner=PARAMS, type=int),
+    Option("--extra", "another argument of the pipeline's own call, such as strength=0.6 or 'sigmas=[1.0, 0.5]'",
+           PARAMS, "extra_args", _extra_args, action="append", metavar="NAME=JSON"),
+    Option("--output", "folder or file: .png, .jpg, .webp, ... for pictures, .mp4 for videos, .wav for sounds "
+           "(a folder: pictures, videos or sounds)", metavar="PATH"),
     _DTYPE,
-    _option("--attention-strategy", "whose parallel attention (%(default)s, yunchang)",
-            ENGINE, default="omni_sp", metavar="NAME"),
+    Option("--attention-strategy", "whose parallel attention (%(default)s, yunchang)",
+           ENGINE, default="omni_sp", metavar="NAME"),
 )
 CHECK = (
-    _option("model", f"hub id, folder of a diffusers pipeline, or {SHAPES_MODEL}", metavar="MODEL"),
+    Option("model", f"hub id, folder of a diffusers pipeline, or {SHAPES_MODEL}", metavar="MODEL"),
     *_LAYOUT,
-    _option("--prompt", default="a red circle", metavar="TEXT"),
+    Option("--prompt", default="a red circle", metavar="TEXT"),
     _IMAGE,
     *_SIZE,
-    _option("--dtype", owner=ENGINE, default="float32", choices=_DTYPES),
+    Option("--dtype", owner=ENGINE, default="float32", choices=_DTYPES),
 )
-MODELS = (_option("--markdown", "as the page docs/models.md", action="store_true"),)
+MODELS = (Option("--markdown", "as the page docs/models.md", action="store_true"),)
 SERVE = (
-    _option("model", "hub id, folder of a diffusers pipeline, or %(default)s", SERVER, nargs="?", metavar="MODEL"),
-    _option("--served-model-name", "what requests call it; repeatable",
-            SERVER, "served_model_names", action="append", metavar="NAME"),
-    _option("--host", "address to listen on (%(default)s: this machine only)", SERVER),
-    _option("--port", "(%(default)s); 0 takes a free one", SERVER, type=int),
+    Option("model", "hub id, folder of a diffusers pipeline, or %(default)s", SERVER, nargs="?", metavar="MODEL"),
+    Option("--served-model-name", "what requests call it; repeatable",
+           SERVER, "served_model_names", action="append", metavar="NAME"),
+    Option("--host", "address to listen on (%(default)s: this machine only)", SERVER),
+    Option("--port", "(%(default)s); 0 takes a free one", SERVER, type=int),
     *_LAYOUT,
     _DTYPE,
-    _option("--rank-timeout", "longest silence of working ranks", ENGINE, "rank_timeout_s", type=float, metavar="S"),
-    _option("--startup-timeout", "the same while they load the model",
-            ENGINE, "startup_timeout_s", type=float, metavar="S"),
-    _option("--warmup", "draw a step of this size before being ready; repeatable",
-            ENGINE, convert=_sizes, action="append", metavar="HEIGHTxWIDTH"),
-    _option("--api-key", "let in who has one; repeatable", SERVER, "api_keys", action="append", metavar="KEY"),
-    _option("--api-key-file", "the same, one on each line, out of sight of ps",
-            SERVER, "api_keys", _keys_in, type=Path),
-    _option("--allow-origin", "web pages that may call; repeatable",
-            SERVER, "allow_origins", action="append", metavar="ORIGIN"),
-    _option("--data-dir", "keep videos, pictures and jobs here; else until it ends", SERVER, type=Path),
-    _option("--file-max-age", "keep them so long", SERVER, "file_max_age_s", type=float, metavar="S"),
-    _option("--file-max-mib", "keep so much", SERVER, "file_max_total_bytes", unit=_MIB, type=int),
-    _option("--max-queue-length", "requests that wait", SERVER, type=int),
-    _option("--max-batch-size", "requests drawn together, at most (%(default)s)", ENGINE, type=int, default=1),
-    _option("--batch-wait-ms", "how long one may wait for others (%(default)g)",
-            ENGINE, type=float, default=0.0, metavar="MS"),
-    _option("--max-pixels", "of a picture (%(default)s)", SERVER, type=int),
-    _option("--max-steps", "of a request (%(default)s)", SERVER, type=int),
-    _option("--max-n", "results of a request (%(default)s)", SERVER, type=int),
-    _option("--max-frames", "of a video (%(default)s)", SERVER, type=int),
-    _option("--max-body-mib", "of a request", SERVER, "max_body_bytes", unit=_MIB, type=int),
-    _option("--allow-url-images", "fetch pictures that chats name by http(s) URL", SERVER, action="store_true"),
-    _option("--drain-timeout", "to finish, at the end", SERVER, "drain_timeout_s", type=float, metavar="S"),
+    Option("--rank-timeout", "longest silence of working ranks", ENGINE, "rank_timeout_s", type=float, metavar="S"),
+    Option("--startup-timeout", "the same while they load the model",
+           ENGINE, "startup_timeout_s", type=float, metavar="S"),
+    Option("--warmup", "draw a step of this size before being ready; repeatable",
+           ENGINE, convert=_sizes, action="append", metavar="HEIGHTxWIDTH"),
+    Option("--api-key", "let in who has one; repeatable", SERVER, "api_keys", action="append", metavar="KEY"),
+    Option("--api-key-file", "the same, one on each line, out of sight of ps",
+           SERVER, "api_keys", _keys_in, type=Path),
+    Option("--allow-origin", "web pages that may call; repeatable",
+           SERVER, "allow_origins", action="append", metavar="ORIGIN"),
+    Option("--data-dir", "keep videos, pictures and jobs here; else until it ends", SERVER, type=Path),
+    Option("--file-max-age", "keep them so long", SERVER, "file_max_age_s", type=float, metavar="S"),
+    Option("--file-max-mib", "keep so much", SERVER, "file_max_total_bytes", unit=_MIB, type=int),
+    Option("--max-queue-length", "requests that wait", SERVER, type=int),
+    Option("--max-batch-size", "requests drawn together, at most (%(default)s)", ENGINE, type=int, default=1),
+    Option("--batch-wait-ms", "how long one may wait for others (%(default)g)",
+           ENGINE, type=float, default=0.0, metavar="MS"),
+    Option("--max-pixels", "of a picture (%(default)s)", SERVER, type=int),
+    Option("--max-steps", "of a request (%(default)s)", SERVER, type=int),
+    Option("--max-n", "results of a request (%(default)s)", SERVER, type=int),
+    Option("--max-frames", "of a video (%(default)s)", SERVER, type=int),
+    Option("--max-body-mib", "of a request", SERVER, "max_body_bytes", unit=_MIB, type=int),
+    Option("--allow-url-images", "fetch pictures that chats name by http(s) URL", SERVER, action="store_true"),
+    Option("--drain-timeout", "to finish, at the end", SERVER, "drain_timeout_s", type=float, metavar="S"),
 )
 # fmt: on

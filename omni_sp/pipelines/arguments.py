@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.errors import SamplingParamsError
 from omni_sp.pipelines import quirks
 from omni_sp.pipelines.capabilities import PipelineCapabilities, our_name
+from omni_sp.validation import suggestion
 
 DEFAULT_FPS = 16.0
 """Frames a second of a video whose pipeline says nothing about it."""
@@ -199,8 +199,7 @@ def _add_extra_args(
         elif name in arguments:
             reason = f"{name} is given twice: {arguments[name]!r}, and {value!r} in extra_args"
         elif name not in capabilities.parameters and not capabilities.takes_anything:
-            near = difflib.get_close_matches(str(name), capabilities.parameters, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(capabilities.parameters)}"
+            hint = suggestion(str(name), capabilities.parameters)
             reason = f"{capabilities.name} does not take {name!r} from extra_args; {hint}"
         if reason is not None:
             raise SamplingParamsError(reason, param=our_name(str(name)))

@@ -1,4 +1,4 @@
-"""The application: routers, what stands before them, and its life from start to drain."""
+"""The application: its routers and middleware, and what it does from start to drain."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
     """The server's application. Its lifespan starts the engine in the background, and drains and closes it at the end.
 
     Args:
-        omni: neither started nor closed by others.
+        omni: the engine; nobody else starts or closes it.
+        settings: of the server.
 
     Returns:
-        With ``state.omni``, ``state.settings``, and while it lives ``state.starting``, the task that starts the engine:
-        its exception says why there is none.
+        The application, with ``state.omni``, ``state.settings`` and, during its lifespan, ``state.starting``: the task
+        that starts the engine, whose exception is the reason where it does not start.
     """
     is_temporary = settings.data_dir is None
     folder = settings.data_dir or Path(tempfile.mkdtemp(prefix="omni-sp-"))
@@ -55,7 +56,7 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.starting = asyncio.create_task(omni.start())
-        # Looked at here, so that nobody is told of an exception that nobody looked at.
+        # The exception is retrieved here, or asyncio would log that nobody did.
         app.state.starting.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             yield

@@ -27,19 +27,22 @@ CLIENT_CLOSED = 499
 """Nobody waits for the answer any more (nginx's number for it)."""
 RETRY_AFTER_S = 5
 _LOG = logging.getLogger(__name__)
-_UNREADABLE = "There was an error parsing the body"  # FastAPI, of bytes that are no text, or nested too deep
+# What FastAPI says of bytes that are no text, or nested too deep.
+_UNREADABLE = "There was an error parsing the body"
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Our names -> the names that requests have for them.
 _PARAMS = {"height": "size", "width": "size", "num_outputs_per_prompt": "n"}
 
 
 class ApiError(HTTPException):
-    """What a client is told went wrong.
+    """An error that a client gets as its answer.
 
     Args:
-        status: of HTTP. message: for people: what was wrong, the values, the way out.
-        param: the field of the request that is to blame. code: for programs. kind: OpenAI's error type; by default the
-            one that belongs to the status.
+        status: of HTTP.
+        message: for people: what was wrong, the values, the way out.
+        param: the field of the request that is to blame.
+        code: for programs.
+        kind: OpenAI's error type; by default the one that belongs to the status.
         headers: further headers of the answer.
     """
 
@@ -63,12 +66,12 @@ class ApiError(HTTPException):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The answer that tells it."""
+        """The answer."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
 def to_api_error(error: BaseException) -> ApiError:
-    """Any error as the client should see it; one that nobody foresaw tells nothing of the server's inside."""
+    """Any error as the client should see it; an unforeseen one shows nothing of the server's inside."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidInputError):
@@ -97,9 +100,10 @@ def to_api_error(error: BaseException) -> ApiError:
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     _LOG.error("unforeseen", exc_info=error)
-    # It travels on to uvicorn, which closes the connection: a client not told so would send its next request into that.
-    told = {"Connection": "close"}
-    return ApiError(500, "something in the server broke; its log says what", code="internal_error", headers=told)
+    # Starlette raises it again, and uvicorn closes the connection: without the header, a client would send its next
+    # request into that.
+    headers = {"Connection": "close"}
+    return ApiError(500, "something in the server broke; its log says what", code="internal_error", headers=headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -116,8 +120,18 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
 
+def refusal(param: str, reason: str, *, code: str = "invalid_value") -> ApiError:
+    """The error for a field whose value cannot be: status 400, and a message that begins with the field's name."""
+    return ApiError(400, f"{param}: {reason}", param=param, code=code)
+
+
 def unknown_field(name: str, known: Iterable[str]) -> ApiError:
-    """The error for a field that no request of this kind has; it names the one that was probably meant."""
+    """The error for a field that no request of this kind has.
+
+    Args:
+        name: the field.
+        known: the fields that there are; the message names the one that was probably meant.
+    """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(names)}"
@@ -125,13 +139,13 @@ def unknown_field(name: str, known: Iterable[str]) -> ApiError:
 
 
 def _of_validation(error: RequestValidationError | ValidationError) -> ApiError:
-    """The first complaint of pydantic, with its field."""
+    """The first of pydantic's errors, with its field."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    field = ".".join(place) or None
+    location = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    field = ".".join(location) or None
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is no JSON: " + _reason(first), code="invalid_json")
-    if first["type"] in ("model_attributes_type", "model_type", "dict_type") and not place:
+    if first["type"] in ("model_attributes_type", "model_type", "dict_type") and not location:
         return ApiError(
             400, "the body is no JSON object: send one, with content-type application/json", code="invalid_json"
         )
@@ -141,9 +155,9 @@ def _of_validation(error: RequestValidationError | ValidationError) -> ApiError:
     return ApiError(400, f"{field or 'the body'}: {_reason(first)}", param=field, code=code)
 
 
-def _reason(complaint: Any) -> str:
-    text = str(complaint["msg"])
-    cause = (complaint.get("ctx") or {}).get("error")
+def _reason(detail: Any) -> str:
+    text = str(detail["msg"])
+    cause = (detail.get("ctx") or {}).get("error")
     if isinstance(cause, str):
         return cause
     return text.removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""Fetching what a client names by URL, from public addresses only: a server must not be led into its own network."""
+"""Fetch files that clients name by URL, from public addresses only: the server's own network is not theirs to reach."""
 
 from __future__ import annotations
 
@@ -9,45 +9,49 @@ import ssl
 from typing import Any
 from urllib.parse import urlsplit
 
-from omni_sp.server.errors import ApiError
+from omni_sp.server.errors import ApiError, refusal
 
 _TIMEOUT_S = 20.0
 
 
 def fetch(url: str, *, max_bytes: int, param: str) -> bytes:
-    """The file behind an http(s) URL. Redirects are not followed.
+    """Fetch the file at an http(s) URL. Redirects are not followed.
+
+    Args:
+        url: what the client sent.
+        max_bytes: the most bytes of the file.
+        param: the field that the URL was sent as.
 
     Raises:
-        ApiError: 400, naming ``param``: no such host, an address that is not public, another status than 200, too
-            large, or too slow.
+        ApiError: 400: no such host, an address that is not public, another status than 200, too large, or too slow.
     """
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise _refused(param, f"no URL: {error}") from error
+        raise _refusal(param, f"no URL: {error}") from error
     if not host or parts.scheme not in ("http", "https"):
-        raise _refused(param, "give a URL that begins with https://")
+        raise _refusal(param, "give a URL that begins with https://")
     connection: http.client.HTTPConnection
     if parts.scheme == "https":
         connection = http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_S, context=ssl.create_default_context())
     else:
         connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT_S)
-    # What is looked at is the address that the connection goes to, not what the name stood for a moment before.
-    connection._create_connection = _connected  # type: ignore[attr-defined]
+    # The address that is checked is the one that the connection goes to, not one that the name had a moment before.
+    connection._create_connection = _connect  # type: ignore[attr-defined]
     try:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "omni-sp"})
         answer = connection.getresponse()
         if answer.status != 200:
-            raise _refused(param, f"{host} answered with status {answer.status}")
+            raise _refusal(param, f"{host} answered with status {answer.status}")
         data = answer.read(max_bytes + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _refused(param, f"the picture at {host} cannot be fetched: {error}") from error
+        raise _refusal(param, f"the picture at {host} cannot be fetched: {error}") from error
     finally:
         connection.close()
     if len(data) > max_bytes:
-        raise _refused(param, f"the picture at {host} is larger than {max_bytes} bytes")
+        raise _refusal(param, f"the picture at {host} is larger than {max_bytes} bytes")
     return data
 
 
@@ -58,7 +62,11 @@ def is_public(address: str) -> bool:
     return (mapped or ip).is_global and not ip.is_multicast
 
 
-def _connected(address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.socket:
+def _refusal(param: str, reason: str) -> ApiError:
+    return refusal(param, reason, code="invalid_image_url")
+
+
+def _connect(address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.socket:
     host, port = address
     for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         if not is_public(str(found[4][0])):
@@ -68,7 +76,3 @@ def _connected(address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.so
         connection.close()
         raise OSError("it is at no public address")
     return connection
-
-
-def _refused(param: str, reason: str) -> ApiError:
-    return ApiError(400, f"{param}: {reason}", param=param, code="invalid_image_url")

@@ -1,4 +1,4 @@
-"""What is counted and timed, for Prometheus: a registry of its own for each application."""
+"""Counts and times for Prometheus, in a registry of its own for each application."""
 
 from __future__ import annotations
 
@@ -70,7 +70,13 @@ class Metrics:
                 self._count_output(event.output)
 
     def on_answer(self, method: str, route: str, status: int) -> None:
-        """Count an answer. ``route`` is the pattern, never a path of the client's own making."""
+        """Count an answer.
+
+        Args:
+            method: of HTTP.
+            route: the pattern of the route, never a path that the client made up.
+            status: of HTTP.
+        """
         known = method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
         self._answers.labels(known, route, str(status)).inc()
 
@@ -90,7 +96,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Reads the engine's own counts whenever somebody looks."""
+    """Reads the engine's own counts whenever Prometheus asks."""
 
     def __init__(self, omni: AsyncOmni) -> None:
         self._omni = omni
@@ -112,8 +118,8 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("omni_sp_steps", "Denoising steps", stats.steps)
         yield CounterMetricFamily("omni_sp_restarts", "Restarts of the ranks", stats.restarts)
         yield GaugeMetricFamily("omni_sp_ready", "1 if requests are drawn", float(status == "ready"))
-        for part, seconds in stats.start_s.items():
-            yield GaugeMetricFamily(f"omni_sp_start_{part}_seconds", "Seconds of the last start", seconds)
+        for phase, seconds in stats.start_s.items():
+            yield GaugeMetricFamily(f"omni_sp_start_{phase}_seconds", "Seconds of the last start", seconds)
         memory = GaugeMetricFamily("omni_sp_resident_memory_bytes", "Memory of a process", labels=["process"])
         for name, size in _memory().items():
             memory.add_metric([name], size)
@@ -122,9 +128,9 @@ class _EngineCollector(Collector):
 
 def _memory() -> dict[str, int]:
     """Resident bytes of this process, and of the processes below it, the ranks."""
-    front = psutil.Process()
+    server = psutil.Process()
     ranks = 0
-    for child in front.children(recursive=True):
+    for child in server.children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
             ranks += child.memory_info().rss
-    return {"server": front.memory_info().rss, "ranks": ranks}
+    return {"server": server.memory_info().rss, "ranks": ranks}

@@ -20,12 +20,17 @@ from omni_sp.pipelines.arguments import frames_per_second
 from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.server.settings import ServerSettings
 
-# What the page's form can ask for, named as in OmniDiffusionSamplingParams.
-_ASKED = (
+# Fields of the page's form, named as in OmniDiffusionSamplingParams.
+_FORM_FIELDS = (
     "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale",
 )  # fmt: skip
+_COUNTS = ("queued", "running", "done", "failed", "aborted", "restarts", "steps")
 # The page's scripts share one scope, so that no file of it needs an address of its own.
 _SCRIPTS = ("page.js", "works.js", "gallery.js", "mask.js")
+_POLICY = (
+    "connect-src 'self'; img-src blob: data:; media-src blob:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
 _INLINE = re.compile(r"<(style|script)>(.*?)</\1>", re.DOTALL)
 
 
@@ -36,15 +41,8 @@ def create_page_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     @router.get("/", include_in_schema=False, response_class=HTMLResponse)
     async def show() -> Response:
         text, policy = page()
-        return HTMLResponse(
-            text,
-            headers={
-                "Content-Security-Policy": policy,
-                "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer",
-                "Cache-Control": "no-cache",
-            },
-        )
+        headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy, **headers})
 
     @router.get("/v1/info", tags=["server"], summary="What is loaded, how it is spread, and how busy it is")
     async def info() -> dict[str, Any]:
@@ -54,26 +52,23 @@ def create_page_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
 
 
 def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
-    """What is loaded, how it is spread over ranks, what it may be asked for, and what it has done so far.
+    """Describe what is loaded, its ranks, what it may be asked for, and what it has done so far.
 
     Returns:
-        ``status`` (as AsyncOmni's), ``model``, counts (``queued``, ``running``, ``done``, ``failed``, ``aborted``,
+        ``status`` (of the AsyncOmni), ``model``, counts (``queued``, ``running``, ``done``, ``failed``, ``aborted``,
         ``restarts``, ``steps``), ``steps_per_second`` (denoising steps, on average since the start; None before the
         first) and ``limits`` always. Once it is loaded also ``pipeline`` (a class; None until then), ``makes``
         ("picture", "video", "sound"), ``makes_videos``, ``takes_image``, ``takes_many_images``, ``takes_mask``,
         ``needs_image``, ``parameters`` (name -> ``default``, and where they are known ``multiple``, ``minimum``,
-        ``maximum``), ``layout`` (for people), ``rings`` (ranks, row by row: a row is a Ulysses group), ``ranks``,
+        ``maximum``), ``layout`` (for people), ``rings`` (ranks: a list for each Ulysses group), ``ranks``,
         ``device``, ``dtype``, ``load_s``.
     """
     stats = omni.stats
-    told: dict[str, Any] = {
+    state: dict[str, Any] = {
         "object": "server.info",
         "status": omni.status,
         "model": settings.names[0],
-        **{
-            name: getattr(stats, name)
-            for name in ("queued", "running", "done", "failed", "aborted", "restarts", "steps")
-        },
+        **{name: getattr(stats, name) for name in _COUNTS},
         "steps_per_second": _steps_per_second(stats),
         "limits": {
             "pixels": settings.max_pixels,
@@ -88,11 +83,11 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
     try:
         ready = omni.info
     except EngineClosedError:
-        return told
+        return state
     capabilities = ready.capabilities
     takes_image = capabilities.argument_name("image") is not None
     return {
-        **told,
+        **state,
         "pipeline": capabilities.name,
         "makes": capabilities.makes,
         "makes_videos": capabilities.makes_videos,
@@ -112,9 +107,9 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
 
 
 def _parameters(capabilities: PipelineCapabilities, settings: ServerSettings) -> dict[str, dict[str, Any]]:
-    """What a request may set, with the default that holds where it does not; None where only the pipeline knows."""
+    """The parameters that a request may set, with their defaults; None where only the pipeline knows one."""
     found: dict[str, dict[str, Any]] = {}
-    for name in _ASKED:
+    for name in _FORM_FIELDS:
         taken = capabilities.argument_name(name)
         if taken is None or (name == "guidance_scale" and capabilities.ignores_guidance_scale):
             continue
@@ -126,11 +121,8 @@ def _parameters(capabilities: PipelineCapabilities, settings: ServerSettings) ->
         found["num_inference_steps"] |= {"multiple": 1, "minimum": 1, "maximum": settings.max_steps}
     if capabilities.makes_videos:
         if "num_frames" in found:
-            found["num_frames"] |= {
-                "multiple": capabilities.frames_multiple,
-                "minimum": 1,
-                "maximum": settings.max_frames,
-            }
+            limits = {"multiple": capabilities.frames_multiple, "minimum": 1, "maximum": settings.max_frames}
+            found["num_frames"] |= limits
         default = capabilities.sampling_defaults.get("fps", frames_per_second(capabilities, {}, None))
         found["fps"] = {"default": default, "minimum": 0.1}
     elif capabilities.makes == "picture":
@@ -150,7 +142,7 @@ def _steps_per_second(stats: EngineStats) -> float | None:
 
 @cache
 def page() -> tuple[str, str]:
-    """The page in one piece, and the policy under which it runs: no script or style but its own, no other address."""
+    """The page with its style and scripts inline, and its policy: no other script or style, no other address."""
     folder = files("omni_sp.server").joinpath("web")
     text, style, *scripts = (folder.joinpath(name).read_text("utf-8") for name in ("page.html", "page.css", *_SCRIPTS))
     text = text.replace("<style></style>", f"<style>\n{style}</style>", 1)
@@ -164,18 +156,5 @@ def content_security_policy(text: str) -> str:
     for kind, inside in _INLINE.findall(text):
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
         inline[kind].append(f"'sha256-{digest}'")
-    return "; ".join(
-        (
-            "default-src 'none'",
-            f"script-src {' '.join(inline['script'])}",
-            f"style-src {' '.join(inline['style'])}",
-            "connect-src 'self'",
-            "img-src blob: data:",
-            "media-src blob:",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-            "require-trusted-types-for 'script'",
-            "trusted-types 'none'",
-        )
-    )
+    allowed = f"script-src {' '.join(inline['script'])}; style-src {' '.join(inline['style'])}"
+    return f"default-src 'none'; {allowed}; {_POLICY}"

@@ -8,81 +8,99 @@ import io
 import re
 from typing import Literal
 
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
-from omni_sp.server.errors import ApiError
+from omni_sp.errors import InvalidInputError
+from omni_sp.pipelines.images import WEB_FORMATS, decode_image
+from omni_sp.server.errors import refusal
+from omni_sp.server.fetch import fetch
+from omni_sp.server.settings import ServerSettings
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 SUFFIXES: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-_READABLE = ("PNG", "JPEG", "WEBP")
 _DATA_URL = re.compile(r"data:(?P<type>[\w./+-]*)(?P<base64>;base64)?,", re.ASCII)
 _BEST_QUALITY = 95
-"""Of JPEG where nobody asks for less; above it files grow and pictures do not change."""
+"""The quality of a JPEG where nobody asks for less; above it files grow and pictures do not change."""
 
 
 def decode_picture(data: bytes, *, param: str, max_pixels: int) -> Image.Image:
-    """An uploaded PNG, JPEG or WebP file as a picture, upright, RGB or RGBA where it has transparency.
+    """Decode an uploaded PNG, JPEG or WebP file: upright, RGB, or RGBA where it has transparency.
 
-    How large it is says its header, so that nothing larger than ``max_pixels`` is ever decoded.
+    Args:
+        data: the file.
+        param: the field that it was uploaded as.
+        max_pixels: the most pixels, width × height; a larger picture is refused before any of it is decoded.
 
     Raises:
-        ApiError: 400, naming ``param``: no picture, another format, too large, animated, or cut off.
+        ApiError: 400: no picture, another format, too large, animated, or cut off.
     """
-    if not data:
-        raise _refused(param, "the file is empty")
     try:
-        picture = Image.open(io.BytesIO(data), formats=_READABLE)
-        width, height = picture.size
-        frames = getattr(picture, "n_frames", 1)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _refused(param, f"it has more than {max_pixels} pixels, which is the most here") from error
-    except Exception as error:  # whatever a parser makes of bytes that somebody sent
-        raise _refused(param, "it is no PNG, JPEG or WebP file, or a damaged one") from error
-    if width * height > max_pixels:
-        raise _refused(
-            param, f"{width} x {height} = {width * height} pixels are more than {max_pixels}, which is the most here"
-        )
-    if frames > 1:
-        raise _refused(param, f"it is animated ({frames} pictures): give a single one")
-    try:
-        upright = ImageOps.exif_transpose(picture)
-        return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
-    except Exception as error:
-        raise _refused(param, f"the {picture.format} file is damaged or cut off") from error
+        return decode_image(data, formats=WEB_FORMATS, max_pixels=max_pixels, allow_animated=False)
+    except InvalidInputError as error:
+        raise refusal(param, str(error), code="invalid_image") from error
 
 
-def decode_data_url(url: object, *, param: str, max_pixels: int) -> Image.Image:
-    """The picture of a ``data:image/…;base64,…`` URL; otherwise as decode_picture()."""
-    head = _DATA_URL.match(url) if isinstance(url, str) else None
-    if not isinstance(url, str) or head is None or not head["base64"]:
-        raise _refused(param, "give a URL that begins with data:image/png;base64,")
+def picture_at(url: object, settings: ServerSettings, *, param: str) -> Image.Image:
+    """Decode the picture that a client gives as a URL. It may be fetched, so call this in a thread.
+
+    Args:
+        url: what the client sent: ``data:image/…;base64,…``, or an http(s) URL where the operator allows it.
+        settings: what the operator allows, and how large pictures may be.
+        param: the field that the URL was sent as.
+
+    Raises:
+        ApiError: 400: no such URL, nothing to fetch there, or a picture that decode_picture() refuses.
+    """
+    text = url if isinstance(url, str) else ""
+    if text[:5].lower() == "data:":
+        data = _decode_data_url(text, param=param)
+    elif settings.allow_url_images and text.lower().startswith(("http://", "https://")):
+        data = fetch(text, max_bytes=settings.max_body_bytes, param=param)
+    else:
+        how = "; this server fetches no URLs" if text.lower().startswith("http") else ""
+        reason = f"a picture is given as {str(url)[:40]!r}: send it as data:image/png;base64,…{how}"
+        raise refusal(param, reason, code="invalid_image_url")
+    return decode_picture(data, param=param, max_pixels=settings.max_pixels)
+
+
+def _decode_data_url(url: str, *, param: str) -> bytes:
+    head = _DATA_URL.match(url)
+    if head is None or not head["base64"]:
+        raise refusal(param, "give a URL that begins with data:image/png;base64,", code="invalid_image")
     try:
-        data = base64.b64decode(url[head.end() :], validate=True)
+        return base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _refused(param, f"the data URL holds no base64: {error}") from error
-    return decode_picture(data, param=param, max_pixels=max_pixels)
+        raise refusal(param, f"the data URL holds no base64: {error}", code="invalid_image") from error
 
 
 def edit_mask(mask: Image.Image, like: Image.Image) -> Image.Image:
-    """OpenAI's mask (transparent where to draw) as diffusers' (white where to draw, black where to keep).
+    """Turn OpenAI's mask (transparent where to draw) into diffusers' (white where to draw, black where to keep).
+
+    Args:
+        mask: the uploaded mask.
+        like: the picture that it belongs to.
 
     Raises:
         ApiError: 400: it has no transparency, or another size than the picture.
     """
+    reason = None
     if mask.mode != "RGBA":
-        raise _refused("mask", "it has no transparency: where the picture is to be drawn anew, it must be transparent")
-    if mask.size != like.size:
-        raise _refused("mask", f"it is {mask.width} x {mask.height}, the picture {like.width} x {like.height} pixels")
+        reason = "it has no transparency: where the picture is to be drawn anew, it must be transparent"
+    elif mask.size != like.size:
+        reason = f"it is {mask.width} x {mask.height}, the picture {like.width} x {like.height} pixels"
+    if reason is not None:
+        raise refusal("mask", reason, code="invalid_image")
     return ImageChops.invert(mask.getchannel("A"))
 
 
 def encode_picture(picture: Image.Image, kind: PictureFormat, quality: int | None = None) -> bytes:
-    """A picture as a file.
+    """Encode a picture as a file. In a JPEG, transparent pixels become white: it has no transparency.
 
     Args:
-        quality: of JPEG and WebP, 0 … 100; None for the best that is worth its bytes. Where JPEG is asked for,
-            transparent places become white, which is all that JPEG can hold.
+        picture: RGB or RGBA.
+        kind: the format.
+        quality: of JPEG and WebP, 0 … 100; None for the best that is worth its bytes.
     """
     file = io.BytesIO()
     if kind == "png":
@@ -101,7 +119,3 @@ def encode_picture(picture: Image.Image, kind: PictureFormat, quality: int | Non
 def as_base64(data: bytes) -> str:
     """Bytes as base64 text."""
     return base64.b64encode(data).decode("ascii")
-
-
-def _refused(param: str, reason: str) -> ApiError:
-    return ApiError(400, f"{param}: {reason}", param=param, code="invalid_image")

@@ -22,16 +22,12 @@ from omni_sp.server.app import create_app
 from omni_sp.server.settings import ServerSettings
 
 _FLUSH_S = 10
-"""How long answers that are finished may take to reach their clients once the server ends."""
+"""Seconds that finished answers may take to reach their clients once the server ends."""
 _POLL_S = 0.2
 
 
 def serve(omni: AsyncOmni, settings: ServerSettings) -> int:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Args:
-        omni: not started yet.
-        settings: of the server.
+    """Serve until SIGTERM or Ctrl-C; ``omni`` is not started yet.
 
     Returns:
         The exit code: 0 after SIGTERM, and in the other processes of torchrun; 130 after Ctrl-C; 1 where uvicorn ended
@@ -50,7 +46,7 @@ def serve(omni: AsyncOmni, settings: ServerSettings) -> int:
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens.
+    """A socket that listens until the end of the block; port 0 takes a free one.
 
     Raises:
         ConfigError: the port is taken, or there is no such address here.
@@ -59,7 +55,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
-        # A name that is none has numbers of its own.
+        # An unknown host name has error numbers of its own.
         why = error.strerror if isinstance(error, socket.gaierror) or not error.errno else os.strerror(error.errno)
         raise ConfigError(f"cannot listen on {host}, port {port}: {why}") from error
     with listener:
@@ -67,7 +63,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 async def run_server(omni: AsyncOmni, settings: ServerSettings, listener: socket.socket) -> int:
-    """Start the engine and serve on this socket until a signal, in the main thread. Returns the exit code.
+    """Start the engine and serve until a signal, in the main thread. Returns the exit code.
 
     Raises:
         OmniSPError: the engine did not start, or failed for good.
@@ -96,7 +92,11 @@ class ServerProcess:
         self._hurrying: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
-        """As run_server()."""
+        """Serve until a signal or the engine's end. Returns the exit code.
+
+        Raises:
+            OmniSPError: the engine did not start, or failed for good.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
@@ -129,10 +129,10 @@ class ServerProcess:
         self._is_to_end.set()
 
     async def _watch(self) -> None:
-        """Tell what becomes of the engine.
+        """Print when the server listens and when the engine is ready, and wait for the engine's failure.
 
         Raises:
-            OmniSPError: it has failed for good; there is nothing left to serve.
+            OmniSPError: the engine has failed for good; there is nothing left to serve.
         """
         while not self._server.started:
             await asyncio.sleep(0.01)
@@ -152,7 +152,7 @@ class ServerProcess:
         raise EngineClosedError("the ranks failed, and did not start again")
 
     async def _drain(self) -> None:
-        """New requests and waiting ones get 503 from now on; the running one may finish."""
+        """Let the running request finish; new and waiting ones get 503."""
         stats = self._omni.stats
         if stats.running:
             _print_status(
@@ -166,7 +166,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
+        """Leave signals as they are."""
         yield
 
 
@@ -174,5 +174,5 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _print_status(news: str) -> None:
-    print(f"omni-sp: {news}", file=sys.stderr, flush=True)
+def _print_status(message: str) -> None:
+    print(f"omni-sp: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What stands before every route: API keys, other people's web pages, the size and the pace of bodies, request ids."""
+"""Middleware before every route: API keys, other people's web pages, the size and the pace of bodies, request ids."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from omni_sp.server.settings import ServerSettings
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _DISCARD_S = 1.0
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-# What a finished picture's URL says cannot be guessed, and whoever was given it may fetch it with nothing else.
+# The id in a finished picture's URL cannot be guessed, so whoever has the URL may fetch the picture without a key.
 _OPEN = re.compile(r"/v1/files/[^/]+/content")
 
 OnAnswer = Callable[[str, str, int], None]
-"""Told of every answer: method, route ("other" where there is none), status."""
+"""Called with every answer: method, route ("other" where there is none), status."""
 
 
 class RequestIds:
-    """Gives every answer an ``X-Request-ID``, the client's own where it sends a sane one, and counts answers."""
+    """Gives every answer an ``X-Request-ID``, the client's own where it sends a valid one, and counts answers."""
 
     def __init__(self, app: ASGIApp, on_answer: OnAnswer) -> None:
         self._app, self._on_answer = app, on_answer
@@ -56,10 +56,10 @@ class RequestIds:
 
 
 class Guard:
-    """Lets in who may come in: with an API key, or, without keys, anybody but a foreign web page in a browser.
+    """Refuses requests without an API key; where there are no keys, those of foreign web pages in a browser.
 
     Everything below /v1 is guarded, except what is fetched by an unguessable name. A page is foreign by its Origin; or,
-    on a server for this machine only, by calling it by a name of its own that it made point here (DNS rebinding).
+    on a server for this machine only, by a host name of its own that it made point here (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
@@ -97,7 +97,7 @@ class Guard:
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = _digest(key.strip())
-        # Every key is compared, and each comparison takes the same time, so that the clock tells nothing.
+        # Every key is compared, and each comparison takes the same time, so that the time of an answer shows nothing.
         matches = [hmac.compare_digest(given, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(matches)
 
@@ -113,13 +113,15 @@ class Guard:
 
 
 class BodyLimit:
-    """Ends requests whose body is too large, or stops coming.
+    """Ends requests whose body is too large, or stops coming: reading such a body raises an ApiError, 413 or 408.
 
     An answer that is ready before the body has come waits a moment for it, and throws it away: a client that is still
     sending when the connection closes may lose the answer.
 
-    Raises, where the application reads the body:
-        ApiError: 413, or 408.
+    Args:
+        app: the application behind it.
+        max_bytes: the size of a body.
+        timeout_s: the longest pause of a client that sends one, in seconds.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
@@ -133,7 +135,7 @@ class BodyLimit:
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > self._max_bytes:
-            if "expect" not in headers:  # who waits for our consent has sent nothing yet
+            if "expect" not in headers:  # a client that waits for "100 Continue" has sent nothing yet
                 await self._discard(receive)
             await self._too_large().response()(scope, receive, send)
             return
@@ -141,7 +143,7 @@ class BodyLimit:
 
         async def receive_some() -> Message:
             nonlocal received, is_whole
-            if is_whole:  # what comes now is the client's going away, which may take its time
+            if is_whole:  # the next message is that the client has left, for which there is no limit of time
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), self._timeout_s)
@@ -195,7 +197,7 @@ class BodyLimit:
 
 
 def is_open(method: str, path: str) -> bool:
-    """Is this, below /v1, for whoever knows the path?"""
+    """Is this path below /v1 open to whoever knows it?"""
     return method.upper() in ("GET", "HEAD") and _OPEN.fullmatch(path) is not None
 
 
@@ -207,7 +209,7 @@ def _hostname(netloc: str) -> str | None:
 
 
 def _is_local(host: str) -> bool:
-    """Does this name or address stand for this machine alone?"""
+    """Is this a name or an address of this machine that no other can reach?"""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

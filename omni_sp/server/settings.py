@@ -1,12 +1,12 @@
-"""What the operator of a server decided. Frozen; what is running lives in the application's state."""
+"""What the operator of a server decides. Frozen; what is running lives in the application's state."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from omni_sp.errors import ConfigError
+from omni_sp.validation import require_int, require_number
 
 _MIB = 2**20
 _POSITIVE = (
@@ -20,20 +20,26 @@ class ServerSettings:
     """How a server listens, what it allows and where it keeps files.
 
     Attributes:
-        model: the name that ``GET /v1/models`` shows and requests may give. served_model_names: names instead of it.
-        host, port: where to listen; port 0 takes a free one.
+        model: the name that ``GET /v1/models`` shows and that requests may give.
+        served_model_names: names instead of it.
+        host: the address to listen on.
+        port: the port to listen on; 0 takes a free one.
         api_keys: any of them opens /v1; without one, whoever reaches the port may draw.
         allow_origins: web pages of these origins ("https://example.org") may call the API from a browser.
         data_dir: where jobs, videos and pictures are kept; None for a temporary folder that ends with the server.
-        max_body_bytes: of one request, uploaded pictures included. max_pixels: of a picture that is drawn (width ×
-            height, for a video of each frame) or uploaded. max_images: uploaded in one request.
-        max_steps, max_n, max_frames: the most denoising steps, results and frames that one request may ask for.
+        max_body_bytes: the size of one request, uploaded pictures included.
+        max_pixels: width × height of a picture, or of a video's frame, that is drawn or uploaded.
+        max_images: pictures that one request may upload.
+        max_steps: denoising steps that one request may ask for.
+        max_n: results that one request may ask for.
+        max_frames: frames of a video.
         max_queue_length: requests that may wait; None for any number.
-        drain_timeout_s: how long the running request may go on once the server is to end.
-        body_timeout_s: the longest pause of a client that sends its request.
-        keep_alive_s: pause after which a stream says that it is still there.
+        drain_timeout_s: seconds that the running request may go on once the server is to end.
+        body_timeout_s: the longest pause, in seconds, of a client that sends its request.
+        keep_alive_s: pause in seconds after which a stream sends a sign that it is still there.
         allow_url_images: fetch pictures that requests name by http(s) URL (public addresses only).
-        file_max_age_s, file_max_total_bytes: how long and how much of what was drawn is kept.
+        file_max_age_s: seconds that finished pictures and videos are kept.
+        file_max_total_bytes: the most bytes of them that are kept.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -61,18 +67,16 @@ class ServerSettings:
     file_max_total_bytes: int = 4096 * _MIB
 
     def __post_init__(self) -> None:
-        known = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         for name in _POSITIVE:
-            if isinstance(known[name], bool) or not isinstance(known[name], int) or known[name] < 1:
-                raise ConfigError(f"{name}={known[name]!r}: give a whole number of at least 1")
+            require_int(name, getattr(self, name), minimum=1, error=ConfigError)
         for name in _SECONDS:
-            value = known[name]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ConfigError(f"{name}={value!r}: give a number of seconds above 0")
-        if self.max_queue_length is not None and self.max_queue_length < 0:
-            raise ConfigError(f"max_queue_length={self.max_queue_length}: give 0 or more, or None for any number")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port={self.port}: give 1 to 65535, or 0 for a free one")
+            hint = "give a number of seconds above 0"
+            require_number(name, getattr(self, name), above=0, error=ConfigError, hint=hint)
+        if self.max_queue_length is not None:
+            hint = "give 0 or more, or None for any number"
+            require_int("max_queue_length", self.max_queue_length, minimum=0, error=ConfigError, hint=hint)
+        hint = "give 1 to 65535, or 0 for a free one"
+        require_int("port", self.port, minimum=0, maximum=65535, error=ConfigError, hint=hint)
         if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):
             raise ConfigError("an API key is empty or holds characters that an HTTP header cannot carry")
 

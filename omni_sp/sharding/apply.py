@@ -1,4 +1,4 @@
-"""Put a plan on a transformer: a sharded forward whenever it is called; all of it comes off again."""
+"""Apply a plan to a transformer: every call of it is a sharded forward, until the handle is removed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MARK = "_omni_sp_handle"
 
 
 class ShardHandle:
-    """A transformer that runs sharded, until ``remove()``.
+    """A transformer that runs sharded until ``remove()`` is called.
 
     Attributes:
         model: the transformer.
@@ -43,11 +43,11 @@ class ShardHandle:
         self.gathers.clear()
 
     def on_remove(self, undo: Callable[[], None]) -> None:
-        """Have ``undo`` called by ``remove()``, in reverse order."""
+        """Let ``remove()`` call ``undo``; the last registered is called first."""
         self._undo.append(undo)
 
     def remove(self) -> None:
-        """Make the transformer what it was. A second call does nothing."""
+        """Restore the transformer. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
@@ -61,36 +61,42 @@ def shard(
     kernel: str = "auto",
     fallback_plan: TrackedPlan | None = None,
 ) -> ShardHandle:
-    """Run ``model`` on tokens spread over ``mesh.sequence``. Instances are hooked, classes never.
+    """Shard the tokens of ``model`` over ``mesh.sequence``. Instances are hooked, classes never.
 
     Args:
-        model: a diffusers transformer. mesh: the ranks. plan: where its streams are cut and joined.
+        model: a diffusers transformer.
+        mesh: the ranks.
+        plan: where its token streams are split and gathered.
         strategy: carries out attention over all ranks (``omni_sp.attention.select_strategy``).
         kernel: name of the attention kernel. With "auto" on one rank the model keeps its own attention.
-        otherwise: followed instead while the model is such that the plan would not do (see ``parts``).
+        fallback_plan: takes the plan's place while the model is such that the plan does not suffice, see
+            :class:`omni_sp.sharding.hooks.ModuleHooks`.
+
+    Returns:
+        The handle that removes all of it.
 
     Raises:
-        UnsupportedModelError: the plan names what the model has not, or an attention cannot be reached.
+        UnsupportedModelError: the plan names what the model does not have, or an attention cannot be reached.
         ShardingError: the model is sharded already.
     """
     if getattr(model, _MARK, None) is not None:
         raise ShardingError(f"{type(model).__name__} is parallelized already: remove() its handle first")
     handle = ShardHandle(model)
     hooks = ModuleHooks(model, mesh, plan, fallback_plan, routed=mesh.sequence.size > 1 or kernel != "auto")
-    session = _Session(handle, hooks, mesh, strategy, kernel)
+    forward_hooks = _ForwardHooks(handle, hooks, mesh, strategy, kernel)
     try:
         model.__dict__[_MARK] = handle
         handle.on_remove(lambda: model.__dict__.pop(_MARK))
-        handle.on_remove(lambda: session.leave(model, None, None))
+        handle.on_remove(lambda: forward_hooks.end(model, None, None))
         handle.on_remove(hooks.remove)
         hooks.refresh()
-        handle.on_remove(model.register_forward_pre_hook(session.enter, with_kwargs=True).remove)
+        handle.on_remove(model.register_forward_pre_hook(forward_hooks.begin, with_kwargs=True).remove)
         for chosen in (plan, fallback_plan):
             if chosen is not None:
                 _hook_root(model, chosen, hooks, mesh, handle)
         handle.on_remove(model.register_forward_hook(_to_full_output).remove)
         # Registered last, so that it runs after a join at the transformer itself.
-        handle.on_remove(model.register_forward_hook(session.leave, always_call=True).remove)
+        handle.on_remove(model.register_forward_hook(forward_hooks.end, always_call=True).remove)
     except BaseException:
         handle.remove()
         raise
@@ -104,19 +110,21 @@ def _hook_root(
     mesh: ParallelMesh,
     handle: ShardHandle,
 ) -> None:
-    """What a plan cuts and joins at the transformer itself, while the parts go by that plan."""
+    """Shard and gather at the transformer itself what a plan names there, while its modules run by that plan."""
     tracked = isinstance(plan, TrackedPlan)
+
+    def is_active() -> bool:
+        return hooks.tracked == tracked
+
     for path, module, module_plan in resolve_plan(model, plan):
         if not path:
             name = type(model).__name__
-            for hook in install_stream_hooks(
-                module, name, module_plan, mesh, tracked, lambda: hooks.tracked == tracked
-            ):
+            for hook in install_stream_hooks(module, name, module_plan, mesh, tracked, is_active):
                 handle.on_remove(hook.remove)
 
 
 def _to_full_output(model: torch.nn.Module, _args: Any, output: Any) -> Any:
-    """What a tracked forward gives back."""
+    """Turn what a tracked forward returns into full tensors."""
     name = type(model).__name__
     forward = require_running(name)
     if not forward.tracked:
@@ -129,8 +137,8 @@ def _to_full_output(model: torch.nn.Module, _args: Any, output: Any) -> Any:
     return to_full_tensors(output)
 
 
-class _Session:
-    """Opens a sharded forward when the transformer is called, and closes it when it returns or raises."""
+class _ForwardHooks:
+    """Hooks that begin a sharded forward when the transformer is called, and end it when it returns or raises."""
 
     def __init__(
         self, handle: ShardHandle, hooks: ModuleHooks, mesh: ParallelMesh, strategy: Strategy, kernel: str
@@ -138,18 +146,17 @@ class _Session:
         self._handle, self._hooks, self._mesh = handle, hooks, mesh
         self._strategy, self._kernel = strategy, kernel
         self._layout_cache = LayoutCache()
-        self._open = ExitStack()
+        self._exit_stack = ExitStack()
 
-    def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
         if self._mesh.sequence.size > 1 and trains:
             raise ShardingError(
                 f"{type(module).__name__} was called with gradients enabled; sharded forwards are for inference: "
                 "run under torch.no_grad()"
             )
-        # Ctrl-C in the middle of a forward skips torch's hooks, also those that always run: what it left open ends
-        # here.
-        self._open.close()
+        # Ctrl-C in the middle of a forward skips torch's hooks, also those that always run: such a forward ends here.
+        self._exit_stack.close()
         if self._hooks.refresh():
             self._layout_cache = LayoutCache()
         signature = signature_of((args, kwargs))
@@ -158,14 +165,14 @@ class _Session:
             strategy=self._strategy,
             kernel=self._kernel,
             layouts=self._layout_cache.layouts(signature),
-            exit_stack=self._open,
+            exit_stack=self._exit_stack,
             tokens=self._handle.tokens,
             gathers=self._handle.gathers,
             tracked=self._hooks.tracked,
         )
-        self._open.enter_context(activate(forward, signature))
+        self._exit_stack.enter_context(activate(forward, signature))
         if forward.tracked:
-            self._open.enter_context(tracking_flex_attention())
+            self._exit_stack.enter_context(tracking_flex_attention())
 
-    def leave(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
-        self._open.close()
+    def end(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        self._exit_stack.close()

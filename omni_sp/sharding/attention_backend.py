@@ -1,4 +1,4 @@
-"""How a model's attention reaches the core: through diffusers' own registry of attention backends."""
+"""Routing a model's attention to the core, through diffusers' own registry of attention backends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from omni_sp.attention import agree_on_layout, local_attention
 from omni_sp.collectives import gather_ints
 from omni_sp.errors import ShardingError, UnsupportedAttentionError
-from omni_sp.mesh import Axis
 from omni_sp.sharding.forward_context import ShardedForward, current_forward
 from omni_sp.sharding.tracked import TokenTensor, tracked_attention
 
@@ -20,13 +19,13 @@ BACKEND = "omni_sp"
 
 
 class AttentionTag:
-    """Stands where diffusers' parallel configuration would: a model passes it on where an attention sees cut tokens.
+    """Takes the place of diffusers' parallel configuration, which a model passes on where an attention sees shards.
 
-    Only our own backend may receive it. Another one would look into it, and is stopped there.
+    Only our own backend may receive it. Another one would read attributes of a configuration, and gets an error.
 
     Args:
-        path: of the attention module, for messages. replicated_keys: the plan says that its keys are whole
-            on every rank.
+        path: path of the attention module, for messages.
+        replicated_keys: whether the plan says that its keys are replicated.
     """
 
     def __init__(self, path: str, *, replicated_keys: bool) -> None:
@@ -43,10 +42,10 @@ class AttentionTag:
 
 
 def backend_key() -> Any:
-    """Our key in diffusers' registry, entered there on first use.
+    """Our key in diffusers' registry, which is registered on first use.
 
-    The registry is keyed by an enum without room for us; a value of that type, which is no member of it, is looked up
-    like any other and changes nothing for anybody else.
+    The keys of the registry are an enum, which cannot be extended. A value of that type that is no member of it is
+    looked up like any other key, and changes nothing for other users of the registry.
     """
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
@@ -61,7 +60,7 @@ def backend_key() -> Any:
 
 @contextmanager
 def tracking_flex_attention() -> Iterator[None]:
-    """Let diffusers' flex backend, which some models insist on by its name, know tensors in pieces for a while."""
+    """Let diffusers' flex backend, which some models select by its name, take sharded tensors for a while."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     backends = _AttentionBackendRegistry._backends
@@ -100,19 +99,23 @@ def _attention(
     _parallel_config: Any = None,
 ) -> torch.Tensor:
     """What diffusers' dispatcher calls: (batch, tokens, heads, head_dim) in and out, this rank's tokens."""
-    # A compiled graph holds plain tensors only: there nothing is followed.
+    # A compiled graph holds plain tensors only, so nothing is tracked there.
     if not torch.compiler.is_compiling() and (forward := current_forward()) is not None and forward.tracked:
-        if not any(isinstance(x, TokenTensor) for x in (query, key, value)):
-            # Nothing of it is in pieces: a text refiner, for one.
-            return _local_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        in_pieces: torch.Tensor = tracked_attention(
-            query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        out: torch.Tensor = tracked_attention(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
-        return in_pieces
-    # A model that passes no parallel configuration says thereby that this attention's keys are whole.
+        return out
+    # A model that passes no parallel configuration says thereby that the keys of this attention are replicated.
     tag = _parallel_config if isinstance(_parallel_config, AttentionTag) else None
     path = tag.path if tag is not None else "an attention without parallel_config"
-    whole = tag is None or tag.replicated_keys
+    replicated_keys = tag is None or tag.replicated_keys
     if dropout_p:
         raise UnsupportedAttentionError(f"{path}: dropout {dropout_p} in attention is for training; this is inference")
     if key.shape[2] != query.shape[2] and not enable_gqa:
@@ -121,28 +124,9 @@ def _attention(
         )
     key_mask = _key_mask(attn_mask, key, path)
     if torch.compiler.is_compiling():
-        compiled: torch.Tensor = _opaque_attend(query, key, value, key_mask, is_causal, scale, path, whole)
+        compiled: torch.Tensor = _opaque_attend(query, key, value, key_mask, is_causal, scale, path, replicated_keys)
         return compiled
-    return _attend(query, key, value, key_mask, is_causal, scale, path, whole)
-
-
-def _local_sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """Torch's attention over whole tensors."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    mask = mask if mask is None or mask.ndim != 2 else mask[:, None, None]
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    return out.transpose(1, 2)
+    return _attend(query, key, value, key_mask, is_causal, scale, path, replicated_keys)
 
 
 def _attend(
@@ -153,9 +137,9 @@ def _attend(
     is_causal: bool,
     scale: float | None,
     path: str,
-    whole: bool,
+    replicated_keys: bool,
 ) -> torch.Tensor:
-    """Attention of the running forward, with what its ranks know of each other's lengths."""
+    """Attention of the running forward, with the lengths that its ranks exchanged."""
     forward = current_forward()
     if forward is None:
         raise ShardingError(
@@ -168,7 +152,7 @@ def _attend(
             "as it is, or give it a ShardingPlan"
         )
     forward.count_attention()
-    if whole:
+    if replicated_keys:
         _require_replicated_keys(forward, path, key, value)
         return local_attention(
             query, key, value, key_mask=key_mask, is_causal=is_causal, scale=scale, kernel=forward.kernel
@@ -189,10 +173,10 @@ def _opaque_attend(
     is_causal: bool,
     scale: float | None,
     path: str,
-    whole: bool,
+    replicated_keys: bool,
 ) -> torch.Tensor:
-    """The same as one opaque operation, so that torch.compile sees neither exchanges nor Python state."""
-    return _attend(query, key, value, key_mask, is_causal, scale, path, whole).contiguous()
+    """:func:`_attend` as one opaque operation, so that torch.compile sees neither exchanges nor Python state."""
+    return _attend(query, key, value, key_mask, is_causal, scale, path, replicated_keys).contiguous()
 
 
 @_opaque_attend.register_fake
@@ -201,7 +185,7 @@ def _(query: torch.Tensor, *_others: Any) -> torch.Tensor:
 
 
 def _key_mask(mask: torch.Tensor | None, key: torch.Tensor, path: str) -> torch.Tensor | None:
-    """(batch, kv_tokens) bool from diffusers' (batch, kv), (batch, 1, 1, kv) or (1, 1, 1, kv) bool mask."""
+    """A mask (batch, kv_tokens) bool from diffusers' (batch, kv), (batch, 1, 1, kv) or (1, 1, 1, kv) bool mask."""
     if mask is None:
         return None
     batch, tokens = key.shape[:2]
@@ -217,26 +201,24 @@ def _key_mask(mask: torch.Tensor | None, key: torch.Tensor, path: str) -> torch.
 
 
 def _require_replicated_keys(forward: ShardedForward, path: str, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Keys that are attended to without an exchange must be the same on every rank; look once per shape.
+    """Raise where keys that are attended to without an exchange differ between the ranks; compare once per shape.
 
-    Equal lengths would be no evidence: pieces of a stream that divides evenly have them too.
+    Equal lengths would be no evidence: shards of a stream that divides evenly have equal lengths too. The numbers are
+    compared here and not by ``require_equal``, because ranks with other kernels or devices may round differently.
     """
 
-    def ask() -> bool:
-        axis: Axis = forward.mesh.sequence
-        sums = torch.stack(
-            [key.double().sum(), value.double().sum(), key.double().abs().sum(), value.double().abs().sum()]
-        )
-        rows = gather_ints([key.shape[1], *sums.cpu().view(torch.int64).tolist()], axis)
-        lengths = [row[0] for row in rows]
-        seen = torch.tensor([row[1:] for row in rows]).view(torch.float64)
-        spread = (seen - seen[0]).abs()[:, :2]
-        if len(set(lengths)) > 1 or bool((spread > 1e-3 * seen[0, 2:]).any()):
+    def compare() -> bool:
+        sums = [key.double().sum(), value.double().sum(), key.double().abs().sum(), value.double().abs().sum()]
+        own = [key.shape[1], *torch.stack(sums).cpu().view(torch.int64).tolist()]
+        lengths, *bits = zip(*gather_ints(own, forward.mesh.sequence), strict=True)
+        sums_by_rank = torch.tensor(bits).view(torch.float64)
+        differences = (sums_by_rank - sums_by_rank[:, :1]).abs()[:2]
+        if len(set(lengths)) > 1 or bool((differences > 1e-3 * sums_by_rank[2:, :1]).any()):
             raise ShardingError(
-                f"{path} attends to keys that differ between the ranks (tokens {lengths}) without passing through the "
-                "core: its keys are cut, so take it out of the plan's whole_keys, or let the model pass "
-                "parallel_config on"
+                f"{path} attends to keys that differ between the ranks (tokens {list(lengths)}) without passing "
+                "through the core: its keys are cut, so take it out of the plan's replicated_keys, or let the model "
+                "pass parallel_config on"
             )
         return True
 
-    forward.get_or_exchange(forward.call_site("whole", path), ask)
+    forward.get_or_exchange(forward.call_site("replicated keys", path), compare)

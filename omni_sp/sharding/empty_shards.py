@@ -1,6 +1,6 @@
-"""Letting a model's own code run over pieces without any token.
+"""Running a model's own code over shards without any token.
 
-Three text tokens on four ranks leave one rank with none. Most operations take empty tensors as they are; what does not
+Three text tokens on four ranks leave one rank with none. Most operations take empty tensors as they are; the exception
 is ``reshape(…, -1, …)``, where torch calls the -1 ambiguous. It is not: it follows from the other dims.
 """
 
@@ -26,11 +26,11 @@ class EmptyShardReshape(TorchFunctionMode):
         if func in _RESHAPES and not kwargs and isinstance(args[0], torch.Tensor) and args[0].numel() == 0:
             shape = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list, torch.Size)) else args[1:]
             if all(isinstance(size, int) for size in shape) and -1 in shape and 0 in shape:
-                args = (args[0], _resolved(args[0].shape, shape))
+                args = (args[0], _resolved_shape(args[0].shape, shape))
         return func(*args, **kwargs)
 
 
-def _resolved(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
+def _resolved_shape(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
     """``after`` with its -1 computed from all dims but the empty ones."""
     known = math.prod(size for size in after if size > 0)
     missing = math.prod(size for size in before if size > 0) // known

@@ -1,8 +1,8 @@
-"""One sharded forward under way: what was cut so far, which attention is running, and what the ranks agreed on.
+"""One sharded forward that is running: what was sharded so far, its attentions, and what the ranks exchanged.
 
-Lengths are learned once per shape and then known. What they are kept under is *global*: the uncut shapes of the
-transformer's inputs and the place in the program. A key made of this rank's own lengths would let one rank hit and
-another miss, and the one that missed would wait for ever.
+Lengths are exchanged once per shape and then known. They are cached under *global* keys: the unsharded shapes of the
+transformer's inputs, and the call site. A key made of this rank's own lengths would let one rank hit and another miss,
+and the rank that missed would wait for ever.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from omni_sp.sharding.plan import Split
 
 T = TypeVar("T")
 MAX_SHAPES = 64
-"""Input shapes whose lengths are kept; the oldest goes first, on all ranks alike."""
+"""Input shapes whose lengths are cached; the oldest is dropped first, on all ranks alike."""
 
 _CURRENT: ContextVar[ShardedForward | None] = ContextVar("omni_sp_sharded_forward", default=None)
 
@@ -36,17 +36,17 @@ def current_forward() -> ShardedForward | None:
 
 
 class LayoutCache:
-    """What the ranks learned from each other, by input shape and place in the program."""
+    """What the ranks exchanged, by input shape and call site."""
 
     def __init__(self) -> None:
-        self._tables: OrderedDict[Hashable, dict[Hashable, Any]] = OrderedDict()
+        self._layouts: OrderedDict[Hashable, dict[Hashable, Any]] = OrderedDict()
 
     def layouts(self, signature: Hashable) -> dict[Hashable, Any]:
-        """What is known for this input shape."""
-        layouts = self._tables.setdefault(signature, {})
-        self._tables.move_to_end(signature)
-        while len(self._tables) > MAX_SHAPES:
-            self._tables.popitem(last=False)
+        """What is known for this input shape, by call site."""
+        layouts = self._layouts.setdefault(signature, {})
+        self._layouts.move_to_end(signature)
+        while len(self._layouts) > MAX_SHAPES:
+            self._layouts.popitem(last=False)
         return layouts
 
 
@@ -55,15 +55,17 @@ class ShardedForward:
     """The state of one forward.
 
     Attributes:
-        mesh: the ranks. strategy: carries out attention over all ranks. kernel: name of the kernel for whole keys.
-        table: what the ranks know about this input shape.
-        tracked: streams are tensors in pieces that look whole (see ``tracked``).
-        exit_stack: what is to be closed when the forward ends.
+        mesh: the ranks.
+        strategy: carries out attention over all ranks.
+        kernel: name of the attention kernel for replicated keys.
+        layouts: call site -> what the ranks exchanged there, for this input shape.
+        exit_stack: is closed when the forward ends.
         tokens: stream name -> the most tokens that it had, over all ranks.
-        gathers: operation -> how often it needed the full tensor of one that is tracked.
-        attentions: for each attention module now running, innermost last, how often it came to the core.
-        has_sharded: whether anything was cut yet.
-        masks: what was found out about masks in this forward.
+        gathers: operation -> how often it needed the full tensor of one that is sharded.
+        tracked: sharded tensors look like full tensors, see ``tracked``.
+        attentions: for each attention module now running, innermost last, how often it reached the core.
+        has_sharded: whether any tensor was sharded yet.
+        masks: what this forward found out about its attention masks.
     """
 
     mesh: ParallelMesh
@@ -81,67 +83,71 @@ class ShardedForward:
     _visits: defaultdict[Hashable, int] = field(default_factory=lambda: defaultdict(int))
 
     def count_attention(self) -> None:
-        """Note that the innermost running attention module came to the core."""
+        """Note that the innermost running attention module reached the core."""
         if self.attentions:
             self.attentions[-1] += 1
 
+    def count_gather(self, operation: str) -> None:
+        """Note that an operation needed a full tensor."""
+        self.gathers[operation] = self.gathers.get(operation, 0) + 1
+
     def call_site(self, *name: Hashable) -> Hashable:
-        """A key for "the n-th time that the program comes by here"."""
+        """A key for the n-th time that the program runs the code of this name."""
         self._visits[name] += 1
         return (*name, self._visits[name])
 
-    def get_or_exchange(self, call_site: Hashable, ask: Callable[[], T]) -> T:
-        """What the ranks agreed on at this place; ``ask`` exchanges, on the first forward of a shape only."""
+    def get_or_exchange(self, call_site: Hashable, exchange: Callable[[], T]) -> T:
+        """What the ranks exchanged at this call site; ``exchange`` is called on the first forward of a shape only."""
         if call_site not in self.layouts:
-            self.layouts[call_site] = ask()
+            self.layouts[call_site] = exchange()
         value: T = self.layouts[call_site]
         return value
 
-    def record_shard(self, where: str, whole: torch.Tensor, num_tokens: int, num_own: int) -> None:
-        """Remember how long a stream is, and let the model's code run where this rank has none of it."""
+    def record_shard(self, location: str, full: torch.Tensor, num_tokens: int, num_local: int) -> None:
+        """Remember how long a stream is, and let the model's code run where this rank has none of its tokens."""
         self.has_sharded = True
-        if whole.is_floating_point() and (whole.ndim == 3 or self.tracked):
-            stream = where.rsplit(".", 1)[-1]
+        if full.is_floating_point() and (full.ndim == 3 or self.tracked):
+            stream = location.rsplit(".", 1)[-1]
             self.tokens[stream] = max(num_tokens, self.tokens.get(stream, 0))
-        if num_own == 0 and num_tokens > 0 and not self._has_empty_shard and not self.tracked:
+        if num_local == 0 and num_tokens > 0 and not self._has_empty_shard and not self.tracked:
             self._has_empty_shard = True
             self.exit_stack.enter_context(EmptyShardReshape())
 
-    def join(self, value: torch.Tensor, dim: int, where: str) -> torch.Tensor:
-        """The whole of a tensor whose pieces lie on the ranks."""
-        axis = self.mesh.sequence
-        call_site = self.call_site("join", where)
-        lengths = self.get_or_exchange(call_site, lambda: [row[0] for row in gather_ints([value.shape[dim]], axis)])
-        if lengths[axis.rank] != value.shape[dim]:
+    def gather_output(self, shard: torch.Tensor, dim: int, location: str) -> torch.Tensor:
+        """The full tensor whose shards lie on the ranks."""
+        axis, length = self.mesh.sequence, shard.shape[dim]
+        call_site = self.call_site("gather", location)
+        lengths = self.get_or_exchange(call_site, lambda: [of_rank for (of_rank,) in gather_ints([length], axis)])
+        if lengths[axis.rank] != length:
             raise ShardingError(
-                f"{where}: this rank's piece is {value.shape[dim]} long, on the first forward of this shape it was "
+                f"{location}: this rank's piece is {length} long, on the first forward of this shape it was "
                 f"{lengths[axis.rank]}"
             )
-        return gather(value, lengths, dim, axis)
+        return gather(shard, lengths, dim, axis)
 
 
 OnShard = Callable[[str, torch.Tensor, int, int], None]
-"""Told of every cut: where, the whole tensor, its tokens, and this rank's."""
+"""Is called whenever a tensor is sharded: location, the full tensor, its tokens, and this rank's tokens."""
 
 
-def shard_plain(value: Any, split: Split, mesh: ParallelMesh, where: str, on_shard: OnShard | None) -> Any:
-    """This rank's piece of a tensor, or of each tensor of a list; None stays None."""
+def shard_plain(value: Any, split: Split, mesh: ParallelMesh, location: str, on_shard: OnShard | None) -> Any:
+    """This rank's shard of a tensor, or of each tensor of a list, as a plain tensor; None stays None."""
     if value is None:
         return None
     if isinstance(value, (list, tuple)):
-        return type(value)([shard_plain(item, split, mesh, where, on_shard) for item in value])
+        return type(value)([shard_plain(item, split, mesh, location, on_shard) for item in value])
     if not isinstance(value, torch.Tensor):
-        raise ShardingError(f"{where} is a {type(value).__name__}, its plan wants a tensor to cut")
+        raise ShardingError(f"{location} is a {type(value).__name__}, its plan wants a tensor to cut")
     if split.ndim is not None and value.ndim != split.ndim:
         if split.replicate_if_ndim_differs:
             return value
-        raise ShardingError(f"{where} has shape {tuple(value.shape)}, its plan wants {split.ndim} dims")
+        raise ShardingError(f"{location} has shape {tuple(value.shape)}, its plan wants {split.ndim} dims")
     axis = mesh.sequence
-    sizes = split_evenly(value.shape[split.dim], axis.size)
-    own = sizes[axis.rank]
+    lengths = split_evenly(value.shape[split.dim], axis.size)
+    num_local = lengths[axis.rank]
     if on_shard is not None:
-        on_shard(where, value, value.shape[split.dim], own)
-    return value.narrow(split.dim, sum(sizes[: axis.rank]), own).contiguous()
+        on_shard(location, value, value.shape[split.dim], num_local)
+    return value.narrow(split.dim, sum(lengths[: axis.rank]), num_local).contiguous()
 
 
 @contextmanager
@@ -163,11 +169,11 @@ def activate(forward: ShardedForward, signature: Hashable) -> Iterator[None]:
 
 def _check_same_call(signature: Hashable, mesh: ParallelMesh) -> None:
     """Raise where the ranks call the transformer with inputs of different shapes."""
-    own = f"{signature}".replace("{", "{{").replace("}", "}}")
+    escaped = f"{signature}".replace("{", "{{").replace("}", "}}")
     require_equal(
         mesh.sequence,
-        f"the ranks call the transformer with different inputs: rank {mesh.rank} with {own}; every rank must run the "
-        "same program on the same inputs",
+        f"the ranks call the transformer with different inputs: rank {mesh.rank} with {escaped}; every rank must run "
+        "the same program on the same inputs",
         signature=signature,
     )
 

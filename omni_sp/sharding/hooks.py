@@ -1,7 +1,7 @@
-"""The hooks on a transformer's parts, kept true to the parts that it has.
+"""The hooks on a transformer's modules, kept up to date with the modules that it has.
 
 People change a transformer after it was parallelized: LoRA and IP-Adapters replace modules and processors, a step cache
-puts its own code around blocks. So the parts are looked at when a forward begins, and hooked anew where they changed.
+puts its own code around blocks. So every forward begins with a look at the modules, and hooks them anew if any changed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from omni_sp.sharding.models import TOKENWISE
 from omni_sp.sharding.plan import Gather, ModulePlan, ShardingPlan, Split, TrackedPlan, matches
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard
 
-_LOCAL_OF = "_omni_sp_piece_of"
+_LOCAL_OF = "_omni_sp_local_of"
 _TRANSPARENT_HOOKS = frozenset(
     {
         "GroupOffloadingHook",
@@ -32,12 +33,20 @@ _TRANSPARENT_HOOKS = frozenset(
         "PeftInputAutocastDisableHook",
     }
 )
-"""Hooks of diffusers around a module's forward that move and cast, and never look at what tokens say."""
+"""Hooks of diffusers around a module's forward that move and cast tensors, and never look at their numbers."""
 
 
 @dataclass(frozen=True)
 class ModuleSnapshot:
-    """One part as it was when hooks were put on it."""
+    """One module as it was when hooks were registered on it.
+
+    Attributes:
+        parent: the modules of its parent, by name.
+        name: its own name there.
+        module: the module itself.
+        forward: what its instance had in place of its class's ``forward``, or None.
+        processor: its attention processor, or None.
+    """
 
     parent: Mapping[str, torch.nn.Module | None]
     name: str
@@ -46,7 +55,7 @@ class ModuleSnapshot:
     processor: Any
 
     def is_current(self) -> bool:
-        """True while nobody has replaced it, its forward or its processor."""
+        """True while nobody has replaced the module, its forward or its processor."""
         now = self.parent.get(self.name)
         return (
             (now is self.module or getattr(now, "_orig_mod", None) is self.module)  # torch.compile wraps
@@ -56,20 +65,19 @@ class ModuleSnapshot:
 
 
 class ModuleHooks:
-    """What is on a transformer's parts: all modules but the transformer itself.
+    """The hooks on all modules of a transformer but the transformer itself.
 
     Args:
-        model: the transformer. mesh: the ranks. plan: where its streams are cut and joined.
-        otherwise: followed instead where the plan's cuts would not do: attention that does not call the dispatcher, or
-            somebody's code around the blocks (a step cache, skipped layers), which would look at a piece and take it
-            for the whole. Without it such a model is refused.
+        model: the transformer.
+        mesh: the ranks.
+        plan: where its token streams are split and gathered.
+        fallback_plan: takes the plan's place where the plan does not suffice: an attention does not call the
+            dispatcher, or there is foreign code around the blocks (a step cache, skipped layers), which would take a
+            shard for the full tensor. None keeps the plan; an attention that the core cannot reach is then an error.
         routed: attention goes to the core, also on one rank.
 
     Attributes:
-        tracked: tensors in pieces look whole (see ``tracked``).
-
-    Raises:
-        UnsupportedModelError: the plan names what the model has not, or an attention cannot be reached.
+        tracked: sharded tensors look like full tensors, see ``tracked``.
     """
 
     def __init__(
@@ -81,19 +89,21 @@ class ModuleHooks:
         *,
         routed: bool,
     ) -> None:
-        self._model, self._mesh, self._plan, self._fallback_plan, self._routed = (
-            model,
-            mesh,
-            plan,
-            fallback_plan,
-            routed,
-        )
+        self._model, self._mesh, self._routed = model, mesh, routed
+        self._plan, self._fallback_plan = plan, fallback_plan
         self._undo = ExitStack()
         self._snapshots: list[ModuleSnapshot] = []
         self.tracked = isinstance(plan, TrackedPlan)
 
     def refresh(self) -> bool:
-        """Hook the parts that are there now. False where they are the same as before."""
+        """Hook the modules that are there now.
+
+        Returns:
+            False where they are the same as before.
+
+        Raises:
+            UnsupportedModelError: the plan names what the model does not have, or an attention cannot be reached.
+        """
         if self._snapshots and all(snapshot.is_current() for snapshot in self._snapshots):
             return False
         self.remove()
@@ -107,7 +117,7 @@ class ModuleHooks:
         return True
 
     def remove(self) -> None:
-        """Take everything off."""
+        """Remove all hooks."""
         self._undo.close()
         self._snapshots = []
 
@@ -123,7 +133,7 @@ class ModuleHooks:
         name = type(self._model).__name__
         resolved = resolve_plan(self._model, plan)
         attentions = _attention_modules(self._model)
-        # Whoever follows sees the whole; between cut and join any module's foreign code would see a piece.
+        # Foreign code around any module sees full tensors where they are tracked, and else would see a shard.
         hooked = [path for path, *_ in resolved] + [path for path, _ in attentions]
         self._snapshots = _snapshots(
             self._model, hooked if self.tracked else [path for path, _ in self._model.named_modules()]
@@ -145,13 +155,13 @@ class ModuleHooks:
                     )
             for path, module in attentions:
                 self._assert_routed(module, path)
-                whole = any(matches(pattern, path) for pattern in plan.replicated_keys)
-                self._set_backend(module.processor, AttentionTag(path, replicated_keys=whole))
+                replicated = any(matches(pattern, path) for pattern in plan.replicated_keys)
+                self._set_backend(module.processor, AttentionTag(path, replicated_keys=replicated))
 
     def _install_tracking(self) -> None:
-        """What following needs besides the cuts."""
+        """What tracking needs besides the sharded inputs."""
         for module in self._model.modules():
-            # A class that names a backend itself insists on it.
+            # A class that names a backend keeps it.
             if getattr(type(_processor(module)), "_attention_backend", "none") is None:
                 self._set_backend(_processor(module), None)
             if type(module).__name__ in TOKENWISE:
@@ -159,7 +169,7 @@ class ModuleHooks:
                 self._undo.callback(module.register_forward_hook(_from_local).remove)
 
     def _assert_routed(self, module: torch.nn.Module, path: str) -> None:
-        """See that an attention went through the core: local attention is a silent error.
+        """Raise where an attention does not pass through the core: local attention is a silent error.
 
         Inside a compiled graph nothing is counted: there the route was fixed, and guarded, when the graph was made.
         """
@@ -179,7 +189,7 @@ class ModuleHooks:
         self._undo.callback(module.register_forward_hook(after).remove)
 
     def _set_backend(self, processor: Any, tag: AttentionTag | None) -> None:
-        """Point one processor instance at our attention backend. Over tracked tensors no route is needed."""
+        """Select our attention backend for one processor instance. Tracked tensors need no tag."""
         for name, value in (("_attention_backend", backend_key()), ("_parallel_config", tag)):
             if not hasattr(processor, name) or value is None:
                 continue
@@ -200,7 +210,7 @@ def require_running(path: str) -> ShardedForward:
     """The forward that the module at ``path`` runs in.
 
     Raises:
-        ShardingError: it runs on its own.
+        ShardingError: the module was called on its own.
     """
     forward = current_forward()
     if forward is None:
@@ -213,14 +223,17 @@ def require_running(path: str) -> ShardedForward:
 def resolve_plan(
     model: torch.nn.Module, plan: ShardingPlan | TrackedPlan
 ) -> list[tuple[str, torch.nn.Module, ModulePlan]]:
-    """Find the modules that the plan speaks of, and see that they take what it names.
+    """Find the modules that the plan names, and check that their forwards take the parameters that it names.
+
+    Returns:
+        Path, module and plan of each module.
 
     Raises:
-        UnsupportedModelError: they are not there, or do not.
+        UnsupportedModelError: a module is missing, or its forward takes no such parameter.
     """
     name = type(model).__name__
     if isinstance(plan, TrackedPlan):
-        modules: Mapping[str, ModulePlan] = {path: ModulePlan(inputs) for path, inputs in plan.cuts.items()}
+        modules: Mapping[str, ModulePlan] = {path: ModulePlan(inputs) for path, inputs in plan.inputs.items()}
     else:
         modules = plan.modules
     resolved = []
@@ -245,21 +258,25 @@ def install_stream_hooks(
     plan: ModulePlan,
     mesh: ParallelMesh,
     tracked: bool,
-    is_on: Callable[[], bool] | None = None,
+    is_active: Callable[[], bool] | None = None,
 ) -> list[Any]:
-    """Cut inputs before the module runs, cut or join outputs after it, while ``is_on`` says so. Returns the hooks."""
+    """Shard inputs before the module runs, and shard or gather outputs after it, while ``is_active()``.
+
+    Returns:
+        The handles of the hooks.
+    """
     names = _forward_parameters(module)
     shard_value = shard_tracked if tracked else shard_plain
     hooks = []
 
     def on_shard() -> OnShard | None:
-        # A compiled graph holds the cut alone: what is noted besides is Python's business.
+        # A compiled graph holds the operations on tensors alone, so nothing is recorded there.
         return None if torch.compiler.is_compiling() else require_running(path).record_shard
 
     def before(
         _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if is_on is not None and not is_on():
+        if is_active is not None and not is_active():
             return args, kwargs
         positional = list(args)
         for name, split in plan.inputs.items():
@@ -271,16 +288,16 @@ def install_stream_hooks(
         return tuple(positional), kwargs
 
     def after(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
-        if is_on is not None and not is_on():
+        if is_active is not None and not is_active():
             return output
         single = isinstance(output, torch.Tensor)
         items = [output] if single else list(output)
         for index, step in plan.outputs.items():
-            where = f"{path} output {index}"
+            location = f"{path} output {index}"
             if isinstance(step, Gather):
-                items[index] = require_running(path).join(items[index], step.dim, where)
+                items[index] = require_running(path).gather_output(items[index], step.dim, location)
             else:
-                items[index] = shard_value(items[index], step, mesh, where, on_shard())
+                items[index] = shard_value(items[index], step, mesh, location, on_shard())
         return items[0] if single else type(output)(items)
 
     if plan.inputs:
@@ -290,10 +307,10 @@ def install_stream_hooks(
     return hooks
 
 
-def shard_tracked(value: Any, split: Split, mesh: ParallelMesh, where: str, on_shard: OnShard | None) -> Any:
-    """A tensor (or list of them) in pieces that still looks whole. What is in pieces already stays so."""
+def shard_tracked(value: Any, split: Split, mesh: ParallelMesh, location: str, on_shard: OnShard | None) -> Any:
+    """A tensor, or each tensor of a list, as a TokenTensor. One that is sharded already stays as it is."""
     if isinstance(value, (list, tuple)):
-        return type(value)([shard_tracked(item, split, mesh, where, on_shard) for item in value])
+        return type(value)([shard_tracked(item, split, mesh, location, on_shard) for item in value])
     if (
         not isinstance(value, torch.Tensor)
         or isinstance(value, TokenTensor)
@@ -303,36 +320,35 @@ def shard_tracked(value: Any, split: Split, mesh: ParallelMesh, where: str, on_s
     axis, dim = mesh.sequence, split.dim % value.ndim
     placement = even_placement(value.shape[dim], axis.size)
     if on_shard is not None:
-        on_shard(where, value, value.shape[dim], placement.lengths[axis.rank])
-    # A copy: the model may write to its piece, and the caller's tensor would then differ from rank to rank.
-    return TokenTensor(
-        local_shard(value, dim, placement, axis).clone(memory_format=torch.contiguous_format), dim, placement, axis
-    )
+        on_shard(location, value, value.shape[dim], placement.lengths[axis.rank])
+    # The shard is copied: the model may write to it, and the caller's tensor would then differ from rank to rank.
+    local = local_shard(value, dim, placement, axis).clone(memory_format=torch.contiguous_format)
+    return TokenTensor(local, dim, placement, axis)
 
 
 def _to_local(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Give a token-wise module this rank's piece, as any other tensor."""
+    """Give a token-wise module this rank's shard as a plain tensor."""
     if len(args) != 1 or not isinstance(args[0], TokenTensor) or args[0].shard_dim == args[0].ndim - 1:
         return None
-    piece = args[0].local.view_as(args[0].local)
-    piece.__dict__[_LOCAL_OF] = args[0]
-    return (piece,)
+    local = args[0].local.view_as(args[0].local)
+    local.__dict__[_LOCAL_OF] = args[0]
+    return (local,)
 
 
 def _from_local(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
-    """What it gives back is a piece again."""
-    whole = args[0].__dict__.get(_LOCAL_OF) if args and isinstance(args[0], torch.Tensor) else None
+    """Turn the output of a token-wise module into a TokenTensor again."""
+    sharded = args[0].__dict__.get(_LOCAL_OF) if args and isinstance(args[0], torch.Tensor) else None
     # A module that two models share (Z-Image's ControlNet runs the transformer's refiners) has these hooks twice.
-    return output if whole is None or isinstance(output, TokenTensor) else whole.wrap(output)
+    return output if sharded is None or isinstance(output, TokenTensor) else sharded.wrap(output)
 
 
 def _forward_parameters(module: torch.nn.Module) -> list[str]:
-    """Names that the module's class takes in ``forward``; the instance's may be wrapped by offloading hooks."""
+    """Names that the module's class takes in ``forward``; offloading hooks may wrap the instance's ``forward``."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _processor(module: torch.nn.Module) -> Any:
-    """How diffusers' attention modules work. Looked up by hand: torch's own way is slow where there is none."""
+    """The attention processor of a module, or None. Torch's own look-up is slow where there is none."""
     return vars(module).get("processor") or module._modules.get("processor")
 
 
@@ -341,7 +357,7 @@ def _attention_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 
 def _has_foreign_code(module: torch.nn.Module) -> bool:
-    """True where somebody put code around a module's forward that may look at what tokens say."""
+    """True where somebody put code around a module's forward that may look at the numbers of its tensors."""
     if "forward" not in vars(module):
         return False
     registry = getattr(module, "_diffusers_hook", None)
@@ -351,16 +367,12 @@ def _has_foreign_code(module: torch.nn.Module) -> bool:
 
 
 def _snapshots(model: torch.nn.Module, paths: Iterable[str]) -> list[ModuleSnapshot]:
-    """The modules at these paths and all that they are in, as they are now."""
-    wanted = {path[:end] for path in paths for end in _ends(path)}
+    """The modules at these paths, and all modules that contain them, as they are now."""
+    prefixes = {prefix for path in paths for prefix in accumulate(path.split("."), "{}.{}".format)}
     snapshots = [ModuleSnapshot({"": model}, "", model, vars(model).get("forward"), _processor(model))]
-    for path in sorted(wanted - {""}):
+    for path in sorted(prefixes - {""}):
         parent, _, name = path.rpartition(".")
         module = model.get_submodule(path)
         forward, processor = vars(module).get("forward"), _processor(module)
         snapshots.append(ModuleSnapshot(model.get_submodule(parent)._modules, name, module, forward, processor))
     return snapshots
-
-
-def _ends(path: str) -> list[int]:
-    return [at for at, letter in enumerate(path) if letter == "."] + [len(path)]

@@ -68,6 +68,9 @@ where their code (a mixture of experts sorts tokens) does not look like it."""
 def plan_for(model: torch.nn.Module) -> ShardingPlan | TrackedPlan:
     """The plan for a transformer: diffusers' own with our additions, or where its token streams begin.
 
+    Args:
+        model: a diffusers transformer.
+
     Raises:
         UnsupportedModelError: it has neither a plan nor a list of blocks.
     """
@@ -82,6 +85,9 @@ def plan_for(model: torch.nn.Module) -> ShardingPlan | TrackedPlan:
 
 def tracked_plan_for(model: torch.nn.Module) -> TrackedPlan:
     """Where a transformer's token streams begin.
+
+    Args:
+        model: a diffusers transformer.
 
     Raises:
         UnsupportedModelError: it has no list of blocks.

@@ -1,4 +1,4 @@
-"""The vocabulary of plans: which tensors of which modules are cut into pieces, and which are joined again."""
+"""What plans are made of: which tensors of which modules are sharded, and which are gathered again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from omni_sp.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Split:
-    """Keep this rank's piece of a tensor (or of each tensor in a list).
+    """Keep this rank's shard of a tensor (or of each tensor in a list).
 
     Attributes:
-        dim: the dim of the tokens; negative counts from the end.
+        dim: the dim of the tokens; a negative one counts from the end.
         ndim: the number of dims that the tensor must have; None takes any.
-        replicate_if_ndim_differs: with another number of dims the tensor has no token dim and stays whole. Without
-            this, another number of dims is an error.
+        replicate_if_ndim_differs: a tensor with another number of dims has no token dim and stays replicated. Where
+            this is False, another number of dims is an error.
     """
 
     dim: int
@@ -29,7 +29,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Gather:
-    """Join the pieces of a tensor along ``dim``; every rank gets the whole."""
+    """Gather the shards of a tensor along ``dim``; every rank gets the full tensor.
+
+    Attributes:
+        dim: the dim of the tokens; a negative one counts from the end.
+    """
 
     dim: int
 
@@ -49,21 +53,29 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """A transformer's plan.
+    """Where the token streams of a transformer are split, and where they are gathered.
 
     Attributes:
         modules: module path -> ModulePlan; "" is the transformer itself, and a component ``*`` stands for any one name,
             as in ``blocks.*``.
-        replicated_keys: paths (with ``*``) of attentions whose keys every rank holds whole, such as cross-attention
-            to text that is not cut. They need no exchange. That the keys are the same on all ranks is looked at on
-            the first forward of each shape.
+        replicated_keys: paths (with ``*``) of attentions whose keys are replicated, such as cross-attention to a text
+            that is not split. They need no exchange. The first forward of each shape checks that the keys are the same
+            on all ranks.
     """
 
     modules: Mapping[str, ModulePlan]
     replicated_keys: tuple[str, ...] = ()
 
     def with_inputs(self, path: str, *, inputs: Mapping[str, Split]) -> ShardingPlan:
-        """This plan with further (or replaced) inputs at one module."""
+        """Add (or replace) inputs at one module.
+
+        Args:
+            path: the module's path, a key of ``modules`` or a new one.
+            inputs: parameter name of its ``forward`` -> Split.
+
+        Returns:
+            A new plan.
+        """
         before = self.modules.get(path, ModulePlan())
         changed = dataclasses.replace(before, inputs={**before.inputs, **inputs})
         return dataclasses.replace(self, modules={**self.modules, path: changed})
@@ -71,41 +83,41 @@ class ShardingPlan:
 
 @dataclass(frozen=True)
 class TrackedPlan:
-    """Where a transformer's rows of tokens begin; what becomes of the pieces is followed through its own code.
+    """Where a transformer's token streams begin; from there the sharded tensors are tracked through its own code.
 
     Attributes:
-        cuts: module path (with ``*``) -> parameter name of its ``forward`` -> Split. What is in pieces already stays
-            so, and everything else stays whole until it meets a piece. What is cut decides how fast a model is, never
-            whether it is exact.
+        inputs: module path (with ``*``) -> parameter name of its ``forward`` -> Split. A tensor that is sharded already
+            stays as it is, and every other tensor stays replicated until it meets a sharded one. The choice decides
+            how fast a model is, never whether it is exact.
     """
 
-    cuts: Mapping[str, Mapping[str, Split]]
+    inputs: Mapping[str, Mapping[str, Split]]
 
 
 def matches(pattern: str, path: str) -> bool:
-    """True where ``path`` is what ``pattern`` says; ``*`` stands for exactly one component."""
-    wanted, found = pattern.split("."), path.split(".")
-    return len(wanted) == len(found) and all(w in ("*", f) for w, f in zip(wanted, found, strict=True))
+    """True where ``path`` matches ``pattern``; ``*`` stands for exactly one component."""
+    expected, actual = pattern.split("."), path.split(".")
+    return len(expected) == len(actual) and all(e in ("*", a) for e, a in zip(expected, actual, strict=True))
 
 
 def from_diffusers(cp_plan: Mapping[str, Any]) -> ShardingPlan:
-    """A model's own ``_cp_plan`` in this vocabulary.
+    """The ``_cp_plan`` of a diffusers model as a ShardingPlan.
 
     Raises:
-        UnsupportedModelError: it holds something that this vocabulary cannot say.
+        UnsupportedModelError: the ``_cp_plan`` holds something that a ShardingPlan cannot express.
     """
     return ShardingPlan(modules=MappingProxyType({path: _module_plan(path, entry) for path, entry in cp_plan.items()}))
 
 
 def _module_plan(path: str, entry: Any) -> ModulePlan:
-    """One entry: a dict of splits, or a gather (or a list of them) of the outputs."""
+    """One entry of a ``_cp_plan``: a dict of splits, or a gather (or a list of them) of the outputs."""
     from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
     if isinstance(entry, Mapping):
         inputs: dict[str, Split] = {}
         outputs: dict[int, Split | Gather] = {}
         for name, value in entry.items():
-            # A list says the same for each tensor of a list, which is what Split does with a list anyway.
+            # A list holds one split for each tensor of a list, all alike: Split treats a list of tensors the same way.
             alternatives = list(value) if isinstance(value, (list, tuple)) else [value]
             if len(set(alternatives)) != 1 or not isinstance(alternatives[0], ContextParallelInput):
                 raise UnsupportedModelError(f"_cp_plan entry {path!r}.{name!r}: cannot take {value!r}")

@@ -1,4 +1,4 @@
-"""The whole space of shapes, drawn by hypothesis with pinned seeds, against float64 attention over the whole row."""
+"""Shapes drawn by hypothesis with pinned seeds, against float64 attention over the whole sequence."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import attention, relative_error
+from omni_sp.attention import local_attention
+from testing.ranks import RankPool
+from testing.reference import attention, relative_error
 from tests.attention.test_core import Case, make, run_case
 
 DEGREES = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2)]
@@ -63,14 +64,12 @@ def test_any_shape_equals_one_process(ranks: RankPool, drawn: tuple[Case, tuple[
         assert error <= 2e-6
     else:
         alone = ranks.run(run_alone, case, ulysses * ring)[0]
-        # A few numbers are no statistics: half a unit in the last place is always allowed.
+        # The error of a few numbers varies: half a unit in the last place is always allowed.
         least = torch.finfo(case.dtype).eps / 2
         assert error <= 1.5 * max(relative_error(alone, wanted), least)
 
 
 def run_alone(mesh: object, case: Case, num_ranks: int) -> torch.Tensor:
-    """The whole row on one process in its own dtype."""
-    from omni_sp.attention import local_attention
-
+    """The whole sequence on one process in its own dtype."""
     query, key, value, mask = make(case, num_ranks)
     return local_attention(query, key, value, key_mask=mask, is_causal=case.causal, scale=case.scale)

@@ -1,4 +1,4 @@
-"""The core on 1 to 4 ranks against float64 attention over the whole row."""
+"""The core on 1 to 4 ranks against float64 attention over the whole sequence."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from omni_sp.attention import SequenceLayout, sequence_parallel_attention
 from omni_sp.mesh import ParallelMesh
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import attention, relative_error, split_tokens
+from testing.ranks import RankPool
+from testing.reference import attention, relative_error, split_tokens
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3), (4, 1), (1, 4)]
 
@@ -53,7 +53,7 @@ CASES = {
 
 
 def make(case: Case, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The whole row, the same in every process."""
+    """Query, key, value and mask of the whole sequence, the same in every process."""
     generator = torch.Generator().manual_seed(5)
     num_queries, num_keys = sum(case.query[:num_ranks]), sum(case.key[:num_ranks])
 
@@ -65,9 +65,9 @@ def make(case: Case, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     if case.masked:
         mask = torch.rand(case.batch, num_keys, generator=generator) < 0.6
         if case.batch > 1:
-            mask[0, : case.key[0]] = False  # one rank's keys, all masked for one sample
+            mask[0, : case.key[0]] = False  # one rank's keys, all masked for one batch item
         if case.batch > 2:
-            mask[2] = False  # a sample without any key
+            mask[2] = False  # a batch item without any key
     return query.to(case.dtype), key.to(case.dtype), value.to(case.dtype), mask
 
 
@@ -119,7 +119,7 @@ def test_half_precision_is_as_good_as_one_process(ranks: RankPool, dtype: torch.
 
 
 def run_zigzag(mesh: ParallelMesh, case: Case, total: int) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Causal attention with the tokens dealt out in zigzag; gives the rank's positions and its output."""
+    """Causal attention in the zigzag layout; returns the rank's positions and its output."""
     query, key, value, mask = make(case, 1)
     layout = SequenceLayout.zigzag(total, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
     held = list(layout.positions(mesh.sequence.rank))
@@ -152,15 +152,15 @@ def test_zigzag_equals_one_process(ranks: RankPool, total: int, masked: bool, ul
 
 @pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (3, 2), (2, 3), (4, 4)])
 @pytest.mark.parametrize("total", [0, 1, 7, 64, 101])
-def test_zigzag_deals_out_every_token_once(total: int, ring: int, ulysses: int) -> None:
+def test_in_zigzag_one_rank_holds_each_token(total: int, ring: int, ulysses: int) -> None:
     layout = SequenceLayout.zigzag(total, ring=ring, ulysses=ulysses)
     held = [layout.positions(rank) for rank in range(ring * ulysses)]
     assert [len(positions) for positions in held] == list(layout.query)
     assert sorted(position for positions in held for position in positions) == list(range(total))
-    rows = [[p for u in range(ulysses) for p in held[r * ulysses + u]] for r in range(ring)]
-    assert all(row == sorted(row) for row in rows)
+    groups = [[p for u in range(ulysses) for p in held[r * ulysses + u]] for r in range(ring)]
+    assert all(group == sorted(group) for group in groups)
     if total >= 64:
-        work = [sum(position + 1 for position in row) for row in rows]
+        work = [sum(position + 1 for position in group) for group in groups]
         assert max(work) <= 1.2 * min(work)
 
 
@@ -175,21 +175,15 @@ def test_head_groups_change_no_bit(ranks: RankPool, name: str, ulysses: int, rin
 
 
 def chosen_groups(mesh: ParallelMesh) -> list[tuple[object, ...]]:
-    """What the number of head groups is decided from, on this rank."""
-    seen: list[tuple[object, ...]] = []
-
-    def choose(*facts: object) -> int:
-        seen.append(facts)
-        return 2
-
-    with patch("omni_sp.attention.entry.choose_head_groups", choose):
+    """The arguments from which this rank chooses the number of head groups."""
+    with patch("omni_sp.attention.entry.choose_head_groups", return_value=2) as choose:
         run_case(mesh, CASES["uneven"], known=True)
-    return seen
+    return [call.args for call in choose.call_args_list]
 
 
-def test_rows_of_different_length_choose_the_same_groups(ranks: RankPool) -> None:
+def test_ulysses_groups_of_different_length_choose_the_same_head_groups(ranks: RankPool) -> None:
     """Else ring ranks would pass each other blocks of different groups of heads."""
     assert sum(CASES["uneven"].query[:2]) != sum(CASES["uneven"].query[2:])
     got = ranks.run(chosen_groups, ulysses=2, ring=2)
     assert len(got[0]) == 1
-    assert all(facts == got[0] for facts in got)
+    assert all(arguments == got[0] for arguments in got)

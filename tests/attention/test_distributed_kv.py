@@ -1,4 +1,4 @@
-"""Attention to keys that stay where they are, against float64 attention over the whole row."""
+"""Attention over a distributed KV cache, against float64 attention over the whole sequence."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from omni_sp.attention import SequenceLayout
 from omni_sp.attention.distributed_kv import ChunkedPrefillAttention, decode_attention
 from omni_sp.mesh import ParallelMesh
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import attention, relative_error, split_tokens
+from testing.ranks import RankPool
+from testing.reference import attention, relative_error, split_tokens
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Case:
     dtype: torch.dtype = torch.float32
 
     def draw(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Query, key, value and mask of the whole row."""
+        """Query, key, value and mask of the whole sequence."""
         generator = torch.Generator().manual_seed(7)
         tokens = sum(self.cached[:size]) + self.chunk
 
@@ -39,7 +39,7 @@ class Case:
         if not self.masked:
             return query, key, value, None
         mask = torch.rand(self.batch, tokens, generator=generator) > 0.3
-        # The first row begins with padding that reaches into the chunk: some queries see nothing at all.
+        # The first batch item begins with padding that reaches into the chunk: some queries see nothing at all.
         mask[0, : tokens - self.chunk + 2] = False
         return query, key, value, mask
 
@@ -70,8 +70,8 @@ def on_ranks(mesh: ParallelMesh, case: Case) -> tuple[torch.Tensor, torch.Tensor
     query, key, value, mask = whole
     own = query[:, cached:].index_select(1, mine)
     keys, values, kept = held(key), held(value), None if mask is None else held(mask)
-    travelling = ChunkedPrefillAttention(layout, axis, query.device)
-    chunk = travelling.attend(own, keys, values, key_mask=kept, scale=0.3)
+    prefill = ChunkedPrefillAttention(layout, axis, query.device)
+    chunk = prefill.attend(own, keys, values, key_mask=kept, scale=0.3)
     return chunk, decode_attention(query[:, -1:], keys, values, axis=axis, key_mask=kept, scale=0.3)
 
 

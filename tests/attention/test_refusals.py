@@ -1,4 +1,4 @@
-"""The core's refusals, and its account of what it sent."""
+"""What the core refuses, and how it counts what it sends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omni_sp import ConfigError, DiffusionParallelConfig, OmniSPError, ParallelM
 from omni_sp.attention import SequenceLayout, kernel_names, sequence_parallel_attention, split_evenly
 from omni_sp.attention.kernels import KernelCall, select_kernel
 from omni_sp.attention.layout import head_shares
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 
 
 def error_of(call: Callable[[], Any]) -> str:
@@ -41,16 +41,16 @@ def disagreeing(mesh: ParallelMesh) -> list[str]:
     ]
 
 
-def test_ranks_that_disagree_are_told_so(ranks: RankPool) -> None:
-    for told in ranks.run(disagreeing, ulysses=2):
-        assert told == [
-            "ShardingError: the ranks disagree about batch of one attention: rank 0: 2, rank 1: 3",
-            "ShardingError: the ranks disagree about heads of one attention: rank 0: 4, rank 1: 8",
-            "ShardingError: the ranks disagree about dtype of one attention: "
-            "rank 0: torch.float32, rank 1: torch.bfloat16",
-            "ShardingError: the ranks disagree about key_mask of one attention: rank 0: 0, rank 1: 1",
-            "ShardingError: the ranks disagree about is_causal of one attention: rank 0: 0, rank 1: 1",
-        ]
+def test_ranks_that_disagree_raise_alike(ranks: RankPool) -> None:
+    differences = {
+        "batch": "rank 0: 2, rank 1: 3",
+        "heads": "rank 0: 4, rank 1: 8",
+        "dtype": "rank 0: torch.float32, rank 1: torch.bfloat16",
+        "key_mask": "rank 0: 0, rank 1: 1",
+        "is_causal": "rank 0: 0, rank 1: 1",
+    }
+    wanted = [f"ShardingError: the ranks disagree about {x} of one attention: {y}" for x, y in differences.items()]
+    assert ranks.run(disagreeing, ulysses=2) == [wanted] * 2
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def test_bad_input(
     mesh: ParallelMesh, shapes: tuple[tuple[int, ...], ...], options: dict[str, Any], message: str
 ) -> None:
     query, key, value = (torch.zeros(shape) for shape in shapes)
-    told = error_of(lambda: sequence_parallel_attention(query, key, value, mesh=mesh, **options))
-    assert told.startswith("UnsupportedAttentionError")
-    assert message in told
+    error = error_of(lambda: sequence_parallel_attention(query, key, value, mesh=mesh, **options))
+    assert error.startswith("UnsupportedAttentionError")
+    assert message in error
 
 
 def test_dtypes_must_be_alike(mesh: ParallelMesh) -> None:
@@ -95,10 +95,10 @@ def test_gradients_are_refused(mesh: ParallelMesh) -> None:
 
 def test_a_wrong_layout_is_refused(mesh: ParallelMesh) -> None:
     x = torch.zeros(1, 3, 4, 8)
-    told = error_of(lambda: sequence_parallel_attention(x, x, x, mesh=mesh, layout=SequenceLayout((4,), (3,))))
-    assert "holds (3, 3) query and key tokens, its layout says (4, 3)" in told
-    told = error_of(lambda: sequence_parallel_attention(x, x, x, mesh=mesh, layout=SequenceLayout((3, 3), (3, 3))))
-    assert "speaks of 2 ranks, the mesh has 1" in told
+    error = error_of(lambda: sequence_parallel_attention(x, x, x, mesh=mesh, layout=SequenceLayout((4,), (3,))))
+    assert "holds (3, 3) query and key tokens, its layout says (4, 3)" in error
+    error = error_of(lambda: sequence_parallel_attention(x, x, x, mesh=mesh, layout=SequenceLayout((3, 3), (3, 3))))
+    assert "speaks of 2 ranks, the mesh has 1" in error
 
 
 def test_a_mesh_needs_its_ranks() -> None:
@@ -106,13 +106,13 @@ def test_a_mesh_needs_its_ranks() -> None:
         ParallelMesh(DiffusionParallelConfig(ulysses_degree=2, ring_degree=2))
 
 
-def places(mesh: ParallelMesh) -> tuple[tuple[int, ...], tuple[int, ...], int, int, str]:
-    told = error_of(lambda: ParallelMesh(DiffusionParallelConfig(ulysses_degree=3)))
-    return mesh.ulysses.ranks, mesh.ring.ranks, mesh.ulysses.rank, mesh.ring.rank, told
+def axes(mesh: ParallelMesh) -> tuple[tuple[int, ...], tuple[int, ...], int, int, str]:
+    error = error_of(lambda: ParallelMesh(DiffusionParallelConfig(ulysses_degree=3)))
+    return mesh.ulysses.ranks, mesh.ring.ranks, mesh.ulysses.rank, mesh.ring.rank, error
 
 
 def test_ulysses_ranks_are_neighbours(ranks: RankPool) -> None:
-    got = ranks.run(places, ulysses=2, ring=2)
+    got = ranks.run(axes, ulysses=2, ring=2)
     assert [entry[:4] for entry in got] == [
         ((0, 1), (0, 2), 0, 0),
         ((0, 1), (1, 3), 1, 0),
@@ -122,9 +122,7 @@ def test_ulysses_ranks_are_neighbours(ranks: RankPool) -> None:
     assert all("= 3 ranks, but torch.distributed runs 4" in entry[4] for entry in got)
 
 
-def sent(
-    mesh: ParallelMesh, lengths: tuple[int, ...], heads: int
-) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+def sent(mesh: ParallelMesh, lengths: tuple[int, ...], heads: int) -> tuple[dict[str, int], ...]:
     x = torch.zeros(1, lengths[mesh.rank], heads, 8)
     for axis in (mesh.ulysses, mesh.ring, mesh.sequence):
         axis.traffic.reset()
@@ -144,9 +142,9 @@ def test_bytes_are_what_the_layout_says(ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
-def test_shares_are_tensor_splits(parts: int) -> None:
+def test_split_evenly_is_tensor_split(parts: int) -> None:
     for total in (0, 1, 3, 12, 13):
-        assert split_evenly(total, parts) == tuple(len(piece) for piece in torch.arange(total).tensor_split(parts))
+        assert split_evenly(total, parts) == tuple(map(len, torch.arange(total).tensor_split(parts)))
 
 
 def test_head_shares_cover_every_head_once() -> None:
@@ -174,7 +172,7 @@ def test_auto_finds_a_kernel_for_every_device() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
-def test_kernels_agree_on_rows_without_a_key(mesh: ParallelMesh, kernel: str) -> None:
+def test_kernels_agree_on_queries_without_a_key(mesh: ParallelMesh, kernel: str) -> None:
     x = torch.randn(2, 5, 3, 16, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[1, 2:] = True

@@ -21,7 +21,7 @@ from omni_sp.events import RequestDone, RequestEvent, RequestProgress
 from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.pipelines.results import CallResult
 from omni_sp.requests import engine_options
-from omni_sp.testing.models import save_flux_kontext, save_wan
+from testing.models import save_flux_kontext, save_wan
 from tests.engine.test_async_omni import bounded, draw, error_of, is_done, scripted
 from tests.thorough import THOROUGH
 

@@ -11,7 +11,7 @@ from omni_sp.engine.startup import Startup
 from omni_sp.errors import EngineClosedError, SamplingParamsError, ShardingError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.capabilities import PipelineCapabilities
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 
 
 class FakeRunner:

@@ -26,7 +26,7 @@ from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.results import CallResult, output_deviation, result_of
 from omni_sp.pipelines.run import run_call
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from omni_sp.testing.models import save_flux_kontext, save_wan, save_wan_i2v
+from testing.models import save_flux_kontext, save_wan, save_wan_i2v
 
 IMAGE = PipelineCapabilities(
     name="ImagePipeline",

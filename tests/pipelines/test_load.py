@@ -18,7 +18,7 @@ from omni_sp import ModelNotFoundError
 from omni_sp.pipelines.lazy_components import has_unread_weights
 from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.shapes import SHAPES_MODEL, shapes_folder
-from omni_sp.testing.models import save_flux_kontext, save_wan
+from testing.models import save_flux_kontext, save_wan
 
 ROOT = Path(__file__).resolve().parents[2]
 

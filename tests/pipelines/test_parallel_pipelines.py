@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 from tests.pipelines.zoo.all import ENTRIES
 from tests.pipelines.zoo.check import LAYOUTS, compare
 from tests.pipelines.zoo.planned import ENTRIES as PLANNED

@@ -181,7 +181,7 @@ def test_a_full_disk_fails_the_job_and_leaves_nothing(tmp_path: Path, monkeypatc
     async def case() -> None:
         async with serving(tmp_path) as (jobs, _):
             with monkeypatch.context() as patch:
-                patch.setattr("omni_sp.server.storage.video_jobs.write_video", full)
+                patch.setattr("omni_sp.pipelines.export.write_video", full)
                 failed = await over(jobs, await jobs.submit(a_job(), None))
             assert (failed.status, failed.error_code) == (FAILED, "storage_failed")
             assert "No space left" in str(failed.error_message)
@@ -267,7 +267,7 @@ def test_deleting_while_the_file_is_written_leaves_no_file(tmp_path: Path, monke
         real(frames, path, fps)
 
     async def case() -> None:
-        monkeypatch.setattr("omni_sp.server.storage.video_jobs.write_video", slowly)
+        monkeypatch.setattr("omni_sp.pipelines.export.write_video", slowly)
         async with serving(tmp_path) as (jobs, _):
             job = await jobs.submit(a_job(), None)
             await until(writes.is_set)

@@ -16,7 +16,7 @@ from omni_sp import DiffusionParallelConfig
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.errors import RankFailedError
 from omni_sp.server.storage.job_store import JobStore, VideoJob
-from omni_sp.testing import models
+from testing import models
 from tests.server.fakes import PICTURES, VIDEOS, FakeOmni, held
 from tests.server.films import a_picture, film
 from tests.server.serving import Served, error_of, serving, until

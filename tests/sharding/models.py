@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from omni_sp.testing.models import flux_transformer, wan_transformer
+from testing.models import flux_transformer, wan_transformer
 
 Inputs = dict[str, Any]
 
@@ -68,7 +68,7 @@ def flux_inputs(*, height: int = 5, width: int = 7, text: int = 13, batch: int =
 
 
 def flux_controlnet_inputs() -> Inputs:
-    """With residuals as a ControlNet gives them: whole, one per block."""
+    """With residuals as a ControlNet gives them: replicated, one per block."""
     inputs = flux_inputs()
     generator = torch.Generator().manual_seed(3)
     inputs["controlnet_block_samples"] = [_draw(generator, 2, 35, 48) for _ in range(2)]

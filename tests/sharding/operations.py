@@ -1,6 +1,6 @@
 """Operations for programs on tensors, as data: each takes two tensors and two numbers to use as it likes.
 
-What is computed inexactly is rounded to small whole numbers, so that results can be compared for equality.
+What is computed inexactly is rounded to small integers, so that results can be compared for equality.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Op = Callable[[Tensor, Tensor, int, int], Any]
 
 
 def tidy(x: Tensor) -> Tensor:
-    """Small whole numbers out of any."""
+    """Small integers out of any numbers."""
     return (x * 7.31913).round().remainder(17)
 
 
@@ -37,7 +37,7 @@ def rotated(x: Tensor, p: int) -> list[int]:
 
 
 def weight(x: Tensor, rows: int) -> Tensor:
-    """Whole numbers for a linear layer, the same everywhere."""
+    """Integers for a linear layer, the same everywhere."""
     size = x.shape[-1]
     return torch.arange(rows * size, dtype=x.dtype).view(rows, size).remainder(5)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from omni_sp import ParallelMesh, parallelize
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import randomise, relative_error
+from testing.ranks import RankPool
+from testing.reference import randomise, relative_error
 from tests.sharding.zoo.check import first_tensor
 
 QWEN, FLUX, WAN = "QwenImageTransformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel"

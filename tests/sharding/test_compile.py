@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from omni_sp import ParallelMesh, parallelize
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import randomise, relative_error
+from testing.ranks import RankPool
+from testing.reference import randomise, relative_error
 from tests.sharding.models import CASES
 
 

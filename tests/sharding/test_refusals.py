@@ -11,8 +11,8 @@ import torch
 
 from omni_sp import OmniSPError, ParallelMesh, ShardingError, UnsupportedModelError, parallelize
 from omni_sp.sharding import ShardingPlan, plan_for
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import randomise, relative_error
+from testing.ranks import RankPool
+from testing.reference import randomise, relative_error
 from tests.sharding.models import qwen_image, qwen_inputs, wan, wan_inputs
 
 
@@ -47,8 +47,8 @@ def replaced_processor(mesh: ParallelMesh) -> str:
 
 
 def test_an_attention_that_bypasses_the_core_is_named(ranks: RankPool) -> None:
-    for told in ranks.run(replaced_processor, ulysses=2):
-        assert "transformer_blocks.1.attn did not pass through the parallel attention" in told
+    for message in ranks.run(replaced_processor, ulysses=2):
+        assert "transformer_blocks.1.attn did not pass through the parallel attention" in message
 
 
 def changed_backend(mesh: ParallelMesh) -> str:
@@ -59,8 +59,10 @@ def changed_backend(mesh: ParallelMesh) -> str:
 
 
 def test_changing_the_backend_afterwards_is_noticed(ranks: RankPool) -> None:
-    for told in ranks.run(changed_backend, ring=2):
-        assert "transformer_blocks.0.attn did not pass through the parallel attention: its backend was changed" in told
+    for message in ranks.run(changed_backend, ring=2):
+        assert (
+            "transformer_blocks.0.attn did not pass through the parallel attention: its backend was changed" in message
+        )
 
 
 def cut_keys_called_whole(mesh: ParallelMesh) -> str:
@@ -72,8 +74,8 @@ def cut_keys_called_whole(mesh: ParallelMesh) -> str:
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 3)])
 def test_cut_keys_that_a_plan_calls_whole_are_found(ranks: RankPool, ulysses: int, ring: int) -> None:
-    for told in ranks.run(cut_keys_called_whole, ulysses=ulysses, ring=ring):
-        assert told.startswith("ShardingError: blocks.0.attn1 attends to keys that differ between the ranks")
+    for message in ranks.run(cut_keys_called_whole, ulysses=ulysses, ring=ring):
+        assert message.startswith("ShardingError: blocks.0.attn1 attends to keys that differ between the ranks")
 
 
 def with_gradients(mesh: ParallelMesh) -> str:
@@ -87,7 +89,7 @@ def with_gradients(mesh: ParallelMesh) -> str:
 
 
 def test_gradients_are_refused(ranks: RankPool) -> None:
-    assert all("torch.no_grad()" in told for told in ranks.run(with_gradients, ulysses=2))
+    assert all("torch.no_grad()" in message for message in ranks.run(with_gradients, ulysses=2))
 
 
 def recovers(mesh: ParallelMesh) -> tuple[str, float]:
@@ -103,21 +105,21 @@ def recovers(mesh: ParallelMesh) -> tuple[str, float]:
         hook = model.transformer_blocks[1].register_forward_pre_hook(explode)
         try:
             model(**inputs)
-            told = "no error"
+            message = "no error"
         except RuntimeError as error:
-            told = str(error)
+            message = str(error)
         hook.remove()
-        return told, relative_error(model(**inputs)[0], wanted)
+        return message, relative_error(model(**inputs)[0], wanted)
 
 
 def test_a_failed_forward_leaves_nothing_behind(ranks: RankPool) -> None:
-    for told, error in ranks.run(recovers, ulysses=2, ring=2):
-        assert told == "in the middle"
+    for message, error in ranks.run(recovers, ulysses=2, ring=2):
+        assert message == "in the middle"
         assert error <= 1e-5
 
 
 def interrupted(mesh: ParallelMesh) -> tuple[float, str, float]:
-    """Ctrl-C in the middle, on every rank at the same place: the next forward works, and so does another model's."""
+    """Ctrl-C in the middle, on every rank at the same point: the next forward works, and so does another model's."""
     model, other, inputs = randomise(qwen_image()), randomise(qwen_image()), qwen_inputs(text=3)
     with torch.no_grad():
         wanted = model(**inputs)[0]
@@ -136,15 +138,15 @@ def interrupted(mesh: ParallelMesh) -> tuple[float, str, float]:
         break_off()
         error = relative_error(model(**inputs)[0], wanted)
         break_off()
-        told = error_of(lambda: other(**inputs))
+        message = error_of(lambda: other(**inputs))
         handle.remove()
-        return error, told, relative_error(other(**inputs)[0], wanted)
+        return error, message, relative_error(other(**inputs)[0], wanted)
 
 
 def test_an_interrupted_forward_leaves_nothing_behind(ranks: RankPool) -> None:
-    for error, told, others in ranks.run(interrupted, ulysses=2, ring=2):
+    for error, message, others in ranks.run(interrupted, ulysses=2, ring=2):
         assert error <= 1e-5
-        assert "if that one was interrupted, remove() its handle" in told
+        assert "if that one was interrupted, remove() its handle" in message
         assert others <= 1e-5
 
 
@@ -155,32 +157,32 @@ def different_inputs(mesh: ParallelMesh) -> str:
 
 
 def test_the_check_finds_ranks_with_different_inputs(ranks: RankPool) -> None:
-    for told in ranks.run(different_inputs, ulysses=2):
-        assert told.startswith("ShardingError: the ranks call the transformer with different inputs")
+    for message in ranks.run(different_inputs, ulysses=2):
+        assert message.startswith("ShardingError: the ranks call the transformer with different inputs")
 
 
 def alone(mesh: ParallelMesh) -> list[str]:
     """Refusals that need no exchange."""
     model, inputs = randomise(qwen_image()), qwen_inputs()
-    told = []
+    messages = []
     handle = parallelize(model, mesh)
-    told.append(error_of(lambda: parallelize(model, mesh)))
-    told.append(error_of(lambda: model.pos_embed([(1, 5, 7)], max_txt_seq_len=3)))
-    told.append(error_of(lambda: model.transformer_blocks[0].attn(hidden_states=torch.zeros(1, 2, 48))))
+    messages.append(error_of(lambda: parallelize(model, mesh)))
+    messages.append(error_of(lambda: model.pos_embed([(1, 5, 7)], max_txt_seq_len=3)))
+    messages.append(error_of(lambda: model.transformer_blocks[0].attn(hidden_states=torch.zeros(1, 2, 48))))
     handle.remove()
     handle.remove()
-    told.append(error_of(lambda: model(**inputs)))
-    told.append(error_of(lambda: parallelize(torch.nn.Linear(2, 2), mesh)))
-    told.append(error_of(lambda: parallelize(object(), mesh)))
-    told.append(error_of(lambda: parallelize(model, mesh, attention_backend="flsh")))
+    messages.append(error_of(lambda: model(**inputs)))
+    messages.append(error_of(lambda: parallelize(torch.nn.Linear(2, 2), mesh)))
+    messages.append(error_of(lambda: parallelize(object(), mesh)))
+    messages.append(error_of(lambda: parallelize(model, mesh, attention_backend="flsh")))
     wrong = own_plan(model).with_inputs(
         "proj_out", inputs={"nonsense": own_plan(model).modules["transformer_blocks.0"].inputs["hidden_states"]}
     )
-    told.append(error_of(lambda: parallelize(model, mesh, plan=wrong)))
+    messages.append(error_of(lambda: parallelize(model, mesh, plan=wrong)))
     unknown = ShardingPlan(modules={"blocks": wrong.modules["proj_out"]})
-    told.append(error_of(lambda: parallelize(model, mesh, plan=unknown)))
-    told.append(error_of(lambda: model(**inputs)))
-    return told
+    messages.append(error_of(lambda: parallelize(model, mesh, plan=unknown)))
+    messages.append(error_of(lambda: model(**inputs)))
+    return messages
 
 
 def test_refusals_name_what_is_wrong(ranks: RankPool) -> None:
@@ -196,9 +198,9 @@ def test_refusals_name_what_is_wrong(ranks: RankPool) -> None:
         "UnsupportedModelError: the plan for QwenImageTransformer2DModel speaks of 'blocks'",
         "no error",
     ]
-    for told in ranks.run(alone, ulysses=2):
-        assert len(told) == len(wanted)
-        for got, start in zip(told, wanted, strict=True):
+    for messages in ranks.run(alone, ulysses=2):
+        assert len(messages) == len(wanted)
+        for got, start in zip(messages, wanted, strict=True):
             assert got.startswith(start)
 
 

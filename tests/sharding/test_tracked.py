@@ -1,6 +1,6 @@
-"""Random programs on tensors in pieces against the same programs on whole tensors, on two and three ranks.
+"""Random programs on sharded tensors against the same programs on full tensors, on two and three ranks.
 
-All numbers are small whole ones (what is computed inexactly is rounded), so everything must be equal, not just close.
+All numbers are small integers (what is computed inexactly is rounded), so everything must be equal, not just close.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from omni_sp.sharding.hooks import shard_tracked
 from omni_sp.sharding.plan import Split
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard, to_full_tensors
 from omni_sp.sharding.tracked.placement import concatenated
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 from tests.sharding.operations import OPS, WRITE, Op
 from tests.thorough import THOROUGH
 
@@ -33,22 +33,22 @@ EXTRA = 5
 """The last slots take what the operations give."""
 
 
-def whole_numbers(*shape: int, seed: int) -> Tensor:
+def integers(*shape: int, seed: int) -> Tensor:
     return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def pieces(mesh: ParallelMesh, x: Tensor, dim: int, *lengths: int) -> TokenTensor:
-    """A tensor in pieces. Several lengths: one row behind the other, each dealt out evenly."""
+def sharded(mesh: ParallelMesh, x: Tensor, dim: int, *lengths: int) -> TokenTensor:
+    """A sharded tensor. Several lengths: tensors that are concatenated, each sharded evenly."""
     placement = concatenated(tuple(even_placement(length, mesh.sequence.size) for length in lengths or (x.shape[dim],)))
     return TokenTensor(local_shard(x, dim, placement, mesh.sequence).clone(), dim, placement, mesh.sequence)
 
 
 def tensors(mesh: ParallelMesh) -> tuple[list[Tensor], list[Tensor]]:
-    """What a program starts with: whole, and with most of it in pieces."""
+    """What a program starts with: full, and with most of it sharded."""
     shapes = [(2, 7, 4), (2, 7, 4), (2, 7, 4), (7, 4), (2, 7, 1), (4,), (2, 1, 4), (3, 2, 5, 4), (4, 7), (2, 7, 4)]
-    plain = [whole_numbers(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    cuts = {0: (1,), 1: (1, 3, 4), 3: (0,), 4: (1,), 6: (1,), 7: (2,), 8: (1,)}
-    tracked = [pieces(mesh, x, *cuts[i]) if i in cuts else x.clone() for i, x in enumerate(plain)]
+    plain = [integers(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    shard_dims = {0: (1,), 1: (1, 3, 4), 3: (0,), 4: (1,), 6: (1,), 7: (2,), 8: (1,)}
+    tracked = [sharded(mesh, x, *shard_dims[i]) if i in shard_dims else x.clone() for i, x in enumerate(plain)]
     plain += [plain[3][2:5], plain[7].transpose(1, 2)]
     tracked += [tracked[3][2:5], tracked[7].transpose(1, 2)]
     assert len(plain) == SLOTS
@@ -56,15 +56,15 @@ def tensors(mesh: ParallelMesh) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def differ(plain: Tensor, tracked: Tensor) -> str | None:
-    """What is not the same about a tensor and its twin. A collective call."""
+    """What is not the same about a tensor and its sharded counterpart. A collective call."""
     if (plain.shape, plain.dtype) != (tracked.shape, tracked.dtype):
         return f"{tracked.dtype} {tuple(tracked.shape)} for {plain.dtype} {tuple(plain.shape)}"
-    whole = to_full_tensors(tracked)
-    if whole.shape != plain.shape:
-        return f"pieces that make {tuple(whole.shape)} for {tuple(plain.shape)}"
-    if torch.equal(whole, plain) or torch.allclose(whole, plain, rtol=0, atol=0, equal_nan=True):
+    full = to_full_tensors(tracked)
+    if full.shape != plain.shape:
+        return f"shards that make {tuple(full.shape)} for {tuple(plain.shape)}"
+    if torch.equal(full, plain) or torch.allclose(full, plain, rtol=0, atol=0, equal_nan=True):
         return None
-    return f"wrong numbers: {int((whole != plain).sum())} of {plain.numel()}"
+    return f"wrong numbers: {int((full != plain).sum())} of {plain.numel()}"
 
 
 def mode(inference: bool) -> AbstractContextManager[Any]:
@@ -153,15 +153,15 @@ programs = st.lists(
     derandomize=True,
     deadline=None,
     database=None,
-    phases=[Phase.generate],  # a program tells by itself which step is wrong
+    phases=[Phase.generate],  # the message of a failure already names the step
     suppress_health_check=list(HealthCheck),
 )
 @given(program=programs, inference=st.booleans())
-def test_any_program_gives_what_it_gives_on_whole_tensors(
+def test_any_program_gives_what_it_gives_on_full_tensors(
     ranks: RankPool, num_ranks: int, program: list[Step], inference: bool
 ) -> None:
-    told = ranks.run(run_program, program, inference, ulysses=num_ranks)
-    assert told == [([], told[0][1])] * num_ranks
+    answers = ranks.run(run_program, program, inference, ulysses=num_ranks)
+    assert answers == [([], answers[0][1])] * num_ranks
 
 
 def run_alone(mesh: ParallelMesh, inference: bool) -> tuple[dict[str, list[str]], set[str]]:
@@ -205,8 +205,8 @@ def run_refused(mesh: ParallelMesh) -> dict[str, str]:
     troubles = {}
     with torch.no_grad():
         for name, function in REFUSED.items():
-            x = whole_numbers(2, 7, 4, seed=1)
-            tracked = pieces(mesh, x, 1)
+            x = integers(2, 7, 4, seed=1)
+            tracked = sharded(mesh, x, 1)
             try:
                 function(tracked)
             except ShardingError:
@@ -218,38 +218,38 @@ def run_refused(mesh: ParallelMesh) -> dict[str, str]:
     return troubles
 
 
-def test_what_cannot_be_done_to_pieces_is_refused(ranks: RankPool) -> None:
+def test_what_cannot_be_done_to_shards_is_refused(ranks: RankPool) -> None:
     assert ranks.run(run_refused, ulysses=2) == [{}, {}]
 
 
-def run_cuts(mesh: ParallelMesh) -> None:
-    """How the tensors that a plan names are cut."""
-    x = whole_numbers(2, 7, 4, seed=1)
+def run_sharding(mesh: ParallelMesh) -> None:
+    """How the tensors that a plan names are sharded."""
+    x = integers(2, 7, 4, seed=1)
     seen: list[tuple[str, int, int]] = []
 
-    def on_shard(where: str, whole: Tensor, num_tokens: int, num_own: int) -> None:
-        seen.append((where, num_tokens, num_own))
+    def on_shard(location: str, full: Tensor, num_tokens: int, num_local: int) -> None:
+        seen.append((location, num_tokens, num_local))
 
-    def cut_as(value: Any, split: Split) -> Any:
+    def shard_as(value: Any, split: Split) -> Any:
         return shard_tracked(value, split, mesh, "here", on_shard)
 
     own = even_placement(7, mesh.sequence.size).lengths[mesh.sequence.rank]
-    tracked = cut_as(x, Split(dim=-2, ndim=3))
+    tracked = shard_as(x, Split(dim=-2, ndim=3))
     assert seen == [("here", 7, own)]
     assert (tracked.shard_dim, tracked.shape, tracked.local.shape) == (1, x.shape, (2, own, 4))
     assert differ(x, tracked) is None
-    assert cut_as(tracked, Split(dim=0)) is tracked
-    assert cut_as(None, Split(dim=1)) is None
-    assert cut_as(x, Split(dim=1, ndim=4)) is x
-    turned = cut_as(x.transpose(0, 1), Split(dim=0))
+    assert shard_as(tracked, Split(dim=0)) is tracked
+    assert shard_as(None, Split(dim=1)) is None
+    assert shard_as(x, Split(dim=1, ndim=4)) is x
+    turned = shard_as(x.transpose(0, 1), Split(dim=0))
     assert differ(x.transpose(0, 1), turned) is None
     assert differ(x.transpose(0, 1).reshape(-1), turned.reshape(-1)) is None
-    whole, two = cut_as([None, (x, x)], Split(dim=1))
-    assert whole is None
+    nothing, two = shard_as([None, (x, x)], Split(dim=1))
+    assert nothing is None
     assert [differ(x, y) for y in two] == [None, None]
     tracked.add_(1)
     two[0].zero_()
-    assert torch.equal(x, whole_numbers(2, 7, 4, seed=1))
+    assert torch.equal(x, integers(2, 7, 4, seed=1))
     made = to_full_tensors({"a": [tracked, x], "b": (tracked[:, 3], 1)})
     assert type(made["a"][0]) is type(made["b"][0]) is Tensor
     assert torch.equal(made["a"][0], x + 1)
@@ -257,6 +257,6 @@ def run_cuts(mesh: ParallelMesh) -> None:
     assert made["a"][1] is x
 
 
-def test_cuts_and_joins(ranks: RankPool) -> None:
+def test_sharding_and_gathering(ranks: RankPool) -> None:
     # What it asserts, it asserts on every rank; a failure there raises here.
-    assert len(ranks.run(run_cuts, ulysses=3)) == 3
+    assert len(ranks.run(run_sharding, ulysses=3)) == 3

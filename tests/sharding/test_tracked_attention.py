@@ -1,4 +1,4 @@
-"""Attention with tracked operands against torch's own on the whole tensors."""
+"""Attention with tracked operands against torch's own on the full tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.forward_context import ShardedForward, activate
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard, to_full_tensors, tracked_attention
 from omni_sp.sharding.tracked.placement import concatenated
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 
 DEGREES = [(2, 1), (1, 2), (2, 2), (3, 1)]
 
@@ -28,9 +28,16 @@ class Case:
     """An attention.
 
     Attributes:
-        query, key: shapes (…, heads, tokens, head_dim). cuts: the dims along which query, key and value are cut, from
-            the end; None leaves one whole. lengths: of the rows that query, key and value are joined from.
-        mask: kind of the mask, see ``mask_of``. mask_cut: the dim along which the mask itself is cut.
+        query: its shape (…, heads, tokens, head_dim).
+        key: the shape of keys and values; None for that of the query.
+        cuts: the dims along which query, key and value are sharded, from the end; None leaves one replicated.
+        lengths: of the sequences that query, key and value are concatenated from.
+        mask: kind of the mask, see ``mask_of``.
+        mask_cut: the dim along which the mask itself is sharded.
+        causal: as in torch's attention.
+        scale: as in torch's attention.
+        gqa: as in torch's attention.
+        dtype: of query, key and value.
     """
 
     query: tuple[int, ...] = (2, 6, 11, 8)
@@ -63,24 +70,24 @@ CASES: dict[str, Case] = {
     "gqa, bias": replace(PLAIN, key=(2, 3, 11, 8), gqa=True, mask="bias"),
     "gqa, causal": replace(PLAIN, key=(2, 3, 11, 8), gqa=True, causal=True),
     "gqa, heads cut": replace(PLAIN, key=(2, 3, 11, 8), gqa=True, cuts=(-3, -3, -3)),
-    "gqa, heads cut, whole keys": replace(PLAIN, key=(2, 2, 11, 8), gqa=True, cuts=(-3, None, None)),
-    "mqa, heads cut, whole keys": replace(PLAIN, key=(2, 1, 11, 8), gqa=True, cuts=(-3, None, None)),
+    "gqa, heads cut, full keys": replace(PLAIN, key=(2, 2, 11, 8), gqa=True, cuts=(-3, None, None)),
+    "mqa, heads cut, full keys": replace(PLAIN, key=(2, 1, 11, 8), gqa=True, cuts=(-3, None, None)),
     "heads cut": replace(PLAIN, cuts=(-3, -3, -3), mask="bias per head"),
     "cross": TEXT,
-    "cross to whole keys": replace(TEXT, cuts=(-2, None, None)),
-    "cross to whole keys, causal": replace(TEXT, cuts=(-2, None, None), causal=True),
+    "cross to full keys": replace(TEXT, cuts=(-2, None, None)),
+    "cross to full keys, causal": replace(TEXT, cuts=(-2, None, None), causal=True),
     "fewer tokens than ranks": replace(PLAIN, query=(2, 6, 2, 8), key=(2, 6, 9, 8)),
     "one query": replace(PLAIN, query=(2, 6, 1, 8), key=(2, 6, 9, 8), mask="bias"),
     "one key": replace(PLAIN, key=(2, 6, 1, 8), mask="bool"),
-    "whole queries, keys cut": replace(TEXT, cuts=(None, -2, -2)),
-    "whole queries, keys cut, bias": replace(TEXT, cuts=(None, -2, -2), mask="bias"),
+    "full queries, keys cut": replace(TEXT, cuts=(None, -2, -2)),
+    "full queries, keys cut, bias": replace(TEXT, cuts=(None, -2, -2), mask="bias"),
     "only values cut": replace(TEXT, cuts=(None, None, -2)),
-    "whole values": replace(TEXT, cuts=(-2, -2, None)),
-    "whole keys, values cut": replace(TEXT, cuts=(-2, None, -2), mask="bool keys"),
+    "full values": replace(TEXT, cuts=(-2, -2, None)),
+    "full keys, values cut": replace(TEXT, cuts=(-2, None, -2), mask="bool keys"),
     "text and picture": replace(PLAIN, lengths=((4, 7),) * 3, mask="bool keys"),
     "text and picture, bias": replace(PLAIN, lengths=((4, 7),) * 3, mask="bias"),
     "text and picture, causal": replace(PLAIN, lengths=((4, 7),) * 3, causal=True),
-    "differing spans": replace(PLAIN, lengths=((4, 7), None, None), mask="bool keys"),
+    "differing placements": replace(PLAIN, lengths=((4, 7), None, None), mask="bool keys"),
     "keys differ from values": replace(PLAIN, lengths=(None, (4, 7), (7, 4)), mask="bool keys"),
     "keys differ from values, bias": replace(PLAIN, lengths=(None, (4, 7), (7, 4)), mask="bias"),
     "3 dims": replace(PLAIN, query=(6, 11, 8), mask="bias of keys"),
@@ -91,7 +98,7 @@ CASES: dict[str, Case] = {
     "batch cut": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, -4, -4), mask="bool keys"),
     "batch cut, causal": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, -4, -4), causal=True),
     "batch cut, fewer than ranks": replace(PLAIN, query=(2, 6, 4, 8), cuts=(-4, -4, -4), mask="bias"),
-    "batch cut, whole keys": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, None, None), mask="bias"),
+    "batch cut, full keys": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, None, None), mask="bias"),
     "batch cut, keys cut otherwise": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, -2, -2), mask="bool keys"),
     "batch cut, mask cut": replace(PLAIN, query=(7, 6, 4, 8), cuts=(-4, -4, -4), mask="bool keys", mask_cut=-4),
     "rows cut, keys' batch cut": replace(PLAIN, cuts=(-2, -4, -4), mask="bool keys"),
@@ -100,11 +107,11 @@ CASES: dict[str, Case] = {
     "mask's rows cut otherwise": replace(PLAIN, lengths=((4, 7), None, None), mask="bool", mask_cut=-2),
     "mask's keys cut": replace(PLAIN, mask="bias", mask_cut=-1),
     "key mask cut": replace(PLAIN, mask="bool keys", mask_cut=-1),
-    "mask's rows cut, queries whole": replace(TEXT, cuts=(None, -2, -2), mask="bias", mask_cut=-2),
+    "mask's rows cut, queries full": replace(TEXT, cuts=(None, -2, -2), mask="bias", mask_cut=-2),
 }
 CASES |= {mask: replace(PLAIN, mask=mask) for mask in MASKS}
 CASES |= {f"{mask}, expanded": replace(PLAIN, mask=f"{mask}, expanded") for mask in MASKS}
-CASES |= {f"cross to whole keys, {mask}": replace(TEXT, cuts=(-2, None, None), mask=mask) for mask in MASKS}
+CASES |= {f"cross to full keys, {mask}": replace(TEXT, cuts=(-2, None, None), mask=mask) for mask in MASKS}
 
 
 def mask_of(case: Case) -> Tensor | None:
@@ -138,8 +145,8 @@ def mask_of(case: Case) -> Tensor | None:
     return mask.expand(*batch, heads, rows, keys) if expanded else mask
 
 
-def pieces(mesh: ParallelMesh, x: Tensor, dim: int | None, lengths: tuple[int, ...] | None = None) -> Tensor:
-    """A tensor cut along a dim (from the end), each of several rows behind each other dealt out evenly."""
+def sharded(mesh: ParallelMesh, x: Tensor, dim: int | None, lengths: tuple[int, ...] | None = None) -> Tensor:
+    """A tensor sharded along a dim (from the end), or tensors that are concatenated, each sharded evenly."""
     if dim is None:
         return x
     dim = x.ndim + dim
@@ -187,23 +194,23 @@ def run_case(mesh: ParallelMesh, case: Case) -> str | None:
     mask = mask_of(case)
     attention = partial(F.scaled_dot_product_attention, is_causal=case.causal, scale=case.scale, enable_gqa=case.gqa)
     wanted = attention(query, key, value, attn_mask=mask)
-    q, k, v = (pieces(mesh, *given) for given in zip(tensors, case.cuts, case.lengths, strict=True))
-    given_mask = mask if mask is None else pieces(mesh, mask, case.mask_cut)
+    q, k, v = (sharded(mesh, *given) for given in zip(tensors, case.cuts, case.lengths, strict=True))
+    given_mask = mask if mask is None else sharded(mesh, mask, case.mask_cut)
     got = attention(q, k, v, attn_mask=given_mask)
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return f"{got.dtype} {tuple(got.shape)} for {wanted.dtype} {tuple(wanted.shape)}"
-    whole = to_full_tensors(got)
-    if whole.shape != wanted.shape:
-        return f"pieces that make {tuple(whole.shape)} for {tuple(wanted.shape)}"
-    error = float((whole - wanted).abs().max())
+    full = to_full_tensors(got)
+    if full.shape != wanted.shape:
+        return f"shards that make {tuple(full.shape)} for {tuple(wanted.shape)}"
+    error = float((full - wanted).abs().max())
     return None if error <= 1e-5 else f"off by {error:.1e}"
 
 
 @pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
 @pytest.mark.parametrize(("ulysses", "ring"), DEGREES)
-def test_equals_attention_over_whole_tensors(ranks: RankPool, ulysses: int, ring: int, inference: bool) -> None:
-    told = ranks.run(run_cases, list(CASES), inference, ulysses=ulysses, ring=ring)
-    assert told == [{}] * (ulysses * ring)
+def test_equals_attention_over_full_tensors(ranks: RankPool, ulysses: int, ring: int, inference: bool) -> None:
+    answers = ranks.run(run_cases, list(CASES), inference, ulysses=ulysses, ring=ring)
+    assert answers == [{}] * (ulysses * ring)
 
 
 def run_others(mesh: ParallelMesh) -> tuple[float, float, list[str]]:
@@ -211,7 +218,7 @@ def run_others(mesh: ParallelMesh) -> tuple[float, float, list[str]]:
     case = replace(PLAIN, mask="bool keys")
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(case.query, generator=generator)
-    tracked = pieces(mesh, x, -2)
+    tracked = sharded(mesh, x, -2)
     mask = mask_of(case)
     assert mask is not None
     refused = []

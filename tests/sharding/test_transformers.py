@@ -7,8 +7,8 @@ import torch
 
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import randomise, relative_error
+from testing.ranks import RankPool
+from testing.reference import randomise, relative_error
 from tests.sharding.models import CASES, qwen_image, qwen_inputs
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]
@@ -54,13 +54,13 @@ def test_bf16_is_as_good_as_one_process(ranks: RankPool, name: str, ulysses: int
         assert restored
 
 
-def test_tokens_are_told(ranks: RankPool) -> None:
+def test_tokens_are_counted(ranks: RankPool) -> None:
     for *_, tokens in ranks.run(compare, "qwen, two prompts", torch.float32, ulysses=2):
         assert tokens == {"hidden_states": 35, "encoder_hidden_states": 13}
 
 
 def changing(mesh: ParallelMesh) -> list[float]:
-    """A model called with token counts that leave some ranks' pieces as long as before."""
+    """A model called with token counts that leave some ranks' shards as long as before."""
     model = randomise(qwen_image())
     calls = [qwen_inputs(height=5, width=7, text=text) for text in (8, 7, 8, 6)]
     with torch.no_grad():

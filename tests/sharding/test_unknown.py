@@ -11,13 +11,13 @@ from torch import nn
 from omni_sp import ShardingError, parallelize
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding import Split, TrackedPlan
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import randomise, relative_error
+from testing.ranks import RankPool
+from testing.reference import randomise, relative_error
 from tests.sharding.test_refusals import error_of
 
 
 class Block(nn.Module):
-    """Attention with a window for each query, a convolution over places, and a mean over all tokens."""
+    """Attention with a window for each query, a convolution over positions, and a mean over all tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -32,8 +32,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         mask = None
         if window is not None:
-            places = torch.arange(tokens)
-            mask = (places[:, None] - places[None]).abs() <= window
+            positions = torch.arange(tokens)
+            mask = (positions[:, None] - positions[None]).abs() <= window
         attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + attended.transpose(1, 2).reshape(batch, tokens, width)
         picture = self.conv(x.transpose(1, 2).unflatten(2, size))
@@ -107,7 +107,7 @@ def test_operations_that_need_a_full_tensor_are_counted(ranks: RankPool) -> None
 
 
 def test_what_is_cut_does_not_decide_what_is_exact(ranks: RankPool) -> None:
-    for dim in (0, -1):  # the batch; the channels, which every linear layer needs whole
+    for dim in (0, -1):  # the batch; the channels, which every linear layer needs in full
         for ulysses, ring in ((2, 1), (3, 1), (2, 2)):  # a batch of two leaves a third and a fourth rank without any
             plan = TrackedPlan({"blocks.0": {"x": Split(dim=dim)}})
             for error, *_ in ranks.run(followed, 4, plan, ulysses=ulysses, ring=ring):
@@ -117,15 +117,15 @@ def test_what_is_cut_does_not_decide_what_is_exact(ranks: RankPool) -> None:
 def refused(mesh: ParallelMesh) -> list[str]:
     model: Any = randomise(Own())
     picture = torch.zeros(1, 4, 3, 3)
-    told = [error_of(lambda: parallelize(NoBlocks(), mesh))]
+    messages = [error_of(lambda: parallelize(NoBlocks(), mesh))]
     handle = parallelize(
         model, mesh, plan=TrackedPlan({"blocks.0": {"x": Split(dim=1, ndim=5, replicate_if_ndim_differs=True)}})
     )
-    told.append(error_of(lambda: model(picture)))
+    messages.append(error_of(lambda: model(picture)))
     handle.remove()
-    told.append(error_of(lambda: parallelize(model, mesh, plan=TrackedPlan({"layers.0": {"x": Split(dim=1)}}))))
-    told.append(error_of(lambda: parallelize(model, mesh, plan=TrackedPlan({"blocks.0": {"y": Split(dim=1)}}))))
-    return told
+    messages.append(error_of(lambda: parallelize(model, mesh, plan=TrackedPlan({"layers.0": {"x": Split(dim=1)}}))))
+    messages.append(error_of(lambda: parallelize(model, mesh, plan=TrackedPlan({"blocks.0": {"y": Split(dim=1)}}))))
+    return messages
 
 
 def test_refusals_say_what_to_do(ranks: RankPool) -> None:

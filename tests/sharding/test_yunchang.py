@@ -9,8 +9,8 @@ import torch
 
 from omni_sp import DiffusionParallelConfig, OmniSPError, ParallelMesh, UnsupportedAttentionError, parallelize
 from omni_sp.attention import SequenceLayout, select_strategy, sequence_parallel_attention
-from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import randomise, relative_error
+from testing.ranks import RankPool
+from testing.reference import randomise, relative_error
 from tests.sharding.models import qwen_image, qwen_inputs
 
 pytest.importorskip("yunchang", reason="yunchang is not installed: pip install 'omni-sp[yunchang]'")
@@ -36,7 +36,7 @@ def test_it_equals_one_process_where_it_can(ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "inputs", "ulysses", "ring", "told"),
+    ("heads", "inputs", "ulysses", "ring", "message"),
     [
         (4, {"height": 5, "width": 7}, 2, 1, "needs the same number of tokens on every rank"),
         (3, {"height": 6, "width": 8, "text": 12}, 2, 1, "needs heads that ulysses_degree divides"),
@@ -45,21 +45,21 @@ def test_it_equals_one_process_where_it_can(ranks: RankPool) -> None:
     ],
 )
 def test_what_it_gets_wrong_is_refused(
-    ranks: RankPool, heads: int, inputs: dict[str, Any], ulysses: int, ring: int, told: str
+    ranks: RankPool, heads: int, inputs: dict[str, Any], ulysses: int, ring: int, message: str
 ) -> None:
     for error in ranks.run(with_yunchang, heads, inputs, ulysses=ulysses, ring=ring):
         assert isinstance(error, str)
-        assert error.startswith(f"yunchang {told}")
+        assert error.startswith(f"yunchang {message}")
         assert 'use attention_strategy="omni_sp"' in error
 
 
 def other_refusals(mesh: ParallelMesh) -> list[str]:
-    told = []
+    messages = []
     for name, kernel in (("yunchang", "math"), ("nonsense", "auto")):
         try:
             select_strategy(name, mesh, kernel)
         except UnsupportedAttentionError as error:
-            told.append(str(error))
+            messages.append(str(error))
     attend = select_strategy("yunchang", mesh, "auto")
     x = torch.zeros(1, 3, 4, 8)
     for key, causal, layout in (
@@ -71,19 +71,19 @@ def other_refusals(mesh: ParallelMesh) -> list[str]:
         try:
             attend(x, key, key, key_mask=None, is_causal=causal, scale=None, layout=layout)
         except UnsupportedAttentionError as error:
-            told.append(str(error))
-    return told
+            messages.append(str(error))
+    return messages
 
 
 def test_other_refusals(ranks: RankPool) -> None:
-    for told in ranks.run(other_refusals, ulysses=2):
-        assert len(told) == 6
-        assert "brings its own kernels" in told[0]
-        assert "choose from omni_sp, yunchang" in told[1]
-        assert "grouped heads (4 and 2)" in told[2]
-        assert "not used for causal attention without flash-attn" in told[3]
-        assert "zigzag" in told[4]
-        assert "needs tokens on every rank" in told[5]
+    for messages in ranks.run(other_refusals, ulysses=2):
+        assert len(messages) == 6
+        assert "brings its own kernels" in messages[0]
+        assert "choose from omni_sp, yunchang" in messages[1]
+        assert "grouped heads (4 and 2)" in messages[2]
+        assert "not used for causal attention without flash-attn" in messages[3]
+        assert "zigzag" in messages[4]
+        assert "needs tokens on every rank" in messages[5]
 
 
 def on_half_of_the_ranks(job: ParallelMesh) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from omni_sp.sharding.catalogue import PROVEN_FILE, as_markdown, catalogue, transformer_classes
 from omni_sp.sharding.models import PLANNED
-from omni_sp.testing.ranks import RankPool
+from testing.ranks import RankPool
 from tests.sharding.zoo.all import ENTRIES, proven_classes
 from tests.sharding.zoo.check import LAYOUTS, compare
 from tests.thorough import THOROUGH

@@ -1,4 +1,4 @@
-"""Where programs look for the front door."""
+"""Where programs look for Omni."""
 
 from omni_sp import Omni
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from omni_sp.attention.kernels.base import Capabilities, Kernel, additive_mask
 
-_HALF = (torch.bfloat16, torch.float16)
+_HALF = frozenset({torch.bfloat16, torch.float16})
+_DEVICES, _DTYPES = frozenset({"cpu"}), _HALF | {torch.float32, torch.float64}
 
 
 def _run(
@@ -29,14 +30,6 @@ def _run(
 
 CPU_FLASH = Kernel(
     "cpu_flash",
-    Capabilities(
-        devices=frozenset({"cpu"}),
-        dtypes=frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}),
-        key_mask=True,
-        causal=True,
-        causal_with_mask=True,
-        gqa=True,
-        max_head_dim=1024,
-    ),
+    Capabilities(_DEVICES, _DTYPES, key_mask=True, causal=True, causal_with_mask=True, gqa=True, max_head_dim=1024),
     _run,
 )

@@ -24,15 +24,7 @@ def _cudnn(
     query: Tensor, key: Tensor, value: Tensor, _no_mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        None,
-        True,
-        0.0,
-        is_causal,
-        False,
-        scale=scale,
+        *(x.transpose(1, 2) for x in (query, key, value)), None, True, 0.0, is_causal, False, scale=scale
     )
     # The kernel's LSE has a last dim of 1 behind the tokens.
     return out.transpose(1, 2), lse.reshape(query.shape[0], query.shape[2], query.shape[1])

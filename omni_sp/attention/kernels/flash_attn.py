@@ -19,14 +19,8 @@ def _kernel(name: str, max_head_dim: int, modules: tuple[str, ...], install: str
         out, lse, *_ = function(query, key, value, softmax_scale=scale, causal=is_causal, **{lse_option: True})
         return out, lse
 
-    capabilities = Capabilities(
-        devices=frozenset({"cuda"}),
-        dtypes=frozenset({torch.bfloat16, torch.float16}),
-        causal=True,
-        gqa=True,
-        max_head_dim=max_head_dim,
-        head_dim_multiple=8,
-    )
+    devices, dtypes = frozenset({"cuda"}), frozenset({torch.bfloat16, torch.float16})
+    capabilities = Capabilities(devices, dtypes, causal=True, gqa=True, max_head_dim=max_head_dim, head_dim_multiple=8)
     return Kernel(name, capabilities, run, modules=modules, install=install)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from omni_sp.attention.kernels.base import Capabilities, Kernel, additive_mask
 
+_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _MAX_SCORES = 1 << 26
 """At most this many scores are in memory at a time (256 MiB in fp32): queries are taken in portions."""
 
@@ -38,13 +40,6 @@ def _run(
 
 MATH = Kernel(
     "math",
-    Capabilities(
-        devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
-        dtypes=frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}),
-        key_mask=True,
-        causal=True,
-        causal_with_mask=True,
-        max_head_dim=1 << 16,
-    ),
+    Capabilities(_DEVICES, _DTYPES, key_mask=True, causal=True, causal_with_mask=True, max_head_dim=1 << 16),
     _run,
 )

@@ -11,11 +11,7 @@ from omni_sp.errors import UnsupportedAttentionError
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module is installed. Nothing of its package is imported: that could allocate a GPU's memory.
-
-    Args:
-        module: its dotted name.
-    """
+    """Whether a module is installed. Nothing of its package is imported: that could allocate a GPU's memory."""
     package, *inner = module.split(".")
     spec, name = find_spec(package), package
     for component in inner:

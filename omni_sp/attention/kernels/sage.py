@@ -8,6 +8,7 @@ from torch import Tensor
 from omni_sp.attention.kernels.base import Capabilities, Kernel
 from omni_sp.attention.kernels.optional import optional_function
 
+_DEVICES, _DTYPES = frozenset({"cuda"}), frozenset({torch.bfloat16, torch.float16})
 _MODULES, _INSTALL = ("sageattention",), "install SageAttention 2 from its source"
 
 
@@ -22,14 +23,7 @@ def _run(
 
 SAGE_LOSSY = Kernel(
     "sage_lossy",
-    Capabilities(
-        devices=frozenset({"cuda"}),
-        dtypes=frozenset({torch.bfloat16, torch.float16}),
-        causal=True,
-        gqa=True,
-        max_head_dim=128,
-        head_dim_multiple=8,
-    ),
+    Capabilities(_DEVICES, _DTYPES, causal=True, gqa=True, max_head_dim=128, head_dim_multiple=8),
     _run,
     lossy=True,
     modules=_MODULES,

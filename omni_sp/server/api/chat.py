@@ -8,7 +8,6 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from PIL import Image
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
@@ -17,6 +16,7 @@ from omni_sp.events import RequestDone, RequestFailed
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt
 from omni_sp.pipelines.images import input_image
+from omni_sp.server.api.results import count_tokens, encode, pictures_of
 from omni_sp.server.api.schemas import (
     MAX_PROMPT_CHARS,
     Fields,
@@ -34,12 +34,11 @@ from omni_sp.server.api.streaming import (
     run_to_completion,
     start_stream,
 )
-from omni_sp.server.errors import ApiError
-from omni_sp.server.fetch import fetch
-from omni_sp.server.pictures import MEDIA_TYPES, as_base64, decode_data_url, decode_picture, encode_picture
+from omni_sp.server.errors import ApiError, refusal
+from omni_sp.server.pictures import MEDIA_TYPES, as_base64, picture_at
 from omni_sp.server.settings import ServerSettings
 
-# For the API's description; what is wrong with a message, last_user_message() says in words.
+# For the API's description; the errors about a message come from last_user_message().
 _PART = {
     "type": "object",
     "required": ["type"],
@@ -61,7 +60,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class StreamOptions(Fields):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -70,7 +69,7 @@ class StreamOptions(Fields):
 class ChatFields(GenerationFields):
     """A chat that ends with what is to be drawn. Earlier messages are not looked at.
 
-    The last message of the user says it: its texts are the prompt, its pictures are edited. ``n`` asks for as many
+    Of the last message of the user, the texts are the prompt, and the pictures are edited. ``n`` asks for as many
     choices of a picture each; ``num_outputs_per_prompt`` for as many pictures in one choice; ``height`` and ``width``
     may stand for ``size``. Fields that steer the writing of text are accepted, as chat programs send them with every
     request, and mean nothing here.
@@ -105,34 +104,37 @@ def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
         check_generation(request_fields, settings)
         text, urls = last_user_message(fields.messages, settings)
         capabilities = require_pictures(omni, settings)
-        pictures = [await _picture(url, settings) for url in urls]
+        pictures = [await asyncio.to_thread(picture_at, url, settings, param="messages") for url in urls]
         prompt = Prompt(text=text, image=input_image(pictures, capabilities))
         params = sampling_params(request_fields, settings)
         answer = _Answer(fields, settings.names[0], one_choice)
         if fields.stream:
             _, events = await start_stream(omni, prompt, params)
             return EventStream(_stream(events, answer), events, keep_alive_s=settings.keep_alive_s)
-        return JSONResponse(await answer.whole(await run_to_completion(omni, request, prompt, params)))
+        return JSONResponse(await answer.at_once(await run_to_completion(omni, request, prompt, params)))
 
     return router
 
 
 def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) -> tuple[str, list[str]]:
-    """The text and the pictures' URLs of the last message of the user.
+    """Find what to draw in the last message of the user.
+
+    Returns:
+        The text, and the URLs of the pictures.
 
     Raises:
-        ApiError: 400: there is none, it says nothing, or holds what is no text and no picture.
+        ApiError: 400: there is no such message, it is empty, or holds what is no text and no picture.
     """
-    place, message = next(
-        ((place, one) for place, one in reversed([*enumerate(messages)]) if one.get("role") == "user"), (0, None)
+    index, message = next(
+        ((index, one) for index, one in reversed([*enumerate(messages)]) if one.get("role") == "user"), (0, None)
     )
     if message is None:
-        raise ApiError(400, 'messages: none has the role "user"', param="messages", code="missing_required_parameter")
-    where = f"messages[{place}].content"
+        raise refusal("messages", 'none has the role "user"', code="missing_required_parameter")
+    where = f"messages[{index}].content"
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise _refused(where, "give a string or a list of parts")
+        raise refusal(where, "give a string or a list of parts")
     texts, urls = [], []
     for part in parts:
         kind = part.get("type")
@@ -142,32 +144,31 @@ def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) 
             image_url = part.get("image_url")
             url = image_url.get("url") if isinstance(image_url, dict) else image_url
             if not isinstance(url, str):
-                raise _refused(where, "a part of type image_url has no url")
+                raise refusal(where, "a part of type image_url has no url")
             urls.append(url)
         else:
-            raise _refused(where, f"a part of type {str(kind)[:40]!r}: give text and image_url only")
+            raise refusal(where, f"a part of type {str(kind)[:40]!r}: give text and image_url only")
     text = "\n".join(texts).strip()
     if not text:
-        raise _refused(where, "it holds no text: say what to draw", code="missing_required_parameter")
+        raise refusal(where, "it holds no text: say what to draw", code="missing_required_parameter")
     if len(text) > MAX_PROMPT_CHARS:
-        raise _refused(where, f"{len(text)} characters of text are more than {MAX_PROMPT_CHARS}")
+        raise refusal(where, f"{len(text)} characters of text are more than {MAX_PROMPT_CHARS}")
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise _refused(where, "it holds half of a character")
+        raise refusal(where, "it holds half of a character")
     if len(urls) > settings.max_images:
-        raise _refused(where, f"{len(urls)} pictures: this server takes up to {settings.max_images}")
+        raise refusal(where, f"{len(urls)} pictures: this server takes up to {settings.max_images}")
     return text, urls
 
 
 class _Answer:
-    """The shapes of one answer, whole or in chunks."""
+    """The shapes of one answer, at once or in chunks."""
 
     def __init__(self, fields: ChatFields, model: str, one_choice: bool) -> None:
         self._fields, self._one_choice = fields, one_choice
-        self._kind = fields.output_format or "png"
         self._common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
-    async def whole(self, output: OmniRequestOutput) -> dict[str, Any]:
-        """The answer at once."""
+    async def at_once(self, output: OmniRequestOutput) -> dict[str, Any]:
+        """The answer in one body."""
         choices = [
             {
                 "index": index,
@@ -191,7 +192,7 @@ class _Answer:
         return self._chunk([_choice(0, {"role": "assistant", "content": ""})])
 
     async def chunks(self, output: OmniRequestOutput) -> list[bytes]:
-        """The rest: a chunk for each choice, and how it ended."""
+        """The chunks after the first: one for each choice, one for its end, and the usage where it is asked for."""
         choices = list(enumerate(await self._choices(output)))
         chunks = [
             self._chunk([_choice(index, {"role": "assistant", "content": "", "images": parts})])
@@ -209,15 +210,12 @@ class _Answer:
 
     async def _choices(self, output: OmniRequestOutput) -> list[list[dict[str, Any]]]:
         """The pictures of each choice."""
-        pictures = [picture for picture in output.images if isinstance(picture, Image.Image)]
-        if not pictures:
-            raise ApiError(500, "the pipeline gave no picture", code="no_picture")
-        parts = [await self._part(picture) for picture in pictures]
+        head = f"data:{MEDIA_TYPES[self._fields.output_format or 'png']};base64,"
+        parts = [
+            {"type": "image_url", "image_url": {"url": head + as_base64(await encode(picture, self._fields))}}
+            for picture in pictures_of(output)
+        ]
         return [parts] if self._one_choice else [[part] for part in parts]
-
-    async def _part(self, picture: Image.Image) -> dict[str, Any]:
-        data = await asyncio.to_thread(encode_picture, picture, self._kind, self._fields.output_compression)
-        return {"type": "image_url", "image_url": {"url": f"data:{MEDIA_TYPES[self._kind]};base64,{as_base64(data)}"}}
 
 
 async def _stream(events: Events, answer: _Answer) -> Chunks:
@@ -232,7 +230,7 @@ async def _stream(events: Events, answer: _Answer) -> Chunks:
 
 
 def _as_generation(fields: ChatFields) -> GenerationFields:
-    """The same request with one name for each thing.
+    """The request's fields under their names in GenerationFields.
 
     Raises:
         ApiError: 400: two names of one thing.
@@ -250,33 +248,12 @@ def _as_generation(fields: ChatFields) -> GenerationFields:
     return GenerationFields(**{**known, "n": fields.num_outputs_per_prompt or fields.n, "size": size})
 
 
-async def _picture(url: str, settings: ServerSettings) -> Image.Image:
-    """The picture behind a data: URL, or, where the operator allows it, an http(s) one."""
-    if url[:5].lower() == "data:":
-        return await asyncio.to_thread(decode_data_url, url, param="messages", max_pixels=settings.max_pixels)
-    if settings.allow_url_images and url.lower().startswith(("http://", "https://")):
-        data = await asyncio.to_thread(fetch, url, max_bytes=settings.max_body_bytes, param="messages")
-        return await asyncio.to_thread(decode_picture, data, param="messages", max_pixels=settings.max_pixels)
-    how = "; this server fetches no URLs" if url.lower().startswith("http") else ""
-    raise ApiError(
-        400,
-        f"messages: a picture is given as {url[:40]!r}: send it as data:image/png;base64,…{how}",
-        param="messages",
-        code="invalid_image_url",
-    )
-
-
 def _choice(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
 
 
 def _usage(output: OmniRequestOutput) -> dict[str, int]:
-    """Tokens that the transformer had: of text as prompt, of the pictures as completion."""
-    tokens = dict(output.metrics.get("tokens") or {})
-    request_fields = tokens.pop("hidden_states", 0) * len(output.images)
-    text = sum(tokens.values())
-    return {"prompt_tokens": text, "completion_tokens": request_fields, "total_tokens": text + request_fields}
-
-
-def _refused(where: str, reason: str, code: str = "invalid_value") -> ApiError:
-    return ApiError(400, f"{where}: {reason}", param=where, code=code)
+    """OpenAI's usage of chats: tokens of the text as prompt, and of the pictures as completion."""
+    text_tokens, picture_tokens = count_tokens(output.metrics, len(output.images))
+    total = text_tokens + picture_tokens
+    return {"prompt_tokens": text_tokens, "completion_tokens": picture_tokens, "total_tokens": total}

@@ -18,6 +18,7 @@ from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProg
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt
 from omni_sp.pipelines.images import input_image
+from omni_sp.server.api.results import count_tokens, encode, pictures_of
 from omni_sp.server.api.schemas import (
     EditFields,
     ImageFields,
@@ -35,8 +36,8 @@ from omni_sp.server.api.streaming import (
     run_to_completion,
     start_stream,
 )
-from omni_sp.server.errors import ApiError, unknown_field
-from omni_sp.server.pictures import MEDIA_TYPES, SUFFIXES, as_base64, decode_picture, edit_mask, encode_picture
+from omni_sp.server.errors import ApiError, refusal, unknown_field
+from omni_sp.server.pictures import MEDIA_TYPES, SUFFIXES, as_base64, decode_picture, edit_mask
 from omni_sp.server.settings import ServerSettings
 from omni_sp.server.storage.file_store import FileStore
 
@@ -45,7 +46,7 @@ GENERATION, EDIT = "image_generation", "image_edit"
 
 
 def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore) -> APIRouter:
-    """The routes below ``/v1/images``."""
+    """The routes below ``/v1/images``; ``files`` keeps pictures whose URL is asked for."""
     router = APIRouter(prefix="/v1/images", tags=["images"])
 
     async def decoded(data: bytes, param: str) -> Image.Image:
@@ -77,13 +78,16 @@ def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
 
 
 def check_image(fields: ImageFields, settings: ServerSettings) -> None:
-    """As check_generation(), and what only these routes have."""
+    """Refuse what does not fit together, or is more than the operator allows.
+
+    Raises:
+        ApiError: 400, naming the field; 404 for another model.
+    """
     check_generation(fields, settings)
     if fields.stream:
         if fields.response_format == "url":
-            raise ApiError(
-                400, "response_format=url: a stream carries b64_json", param="response_format", code="invalid_value"
-            )
+            reason = "response_format=url: a stream carries b64_json"
+            raise ApiError(400, reason, param="response_format", code="invalid_value")
         return
     for name in ("partial_images", "progress"):
         if getattr(fields, name):
@@ -91,10 +95,8 @@ def check_image(fields: ImageFields, settings: ServerSettings) -> None:
 
 
 def usage_of(metrics: dict[str, Any], num_results: int) -> dict[str, Any]:
-    """OpenAI's usage: tokens that the transformer had, of text as input and of the picture as output."""
-    tokens = dict(metrics.get("tokens") or {})
-    image_tokens = tokens.pop("hidden_states", 0) * num_results
-    text_tokens = sum(tokens.values())
+    """OpenAI's usage: tokens of the text as input, and of the pictures as output."""
+    text_tokens, image_tokens = count_tokens(metrics, num_results)
     return {
         "input_tokens": text_tokens,
         "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": 0},
@@ -118,10 +120,10 @@ async def _answer(
         first, events = await start_stream(omni, prompt, params, previews=bool(fields.partial_images))
         return EventStream(_stream(first, events, fields, kind), events, keep_alive_s=settings.keep_alive_s)
     output = await run_to_completion(omni, request, prompt, params)
-    pictures = _pictures(output)
-    encoded = [await _encoded(picture, fields) for picture in pictures]
+    pictures = pictures_of(output)
+    encoded = [await encode(picture, fields) for picture in pictures]
     if fields.response_format == "url":
-        data = [{"url": await _kept(files, request, one, fields)} for one in encoded]
+        data = [{"url": await _keep(files, request, one, fields)} for one in encoded]
     else:
         data = [{"b64_json": as_base64(one)} for one in encoded]
     return JSONResponse(
@@ -133,13 +135,13 @@ async def _answer(
             "size": _size(pictures[0]),
             "usage": usage_of(output.metrics, len(pictures)),
             "seed": output.metrics.get("seed"),
-            "metrics": _shown(output),
+            "metrics": _metrics(output),
         }
     )
 
 
 async def _stream(first: RequestEvent, events: Events, fields: ImageFields, kind: str) -> Chunks:
-    """OpenAI's events of one request, and ours for progress."""
+    """OpenAI's events of one request, and our own for progress."""
     common = {
         "background": "auto",
         "output_format": fields.output_format or "png",
@@ -158,27 +160,27 @@ async def _stream(first: RequestEvent, events: Events, fields: ImageFields, kind
                 step = event.done, event.total
                 # Of several previews, OpenAI's events show but one.
                 previews = event.previews if is_shown and len(event.previews) > 1 else ()
-                yield _progress(kind, event=event, previews=[await _rough(one, fields) for one in previews])
+                yield _progress(kind, event=event, previews=[await _preview(one, fields) for one in previews])
             if event.preview is not None and is_shown:
                 yield event_bytes(
                     {
                         "type": f"{kind}.partial_image",
                         "partial_image_index": shown,
-                        "b64_json": as_base64(await _encoded(event.preview, fields)),
+                        "b64_json": as_base64(await encode(event.preview, fields)),
                         "created_at": int(time.time()),
                         **common,
                     }
                 )
                 shown += 1
         elif isinstance(event, RequestDone):
-            for picture in _pictures(event.output):
+            for picture in pictures_of(event.output):
                 yield event_bytes(await _completed(kind, picture, event.output, fields, common))
         elif isinstance(event, RequestFailed):
             raise event.error
 
 
 def _is_due(event: RequestProgress, shown: int, wanted: int) -> bool:
-    """Previews are spread evenly over the steps; the finished picture is none of them."""
+    """Is it time for the next preview? They are spread evenly over the steps, without the finished picture."""
     return shown < wanted and event.done * (wanted + 1) >= event.total * (shown + 1) and event.done < event.total
 
 
@@ -194,8 +196,8 @@ def _progress(
     return event_bytes({**body, "previews": previews} if previews else body)
 
 
-async def _rough(picture: Image.Image, fields: ImageFields) -> dict[str, str]:
-    return {"b64_json": as_base64(await _encoded(picture, fields)), "output_format": fields.output_format or "png"}
+async def _preview(picture: Image.Image, fields: ImageFields) -> dict[str, str]:
+    return {"b64_json": as_base64(await encode(picture, fields)), "output_format": fields.output_format or "png"}
 
 
 async def _completed(
@@ -203,30 +205,18 @@ async def _completed(
 ) -> dict[str, Any]:
     return {
         "type": f"{kind}.completed",
-        "b64_json": as_base64(await _encoded(picture, fields)),
+        "b64_json": as_base64(await encode(picture, fields)),
         "created_at": int(time.time()),
         **common,
         "size": _size(picture),
         "background": "opaque" if picture.mode == "RGB" else "transparent",
         "usage": usage_of(output.metrics, 1),
         "seed": output.metrics.get("seed"),
-        "metrics": _shown(output),
+        "metrics": _metrics(output),
     }
 
 
-def _pictures(output: OmniRequestOutput) -> list[Image.Image]:
-    pictures = [picture for picture in output.images if isinstance(picture, Image.Image)]
-    if not pictures:
-        raise ApiError(500, "the pipeline gave no picture", code="no_picture")
-    return pictures
-
-
-async def _encoded(picture: Image.Image, fields: ImageFields) -> bytes:
-    """In a thread: a large picture takes longer than others should wait for."""
-    return await asyncio.to_thread(encode_picture, picture, fields.output_format or "png", fields.output_compression)
-
-
-async def _kept(files: FileStore, request: Request, data: bytes, fields: ImageFields) -> str:
+async def _keep(files: FileStore, request: Request, data: bytes, fields: ImageFields) -> str:
     kind = fields.output_format or "png"
     file_id = await asyncio.to_thread(files.put, data, suffix=SUFFIXES[kind], media_type=MEDIA_TYPES[kind])
     return str(request.url_for("file_content", file_id=file_id))
@@ -236,17 +226,16 @@ def _size(picture: Image.Image) -> str:
     return f"{picture.width}x{picture.height}"
 
 
-def _shown(output: OmniRequestOutput) -> dict[str, Any]:
+def _metrics(output: OmniRequestOutput) -> dict[str, Any]:
     return {name: output.metrics[name] for name in _SHOWN_METRICS if name in output.metrics}
 
 
 async def _form(request: Request, settings: ServerSettings) -> tuple[EditFields, list[bytes], bytes | None]:
-    """The fields of an edit, its pictures' files and its mask's."""
+    """Read the form of an edit: its fields, the files of its pictures, and the file of its mask."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
-        raise ApiError(
-            415, f"content-type {kind or 'missing'}: send multipart/form-data", code="unsupported_media_type"
-        )
+        message = f"content-type {kind or 'missing'}: send multipart/form-data"
+        raise ApiError(415, message, code="unsupported_media_type")
     fields: dict[str, str] = {}
     pictures: list[bytes] = []
     mask: bytes | None = None
@@ -267,19 +256,15 @@ async def _form(request: Request, settings: ServerSettings) -> tuple[EditFields,
                 pictures.append(await value.read())
     checked = from_form(EditFields, fields)
     if not pictures:
-        raise ApiError(400, "image: upload the picture to edit", param="image", code="missing_required_parameter")
+        raise refusal("image", "upload the picture to edit", code="missing_required_parameter")
     if len(pictures) > settings.max_images:
-        raise ApiError(
-            400,
-            f"{len(pictures)} pictures: this server takes up to {settings.max_images}",
-            param="image",
-            code="invalid_value",
-        )
+        message = f"{len(pictures)} pictures: this server takes up to {settings.max_images}"
+        raise ApiError(400, message, param="image", code="invalid_value")
     return checked, pictures, mask
 
 
 def _form_schema() -> dict[str, Any]:
-    """For the API's documentation: the form is read by hand."""
+    """The API's description of the form, which FastAPI cannot know: it is read by hand."""
     schema = EditFields.model_json_schema()
     file = {"type": "string", "format": "binary"}
     several = {"type": "array", "items": file, "description": "the pictures to edit"}

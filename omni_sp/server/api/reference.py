@@ -1,4 +1,4 @@
-"""What the API says of itself: ``/openapi.json`` with the errors that there are, and ``/docs``, the same as a page.
+"""The API's description: ``/openapi.json`` with the errors that there are, and ``/docs``, the same as a page.
 
 The page is plain HTML without a script: it works where nothing else can be reached, and nothing has to be kept fresh.
 """
@@ -60,7 +60,7 @@ code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
 
 
 def add_reference(app: FastAPI, *, needs_key: bool) -> None:
-    """Describe an application's routes: the errors they may answer with, the key they need; and add ``/docs``."""
+    """Describe an application's routes, with the API key that ``needs_key`` below /v1, and add the route ``/docs``."""
     generated = app.openapi
 
     def openapi() -> Schema:
@@ -77,7 +77,7 @@ def add_reference(app: FastAPI, *, needs_key: bool) -> None:
 
 
 def reference_page(schema: Schema) -> str:
-    """An OpenAPI description as a page."""
+    """Render an OpenAPI description as HTML."""
     info = schema["info"]
     lines = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
@@ -104,7 +104,7 @@ def reference_page(schema: Schema) -> str:
 
 
 def _complete(schema: Schema, *, needs_key: bool) -> None:
-    """Add to what FastAPI finds in the code; its own validation error never leaves this server."""
+    """Add errors and keys to FastAPI's description; drop FastAPI's validation error, which is never answered."""
     components = schema.setdefault("components", {})
     known = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):

@@ -1,4 +1,4 @@
-"""What requests for pictures have in common: their fields, the limits, and how they become a prompt and parameters."""
+"""What requests for pictures have in common: their fields, the limits, and how they become sampling parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 _Form = TypeVar("_Form", bound=BaseModel)
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
-# The pattern is for the API's description; what is wrong with a size, parse_size() says in words.
+# The pattern is for the API's description; the errors about a size come from parse_size().
 Size = Annotated[str, Field(json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"})]
 
 
@@ -39,10 +39,10 @@ class Fields(BaseModel):
 
 
 class GenerationFields(Fields):
-    """What can be said about a drawing, whatever the route. What is left out, or null, the model decides.
+    """The fields of a request for pictures, whatever the route. The model decides what is left out or null.
 
     ``size`` is "WIDTHxHEIGHT" in pixels or "auto"; ``true_cfg_scale`` is classifier-free guidance with the negative
-    prompt, of models that know it; the same ``seed`` draws the same picture; ``strength`` says how far from the given
+    prompt, of models that know it; the same ``seed`` draws the same picture; ``strength`` is how far from the given
     picture a model goes that is made for that. ``user`` and ``safety_identifier`` are accepted and not looked at.
     """
 
@@ -86,7 +86,7 @@ class EditFields(ImageFields):
 
 
 def from_form(kind: type[_Form], fields: dict[str, str]) -> _Form:
-    """A request whose numbers and truth values came as text."""
+    """Read a request whose numbers and truth values came as text."""
     return kind.model_validate(fields, strict=False)
 
 
@@ -94,13 +94,22 @@ def check_model(settings: ServerSettings, model: str | None) -> None:
     """Refuse another model than the one that is served.
 
     Raises:
-        ApiError: 404, as OpenAI has it.
+        ApiError: 404, the status that OpenAI answers with.
     """
     if model is not None and model not in settings.names:
         known = " or ".join(settings.names)
-        raise ApiError(
-            404, f"there is no model {model!r}; this server runs {known}", param="model", code="model_not_found"
-        )
+        message = f"there is no model {model!r}; this server runs {known}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def require_at_most(name: str, value: int | None, most: int) -> None:
+    """Refuse a field above the operator's limit.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    if value is not None and value > most:
+        raise ApiError(400, f"{name}={value}: this server allows up to {most}", param=name, code="invalid_value")
 
 
 def check_generation(fields: GenerationFields, settings: ServerSettings) -> None:
@@ -110,42 +119,38 @@ def check_generation(fields: GenerationFields, settings: ServerSettings) -> None
         ApiError: 400, naming the field; 404 for another model.
     """
     check_model(settings, fields.model)
-    for name, most in (("n", settings.max_n), ("num_inference_steps", settings.max_steps)):
-        value = getattr(fields, name)
-        if value is not None and value > most:
-            raise ApiError(400, f"{name}={value}: this server allows up to {most}", param=name, code="invalid_value")
+    require_at_most("n", fields.n, settings.max_n)
+    require_at_most("num_inference_steps", fields.num_inference_steps, settings.max_steps)
     lossy = fields.output_format in ("jpeg", "webp")
     if fields.output_compression not in (None, 100) and not lossy:
-        raise ApiError(
-            400,
-            f"output_compression={fields.output_compression}: PNG loses nothing; use output_format jpeg or webp",
-            param="output_compression",
-            code="invalid_value",
-        )
+        message = f"output_compression={fields.output_compression}: PNG loses nothing; use output_format jpeg or webp"
+        raise ApiError(400, message, param="output_compression", code="invalid_value")
 
 
 def require_pictures(omni: AsyncOmni, settings: ServerSettings) -> PipelineCapabilities:
-    """The loaded pipeline's facts.
+    """The capabilities of the loaded pipeline, which makes pictures.
 
     Raises:
-        EngineClosedError: it is not loaded yet. ApiError: 400: it makes no pictures.
+        EngineClosedError: it is not loaded yet.
+        ApiError: 400: it makes no pictures.
     """
     capabilities = omni.info.capabilities
     if capabilities.makes != "picture":
         where = "use POST /v1/videos" if capabilities.makes_videos else "no route here gives them"
-        raise ApiError(
-            400,
-            f"{settings.names[0]} ({capabilities.name}) makes {capabilities.makes}s and no pictures: {where}",
-            param="model",
-            code="unsupported_model",
-        )
+        message = f"{settings.names[0]} ({capabilities.name}) makes {capabilities.makes}s and no pictures: {where}"
+        raise ApiError(400, message, param="model", code="unsupported_model")
     return capabilities
 
 
 def sampling_params(
     fields: GenerationFields, settings: ServerSettings, extra_args: dict[str, Any] | None = None
 ) -> OmniDiffusionSamplingParams:
-    """The parameters that a request asks for."""
+    """The parameters that a request asks for; ``extra_args`` are further arguments of the pipeline.
+
+    Raises:
+        ApiError: 400: no size, or too large a one.
+        SamplingParamsError: a value that cannot be.
+    """
     width, height = parse_size(fields.size, settings)
     extra = dict(extra_args or {})
     if fields.strength is not None:
@@ -164,7 +169,7 @@ def sampling_params(
 
 
 def parse_size(size: str | None, settings: ServerSettings) -> tuple[int | None, int | None]:
-    """Width and height in pixels; None for the model's own.
+    """Read ``size``: width and height in pixels, or None twice for the model's own.
 
     Raises:
         ApiError: 400: no size, or too large a one.
@@ -173,15 +178,10 @@ def parse_size(size: str | None, settings: ServerSettings) -> tuple[int | None, 
         return None, None
     sides = _SIZE.fullmatch(size)
     if sides is None:
-        raise ApiError(
-            400, f"size={size[:40]!r}: give WIDTHxHEIGHT in pixels, or auto", param="size", code="invalid_value"
-        )
+        message = f"size={size[:40]!r}: give WIDTHxHEIGHT in pixels, or auto"
+        raise ApiError(400, message, param="size", code="invalid_value")
     width, height = int(sides[1]), int(sides[2])
     if width * height > settings.max_pixels:
-        raise ApiError(
-            400,
-            f"size={size}: {width * height} pixels are more than {settings.max_pixels}, which is the most here",
-            param="size",
-            code="invalid_value",
-        )
+        message = f"size={size}: {width * height} pixels are more than {settings.max_pixels}, which is the most here"
+        raise ApiError(400, message, param="size", code="invalid_value")
     return width, height

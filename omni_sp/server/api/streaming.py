@@ -23,7 +23,7 @@ from omni_sp.server.errors import CLIENT_CLOSED, ApiError, to_api_error
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "At once, or with ``stream`` as events.", "content": {"text/event-stream": {}}}
 }
-"""What the API's description says of a route whose answer may be an EventStream."""
+"""The API's description of a route whose answer may be an EventStream."""
 # A comment, which clients of server-sent events skip; it keeps proxies from closing a silent connection.
 _KEEP_ALIVE = b": still here\n\n"
 
@@ -34,13 +34,7 @@ Chunks = AsyncGenerator[bytes, None]
 async def run_to_completion(
     omni: AsyncOmni, request: Request, prompt: Prompt, params: OmniDiffusionSamplingParams
 ) -> OmniRequestOutput:
-    """Draw, and wait for the result. A client that goes away meanwhile aborts the request.
-
-    Args:
-        omni: to draw with.
-        request: of the client; its body has been read.
-        prompt: what to draw.
-        params: how.
+    """Draw, and wait for the result. A client that goes away meanwhile aborts the request, whose body has been read.
 
     Raises:
         OmniSPError: the request is refused or fails.
@@ -58,12 +52,6 @@ async def start_stream(
     """Queue a request whose events are to be streamed.
 
     A refusal must become a status, which is sent before any stream: so this returns after the first event.
-
-    Args:
-        omni: to draw with.
-        prompt: what to draw.
-        params: how.
-        previews: whether small pictures come along with the steps.
 
     Returns:
         The first event, and the events after it. Closing them aborts the request.
@@ -126,7 +114,12 @@ class EventStream(Response):
 
 
 def event_bytes(body: dict[str, Any], *, named: bool = True) -> bytes:
-    """One server-sent event; ``named`` after its type, as OpenAI's image events are."""
+    """One server-sent event.
+
+    Args:
+        body: its data.
+        named: whether the event has its type as name, which OpenAI's image events have.
+    """
     data = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     name = f"event: {body['type']}\n" if named else ""
     return f"{name}data: {data}\n\n".encode()

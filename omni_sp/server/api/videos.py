@@ -25,22 +25,21 @@ from omni_sp.errors import ConfigError
 from omni_sp.pipelines.arguments import frames_per_second
 from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.pipelines.export import require_video_writer
-from omni_sp.server.api.schemas import Fields, Size, Text, check_model, from_form, parse_size
-from omni_sp.server.errors import ApiError
-from omni_sp.server.fetch import fetch
-from omni_sp.server.pictures import decode_data_url, decode_picture, encode_picture
+from omni_sp.server.api.schemas import Fields, Size, Text, check_model, from_form, parse_size, require_at_most
+from omni_sp.server.errors import ApiError, refusal
+from omni_sp.server.pictures import decode_picture, encode_picture, picture_at
 from omni_sp.server.settings import ServerSettings
 from omni_sp.server.storage.file_store import FileStore
 from omni_sp.server.storage.job_store import COMPLETED, FAILED, VideoJob
 from omni_sp.server.storage.video_jobs import VideoJobs
 
 _POLL_AFTER_MS = 500
-"""What OpenAI's client is told to wait between two looks at a video that is not done."""
+"""Milliseconds that OpenAI's client waits between two looks at a video that is not done."""
 _PICTURE = "input_reference"
 
 
 def _as_number(value: Any) -> Any:
-    """OpenAI's client sends ``seconds`` as text, other people a number."""
+    """Read ``seconds``, which OpenAI's client sends as text and others as a number."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -48,7 +47,7 @@ def _as_number(value: Any) -> Any:
 
 
 class VideoFields(Fields):
-    """What can be said about a video, beside the picture ``input_reference``. What is left out, the model decides.
+    """The fields of a request for a video, beside the picture ``input_reference``. The model decides what is left out.
 
     ``size`` is "WIDTHxHEIGHT" in pixels or "auto". ``seconds`` is rounded to what the model can make, ``num_frames`` is
     exact; ``fps`` are the frames to show in a second. The same ``seed`` makes the same video. ``true_cfg_scale`` is
@@ -75,7 +74,9 @@ def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
     """The routes below ``/v1/videos``. Their jobs start and end with the application (the router has a lifespan).
 
     Args:
-        files: where videos are kept, and jobs are remembered; closed by who opened it, after the application's end.
+        omni: makes the videos.
+        settings: of the server.
+        files: where videos and jobs are kept; whoever opened it closes it after the application's end.
     """
 
     def read_picture(data: bytes) -> Image.Image:
@@ -102,8 +103,8 @@ def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
 def _add_create(router: APIRouter, omni: AsyncOmni, settings: ServerSettings, jobs: VideoJobs) -> None:
     @router.post("", summary="Make a video", openapi_extra=_body_schema())
     async def create(request: Request) -> JSONResponse:
-        order, picture = await _read_request(request, settings)
-        job = _job(order, omni.info.capabilities, settings, has_picture=picture is not None)
+        fields, picture = await _read_request(request, settings)
+        job = _job(fields, omni.info.capabilities, settings, has_picture=picture is not None)
         try:
             return _answer(await jobs.submit(job, picture))
         except sqlite3.Error as error:
@@ -150,8 +151,8 @@ def _add_content(router: APIRouter, jobs: VideoJobs) -> None:
         if job.status == FAILED:
             raise ApiError(400, f"{video_id} failed: {job.error_message}", code="video_failed")
         if job.status != COMPLETED:
-            told = f"{video_id} is {job.status}, {job.progress} %: fetch it when it is completed"
-            raise ApiError(400, told, code="video_not_ready")
+            message = f"{video_id} is {job.status}, {job.progress} %: fetch it when it is completed"
+            raise ApiError(400, message, code="video_not_ready")
         try:
             path, media_type = jobs.file(job, variant)
         except KeyError:
@@ -167,7 +168,7 @@ def _add_content(router: APIRouter, jobs: VideoJobs) -> None:
 
 
 def as_video(job: VideoJob) -> dict[str, Any]:
-    """A job as OpenAI's client reads it, and what else is known: seed, num_frames, fps, note."""
+    """A job in the shape that OpenAI's client reads, with fields of our own: seed, num_frames, fps, note."""
     error = {"code": job.error_code, "message": job.error_message} if job.status == FAILED else None
     times = {"completed_at": job.completed_at, "expires_at": job.expires_at}
     return {
@@ -202,34 +203,28 @@ def _found(jobs: VideoJobs, video_id: str) -> VideoJob:
         raise ApiError(404, f"there is no video {video_id!r}", param="video_id", code="video_not_found") from None
 
 
-# What a request says
+# Requests
 
 
 async def _read_request(request: Request, settings: ServerSettings) -> tuple[VideoFields, bytes | None]:
-    """The fields of a form or of JSON, and the picture's file."""
+    """Read the fields of a form or of JSON, and the picture's file."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        fields = await _form_fields(request, settings.max_body_bytes)  # a data: URL may be long
-        picture = fields.pop(_PICTURE, None)
-        order = from_form(VideoFields, fields)
+        body = await _form_fields(request, settings.max_body_bytes)  # a data: URL may be long
+        picture = body.pop(_PICTURE, None)
+        fields = from_form(VideoFields, body)
     elif kind == "application/json":
-        fields = _json_fields(await request.body())
-        picture = fields.pop(_PICTURE, None)
-        order = VideoFields.model_validate(fields)
+        body = _json_fields(await request.body())
+        picture = body.pop(_PICTURE, None)
+        fields = VideoFields.model_validate(body)
     else:
         raise ApiError(415, f"content-type {kind or 'missing'}: send multipart/form-data or application/json")
     if picture is None or isinstance(picture, bytes):
-        return order, picture
+        return fields, picture
     if isinstance(picture, dict) and set(picture) == {"image_url"}:
         picture = picture["image_url"]
-    return order, await asyncio.to_thread(_file_behind, picture, settings)
-
-
-def _file_behind(url: object, settings: ServerSettings) -> bytes:
-    """The picture file that a data: URL is, or, where the operator allows it, an http(s) one names."""
-    if isinstance(url, str) and settings.allow_url_images and url.lower().startswith(("http://", "https://")):
-        return fetch(url, max_bytes=settings.max_body_bytes, param=_PICTURE)
-    return encode_picture(decode_data_url(url, param=_PICTURE, max_pixels=settings.max_pixels), "png")
+    decoded = await asyncio.to_thread(picture_at, picture, settings, param=_PICTURE)
+    return fields, await asyncio.to_thread(encode_picture, decoded, "png")
 
 
 async def _form_fields(request: Request, max_part_size: int) -> dict[str, Any]:
@@ -257,43 +252,39 @@ def _json_fields(body: bytes) -> dict[str, Any]:
 
 
 def _job(
-    order: VideoFields, capabilities: PipelineCapabilities, settings: ServerSettings, *, has_picture: bool
+    fields: VideoFields, capabilities: PipelineCapabilities, settings: ServerSettings, *, has_picture: bool
 ) -> VideoJob:
-    """The job for a request, within what the operator allows. What the pipeline refuses, it refuses when it is queued.
+    """The job for a request, within the operator's limits. What the pipeline cannot take is refused in its queue.
 
-    A seed is drawn where none is given, so that a job that is begun again after a crash gives the same video.
+    A seed is drawn where none is given, so that a job that starts again after a crash makes the same video.
     """
-    check_model(settings, order.model)
+    check_model(settings, fields.model)
     if not capabilities.makes_videos:
         where = "use /v1/images/generations" if capabilities.makes == "picture" else "serve a video model"
-        raise ApiError(400, f"{settings.names[0]} ({capabilities.name}) makes {capabilities.makes}s "
-                       f"and no videos: {where}",
-                       param="model", code="unsupported_model")  # fmt: skip
-    if order.prompt is None and not has_picture:
-        raise ApiError(400, "prompt: say what the video is to show", param="prompt", code="missing_required_parameter")
+        message = f"{settings.names[0]} ({capabilities.name}) makes {capabilities.makes}s and no videos: {where}"
+        raise ApiError(400, message, param="model", code="unsupported_model")
+    if fields.prompt is None and not has_picture:
+        raise refusal("prompt", "say what the video is to show", code="missing_required_parameter")
     try:
         require_video_writer()
     except ConfigError as error:
         raise ApiError(501, str(error), code="no_video_writer") from error
-    width, height = parse_size(order.size, settings)
-    frames_per_s = frames_per_second(capabilities, capabilities.sampling_defaults, order.fps)
-    num_frames = _num_frames(order, capabilities, frames_per_s, settings)
-    if order.num_inference_steps is not None and order.num_inference_steps > settings.max_steps:
-        raise ApiError(400, f"num_inference_steps={order.num_inference_steps}: this server allows up to "
-                       f"{settings.max_steps}",
-                       param="num_inference_steps", code="invalid_value")  # fmt: skip
-    seed = order.seed
+    width, height = parse_size(fields.size, settings)
+    frames_per_s = frames_per_second(capabilities, capabilities.sampling_defaults, fields.fps)
+    num_frames = _num_frames(fields, capabilities, frames_per_s, settings)
+    require_at_most("num_inference_steps", fields.num_inference_steps, settings.max_steps)
+    seed = fields.seed
     if seed is None and capabilities.argument_name("generator") is not None:
         seed = new_seed()
     params = OmniDiffusionSamplingParams(
         height=height,
         width=width,
         num_frames=num_frames,
-        fps=order.fps,
-        num_inference_steps=order.num_inference_steps,
-        guidance_scale=order.guidance_scale,
-        true_cfg_scale=order.true_cfg_scale,
-        negative_prompt=order.negative_prompt,
+        fps=fields.fps,
+        num_inference_steps=fields.num_inference_steps,
+        guidance_scale=fields.guidance_scale,
+        true_cfg_scale=fields.true_cfg_scale,
+        negative_prompt=fields.negative_prompt,
         seed=seed,
     )
     shown = {name: getattr(params, name) or _default(capabilities, name) for name in ("width", "height", "num_frames")}
@@ -301,7 +292,7 @@ def _job(
         id=f"video_{secrets.token_hex(16)}",
         model=settings.names[0],
         created_at=time.time(),
-        prompt=order.prompt,
+        prompt=fields.prompt,
         params={name: value for name, value in vars(params).items() if value is not None and name != "extra_args"},
         seconds=shown["num_frames"] / frames_per_s if shown["num_frames"] else None,
         size=f"{shown['width']}x{shown['height']}" if shown["width"] and shown["height"] else None,
@@ -309,28 +300,28 @@ def _job(
 
 
 def _num_frames(
-    order: VideoFields, capabilities: PipelineCapabilities, fps: float, settings: ServerSettings
+    fields: VideoFields, capabilities: PipelineCapabilities, fps: float, settings: ServerSettings
 ) -> int | None:
-    """Frames as they are asked for; ``seconds`` as near as the model can come."""
-    if order.seconds is not None and order.num_frames is not None:
-        raise ApiError(400, "seconds and num_frames say the same: give one of them", param="num_frames",
-                       code="invalid_value")  # fmt: skip
-    num_frames, name = order.num_frames, "num_frames"
-    if order.seconds is not None:
+    """The requested number of frames; for ``seconds``, the nearest number that the model can make."""
+    if fields.seconds is not None and fields.num_frames is not None:
+        message = "seconds and num_frames say the same: give one of them"
+        raise ApiError(400, message, param="num_frames", code="invalid_value")
+    num_frames, name = fields.num_frames, "num_frames"
+    if fields.seconds is not None:
         name, multiple = "seconds", capabilities.frames_multiple
         if capabilities.argument_name("num_frames") is None:
             raise ApiError(400, f"{capabilities.name} alone decides how long a video is: leave seconds out", param=name)
         # The nearest, with .5 rounded up; one frame at least.
-        num_frames = multiple * math.floor((order.seconds * fps - 1) / multiple + 0.5) + 1
+        num_frames = multiple * math.floor((fields.seconds * fps - 1) / multiple + 0.5) + 1
         num_frames = max(1, num_frames)
     if num_frames is not None and num_frames > settings.max_frames:
-        told = f"{num_frames} frames: this server allows up to {settings.max_frames}"
-        raise ApiError(400, told, param=name, code="invalid_value")
+        message = f"{num_frames} frames: this server allows up to {settings.max_frames}"
+        raise ApiError(400, message, param=name, code="invalid_value")
     return num_frames
 
 
 def _default(capabilities: PipelineCapabilities, name: str) -> int | None:
-    """What the pipeline takes where nothing is said; None where it does not tell."""
+    """The pipeline's own default of a parameter; None where only the pipeline knows it."""
     value = capabilities.sampling_defaults.get(
         name, capabilities.parameters.get(capabilities.argument_name(name) or "")
     )
@@ -338,7 +329,7 @@ def _default(capabilities: PipelineCapabilities, name: str) -> int | None:
 
 
 def _body_schema() -> dict[str, Any]:
-    """For the API's documentation: the body is read by hand, as it comes in two ways."""
+    """The API's description of the body, which FastAPI cannot know: it is read by hand, as a form or as JSON."""
     schema = VideoFields.model_json_schema()
     picture = {"type": "string", "format": "binary", "description": "the picture to start from"}
     form = {**schema, "properties": {**schema["properties"], _PICTURE: picture}}

@@ -30,10 +30,10 @@ CREATE INDEX jobs_by_status ON jobs (status);
 
 
 class Database:
-    """What a data folder knows of its files and jobs.
+    """The database of a data folder, for its files and jobs.
 
     Args:
-        folder: made, for this user alone, where it is missing.
+        folder: is made, for this user alone, where it is missing.
 
     Raises:
         ConfigError: it cannot be written, another server uses it, or its database is damaged or of a newer Omni-SP.
@@ -44,11 +44,11 @@ class Database:
         self._lock = threading.RLock()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._owner = _owned(folder)
+            self._owner = _lock_folder(folder)
         except OSError as error:
             raise ConfigError(f"the data folder {folder} cannot be written: {error.strerror or error}") from error
         try:
-            self._connection = _opened(folder / DATABASE_NAME)
+            self._connection = _open(folder / DATABASE_NAME)
         except BaseException:
             os.close(self._owner)
             raise
@@ -56,10 +56,10 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of the block or none of it, on disk when it is left; other threads wait meanwhile.
+        """Do all of the block or none of it, on disk when the block is left; other threads wait meanwhile.
 
         Raises:
-            sqlite3.Error: such as a full disk; nothing has changed then.
+            sqlite3.Error: for example of a full disk; nothing has changed then.
         """
         with self._lock:
             self._connection.execute("BEGIN IMMEDIATE")
@@ -72,12 +72,17 @@ class Database:
                 raise
 
     def rows(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
-        """What a SELECT finds."""
+        """The rows that a SELECT finds.
+
+        Args:
+            query: in SQL, with ``?`` for each value.
+            values: of the query.
+        """
         with self._lock:
             return self._connection.execute(query, values).fetchall()
 
     def close(self) -> None:
-        """Let go of the folder. Idempotent."""
+        """Close the file, and give up the folder. Idempotent."""
         with self._lock:
             if self._is_open:
                 self._is_open = False
@@ -85,8 +90,8 @@ class Database:
                 os.close(self._owner)
 
 
-def _owned(folder: Path) -> int:
-    """The open file whose lock says that this process owns the folder. The kernel lets go of it, however that ends."""
+def _lock_folder(folder: Path) -> int:
+    """Open and lock the file that makes this process the folder's owner. The kernel unlocks it at the process's end."""
     owner = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,24 +104,20 @@ def _owned(folder: Path) -> int:
     return owner
 
 
-def _opened(path: Path) -> sqlite3.Connection:
-    connection: sqlite3.Connection | None = None
-    try:
-        path.touch(mode=0o600)  # prompts are nobody else's business, wherever the folder is
-        connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10.0)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")  # a job that was answered for is on disk, also without power
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > _VERSION:
-            raise ConfigError(f"{path} was written by a newer Omni-SP: use that one, or another data folder")
-        if version == 0:
-            connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
-    except (OSError, sqlite3.Error) as error:
-        if connection is not None:
-            connection.close()
-        raise ConfigError(f"{path} cannot be used ({error}): move it away, or give another data folder") from error
-    except BaseException:
-        if connection is not None:
-            connection.close()
-        raise
-    return connection
+def _open(path: Path) -> sqlite3.Connection:
+    with contextlib.ExitStack() as stack:
+        try:
+            path.touch(mode=0o600)  # only its user may read the prompts in it, wherever the folder is
+            connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10.0)
+            stack.callback(connection.close)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")  # an accepted job is on disk, also after a power failure
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version > _VERSION:
+                raise ConfigError(f"{path} was written by a newer Omni-SP: use that one, or another data folder")
+            if version == 0:
+                connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"{path} cannot be used ({error}): move it away, or give another data folder") from error
+        stack.pop_all()  # from here on, the caller closes the connection
+        return connection

@@ -20,19 +20,20 @@ _OURS = re.compile(r"file-[0-9a-f]{32}\.[a-z0-9]{1,8}|\.(part|scratch)-.*")
 
 
 class FileStore:
-    """Files in a folder, and in its database what is known of them.
+    """Files in a folder, with an index in its database.
 
-    A file is there when it is whole, never before. It outlives the process, and goes when it is older than
+    A file appears when it is complete, never before. It outlives the process, and goes when it is older than
     ``max_age_s``, or when all files together are larger than ``max_total_bytes``: the oldest first, the newest never.
     May be used from several threads.
 
     Args:
         folder: the data folder; the files lie in ``files/`` below it, and nothing else there is touched.
-        max_age_s: seconds that a file is kept; None for ever. max_total_bytes: of all files; None for no limit.
-        now: seconds since 1970.
+        max_age_s: seconds that a file is kept; None for ever.
+        max_total_bytes: the most bytes of all files; None for no limit.
+        now: the clock: seconds since 1970.
 
     Attributes:
-        database: of the folder, for others who keep something there.
+        database: of the folder; jobs are kept there too.
 
     Raises:
         ConfigError: the folder cannot be used.
@@ -57,10 +58,11 @@ class FileStore:
             raise
 
     def put(self, data: bytes, *, suffix: str, media_type: str) -> str:
-        """Keep these bytes. Returns the id to fetch them by.
+        """Keep these bytes under a name with this suffix. Returns the id to fetch the file by.
 
         Raises:
-            OSError, sqlite3.Error: such as a full disk; nothing is kept then.
+            OSError: for example of a full disk; nothing is kept then.
+            sqlite3.Error: for example of a full disk; nothing is kept then.
         """
         part = self._folder / f".part-{secrets.token_hex(8)}"
         try:
@@ -70,10 +72,11 @@ class FileStore:
             part.unlink(missing_ok=True)
 
     def adopt(self, source: Path, *, suffix: str, media_type: str) -> str:
-        """Keep a finished file, which moves from ``scratch()`` into the store. Returns the id to fetch it by.
+        """Move a finished file from ``scratch()`` into the store. Returns the id to fetch the file by.
 
         Raises:
-            OSError, sqlite3.Error: as put().
+            OSError: for example of a full disk; nothing is kept then.
+            sqlite3.Error: for example of a full disk; nothing is kept then.
         """
         if not _SUFFIX.fullmatch(suffix):
             raise ValueError(f"suffix={suffix!r}: give one such as '.png'")
@@ -98,12 +101,12 @@ class FileStore:
         """Where a file lies, and its media type. The id is looked up, and never becomes part of a path.
 
         Raises:
-            KeyError: there is none of that id, or no longer.
+            KeyError: there is no file of that id, or no longer.
         """
         found = self.database.rows("SELECT name, media_type, created_at FROM files WHERE id = ?", (file_id,))
         if found:
             name, media_type, created_at = found[0]
-            assert isinstance(created_at, float), "the table says so"
+            assert isinstance(created_at, float), "the column is REAL"
             path = self._folder / str(name)
             if not self._is_old(created_at) and path.is_file():
                 return path, str(media_type)
@@ -113,36 +116,36 @@ class FileStore:
         """Remove a file.
 
         Raises:
-            KeyError: there is none of that id.
+            KeyError: there is no file of that id.
         """
         if not self._drop("id = ?", (file_id,)):
             raise KeyError(file_id)
 
     def sweep(self) -> None:
-        """Remove what is too old or too much. Done with every new file; call it now and then besides."""
+        """Remove files that are too old or too many. Every new file does it; call it now and then besides."""
         if self._max_age_s is not None:
             self._drop("created_at <= ?", (self._now() - self._max_age_s,))
         if self._max_total_bytes is not None:
-            # Adding up from the newest file on, what passes the limit goes.
+            # Sizes are added up from the newest file on; files beyond the limit go.
             added = "SELECT number, SUM(size) OVER (ORDER BY number DESC) AS total FROM files"
             too_much = f"number IN (SELECT number FROM ({added}) WHERE total > ?)"
             self._drop(f"{too_much} AND number < (SELECT MAX(number) FROM files)", (self._max_total_bytes,))
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder of its own, beside the files, to write something that is to be adopted; gone with the block."""
+        """Yield a folder beside the files, to write what is to be adopted. It is removed at the end of the block."""
         with tempfile.TemporaryDirectory(prefix=".scratch-", dir=self._folder, ignore_cleanup_errors=True) as folder:
             yield Path(folder)
 
     def close(self) -> None:
-        """Let go of the folder. Idempotent."""
+        """Give up the folder. Idempotent."""
         self.database.close()
 
     def _is_old(self, created_at: float) -> bool:
         return self._max_age_s is not None and created_at <= self._now() - self._max_age_s
 
     def _drop(self, condition: str, values: tuple[object, ...]) -> int:
-        """Remove the files that a condition finds, from the index first: an id that is told always has its file."""
+        """Remove the files that a condition finds, from the index first, so that every id in it has its file."""
         with self.database.transaction() as connection:
             names = [name for (name,) in connection.execute(f"SELECT name FROM files WHERE {condition}", values)]
             connection.executemany("DELETE FROM files WHERE name = ?", [(name,) for name in names])
@@ -151,7 +154,7 @@ class FileStore:
         return len(names)
 
     def _reconcile(self) -> None:
-        """After a crash: forget files that are gone, and remove what no id leads to."""
+        """Make index and folder agree after a crash: forget files that are gone, and remove files that have no id."""
         known = {str(name) for (name,) in self.database.rows("SELECT name FROM files")}
         present = {entry.name for entry in self._folder.iterdir()}
         with self.database.transaction() as connection:
@@ -171,6 +174,6 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the bytes on disk before a name leads to them."""
+    """Write the bytes to disk, before the file gets its name."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Jobs that outlive the request that made them, and the process too: what is asked for and what has become of it."""
+"""Jobs that outlive the request that made them, and the process too."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ QUEUED, IN_PROGRESS, COMPLETED, FAILED = "queued", "in_progress", "completed", "
 
 @dataclass(frozen=True, kw_only=True)
 class VideoJob:
-    """One video that somebody asked for.
+    """A request for a video, and its state.
 
     Attributes:
-        id: of the job. model: that is to make it. prompt: the text; None where only a picture was given.
-        params: what else is asked for, named as in OmniDiffusionSamplingParams.
+        id: of the job.
+        model: that is to make the video.
+        created_at: when the job was made, in seconds since 1970.
+        prompt: the text; None where only a picture was given.
+        params: the sampling parameters, named as in OmniDiffusionSamplingParams.
         status: QUEUED, IN_PROGRESS, COMPLETED or FAILED.
-        progress: 0 … 100 of the denoising steps; 100 only when all is done.
-        attempts: how often it has been begun, by this server process and those before it.
-        created_at, completed_at, expires_at: seconds since 1970. A failed job is "completed" when it failed.
-        seconds: how long the video lasts, size: "WxH" in pixels; None as long as the pipeline alone knows.
-        files: what can be fetched ("video", "thumbnail", "audio") -> the id of the file.
-        error_code, error_message: of a failed job.
+        progress: percent of the denoising steps; 100 only when all is done.
+        attempts: how often the job has been started, by this server process and those before it.
+        completed_at: when the job was over, also by failure, in seconds since 1970.
+        expires_at: when the job is forgotten, in seconds since 1970; None for never.
+        seconds: how long the video lasts; None as long as only the pipeline knows.
+        size: "WIDTHxHEIGHT" in pixels; None as long as only the pipeline knows.
+        files: "video", "thumbnail" or "audio" -> the id of the file.
+        error_code: of a failed job, for programs.
+        error_message: of a failed job, for people.
         note: what a person should know of a finished video.
     """
 
@@ -53,13 +59,22 @@ class VideoJob:
 
 
 class JobStore:
-    """The jobs of a data folder. May be used from several threads; each call is all or nothing."""
+    """The jobs of a data folder. May be used from several threads; each call is all or nothing.
+
+    Args:
+        database: of the folder.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def add(self, job: VideoJob, picture: bytes | None) -> None:
-        """Keep a new job, and the picture that it starts from until it is over."""
+        """Keep a new job.
+
+        Args:
+            job: the job.
+            picture: the file of the picture that it starts from, which is kept until the job is over; None for none.
+        """
         with self._database.transaction() as connection:
             connection.execute(
                 "INSERT INTO jobs (id, status, expires_at, document, picture) VALUES (?, ?, ?, ?, ?)",
@@ -70,7 +85,7 @@ class JobStore:
         """A job as it is now.
 
         Raises:
-            KeyError: there is none of that id.
+            KeyError: there is no job of that id.
         """
         found = self._database.rows("SELECT document FROM jobs WHERE id = ?", (job_id,))
         if not found:
@@ -78,15 +93,22 @@ class JobStore:
         return _job(found[0][0])
 
     def picture(self, job_id: str) -> bytes | None:
-        """The picture that a job starts from; None where there is none."""
+        """The file of the picture that a job starts from; None where there is none."""
         found = self._database.rows("SELECT picture FROM jobs WHERE id = ?", (job_id,))
         return bytes(found[0][0]) if found and isinstance(found[0][0], bytes) else None
 
     def change(self, job_id: str, **changes: Any) -> VideoJob:
-        """Change some of a job's attributes. Returns it as it is now.
+        """Change some attributes of a job.
+
+        Args:
+            job_id: of the job.
+            changes: the attributes of VideoJob, and their new values.
+
+        Returns:
+            The job with the changes.
 
         Raises:
-            KeyError: there is none of that id, or no longer.
+            KeyError: there is no job of that id, or no longer.
         """
         with self._database.transaction() as connection:
             found = connection.execute("SELECT document FROM jobs WHERE id = ?", (job_id,)).fetchone()
@@ -104,7 +126,7 @@ class JobStore:
         """Forget a job. Returns what it was.
 
         Raises:
-            KeyError: there is none of that id.
+            KeyError: there is no job of that id.
         """
         with self._database.transaction() as connection:
             job = self.get(job_id)
@@ -112,10 +134,15 @@ class JobStore:
         return job
 
     def page(self, *, limit: int, after: str | None = None, ascending: bool = False) -> tuple[list[VideoJob], bool]:
-        """So many jobs by age, the newest first unless ``ascending``, and whether there are more of them.
+        """List jobs by age, page by page.
 
         Args:
-            after: the id of the last job of the page before.
+            limit: the most jobs of this page.
+            after: the id of the last job of the page before; None for the first page.
+            ascending: the oldest first, not the newest.
+
+        Returns:
+            The jobs, and whether there are more of them.
 
         Raises:
             KeyError: there is no job ``after``.
@@ -137,7 +164,7 @@ class JobStore:
         return [_job(document) for (document,) in self._database.rows(query, (QUEUED, IN_PROGRESS))]
 
     def forget_expired(self, now: float) -> None:
-        """Forget the jobs whose ``expires_at`` has come; their files go by themselves."""
+        """Forget the jobs that expire before ``now``, in seconds since 1970. The file store removes their files."""
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM jobs WHERE expires_at <= ?", (now,))
 

@@ -1,4 +1,4 @@
-"""Videos as jobs: each waits its turn in AsyncOmni's queue, becomes a file, and is taken up again after a restart."""
+"""Videos as jobs: each waits in AsyncOmni's queue, becomes a file, and is resumed after a restart of the server."""
 
 from __future__ import annotations
 
@@ -21,24 +21,31 @@ from omni_sp.errors import EngineClosedError, QueueFullError, RankFailedError, R
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt
-from omni_sp.pipelines.export import why_no_sound_inside, write_sound, write_video, write_video_with_sound
+from omni_sp.pipelines.export import export_video
 from omni_sp.server.errors import to_api_error
 from omni_sp.server.storage.file_store import FileStore
 from omni_sp.server.storage.job_store import COMPLETED, FAILED, IN_PROGRESS, QUEUED, JobStore, VideoJob
 
 _MAX_ATTEMPTS = 2
 _ALMOST = 99
-"""Percent of a job whose steps are all done, while its pixels and its file are being made."""
+"""Progress in percent once all steps are done, while the video is decoded and written."""
 _THUMBNAIL_PIXELS = 512
 _SWEEP_EVERY_S = 60.0
 _LOOK_EVERY_S = 0.2
+_SEPARATE_SOUND, _NO_SOUND = "the sound is a file of its own, content?variant=audio", "the sound is left out"
 _CLOSING = "the server is shutting down: try again later"
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class _ActiveJob:
-    """A job that this process works on. ``began``: its denoising has."""
+    """A job that this process works on.
+
+    Attributes:
+        task: does it.
+        began: whether its denoising has begun.
+        progress: in percent.
+    """
 
     task: asyncio.Task[None]
     began: bool = False
@@ -46,16 +53,18 @@ class _ActiveJob:
 
 
 class VideoJobs:
-    """Makes videos one after the other, and remembers them.
+    """Makes videos one after the other, and keeps their jobs.
 
-    A job that has been answered for is on disk. What waits when the process ends, waits again when the next one starts
-    on the same data folder; what was under way is begun once more, and fails the second time that happens. Use it
+    An accepted job is on disk. A job that waits when the process ends waits again when the next process starts on the
+    same data folder; a job that was running starts once more, and fails when its process ends a second time. Use it
     from one event loop: ``start()``, and ``close()`` at the end.
 
     Args:
-        omni: the AsyncOmni. files: where videos go, and in whose database the jobs are.
-        model: what is served; jobs of another model are not run. max_age_s: seconds that a finished job is kept; None
-            for ever. read_picture: makes the pipeline's kind of picture out of a file's bytes, or raises.
+        omni: makes the videos.
+        files: where videos go, and in whose database the jobs are.
+        model: the model that is served; jobs of another model are not run.
+        max_age_s: seconds that a finished job is kept; None for ever.
+        read_picture: turns the bytes of a file into a picture in the pipeline's mode, or raises.
     """
 
     def __init__(
@@ -76,17 +85,21 @@ class VideoJobs:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="omni-sp-video")
         self._is_open = True
 
-    # Its life
+    # Start and end
 
     async def start(self) -> None:
-        """Take up the jobs that an earlier process left, as soon as the model is ready."""
+        """Resume the jobs that an earlier process left, as soon as the model is ready."""
         left = [job for job in self._store.unfinished() if self._may_run_again(job)]
         for job in left:
             self._store.change(job.id, status=QUEUED, progress=0)
         self._chores = [asyncio.create_task(self._resume(left)), asyncio.create_task(self._sweep())]
 
     async def close(self, timeout_s: float) -> None:
-        """Stop. Waiting jobs stay waiting on disk; the one under way may finish within so many seconds. Idempotent."""
+        """Stop. Waiting jobs stay on disk. Idempotent.
+
+        Args:
+            timeout_s: seconds in which the running job may finish.
+        """
         self._is_open = False
         for chore in self._chores:
             chore.cancel()
@@ -105,15 +118,21 @@ class VideoJobs:
     # Jobs
 
     async def submit(self, job: VideoJob, picture: bytes | None) -> VideoJob:
-        """Queue a job. When this returns, it will not be lost.
+        """Queue a job. When this returns, it will not be lost; when it raises, nothing is queued.
 
         Args:
-            picture: to start from, as a picture file.
+            job: the job.
+            picture: the file of the picture to start from; None for none.
+
+        Returns:
+            The job as it is now.
 
         Raises:
-            SamplingParamsError, and what read_picture raises: the pipeline cannot make it.
-            QueueFullError, EngineClosedError: as AsyncOmni. sqlite3.Error: it could not be written down.
-            Nothing is queued in any of these cases.
+            SamplingParamsError: the pipeline cannot make it.
+            ApiError: the picture cannot be read.
+            QueueFullError: too many requests wait.
+            EngineClosedError: the engine or the server ends, or the model is not loaded yet.
+            sqlite3.Error: the job could not be written to disk.
         """
         if not self._is_open:
             raise EngineClosedError(_CLOSING)
@@ -121,7 +140,7 @@ class VideoJobs:
         try:
             await accepted
         except asyncio.CancelledError:
-            self._active[job.id].task.cancel()  # nobody would learn of it
+            self._active[job.id].task.cancel()  # nobody would know its id
             raise
         return self.get(job.id)
 
@@ -129,12 +148,16 @@ class VideoJobs:
         """A job as it is now.
 
         Raises:
-            KeyError: there is none of that id.
+            KeyError: there is no job of that id.
         """
         return self._as_it_is(self._store.get(job_id))
 
     def page(self, *, limit: int, after: str | None = None, ascending: bool = False) -> tuple[list[VideoJob], bool]:
-        """As JobStore.page()."""
+        """One page of jobs by age, the newest first unless ``ascending``, and whether there are more after it.
+
+        Raises:
+            KeyError: there is no job ``after``.
+        """
         jobs, has_more = self._store.page(limit=limit, after=after, ascending=ascending)
         return [self._as_it_is(job) for job in jobs], has_more
 
@@ -142,7 +165,7 @@ class VideoJobs:
         """Forget a job and its files; stop it where it waits or runs.
 
         Raises:
-            KeyError: there is none of that id.
+            KeyError: there is no job of that id.
         """
         job = self._store.delete(job_id)
         active = self._active.get(job_id)
@@ -152,7 +175,14 @@ class VideoJobs:
         self._drop(job.files)
 
     def file(self, job: VideoJob, kind: str) -> tuple[Path, str]:
-        """A finished job's "video", "thumbnail" or "audio", and its media type.
+        """A file of a finished job.
+
+        Args:
+            job: the job.
+            kind: "video", "thumbnail" or "audio".
+
+        Returns:
+            Where the file lies, and its media type.
 
         Raises:
             KeyError: there is none, or no longer.
@@ -163,10 +193,10 @@ class VideoJobs:
         active = self._active.get(job.id)
         return job if active is None or job.is_over else replace(job, progress=active.progress)
 
-    # One job's way
+    # Running a job
 
     def _begin(self, job: VideoJob, picture: bytes | None, *, is_new: bool) -> asyncio.Future[None]:
-        """Work on a job. The future is done when it is queued, and written down if it is new; or says why not."""
+        """Work on a job. The future is done once it is queued and, if it is new, on disk; or it has the error."""
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(self._run_job(job, picture, accepted, is_new))
         self._active[job.id] = _ActiveJob(task)
@@ -183,7 +213,7 @@ class VideoJobs:
     async def _run_job(
         self, job: VideoJob, picture: bytes | None, accepted: asyncio.Future[None], is_new: bool
     ) -> None:
-        """What goes wrong is told to who submits the job until it is accepted, and in the job itself from then on."""
+        """Run a job. An error goes to whoever submits the job until it is accepted, and into the job from then on."""
         try:
             await self._make(job, picture, accepted, is_new)
         except Exception as error:
@@ -198,7 +228,7 @@ class VideoJobs:
         image = None if picture is None else await asyncio.to_thread(self._read_picture, picture)
         prompt = Prompt(text=job.prompt, image=image)
         params = OmniDiffusionSamplingParams(**job.params)
-        # What an earlier process left comes before what is new.
+        # Jobs that an earlier process left come before new ones.
         making = self._omni.generate(prompt, params, request_id=job.id, priority=0 if is_new else 1)
         output: OmniRequestOutput | None = None
         events = cast(AsyncGenerator[RequestEvent], making)
@@ -227,7 +257,7 @@ class VideoJobs:
         active.progress = min(_ALMOST, 100 * event.done // max(event.total, 1))
 
     def _finish(self, job: VideoJob, output: OmniRequestOutput) -> None:
-        """Write the files, and say that it is done. In the writer's thread: a cancelled task does not stop it."""
+        """Write the files, and complete the job. It runs in the writer's thread: a cancelled task does not stop it."""
         files: dict[str, str] = {}
         try:
             note = self._write(output, files)
@@ -249,31 +279,27 @@ class VideoJobs:
                 raise
 
     def _write(self, output: OmniRequestOutput, files: dict[str, str]) -> str | None:
-        """Write what was made, into ``files`` as it is done; the video last, which the store keeps before all else."""
+        """Write the files of a job, and put their ids into ``files``. Returns the note for people, or None.
+
+        The video is last: where space is short, the store drops older files first, and the newest never.
+        """
         if not output.videos:
             raise RankFailedError("the pipeline made no video", rank=0)
-        frames, fps, rate = output.videos[0], output.metrics["fps"], output.metrics.get("sampling_rate")
-        sound = output.audios[0] if output.audios else None
-        reason = None if sound is None else why_no_sound_inside(frames, fps, sound)
-        note = None
+        frames, metrics = output.videos[0], output.metrics
         with self._files.scratch() as folder:
             thumbnail, video, audio = folder / "thumbnail.webp", folder / "video.mp4", folder / "audio.wav"
             small = frames[0].convert("RGB")
             small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
             small.save(thumbnail)
-            if sound is not None and rate is not None and reason is None:
-                write_video_with_sound(frames, sound, video, fps, rate)
-            else:
-                write_video(frames, video, fps)
-            if sound is not None and rate is not None and reason is not None:
-                write_sound(sound, audio, rate)
+            sound, rate = (output.audios[0] if output.audios else None), metrics.get("sampling_rate")
+            export = export_video(frames, video, metrics["fps"], sound=sound, sampling_rate=rate, sound_path=audio)
+            if export.placement == "separate":
                 files["audio"] = self._files.adopt(audio, suffix=".wav", media_type="audio/wav")
-                note = f"the sound is a file of its own, content?variant=audio: {reason}"
-            elif sound is not None and rate is None:
-                note = "the sound is left out: the pipeline does not say its sampling rate"
             files["thumbnail"] = self._files.adopt(thumbnail, suffix=".webp", media_type="image/webp")
             files["video"] = self._files.adopt(video, suffix=".mp4", media_type="video/mp4")
-        return note
+        if export.reason is None:
+            return None
+        return f"{_SEPARATE_SOUND if export.placement == 'separate' else _NO_SOUND}: {export.reason}"
 
     def _fail(self, job_id: str, error: Exception) -> None:
         self._mark_failed(job_id, *_error_fields(error))
@@ -299,10 +325,10 @@ class VideoJobs:
                 self._files.delete(file_id)
 
     def _is_interrupted(self, error: Exception) -> bool:
-        """True where the process ends and the next one may go on; not where the ranks are beyond help."""
+        """True where the process ends and the next one may resume; False where the ranks have failed for good."""
         return isinstance(error, EngineClosedError) and self._omni.status != "failed"
 
-    # After a restart, and now and then
+    # After a restart, and regularly
 
     def _may_run_again(self, job: VideoJob) -> bool:
         if job.model != self._model:
@@ -310,9 +336,8 @@ class VideoJobs:
             self._mark_failed(job.id, "model_changed", reason)
             return False
         if job.attempts >= _MAX_ATTEMPTS:
-            self._mark_failed(
-                job.id, "interrupted", f"the server stopped {job.attempts} times while it made this video"
-            )
+            reason = f"the server stopped {job.attempts} times while it made this video"
+            self._mark_failed(job.id, "interrupted", reason)
             return False
         return True
 
@@ -333,7 +358,7 @@ class VideoJobs:
                 break
 
     async def _is_ready(self) -> bool:
-        """Wait until the model is; False where it will not be, and jobs wait for the next start."""
+        """Wait until the model is ready; False where it will not be, and jobs wait for the next process."""
         while self._omni.status in ("starting", "restarting"):
             await asyncio.sleep(_LOOK_EVERY_S)
         return self._omni.status == "ready"
@@ -353,5 +378,5 @@ def _error_fields(error: Exception) -> tuple[str, str]:
     if isinstance(error, (OSError, sqlite3.Error)):
         _log.error("a video could not be written", exc_info=error)
         return "storage_failed", f"the video could not be written: {getattr(error, 'strerror', None) or error}"
-    told = to_api_error(error)
-    return told.code or "internal_error", told.message
+    api_error = to_api_error(error)
+    return api_error.code or "internal_error", api_error.message

@@ -1,9 +1,9 @@
-"""Tensors in pieces that look whole to a model's code: any transformer runs on them, unmodified and unplanned."""
+"""Sharded tensors that look like full tensors to a model's code: any transformer runs on them, unmodified."""
 
 from omni_sp.sharding.tracked import attention, compute_rules, view_rules
 from omni_sp.sharding.tracked.attention import tracked_attention
-from omni_sp.sharding.tracked.placement import Placement, even_placement
-from omni_sp.sharding.tracked.tensor import TokenTensor, local_shard, to_full_tensors
+from omni_sp.sharding.tracked.placement import Placement, even_placement, local_shard
+from omni_sp.sharding.tracked.tensor import TokenTensor, to_full_tensors
 
 __all__ = [
     "Placement",

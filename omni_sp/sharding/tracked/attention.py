@@ -1,4 +1,4 @@
-"""Attention over tracked tensors: to the core where tokens are cut, on this rank where they are not."""
+"""Attention over sharded tensors: in the core where tokens are sharded, on this rank where another dim is."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 from omni_sp.attention import SequenceLayout
 from omni_sp.errors import UnsupportedAttentionError
 from omni_sp.sharding.forward_context import ShardedForward, current_forward
-from omni_sp.sharding.tracked.placement import Placement
-from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, TokenTensor, local_shard
+from omni_sp.sharding.tracked.placement import Placement, local_shard
+from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, TokenTensor
 
 F = torch.nn.functional
-_KEPT_MASKS = 4
+_MAX_CACHED_MASKS = 4
 _NEGLIGIBLE = -9000.0
 """exp() of it is 0 in every dtype: models write -10000 where they mean minus infinity."""
 
 
-def _forward() -> ShardedForward:
+def _require_forward() -> ShardedForward:
     forward = current_forward()
     if forward is None:
         raise UnsupportedAttentionError("attention over pieces outside of a sharded forward")
@@ -36,7 +36,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Torch's function of that name for (…, heads, tokens, head_dim) of which some are tracked."""
+    """The rule for torch's function of that name: (…, heads, tokens, head_dim) tensors of which some are sharded."""
     if dropout_p:
         raise UnsupportedAttentionError(f"dropout {dropout_p} in attention is for training; this is inference")
     mask = attn_mask
@@ -47,7 +47,7 @@ def scaled_dot_product_attention(
     tracked = [x for x in tensors if isinstance(x, TokenTensor)]
     tokens = query.ndim - 2
     if not isinstance(query, TokenTensor) or query.shard_dim > tokens or key.ndim != query.ndim:
-        # Whole queries want whole keys.
+        # Full queries need the full keys.
         return _on_full_tensors(query, key, value, mask, options)
     if query.shard_dim < tokens:
         return _along_batch(query, key, value, mask, options)
@@ -59,24 +59,24 @@ def scaled_dot_product_attention(
     if len(tracked) == 2 or key.placement != value.placement:
         key, value = (x.full_tensor("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
         return _local_queries(query, key, value, mask, options)
-    key_mask, row_mask = (None, None) if mask is None else _as_masks(mask, query, key)
+    key_mask, query_mask = (None, None) if mask is None else _key_and_query_mask(mask, query, key)
     if is_causal or key_mask is False or query.ndim != 4:
         return _local_queries(query, key.full_tensor("attention"), value.full_tensor("attention"), mask, options)
-    forward = _forward()
+    forward = _require_forward()
     forward.count_attention()
     layout = SequenceLayout(query=query.placement.lengths, key=key.placement.lengths)
     if key_mask is not None:
         key_mask = key.shard_like(key_mask.expand(key.shape[0], -1), 1)
     q, k, v = (x.local.transpose(1, 2) for x in (query, key, value))
     out = forward.strategy(q, k, v, key_mask=key_mask, is_causal=False, scale=scale, layout=layout)
-    if row_mask is not None:
-        # A query that may attend to no key gets 0.
-        out = out * query.shard_like(row_mask.expand(key.shape[0], -1), 1)[:, :, None, None].to(out.dtype)
+    if query_mask is not None:
+        # The output of a query that may attend to no key is 0.
+        out = out * query.shard_like(query_mask.expand(key.shape[0], -1), 1)[:, :, None, None].to(out.dtype)
     return query.wrap(out.transpose(1, 2))
 
 
 def _mask_follows_query(mask: TokenTensor, query: Any) -> bool:
-    """True where each rank holds the mask's rows of its own queries."""
+    """True where each rank holds the part of the mask that is about its own queries."""
     if not isinstance(query, TokenTensor) or query.shard_dim != query.ndim - 2:
         return False
     return mask.shard_dim == mask.ndim - 2 and mask.placement == query.placement
@@ -88,25 +88,15 @@ def _on_full_tensors(query: Any, key: Any, value: Any, mask: Any, options: dict[
 
 
 def _along_batch(query: TokenTensor, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Any:
-    """Tokens are cut along a batch dim (a video's frames or places): each attends within its own."""
-    same = [
-        x
-        for x in (key, value)
-        if isinstance(x, TokenTensor) and (x.shard_dim, x.placement) == (query.shard_dim, query.placement)
-    ]
-    if len(same) != 2:
-        # With grouped heads that are cut there are fewer heads of keys than of queries.
-        if any(
-            isinstance(x, TokenTensor) or x.shape[query.shard_dim] not in (1, query.placement.size)
-            for x in (key, value)
-        ):
-            return _on_full_tensors(query, key, value, mask, options)
-        q, k, v = (
-            query.local,
-            *(query.shard_like(x, query.shard_dim) if x.shape[query.shard_dim] > 1 else x for x in (key, value)),
-        )
+    """A batch dim is sharded (a video's frames or positions): each of its indices attends by itself."""
+    dim, q = query.shard_dim, query.local
+    if all(isinstance(x, TokenTensor) and (x.shard_dim, x.placement) == (dim, query.placement) for x in (key, value)):
+        k, v = key.local, value.local
+    elif any(isinstance(x, TokenTensor) or x.shape[dim] not in (1, query.placement.size) for x in (key, value)):
+        # Where grouped heads are sharded, there are fewer heads of keys than of queries.
+        return _on_full_tensors(query, key, value, mask, options)
     else:
-        q, k, v = query.local, key.local, value.local
+        k, v = (query.shard_like(x, dim) if x.shape[dim] > 1 else x for x in (key, value))
     if mask is not None and mask.ndim >= query.ndim - query.shard_dim:
         dim_from_end = query.shard_dim - query.ndim
         mask = mask if mask.shape[dim_from_end] == 1 else query.shard_like(mask, mask.ndim + dim_from_end)
@@ -118,8 +108,8 @@ def _along_batch(query: TokenTensor, key: Any, value: Any, mask: Any, options: d
 def _local_queries(
     query: TokenTensor, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]
 ) -> Any:
-    """This rank's queries against whole keys: any mask at all."""
-    _forward().count_attention()
+    """This rank's queries against the full keys, under any mask."""
+    _require_forward().count_attention()
     if options["is_causal"]:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=key.device).tril()
     if isinstance(mask, TokenTensor):
@@ -132,36 +122,37 @@ def _local_queries(
     return query.wrap(F.scaled_dot_product_attention(query.local, key, value, attn_mask=mask, **options))
 
 
-def _as_masks(mask: torch.Tensor, query: TokenTensor, key: TokenTensor) -> tuple[Any, Any]:
-    """(batch or 1, tokens) bool of the keys that may be attended, and of the queries that may attend (None: all do).
+def _key_and_query_mask(mask: torch.Tensor, query: TokenTensor, key: TokenTensor) -> tuple[Any, Any]:
+    """A mask as two bool masks (batch or 1, tokens): of the keys that may be attended to, and of the queries that may.
 
-    False in place of the first where the mask says more than that. What is found is kept for other attentions of this
-    forward that get the same mask.
+    The second is None where all queries may; the first is False where the mask says more than that. The result is
+    cached for other attentions of this forward that get the same mask.
     """
     if isinstance(mask, TokenTensor):
         return False, None
-    if mask.is_inference():  # such tensors do not tell whether they were changed since
-        keys, rows = _masks_of(mask)
+    if mask.is_inference():  # such tensors have no version that would show that they were changed
+        key_mask, query_mask = _split_mask(mask)
     else:
-        found = _forward().masks
+        cache = _require_forward().masks
         name = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask._version)
-        if name not in found:
-            while len(found) >= _KEPT_MASKS:
+        if name not in cache:
+            while len(cache) >= _MAX_CACHED_MASKS:
                 # Models that make a mask in every block would keep all of them alive.
-                found.pop(next(iter(found)))
-            found[name] = mask, _masks_of(mask)
-        keys, rows = found[name][1]
-    if keys is not False and (
-        keys.shape[-1] != key.shape[-2] or (rows is not None and rows.shape[-1] != query.shape[-2])
+                cache.pop(next(iter(cache)))
+            cache[name] = mask, _split_mask(mask)
+        key_mask, query_mask = cache[name][1]
+    if key_mask is not False and (
+        key_mask.shape[-1] != key.shape[-2] or (query_mask is not None and query_mask.shape[-1] != query.shape[-2])
     ):
         return False, None
-    return keys, rows
+    return key_mask, query_mask
 
 
-def _masks_of(mask: torch.Tensor) -> tuple[Any, Any]:
+def _split_mask(mask: torch.Tensor) -> tuple[Any, Any]:
+    """The two masks of :func:`_key_and_query_mask`, without a look at the numbers of queries and keys."""
     mask = mask[(None,) * (4 - mask.ndim)]
-    rows = None
-    # Along heads and queries it must say the same everywhere; or shut some queries altogether.
+    query_mask = None
+    # All heads and queries must have the same keys, except for queries that have none.
     for dim in (1, 2):
         if mask.shape[dim] == 1:
             continue
@@ -169,58 +160,56 @@ def _masks_of(mask: torch.Tensor) -> tuple[Any, Any]:
         if mask.stride(dim) == 0 or bool((mask == first).all()):
             mask = first
         elif dim == 2 and mask.dtype == torch.bool:
-            rows, keys = mask.any(-1, keepdim=True), mask.any(-2, keepdim=True)
-            if not bool((mask == (rows & keys)).all()):
+            queries, keys = mask.any(-1, keepdim=True), mask.any(-2, keepdim=True)
+            if not bool((mask == (queries & keys)).all()):
                 return False, None
-            mask, rows = keys, rows[:, 0, :, 0]
+            mask, query_mask = keys, queries[:, 0, :, 0]
         else:
             return False, None
     mask = mask[:, 0, 0]
     if mask.dtype == torch.bool:
-        return mask, rows
-    open_, shut = mask == 0, mask <= _NEGLIGIBLE
-    # Where all keys are shut by a number, they count alike; the core would give 0.
-    return (open_, None) if bool((open_ | shut).all() & open_.any(-1).all()) else (False, None)
+        return mask, query_mask
+    is_open, is_masked = mask == 0, mask <= _NEGLIGIBLE
+    # Where a number masks all keys, torch weighs them alike; the core would give 0.
+    return (is_open, None) if bool((is_open | is_masked).all() & is_open.any(-1).all()) else (False, None)
 
 
 def _dense_mask(mask: BlockMask) -> torch.Tensor:
-    """What a flex mask says, as a bool tensor; kept for the other attentions of this forward."""
-    found = _forward().masks
-    batch, heads, queries, keys = mask.shape
-    if id(mask) not in found:
-        found[id(mask)] = (
-            mask,
-            create_mask(mask.mask_mod, batch, heads, queries, keys, device=str(mask.kv_indices.device)),
-        )
-    whole: torch.Tensor = found[id(mask)][1]
-    return whole
+    """A flex mask as a bool tensor, cached for the other attentions of this forward."""
+    cache = _require_forward().masks
+    if id(mask) not in cache:
+        batch, heads, queries, keys = mask.shape
+        device = str(mask.kv_indices.device)
+        cache[id(mask)] = mask, create_mask(mask.mask_mod, batch, heads, queries, keys, device=device)
+    dense: torch.Tensor = cache[id(mask)][1]
+    return dense
 
 
 def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, scale: float | None, enable_gqa: bool) -> Any:
-    """FlexAttention under a mask that is nothing but tables of blocks: this rank's queries, all keys.
+    """FlexAttention of this rank's queries to all keys, under a mask that is nothing but tables of blocks.
 
-    Compiled flex obeys the tables, plain flex does not; so flex itself is asked. Where the pieces do not end where
-    blocks do, every rank does all of it.
+    Compiled flex obeys the tables, plain flex does not, so flex itself is called. Where the shards do not end where
+    blocks end, every rank computes all queries.
     """
     key, value = (x.full_tensor("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
     tables: list[Any] = [mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices]
-    own: Placement | None = None
+    block_placement: Placement | None = None
     if isinstance(query, TokenTensor):
-        _forward().count_attention()
+        _require_forward().count_attention()
         blocks = tables[0].shape[-1]
         if query.shard_dim == query.ndim - 2 and blocks * mask.BLOCK_SIZE[0] == query.shape[-2]:
-            own = query.placement.unflatten_dims(1, blocks, mask.BLOCK_SIZE[0])
-    if own is None:
+            block_placement = query.placement.unflatten_dims(1, blocks, mask.BLOCK_SIZE[0])
+    if block_placement is None:
         q = query.full_tensor("attention") if isinstance(query, TokenTensor) else query
-        parts = [x.full_tensor("mask") if isinstance(x, TokenTensor) else x for x in tables]
+        tables = [x.full_tensor("mask") if isinstance(x, TokenTensor) else x for x in tables]
     else:
         q = query.local
-        # May gather, so ranks without a query come by here too.
-        parts = [None if x is None else _local_blocks(x, own, query) for x in tables]
+        # This may gather, so that ranks without a query have to call it too.
+        tables = [None if x is None else _local_blocks(x, block_placement, query) for x in tables]
         if q.numel() == 0:
             return query.wrap(q.new_empty((*q.shape[:-1], value.shape[-1])))
-    numbers, indices, full_numbers, full_indices = parts
-    part = BlockMask.from_kv_blocks(
+    numbers, indices, full_numbers, full_indices = tables
+    local_mask = BlockMask.from_kv_blocks(
         numbers,
         indices,
         full_numbers,
@@ -230,36 +219,63 @@ def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, scale: float 
         seq_lengths=(q.shape[-2], key.shape[-2]),
         compute_q_blocks=False,
     )
-    out = flex_attention(q, key, value, block_mask=part, scale=scale, enable_gqa=enable_gqa)
+    out = flex_attention(q, key, value, block_mask=local_mask, scale=scale, enable_gqa=enable_gqa)
     if not isinstance(query, TokenTensor):
         return out
-    return query.wrap(out if own is not None else query.shard_like(out, query.shard_dim))
+    return query.wrap(out if block_placement is not None else query.shard_like(out, query.shard_dim))
 
 
-def _local_blocks(table: Any, own: Placement, beside: TokenTensor) -> torch.Tensor:
+def _local_blocks(table: Any, placement: Placement, query: TokenTensor) -> torch.Tensor:
     """A block mask's table, (batch, heads, blocks of queries, …), for this rank's queries."""
     if isinstance(table, TokenTensor):
-        if (table.shard_dim, table.placement) == (2, own):
+        if (table.shard_dim, table.placement) == (2, placement):
             return table.local
         table = table.full_tensor("mask")
-    return local_shard(table, 2, own, beside.axis)
+    return local_shard(table, 2, placement, query.axis)
 
 
 def tracked_attention(
-    query: Any, key: Any, value: Any, *, attn_mask: Any, is_causal: bool, scale: float | None, enable_gqa: bool
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    attn_mask: Any,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    dropout_p: float = 0.0,
 ) -> Any:
-    """The same for (batch, tokens, heads, head_dim), as diffusers' dispatcher has it."""
+    """Attention as diffusers' dispatcher calls it, over tensors of which some may be sharded.
+
+    Args:
+        query: (batch, tokens, heads, head_dim).
+        key: (batch, kv_tokens, kv_heads, head_dim).
+        value: (batch, kv_tokens, kv_heads, head_dim).
+        attn_mask: what torch's attention takes, a bool mask (batch, kv_tokens), or a mask of FlexAttention; None for
+            no mask.
+        is_causal: token i attends to the tokens up to i.
+        scale: of the scores; None for head_dim ** -0.5.
+        enable_gqa: there may be fewer key heads than query heads.
+        dropout_p: as torch's attention takes it; refused where a tensor is sharded.
+
+    Returns:
+        (batch, tokens, heads, head_dim), sharded like the query.
+
+    Raises:
+        UnsupportedAttentionError: dropout, or tensors that are sharded outside of a sharded forward.
+    """
     if isinstance(attn_mask, BlockMask):
         if attn_mask.mask_mod is noop_mask:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             return _under_block_mask(q, k, v, attn_mask, scale, enable_gqa).transpose(1, 2)
         attn_mask = _dense_mask(attn_mask)
-    # Torch's own function, so that a mode that somebody put on it (to skip attention, for one) sees the call.
+    # Torch's own function, so that a mode that somebody activated for it (to skip attention, for one) sees the call.
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         attn_mask=attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[:, None, None],
+        dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
         enable_gqa=enable_gqa,

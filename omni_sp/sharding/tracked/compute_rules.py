@@ -1,7 +1,8 @@
-"""Rules for operators that compute: on the pieces, wherever tokens do not see each other."""
+"""Rules for operators that compute: on the shards, wherever tokens do not depend on each other."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from omni_sp.collectives import all_reduce
 from omni_sp.mesh import Axis
-from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, OPERATOR_RULES, TokenTensor, require_writable
+from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, OPERATOR_RULES, Rule, TokenTensor, require_writable
 from omni_sp.sharding.tracked.view_rules import positive_dim, rule
 
 aten = torch.ops.aten
@@ -18,51 +19,42 @@ F = torch.nn.functional
 
 
 def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Element by element, with broadcasting. What is whole is cut to fit the pieces."""
+    """Element by element, with broadcasting. Replicated operands are sharded like the sharded ones."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
     written = _written_argument(func)
     if written is None:
-        # Of two that are cut along different dims (an outer product) the outer dim: rows, as attention wants them.
-        leads = [x for x in tensors if isinstance(x, TokenTensor)]
-        lead = max(leads, key=lambda x: (x.placement.size, x.ndim - x.shard_dim), default=None)
+        # The result is sharded like one operand. Of two that are sharded along different dims (an outer product) it is
+        # the one of the outer dim: these are the queries of an attention mask.
+        sharded = [x for x in tensors if isinstance(x, TokenTensor)]
+        lead = max(sharded, key=lambda x: (x.placement.size, x.ndim - x.shard_dim), default=None)
     else:
         lead = args[written] if isinstance(args[written], TokenTensor) else None
-    if lead is None:  # what is written to is whole, or the pieces hide in a list
+    if lead is None:  # the tensor that is written to is replicated, or the sharded tensors are in a list
         return NotImplemented
     dim_from_end = lead.shard_dim - lead.ndim  # counted from the end, as broadcasting does
     if any(x.ndim >= -dim_from_end and x.shape[dim_from_end] not in (1, lead.placement.size) for x in tensors):
         return NotImplemented
     if written is not None:
         require_writable(func, lead)
-    result = func(
-        *[_broadcast_local(x, dim_from_end, lead) if isinstance(x, torch.Tensor) else x for x in args],
-        **{
-            name: _broadcast_local(x, dim_from_end, lead) if isinstance(x, torch.Tensor) else x
-            for name, x in kwargs.items()
-        },
-    )
+    local_args = [_broadcast_local(x, dim_from_end, lead) for x in args]
+    result = func(*local_args, **{name: _broadcast_local(x, dim_from_end, lead) for name, x in kwargs.items()})
     if written is not None:
-        # Only now: what is read may be a view of what is written.
+        # This comes after the call, since an operand may be a view of the tensor that is written to.
         lead.writes[0] += 1
         return args[written]
     dim = dim_from_end + max(x.ndim for x in tensors)
     if isinstance(result, torch.Tensor):
         return lead.wrap_pointwise(result, dim, tensors)
-    return type(result)(lead.wrap(part, dim) for part in result)
+    return type(result)(lead.wrap(one, dim) for one in result)
 
 
-def _sharded_alike(x: TokenTensor, dim_from_end: int, lead: TokenTensor) -> bool:
-    """Whether two tensors are cut alike, dims counted from the end."""
-    return x.shard_dim - x.ndim == dim_from_end and (x.placement is lead.placement or x.placement == lead.placement)
-
-
-def _broadcast_local(x: torch.Tensor, dim_from_end: int, lead: TokenTensor) -> torch.Tensor:
-    """A tensor as it broadcasts against the pieces."""
+def _broadcast_local(x: Any, dim_from_end: int, lead: TokenTensor) -> Any:
+    """An operand as it broadcasts against the shard of ``lead``; what is no tensor stays as it is."""
+    if not isinstance(x, torch.Tensor):
+        return x
     if isinstance(x, TokenTensor):
-        if _sharded_alike(x, dim_from_end, lead):
-            return x.local
         if x.shard_dim - x.ndim == dim_from_end and x.placement.size == lead.placement.size:
-            return x.redistribute(lead.placement).local
+            return x.local if x.placement is lead.placement else x.redistribute(lead.placement).local
         x = x.full_tensor("broadcasting")
     if x.ndim < -dim_from_end or x.shape[dim_from_end] == 1:
         return x
@@ -85,13 +77,13 @@ for _operator in (aten.copy_, aten.masked_fill, aten.masked_fill_, aten.where.se
 
 @rule(aten._softmax, aten._log_softmax, aten.softmax, aten.cumsum, aten.sort, aten.topk, aten.glu)
 def _along_another_dim(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> Any:
-    """The result has the same dims; the dim in question must not be the cut one."""
+    """Operators along one dim, which must not be the sharded one; the result has the dims of the operand."""
     index = 1 if func.overloadpacket is aten.topk else 0
     dim = kwargs.get("dim", args[index] if len(args) > index else -1)
     if not isinstance(x, TokenTensor) or not isinstance(dim, int) or positive_dim(dim, x.ndim) == x.shard_dim:
         return NotImplemented
     result = func(x.local, *args, **kwargs)
-    return x.wrap(result) if isinstance(result, torch.Tensor) else tuple(x.wrap(part) for part in result)
+    return x.wrap(result) if isinstance(result, torch.Tensor) else tuple(x.wrap(one) for one in result)
 
 
 @rule(aten.cumsum_)
@@ -105,8 +97,8 @@ def _cumsum_in_place(func: Any, x: Any, dim: int, **kwargs: Any) -> Any:
 
 
 @rule(aten.gather)
-def _gather(func: Any, x: Any, dim: int, index: Any, **kwargs: Any) -> Any:
-    """Each index counts within its own token, where both are cut alike."""
+def _gather_indices(func: Any, x: Any, dim: int, index: Any, **kwargs: Any) -> Any:
+    """``torch.gather`` along another dim: each index counts within its own token, where both are sharded alike."""
     if not (isinstance(x, TokenTensor) and isinstance(index, TokenTensor)):
         return NotImplemented
     if (x.shard_dim, x.placement) != (index.shard_dim, index.placement) or positive_dim(dim, x.ndim) == x.shard_dim:
@@ -118,29 +110,25 @@ def _gather(func: Any, x: Any, dim: int, index: Any, **kwargs: Any) -> Any:
     aten.sum, aten.mean, aten.amax, aten.amin, aten.max, aten.min, aten.argmax, aten.argmin, aten.var, aten.std,
     aten.var_mean, aten.any, aten.all, aten.linalg_vector_norm, aten.norm, aten.prod, aten.logsumexp,
 )  # fmt: skip
-def _reduced(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> Any:
-    """Reductions over other dims than the cut one."""
+def _reduce(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> Any:
+    """Reductions over other dims than the sharded one; sums over that one, too."""
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names[1:], args, strict=False)), **kwargs}
     dims = given.get("dim")
     if dims is None or not isinstance(x, TokenTensor) or dims == []:
         return NotImplemented
-    gone = {positive_dim(dim, x.ndim) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
-    if x.shard_dim in gone:
-        # Each rank has a part of the sum.
-        return (
-            _all_reduced_sum(func, x.axis, x.local, *args, **kwargs)
-            if func.overloadpacket is aten.sum
-            else NotImplemented
-        )
-    dim = x.shard_dim if given.get("keepdim", False) else x.shard_dim - sum(d < x.shard_dim for d in gone)
+    reduced = {positive_dim(dim, x.ndim) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    if x.shard_dim in reduced:
+        is_sum = func.overloadpacket is aten.sum
+        return _all_reduced_sum(func, x.axis, x.local, *args, **kwargs) if is_sum else NotImplemented
+    dim = x.shard_dim if given.get("keepdim", False) else x.shard_dim - sum(d < x.shard_dim for d in reduced)
     result = func(x.local, *args, **kwargs)
-    return x.wrap(result, dim) if isinstance(result, torch.Tensor) else tuple(x.wrap(part, dim) for part in result)
+    return x.wrap(result, dim) if isinstance(result, torch.Tensor) else tuple(x.wrap(one, dim) for one in result)
 
 
 @rule(aten.mm, aten.bmm)
 def _matmul(func: Any, a: Any, b: Any) -> Any:
-    """(…, n, k) x (…, k, m). Rows of the first, columns of the second and batches are independent."""
+    """Shapes (…, n, k) x (…, k, m). Rows of the first, columns of the second and batches are independent."""
     last, batched = a.ndim - 1, a.ndim == 3
     if isinstance(a, TokenTensor) and a.shard_dim != last:
         if batched and a.shard_dim == 0:
@@ -149,7 +137,7 @@ def _matmul(func: Any, a: Any, b: Any) -> Any:
             return a.wrap(func(a.local, b.local if isinstance(b, TokenTensor) else a.shard_like(b, 0)))
         return a.wrap(func(a.local, b.full_tensor("matmul") if isinstance(b, TokenTensor) else b))
     if isinstance(a, TokenTensor):
-        # The sum runs over the cut dim: linear attention's state. Each rank has a part of it.
+        # The sum runs over the sharded dim, as for the state of linear attention.
         if isinstance(b, TokenTensor) and (b.shard_dim, b.placement) != (last - 1, a.placement):
             return NotImplemented
         other = b.local if isinstance(b, TokenTensor) else a.shard_like(b, last - 1)
@@ -160,7 +148,10 @@ def _matmul(func: Any, a: Any, b: Any) -> Any:
 
 
 def _all_reduced_sum(func: Any, axis: Axis, *tensors: Any, **kwargs: Any) -> torch.Tensor:
-    """A sum of which each rank has a part. Of 16-bit numbers it is made in 32 bit and rounded once, as on one rank."""
+    """The sum over all ranks of what ``func`` gives for the local tensors.
+
+    Sums of 16-bit numbers are made in 32 bit and rounded once, as on one rank.
+    """
     dtype = kwargs.get("dtype") or tensors[0].dtype
     if dtype not in (torch.bfloat16, torch.float16):
         return all_reduce(func(*tensors, **kwargs), axis)
@@ -184,13 +175,13 @@ def _baddbmm(_func: Any, base: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any
 
 @rule(aten.convolution)
 def _convolution(func: Any, x: Any, weight: Any, bias: Any, *args: Any) -> Any:
-    """Over pieces of rows (or frames, or sound), each with the neighbours that its kernel sees."""
+    """Over shards of rows (or frames, or sound), each with the neighbours that its kernel reaches."""
     stride, padding, dilation, transposed, output_padding, groups = args
     if not isinstance(x, TokenTensor) or isinstance(weight, TokenTensor) or isinstance(bias, TokenTensor):
         return NotImplemented
     dim_from_end = x.shard_dim - 2
     if x.shard_dim == 0:
-        # Asked of all ranks, not of this one: those that gather would wait for those that do not.
+        # The lengths of all ranks decide, not this rank's own: ranks that gather would wait for those that do not.
         return x.wrap(func(x.local, weight, bias, *args)) if min(x.placement.lengths) else NotImplemented
     if (
         dim_from_end < 0
@@ -202,50 +193,42 @@ def _convolution(func: Any, x: Any, weight: Any, bias: Any, *args: Any) -> Any:
     reach = dilation[dim_from_end] * (weight.shape[x.shard_dim] - 1)
     before = padding[dim_from_end]
     if reach != 2 * before or min(x.placement.lengths) == 0:
-        return NotImplemented  # as many come out as go in, and everybody has some
+        return NotImplemented  # only where as many rows come out as go in, and every rank has some
     wanted = [
         [(max(a - before, 0), min(b + before, x.placement.size)) for a, b in ranges]
         for ranges in x.placement.ranges_per_rank
     ]
     (start, stop), (first, last) = x.placement.ranges_per_rank[x.axis.rank][0], wanted[x.axis.rank][0]
     rows = x.local if before == 0 else x.fetch_ranges(wanted)
-    # Only at the picture's own edges is there padding.
+    # There is padding only at the edges of the full tensor.
     edges = [0, 0] * (x.ndim - 1 - x.shard_dim) + [first - (start - before), (stop + before) - last]
     inner = [0 if d == dim_from_end else amount for d, amount in enumerate(padding)]
     rows = F.pad(rows, edges) if before else rows
     return x.wrap(func(rows, weight, bias, stride, inner, dilation, transposed, output_padding, groups))
 
 
-def _on_last_dims(first_argument: str, dims_of: Any) -> Any:
-    """A function that works on the last dims of its first argument alone; its other arguments are whole."""
+def _on_last_dims(function: Any, num_dims: Callable[..., int]) -> Rule:
+    """A rule for a function that works on the last dims of ``input``; its other arguments are replicated."""
 
-    def apply(function: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            x = args[0] if args else kwargs[first_argument]
-            others, _ = tree_flatten((args[1:], {k: v for k, v in kwargs.items() if k != first_argument}))
-            if not isinstance(x, TokenTensor) or any(isinstance(other, TokenTensor) for other in others):
-                return NotImplemented
-            if x.shard_dim >= x.ndim - dims_of(*args[1:2], **kwargs):
-                return NotImplemented
-            if args:
-                return x.wrap(function(x.local, *args[1:], **kwargs))
-            return x.wrap(function(**{**kwargs, first_argument: x.local}))
-
-        return run
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["input"]
+        others, _ = tree_flatten((args[1:], {name: value for name, value in kwargs.items() if name != "input"}))
+        if not isinstance(x, TokenTensor) or any(isinstance(other, TokenTensor) for other in others):
+            return NotImplemented
+        if x.shard_dim >= x.ndim - num_dims(*args[1:2], **kwargs):
+            return NotImplemented
+        if args:
+            return x.wrap(function(x.local, *args[1:], **kwargs))
+        return x.wrap(function(**{**kwargs, "input": x.local}))
 
     return apply
 
 
-def _one(*_args: Any, **_kwargs: Any) -> int:
-    return 1
-
-
-def _normalized(shape: Any = None, **kwargs: Any) -> int:
+def _num_normalized_dims(shape: Any = None, **kwargs: Any) -> int:
     shape = kwargs.get("normalized_shape", shape)
     return 1 if isinstance(shape, int) else len(shape)
 
 
-FUNCTION_RULES[F.linear] = _on_last_dims("input", _one)(F.linear)
-FUNCTION_RULES[F.layer_norm] = _on_last_dims("input", _normalized)(F.layer_norm)
-FUNCTION_RULES[F.rms_norm] = _on_last_dims("input", _normalized)(F.rms_norm)
-FUNCTION_RULES[torch.rms_norm] = _on_last_dims("input", _normalized)(torch.rms_norm)
+FUNCTION_RULES[F.linear] = _on_last_dims(F.linear, lambda *_args, **_kwargs: 1)
+for _norm in (F.layer_norm, F.rms_norm, torch.rms_norm):
+    FUNCTION_RULES[_norm] = _on_last_dims(_norm, _num_normalized_dims)

@@ -1,4 +1,4 @@
-"""Which indices of one dim each rank holds: arithmetic that every rank does alike, so nobody has to ask."""
+"""Which indices of one dim each rank holds: arithmetic that every rank does alike, without any exchange."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from itertools import pairwise
 import torch
 
 from omni_sp.attention import split_evenly
+from omni_sp.mesh import Axis
 
 Range = tuple[int, int]
+"""Half open: the first index, and the index behind the last."""
 
 _MAX_RANGES = 4096
-"""A dim scattered over more spans than this is better gathered."""
+"""A dim scattered over more ranges than this is better gathered."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A dim of ``size`` indices, dealt out to ranks.
+    """How the indices of a dim are distributed over ranks.
 
     Attributes:
-        size: of the dim. held: for each rank the half-open spans that it holds, ascending. Together they cover the dim
-            exactly once; a rank may hold none. In memory a rank's indices lie in this order.
+        size: number of indices of the dim.
+        ranges_per_rank: for each rank the ranges that it holds, ascending. Together they cover the dim exactly once; a
+            rank may hold none. In memory a rank's indices lie in this order.
     """
 
     size: int
@@ -36,19 +39,19 @@ class Placement:
 
     @cached_property
     def in_rank_order(self) -> bool:
-        """True where the ranks' pieces, one behind the other, are the whole."""
-        ends = [span for ranges in self.ranges_per_rank for span in ranges]
-        return all(before[1] == after[0] for before, after in pairwise(ends))
+        """True where the ranks' shards, concatenated in rank order, are the full tensor."""
+        in_memory = [one for ranges in self.ranges_per_rank for one in ranges]
+        return all(before[1] == after[0] for before, after in pairwise(in_memory))
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        # Looked up all the time, as a key of what was worked out before.
+        # Placements are keys of caches that are looked up all the time.
         return hash((self.size, self.ranges_per_rank))
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - bounded, and spans are few
+    @lru_cache(maxsize=4096)  # noqa: B019 - bounded, and placements are few
     def narrow(self, start: int, stop: int) -> Placement:
         """The indices from ``start`` to ``stop``, counted from ``start``."""
         return _normalized(
@@ -57,60 +60,59 @@ class Placement:
         )
 
     def local_offset(self, rank: int, index: int) -> int:
-        """How many of a rank's indices lie before ``index``: its offset in the rank's memory."""
+        """How many of a rank's indices lie before ``index``: the offset of ``index`` in the rank's memory."""
         return sum(max(0, min(stop, index) - start) for start, stop in self.ranges_per_rank[rank])
 
     def select_indices(self, indices: torch.Tensor, rank: int) -> tuple[Placement, torch.Tensor] | None:
-        """Who holds the picked indices, each staying where it is, and where in this rank's memory they lie.
+        """The placement of the selected indices, each of which stays on its rank.
 
-        None where they lie in too many spans to be kept account of.
+        Args:
+            indices: from 0 below ``size``, in any order, with repetitions.
+            rank: this rank.
+
+        Returns:
+            The placement, and the offsets in this rank's memory of what it holds; None where there would be too many
+            ranges.
         """
-        places = gather_order(self)[indices]
+        positions = gather_order(self)[indices]
         ends = torch.tensor(self.lengths).cumsum(0)
-        holders = torch.searchsorted(ends, places, right=True)
-        if holders.numel() and int((holders[1:] != holders[:-1]).sum()) > _MAX_RANGES:
+        owners = torch.searchsorted(ends, positions, right=True)
+        if owners.numel() and int((owners[1:] != owners[:-1]).sum()) > _MAX_RANGES:
             return None
-        runs = torch.unique_consecutive(holders, return_counts=True)
+        runs, counts = torch.unique_consecutive(owners, return_counts=True)
         ranges_per_rank: list[list[Range]] = [[] for _ in self.ranges_per_rank]
         start = 0
-        for holder, count in zip(*(part.tolist() for part in runs), strict=True):
-            ranges_per_rank[holder].append((start, start + count))
+        for owner, count in zip(runs.tolist(), counts.tolist(), strict=True):
+            ranges_per_rank[owner].append((start, start + count))
             start += count
-        return _normalized(start, ranges_per_rank), places[holders == rank] - int(ends[rank]) + self.lengths[rank]
+        return _normalized(start, ranges_per_rank), positions[owners == rank] - int(ends[rank]) + self.lengths[rank]
 
     def flatten_dims(self, outer: int, inner: int) -> Placement:
-        """The dim flattened with ``outer`` indices before it and ``inner`` behind it."""
+        """The placement of the dim flattened with dims of ``outer`` indices before it and ``inner`` behind it."""
+        starts = [i * self.size for i in range(outer)]
         return _normalized(
             outer * self.size * inner,
             [
-                [
-                    ((turn * self.size + a) * inner, (turn * self.size + b) * inner)
-                    for turn in range(outer)
-                    for a, b in s
-                ]
-                for s in self.ranges_per_rank
+                [((start + a) * inner, (start + b) * inner) for start in starts for a, b in ranges]
+                for ranges in self.ranges_per_rank
             ],
         )
 
     def unflatten_dims(self, outer: int, size: int, inner: int) -> Placement | None:
-        """The inverse of :meth:`merged`; None where the pieces do not fit."""
+        """The inverse of :meth:`flatten_dims`; None where the shards do not fit these dims."""
         if outer * size * inner != self.size or any(
-            x % inner for ranges in self.ranges_per_rank for span in ranges for x in span
+            bound % inner for ranges in self.ranges_per_rank for one in ranges for bound in one
         ):
             return None
         scaled = [[(a // inner, b // inner) for a, b in ranges] for ranges in self.ranges_per_rank]
-        # A span may run over the end of a turn: cut it there.
+        # A range may go beyond the first of the outer indices: only what lies below it is taken.
         first = _normalized(size, [[(max(a, 0), min(b, size)) for a, b in ranges] for ranges in scaled])
         return first if first.flatten_dims(outer, inner) == self else None
 
 
-def even_placement(size: int, num_ranks: int) -> Placement:
-    """Shares that differ by at most one, in rank order."""
-    return _evenly(size, num_ranks)
-
-
 @lru_cache(maxsize=4096)
-def _evenly(size: int, num_ranks: int) -> Placement:
+def even_placement(size: int, num_ranks: int) -> Placement:
+    """Contiguous shards in rank order, whose lengths differ by at most one."""
     ranges, start = [], 0
     for length in split_evenly(size, num_ranks):
         ranges.append([(start, start + length)])
@@ -119,40 +121,50 @@ def _evenly(size: int, num_ranks: int) -> Placement:
 
 
 @lru_cache(maxsize=4096)
-def concatenated(parts: tuple[Placement, ...]) -> Placement:
-    """Dims one behind the other."""
-    ranges_per_rank: list[list[Range]] = [[] for _ in parts[0].ranges_per_rank]
+def concatenated(placements: tuple[Placement, ...]) -> Placement:
+    """The placement of dims that are concatenated."""
+    ranges_per_rank: list[list[Range]] = [[] for _ in placements[0].ranges_per_rank]
     offset = 0
-    for part in parts:
-        for ranges, more in zip(ranges_per_rank, part.ranges_per_rank, strict=True):
+    for placement in placements:
+        for ranges, more in zip(ranges_per_rank, placement.ranges_per_rank, strict=True):
             ranges += [(a + offset, b + offset) for a, b in more]
-        offset += part.size
+        offset += placement.size
     return _normalized(offset, ranges_per_rank)
 
 
 def _normalized(size: int, ranges_per_rank: Sequence[Sequence[Range]]) -> Placement:
-    """Spans without empty ones, neighbours made one."""
-    tidy = []
+    """A placement without empty ranges, in which adjacent ranges are one."""
+    normalized = []
     for ranges in ranges_per_rank:
-        mine: list[Range] = []
+        merged: list[Range] = []
         for start, stop in ranges:
             if start >= stop:
                 continue
-            if mine and mine[-1][1] == start:
-                start = mine.pop()[0]
-            mine.append((start, stop))
-        tidy.append(tuple(mine))
-    return Placement(size, tuple(tidy))
+            if merged and merged[-1][1] == start:
+                start = merged.pop()[0]
+            merged.append((start, stop))
+        normalized.append(tuple(merged))
+    return Placement(size, tuple(normalized))
 
 
 @lru_cache(maxsize=256)
 def gather_order(placement: Placement) -> torch.Tensor:
-    """For each global index, where it lies when the ranks' pieces are put one behind the other."""
-    places = torch.cat([torch.arange(a, b) for ranges in placement.ranges_per_rank for a, b in ranges])
-    return torch.argsort(places)
+    """For each global index its position in the ranks' shards, concatenated in rank order."""
+    indices = torch.cat([torch.arange(a, b) for ranges in placement.ranges_per_rank for a, b in ranges])
+    return torch.argsort(indices)
 
 
 def intersect(some: Sequence[Range], others: Sequence[Range]) -> list[Range]:
     """The indices in both, ascending."""
     both = [(max(a, c), min(b, d)) for a, b in some for c, d in others]
     return sorted((start, stop) for start, stop in both if start < stop)
+
+
+def local_shard(value: torch.Tensor, dim: int, placement: Placement, axis: Axis) -> torch.Tensor:
+    """This rank's shard of a replicated tensor."""
+    ranges = placement.ranges_per_rank[axis.rank]
+    if len(ranges) == 1:
+        return value.narrow(dim, ranges[0][0], ranges[0][1] - ranges[0][0])
+    if not ranges:
+        return value.narrow(dim, 0, 0)
+    return torch.cat([value.narrow(dim, start, stop - start) for start, stop in ranges], dim=dim)

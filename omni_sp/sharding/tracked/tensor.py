@@ -1,8 +1,9 @@
-"""A tensor whose tokens lie in pieces on the ranks, and which is to a model's code the whole tensor.
+"""A tensor whose tokens are sharded over the ranks, and which looks like the full tensor to a model's code.
 
-Its shape is the global one. Operations that treat tokens one by one work on the pieces (``rules``), attention goes
-through the core (``attention``), and whatever else happens to it is done on the whole, which is gathered for that:
-slower, and exact all the same. So a model's own, unmodified code runs over pieces without anybody describing it.
+Its shape is the global one. Operations that treat tokens one by one work on the shards (``compute_rules``,
+``view_rules``), attention goes through the core (``attention``), and every other operation is done on the full tensor,
+which is gathered for it: that is slower, and exact all the same. So a model's own, unmodified code runs over shards
+without a description of it.
 """
 
 from __future__ import annotations
@@ -19,62 +20,92 @@ from omni_sp.collectives import exchange, gather
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
 from omni_sp.sharding.forward_context import current_forward
-from omni_sp.sharding.tracked.placement import Placement, Range, gather_order, intersect
+from omni_sp.sharding.tracked.placement import Placement, Range, gather_order, intersect, local_shard
 
 T = TypeVar("T")
 Rule = Callable[..., Any]
 FUNCTION_RULES: dict[Any, Rule] = {}
-"""torch functions that are understood as a whole, before torch takes them apart: ``rule(*args, **kwargs)``."""
+"""Rules for torch functions, tried before torch decomposes the function into operators: ``rule(*args, **kwargs)``."""
 OPERATOR_RULES: dict[Any, Rule] = {}
-"""aten operators: ``rule(func, *args, **kwargs)``. A rule returns NotImplemented for what it does not know."""
+"""Rules for aten operators: ``rule(func, *args, **kwargs)``.
+
+A rule returns NotImplemented for arguments that it does not handle.
+"""
 
 
 class TokenTensor(torch.Tensor):
-    """Pieces of a tensor, one on each rank.
+    """A sharded tensor: one shard on each rank.
 
     Attributes:
-        local: this rank's piece; reading a copied one after the tensor that it views was written to raises.
-        shard_dim: the dim that is cut. spans: who holds which indices of it. axis: the ranks.
-        copied: in one process it would be a view of another tensor, but its piece is a copy: a write would be lost.
-        writes: how often its memory was written to; tensors that share memory share this count.
+        shard_dim: the dim that is sharded.
+        placement: which rank holds which indices of that dim.
+        axis: the ranks.
+        is_copy: in one process this tensor would be a view of another one, but its shard is a copy, so that a write
+            would be lost.
+        writes: how often its memory was written to; tensors that share memory share this list of one number.
     """
 
     shard_dim: int
     placement: Placement
     axis: Axis
-    copied: bool
+    is_copy: bool
     writes: list[int]
     _local: torch.Tensor
-    _seen: int | None
+    _writes_seen: int | None
 
     @staticmethod
-    def __new__(  # noqa: D102
+    def __new__(
         cls, local: torch.Tensor, dim: int, placement: Placement, axis: Axis, strides: Sequence[int] | None = None
     ) -> TokenTensor:
+        """Make a sharded tensor of this rank's shard.
+
+        Args:
+            local: this rank's shard.
+            dim: the dim that is sharded.
+            placement: which rank holds which indices of that dim.
+            axis: the ranks.
+            strides: those of the full tensor; None for those of a contiguous one.
+        """
         shape = list(local.shape)
         shape[dim] = placement.size
-        whole = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=local.dtype, device=local.device)
-        whole._local, whole.shard_dim, whole.placement, whole.axis = local, dim, placement, axis
-        whole.copied, whole.writes, whole._seen = False, [0], None
-        return whole
+        sharded = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=local.dtype, device=local.device)
+        sharded._local, sharded.shard_dim, sharded.placement, sharded.axis = local, dim, placement, axis
+        sharded.is_copy, sharded.writes, sharded._writes_seen = False, [0], None
+        return sharded
 
     @property
     def local(self) -> torch.Tensor:
-        """This rank's piece."""
-        if self._seen is not None and self._seen != self.writes[0]:
+        """This rank's shard.
+
+        Raises:
+            ShardingError: the shard is the copy of a view, and the viewed tensor was written to since.
+        """
+        if self._writes_seen is not None and self._writes_seen != self.writes[0]:
             raise ShardingError(
                 "a view of a tensor in pieces, whose piece had to be copied, is read after that tensor was written to"
             )
         return self._local
 
     def wrap(self, local: torch.Tensor, dim: int | None = None, placement: Placement | None = None) -> TokenTensor:
-        """Another tensor in pieces on the same ranks, contiguous. Its pieces are so too: then no view has to copy."""
+        """A contiguous tensor over the same ranks. Its shards are contiguous too, so that no view has to copy.
+
+        Args:
+            local: this rank's shard of it.
+            dim: the dim that is sharded; None for the one of this tensor.
+            placement: which rank holds which indices of that dim; None for the placement of this tensor.
+        """
         return TokenTensor(
             local.contiguous(), self.shard_dim if dim is None else dim, placement or self.placement, self.axis
         )
 
     def wrap_pointwise(self, local: torch.Tensor, dim: int, tensors: Sequence[torch.Tensor]) -> TokenTensor:
-        """A new tensor in pieces, computed element by element from ``tensors``: it lies in memory as torch has it."""
+        """A tensor computed element by element from ``tensors``, with the strides that torch gives it.
+
+        Args:
+            local: this rank's shard of it.
+            dim: the dim that is sharded.
+            tensors: the operands, as the model sees them.
+        """
         if all(x.is_contiguous() for x in tensors):
             return self.wrap(local, dim)
         strides = _pointwise_strides(*((tuple(x.shape), x.stride()) for x in tensors))
@@ -87,20 +118,26 @@ class TokenTensor(torch.Tensor):
         dim: int | None = None,
         placement: Placement | None = None,
     ) -> TokenTensor:
-        """A view of this tensor. ``strides`` are those that a view of the whole would have: by them torch decides
-        whether ``contiguous`` and ``reshape`` copy, here as in one process.
+        """A view of this tensor.
+
+        Args:
+            local: this rank's shard of the view.
+            strides: those that a view of the full tensor would have; by them torch decides, as in one process, whether
+                ``contiguous`` and ``reshape`` copy. None for those of a contiguous tensor.
+            dim: the dim that is sharded; None for the one of this tensor.
+            placement: which rank holds which indices of that dim; None for the placement of this tensor.
         """
         view = TokenTensor(
             local, self.shard_dim if dim is None else dim, placement or self.placement, self.axis, strides
         )
-        view.writes, view.copied, view._seen = self.writes, self.copied, self._seen
-        if not self.copied and local.numel() and _storage_pointer(local) != _storage_pointer(self._local):
+        view.writes, view.is_copy, view._writes_seen = self.writes, self.is_copy, self._writes_seen
+        if not self.is_copy and local.numel() and _storage_pointer(local) != _storage_pointer(self._local):
             view.mark_as_copy()
         return view
 
     def mark_as_copy(self) -> None:
-        """Note that this should be a view, and is a copy."""
-        self.copied, self._seen = True, self.writes[0]
+        """Note that this tensor is a copy where one process has a view."""
+        self.is_copy, self._writes_seen = True, self.writes[0]
 
     def full_tensor(self, operation: str | None = None) -> torch.Tensor:
         """All shards gathered; every rank gets the same. A collective call.
@@ -111,54 +148,57 @@ class TokenTensor(torch.Tensor):
         """
         forward = current_forward()
         if forward is not None and operation is not None:
-            forward.gathers[operation] = forward.gathers.get(operation, 0) + 1
-        joined = gather(self.local, self.placement.lengths, self.shard_dim, self.axis)
+            forward.count_gather(operation)
+        gathered = gather(self.local, self.placement.lengths, self.shard_dim, self.axis)
         if self.placement.in_rank_order:
-            return joined
-        return joined.index_select(self.shard_dim, gather_order(self.placement).to(joined.device))
+            return gathered
+        return gathered.index_select(self.shard_dim, gather_order(self.placement).to(gathered.device))
 
     def redistribute(self, placement: Placement) -> TokenTensor:
-        """The same tensor dealt out otherwise: only what changes hands is sent. A collective call."""
-        return (
-            self
-            if placement == self.placement
-            else self.wrap(self.fetch_ranges(placement.ranges_per_rank), placement=placement)
-        )
+        """The same tensor with another placement: only what changes ranks is sent. A collective call."""
+        if placement == self.placement:
+            return self
+        return self.wrap(self.fetch_ranges(placement.ranges_per_rank), placement=placement)
 
     def fetch_ranges(self, wanted: Sequence[Sequence[Range]]) -> torch.Tensor:
-        """The spans that each rank wants, ascending, also of what others hold. A collective call.
+        """The ranges of indices that this rank wants, also of what others hold. A collective call.
 
         Args:
-            wanted: for every rank its spans; ranks may want the same.
+            wanted: for every rank its ranges, ascending; several ranks may want the same indices.
+
+        Returns:
+            A plain tensor, its indices along ``shard_dim`` in ascending order.
         """
         me, ranks = self.axis.rank, range(self.axis.size)
         if self.axis.size == 1:
-            pieces = [self.local.narrow(self.shard_dim, start, stop - start) for start, stop in wanted[0]]
-            return torch.cat(pieces, self.shard_dim) if pieces else self.local.narrow(self.shard_dim, 0, 0)
-        rows = self.local.movedim(self.shard_dim, 0)
-        going = [intersect(self.placement.ranges_per_rank[me], wanted[rank]) for rank in ranks]
-        coming = [intersect(self.placement.ranges_per_rank[rank], wanted[me]) for rank in ranks]
-        width = math.prod(rows.shape[1:])
-        leaving, arriving = [[width * sum(b - a for a, b in part) for part in parts] for parts in (going, coming)]
-        pending = exchange(leaving, arriving, rows.dtype, rows.device, self.axis)
-        for place, part in zip(pending.send_buffers, going, strict=True):
-            if place.numel():
-                starts = [(self.placement.local_offset(me, a), b - a) for a, b in part]
-                torch.cat([rows.narrow(0, *start) for start in starts], out=place.view(-1, *rows.shape[1:]))
+            own = [self.local.narrow(self.shard_dim, start, stop - start) for start, stop in wanted[0]]
+            return torch.cat(own, self.shard_dim) if own else self.local.narrow(self.shard_dim, 0, 0)
+        local = self.local.movedim(self.shard_dim, 0)
+        to_send = [intersect(self.placement.ranges_per_rank[me], wanted[rank]) for rank in ranks]
+        to_receive = [intersect(self.placement.ranges_per_rank[rank], wanted[me]) for rank in ranks]
+        width = math.prod(local.shape[1:])
+        send_sizes, recv_sizes = (
+            [width * sum(b - a for a, b in ranges) for ranges in per_rank] for per_rank in (to_send, to_receive)
+        )
+        pending = exchange(send_sizes, recv_sizes, local.dtype, local.device, self.axis)
+        for buffer, ranges in zip(pending.send_buffers, to_send, strict=True):
+            if buffer.numel():
+                own = [local.narrow(0, self.placement.local_offset(me, a), b - a) for a, b in ranges]
+                torch.cat(own, out=buffer.view(-1, *local.shape[1:]))
         pending.start()
-        came = [span for part in coming for span in part]
-        arrived = pending.wait().view(sum(b - a for a, b in came), *rows.shape[1:])
-        # They come rank by rank and belong in ascending order.
-        order = sorted(zip(came, arrived.split([b - a for a, b in came]), strict=True), key=lambda pair: pair[0])
-        local = torch.cat([part for _, part in order]) if order else arrived
-        return local.movedim(0, self.shard_dim)
+        received_ranges = [one for ranges in to_receive for one in ranges]
+        lengths = [b - a for a, b in received_ranges]
+        received = pending.wait().view(sum(lengths), *local.shape[1:])
+        # The ranges come rank by rank, and are sorted into ascending order.
+        order = sorted(zip(received_ranges, received.split(lengths), strict=True), key=lambda pair: pair[0])
+        return (torch.cat([values for _, values in order]) if order else received).movedim(0, self.shard_dim)
 
     def shard_like(self, value: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's piece of a tensor that every rank holds whole, cut along ``dim`` as this one is."""
+        """This rank's shard of a replicated tensor, sharded along ``dim`` with the placement of this tensor."""
         return local_shard(value, dim, self.placement, self.axis)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"TokenTensor(shape={tuple(self.shape)}, dim={self.shard_dim}, pieces={self.placement.lengths})"
+        return f"TokenTensor(shape={tuple(self.shape)}, shard_dim={self.shard_dim}, lengths={self.placement.lengths})"
 
     @classmethod
     def __torch_function__(
@@ -184,7 +224,7 @@ class TokenTensor(torch.Tensor):
             if result is not NotImplemented:
                 return result
         elif func._can_decompose():
-            # In inference mode composite operators arrive as they are.
+            # In inference mode torch does not decompose composite operators by itself.
             result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -194,7 +234,7 @@ class TokenTensor(torch.Tensor):
 @cache
 def _rule_for(func: Any) -> Rule | None:
     if any(argument.kwarg_only and argument.is_write for argument in func._schema.arguments):
-        return None  # out= variants are never done on pieces
+        return None  # out= variants are always done on the full tensors
     rule = OPERATOR_RULES.get(func) or OPERATOR_RULES.get(func.overloadpacket)
     if rule is None and torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
         rule = OPERATOR_RULES["pointwise"]
@@ -202,51 +242,49 @@ def _rule_for(func: Any) -> Rule | None:
 
 
 def run_on_full_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Do something to the whole tensors. All ranks come by here, since all see the same shapes.
+    """Run an operator on the full tensors. All ranks run this code, since all see the same shapes.
 
     Raises:
-        ShardingError: it would write to a view that one process shares with another tensor and this one does not, or
-            change a tensor's shape in place.
+        ShardingError: the operator would write to a view whose shard is a copy, or change a tensor's shape in place.
     """
     written = _written_tensors(TokenTensor, func, args, kwargs)
     if written and torch.Tag.inplace_view in func.tags:
         raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
-    for piece in written:
-        require_writable(func, piece)
+    for x in written:
+        require_writable(func, x)
     flat, spec = tree_flatten((tuple(args), kwargs))
-    # One whole for one tensor, however often it is named.
-    wholes = {id(x): _with_strides(x.full_tensor(str(func)), x.stride()) for x in flat if isinstance(x, TokenTensor)}
-    args, kwargs = tree_unflatten([wholes.get(id(x), x) for x in flat], spec)
+    # Arguments that are one tensor are gathered once, and stay one tensor.
+    full = {id(x): _with_strides(x.full_tensor(str(func)), x.stride()) for x in flat if isinstance(x, TokenTensor)}
+    args, kwargs = tree_unflatten([full.get(id(x), x) for x in flat], spec)
     result = func(*args, **kwargs)
-    for piece in written:
-        whole = wholes[id(piece)]
-        if whole.shape != piece.shape:
+    for x in written:
+        if full[id(x)].shape != x.shape:
             raise ShardingError(f"{func} changes the shape of a tensor whose tokens lie in pieces on the ranks")
-        piece.local.copy_(piece.shard_like(whole, piece.shard_dim))
-        piece.writes[0] += 1
-        result = piece if result is whole else result
+        x.local.copy_(x.shard_like(full[id(x)], x.shard_dim))
+        x.writes[0] += 1
+        result = x if result is full[id(x)] else result
     if not _returns_view(func):
         return result
     base = next(x for x in flat if isinstance(x, TokenTensor))
-    return _wrap_gathered_views(result, wholes[id(base)], base, [base.writes[0]])
+    return _wrap_gathered_views(result, full[id(base)], base, [base.writes[0]])
 
 
-def _with_strides(whole: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """Views of a whole are worked out from the strides that a tensor in pieces tells."""
-    if whole.stride() == strides or 0 in strides:
-        return whole
-    return torch.empty_strided(whole.shape, strides, dtype=whole.dtype, device=whole.device).copy_(whole)
+def _with_strides(full: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """A full tensor with the strides that the model sees: torch computes views from them."""
+    if full.stride() == strides or 0 in strides:
+        return full
+    return torch.empty_strided(full.shape, strides, dtype=full.dtype, device=full.device).copy_(full)
 
 
 @cache
 def _returns_view(func: Any) -> bool:
-    """Whether an operator that writes nothing may return what shares memory with its arguments."""
+    """Whether an operator writes nothing, and may return tensors that share memory with its arguments."""
     schema = func._schema
     return not any(x.is_write for x in schema.arguments) and any(x.alias_info is not None for x in schema.returns)
 
 
 def _written_tensors(kind: type[T], func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[T]:
-    """The tensors of one kind that an operator writes to, by its schema."""
+    """The tensors of one class that an operator writes to, by its schema."""
     found: list[T] = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.is_write:
@@ -256,29 +294,31 @@ def _written_tensors(kind: type[T], func: Any, args: Sequence[Any], kwargs: dict
 
 
 class GatheredView(torch.Tensor):
-    """A view of a whole that was gathered. In one process it would share memory with a tensor that here lies in pieces.
+    """A view of a gathered tensor. In one process it would share memory with a tensor that is sharded here.
 
-    What is written to it goes to that tensor too; reading it after that tensor was written to is refused. What is
-    computed from it is plain.
+    A write to the view also goes to the sharded tensor; reading the view after the sharded tensor was written to is
+    refused. Results computed from the view are plain tensors.
 
     Attributes:
-        plain: the view. full_tensor: what it is a view of. base: the tensor in pieces.
-        seen: its writes when it was gathered.
+        plain: the view as a plain tensor.
+        full: the gathered tensor that it is a view of.
+        base: the sharded tensor.
+        writes_seen: the ``writes`` of ``base`` when it was gathered; all views of one gathered tensor share this list.
     """
 
     plain: torch.Tensor
-    full_tensor: torch.Tensor
+    full: torch.Tensor
     base: TokenTensor
-    seen: list[int]
+    writes_seen: list[int]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(  # noqa: D102
-        cls, plain: torch.Tensor, whole: torch.Tensor, base: TokenTensor, seen: list[int]
+        cls, plain: torch.Tensor, full: torch.Tensor, base: TokenTensor, writes_seen: list[int]
     ) -> GatheredView:
         view = torch.Tensor._make_subclass(cls, plain)
-        view.plain, view.full_tensor, view.base, view.seen = plain, whole, base, seen
+        view.plain, view.full, view.base, view.writes_seen = plain, full, base, writes_seen
         return view
 
     @classmethod
@@ -286,49 +326,40 @@ class GatheredView(torch.Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        changed = _written_tensors(GatheredView, func, args, kwargs)
+        written = _written_tensors(GatheredView, func, args, kwargs)
         flat, spec = tree_flatten((tuple(args), kwargs))
-        glimpses = [x for x in flat if isinstance(x, GatheredView)]
-        if any(x.base.writes[0] != x.seen[0] for x in glimpses):
+        views = [x for x in flat if isinstance(x, GatheredView)]
+        if any(x.base.writes[0] != x.writes_seen[0] for x in views):
             raise ShardingError(
                 f"{func} reads a view of a tensor whose tokens lie in pieces on the ranks, and which was written to"
             )
-        for x in changed:
+        for x in written:
             require_writable(func, x.base)
             if torch.Tag.inplace_view in func.tags:
                 raise ShardingError(f"{func} changes the shape of a view of a tensor in pieces")
         args, kwargs = tree_unflatten([x.plain if isinstance(x, GatheredView) else x for x in flat], spec)
         result = func(*args, **kwargs)
-        for x in changed:
-            x.base.local.copy_(x.base.shard_like(x.full_tensor, x.base.shard_dim))
+        for x in written:
+            x.base.local.copy_(x.base.shard_like(x.full, x.base.shard_dim))
             x.base.writes[0] += 1
-            x.seen[0] = x.base.writes[0]
-            if result is x.plain:
-                result = x
-        return (
-            _wrap_gathered_views(result, glimpses[0].full_tensor, glimpses[0].base, glimpses[0].seen)
-            if _returns_view(func)
-            else result
-        )
+            x.writes_seen[0] = x.base.writes[0]
+            result = x if result is x.plain else result
+        if not _returns_view(func):
+            return result
+        return _wrap_gathered_views(result, views[0].full, views[0].base, views[0].writes_seen)
 
 
-def _wrap_gathered_views(result: Any, whole: torch.Tensor, base: TokenTensor, seen: list[int]) -> Any:
-    """What an operator made of a whole, as views of it where they are."""
+def _wrap_gathered_views(result: Any, full: torch.Tensor, base: TokenTensor, writes_seen: list[int]) -> Any:
+    """The result of an operator, with a GatheredView for each tensor in it that is a view of ``full``."""
     flat, spec = tree_flatten(result)
-    return tree_unflatten(
-        [
-            GatheredView(x, whole, base, seen)
-            if type(x) is torch.Tensor and _storage_pointer(x) == _storage_pointer(whole)
-            else x
-            for x in flat
-        ],
-        spec,
-    )
+    is_view = [type(x) is torch.Tensor and _storage_pointer(x) == _storage_pointer(full) for x in flat]
+    wrapped = [GatheredView(x, full, base, writes_seen) if view else x for x, view in zip(flat, is_view, strict=True)]
+    return tree_unflatten(wrapped, spec)
 
 
-def require_writable(func: Any, piece: TokenTensor) -> None:
+def require_writable(func: Any, written: TokenTensor) -> None:
     """Raise where a write would be lost."""
-    if piece.copied:
+    if written.is_copy:
         raise ShardingError(
             f"{func} writes to a view of a tensor in pieces whose piece had to be copied: it would be lost"
         )
@@ -338,8 +369,8 @@ def require_writable(func: Any, piece: TokenTensor) -> None:
 def _pointwise_strides(*layouts: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...] | None:
     """The strides that torch gives to what it computes element by element from tensors of these shapes and strides."""
     tensors = [torch.empty_strided(*layout, device="meta") for layout in layouts]
-    alike: dict[int, Callable[..., torch.Tensor]] = {1: torch.clone, 2: torch.add, 3: torch.addcmul}
-    return alike[len(tensors)](*tensors).stride() if len(tensors) in alike else None
+    operations: dict[int, Callable[..., torch.Tensor]] = {1: torch.clone, 2: torch.add, 3: torch.addcmul}
+    return operations[len(tensors)](*tensors).stride() if len(tensors) in operations else None
 
 
 def _refuse_data(*_args: Any) -> Any:
@@ -353,27 +384,10 @@ def _storage_pointer(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def local_shard(value: torch.Tensor, dim: int, placement: Placement, axis: Axis) -> torch.Tensor:
-    """This rank's piece of a tensor that every rank holds whole."""
-    ranges = placement.ranges_per_rank[axis.rank]
-    if len(ranges) == 1:
-        return value.narrow(dim, ranges[0][0], ranges[0][1] - ranges[0][0])
-    if not ranges:
-        return value.narrow(dim, 0, 0)
-    return torch.cat([value.narrow(dim, start, stop - start) for start, stop in ranges], dim=dim)
-
-
 def to_full_tensors(value: Any) -> Any:
-    """A result with every TokenTensor in it (tuples, lists, dicts, dataclass-like outputs) made whole."""
+    """A result with the full tensor for every sharded one in it (tuples, lists, dicts, dataclass-like outputs)."""
     flat, spec = tree_flatten(value)
     if not any(isinstance(item, (TokenTensor, GatheredView)) for item in flat):
         return value
-    flat = [
-        item.full_tensor()
-        if isinstance(item, TokenTensor)
-        else item.clone()
-        if isinstance(item, GatheredView)
-        else item
-        for item in flat
-    ]
-    return tree_unflatten(flat, spec)
+    flat = [item.full_tensor() if isinstance(item, TokenTensor) else item for item in flat]
+    return tree_unflatten([item.clone() if isinstance(item, GatheredView) else item for item in flat], spec)

@@ -1,4 +1,4 @@
-"""Rules for operators that move numbers without changing them: views, slices, joins, permutations."""
+"""Rules for operators that move numbers without changing them: views, slices, concatenations, permutations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from omni_sp.sharding.tracked.placement import Placement, concatenated, even_placement
-from omni_sp.sharding.tracked.tensor import OPERATOR_RULES, Rule, TokenTensor, local_shard
+from omni_sp.sharding.tracked.placement import Placement, concatenated, even_placement, local_shard
+from omni_sp.sharding.tracked.tensor import OPERATOR_RULES, Rule, TokenTensor
 
 aten = torch.ops.aten
 
@@ -36,7 +36,14 @@ def positive_dim(dim: int, ndim: int) -> int:
 def reshape_placement(
     before: tuple[int, ...], shard_dim: int, placement: Placement, after: tuple[int, ...]
 ) -> tuple[int, Placement] | None:
-    """Where the cut dim goes in a reshape, and who holds what of it then; None where the pieces do not fit."""
+    """The sharded dim after a reshape, and its placement; None where the shards do not fit the new dims.
+
+    Args:
+        before: the full shape.
+        shard_dim: the sharded dim of it.
+        placement: which rank holds which indices of that dim.
+        after: the full shape that is wanted.
+    """
     i = j = 0
     while i < len(before) or j < len(after):
         # The shortest run of old dims and of new dims with the same number of elements.
@@ -56,7 +63,7 @@ def reshape_placement(
         if not first_old <= shard_dim < i:
             continue
         flat = placement.flatten_dims(math.prod(before[first_old:shard_dim]), math.prod(before[shard_dim + 1 : i]))
-        # Of several dims that fit, one with the cut dim's own size is the most natural.
+        # Of several dims that fit, one with the size of the sharded dim is the most natural.
         for dim in sorted(range(first_new, j), key=lambda dim: after[dim] != placement.size):
             found = flat.unflatten_dims(math.prod(after[first_new:dim]), after[dim], math.prod(after[dim + 1 : j]))
             if found is not None and (after[dim] != 1 or flat.size == 1):
@@ -82,31 +89,25 @@ def _view(_func: Any, x: Any, size: Any) -> Any:
 
 
 def _view_redistributed(x: TokenTensor, size: Sequence[int]) -> Any:
-    """A view whose new dims the pieces do not fit, such as rows of a picture: deal them out so that they do."""
+    """A view whose new dims the shards do not fit, such as rows of a picture: redistribute them so that they do."""
     for dim in range(len(size)):
         if size[dim] < x.axis.size:
             continue
         found = reshape_placement(tuple(size), dim, even_placement(size[dim], x.axis.size), tuple(x.shape))
         if found is not None and found[0] == x.shard_dim:
-            moved = x.redistribute(found[1])
-            view = x.wrap(
-                moved.local.reshape(_with_shard_size(size, dim, x)), dim, even_placement(size[dim], x.axis.size)
-            )
-            # What is written to it would not reach x.
+            placement = even_placement(size[dim], x.axis.size)
+            local_size = [placement.lengths[x.axis.rank] if d == dim else n for d, n in enumerate(size)]
+            view = x.wrap(x.redistribute(found[1]).local.reshape(local_size), dim, placement)
+            # A write to it would not reach x.
             view.writes = x.writes
             view.mark_as_copy()
             return view
     return NotImplemented
 
 
-def _with_shard_size(size: Sequence[int], dim: int, x: TokenTensor) -> list[int]:
-    """A local shape: this rank's share of one dim."""
-    return [even_placement(n, x.axis.size).lengths[x.axis.rank] if d == dim else n for d, n in enumerate(size)]
-
-
 @lru_cache(maxsize=4096)
 def _view_strides(shape: tuple[int, ...], strides: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a view; raises what torch raises where there is none."""
+    """The strides of a view; where there is no such view, the error is torch's own."""
     return torch.empty_strided(shape, strides, device="meta").view(size).stride()
 
 
@@ -139,12 +140,12 @@ def _unsqueeze(_func: Any, x: TokenTensor, dim: int) -> Any:
 def _squeeze(_func: Any, x: TokenTensor, dim: Any = None) -> Any:
     if dim is None or x.placement.size == 1:
         return NotImplemented
-    asked = [positive_dim(d, x.ndim) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
-    gone = [d for d in asked if x.shape[d] == 1 and d != x.shard_dim]
+    dims = [positive_dim(d, x.ndim) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+    removed = [d for d in dims if x.shape[d] == 1 and d != x.shard_dim]
     return x.wrap_view(
-        x.local.squeeze(gone),
-        [stride for d, stride in enumerate(x.stride()) if d not in gone],
-        x.shard_dim - sum(d < x.shard_dim for d in gone),
+        x.local.squeeze(removed),
+        [stride for d, stride in enumerate(x.stride()) if d not in removed],
+        x.shard_dim - sum(d < x.shard_dim for d in removed),
     )
 
 
@@ -205,7 +206,7 @@ def _unbind(_func: Any, x: TokenTensor, dim: int = 0) -> Any:
     if dim == x.shard_dim:
         return NotImplemented
     strides = _without_dim(x.stride(), dim)
-    return [x.wrap_view(part, strides, x.shard_dim - (dim < x.shard_dim)) for part in x.local.unbind(dim)]
+    return [x.wrap_view(local, strides, x.shard_dim - (dim < x.shard_dim)) for local in x.local.unbind(dim)]
 
 
 def _without_dim(strides: Sequence[int], dim: int) -> list[int]:
@@ -216,7 +217,7 @@ def _without_dim(strides: Sequence[int], dim: int) -> list[int]:
 def _split(func: Any, x: TokenTensor, size: Any, dim: int = 0) -> Any:
     dim = positive_dim(dim, x.ndim)
     if dim != x.shard_dim:
-        return [x.wrap_view(part, x.stride()) for part in func(x.local, size, dim)]
+        return [x.wrap_view(local, x.stride()) for local in func(x.local, size, dim)]
     if isinstance(size, int):
         step = -(-x.placement.size // size) if func.overloadpacket is aten.chunk else size
         bounds = [*range(0, x.placement.size, step), x.placement.size] if x.placement.size else [0, 0]
@@ -237,23 +238,27 @@ def _cat(_func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
     if any(isinstance(x, TokenTensor) and x.shard_dim != first.shard_dim for x in tensors):
         return NotImplemented
     if dim != first.shard_dim:
-        pieces = [
+        shards = [
             x.redistribute(first.placement).local
             if isinstance(x, TokenTensor)
             else first.shard_like(x, first.shard_dim)
             for x in tensors
         ]
-        return first.wrap(torch.cat(pieces, dim))
-    # What is whole so far (a text beside a picture's pieces) is dealt out: nobody may hold a token that others hold.
-    parts = [x if isinstance(x, TokenTensor) else _shard_evenly(x, dim, first) for x in tensors]
-    return first.wrap(
-        torch.cat([part.local for part in parts], dim), dim, concatenated(tuple(part.placement for part in parts))
-    )
+        return first.wrap(torch.cat(shards, dim))
+    # A replicated tensor (a text beside a sharded picture) is sharded: no two ranks may hold the same token.
+    return _concatenated([x if isinstance(x, TokenTensor) else _shard_evenly(x, dim, first) for x in tensors], dim)
 
 
-def _shard_evenly(value: torch.Tensor, dim: int, beside: TokenTensor) -> TokenTensor:
-    placement = even_placement(value.shape[dim], beside.axis.size)
-    return TokenTensor(local_shard(value, dim, placement, beside.axis), dim, placement, beside.axis)
+def _concatenated(tensors: Sequence[TokenTensor], dim: int) -> TokenTensor:
+    """Tensors concatenated along the dim in which all are sharded."""
+    placement = concatenated(tuple(x.placement for x in tensors))
+    return tensors[0].wrap(torch.cat([x.local for x in tensors], dim), dim, placement)
+
+
+def _shard_evenly(value: torch.Tensor, dim: int, like: TokenTensor) -> TokenTensor:
+    """A replicated tensor, sharded over the ranks of another one."""
+    placement = even_placement(value.shape[dim], like.axis.size)
+    return TokenTensor(local_shard(value, dim, placement, like.axis), dim, placement, like.axis)
 
 
 @rule(aten.stack)
@@ -264,8 +269,8 @@ def _stack(_func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
     ):
         return NotImplemented
     dim = positive_dim(dim, first.ndim + 1)
-    pieces = [x.local if isinstance(x, TokenTensor) else first.shard_like(x, first.shard_dim) for x in tensors]
-    return first.wrap(torch.stack(pieces, dim), first.shard_dim + (dim <= first.shard_dim))
+    shards = [x.local if isinstance(x, TokenTensor) else first.shard_like(x, first.shard_dim) for x in tensors]
+    return first.wrap(torch.stack(shards, dim), first.shard_dim + (dim <= first.shard_dim))
 
 
 @rule(aten.repeat)
@@ -284,7 +289,7 @@ def _repeat_interleave(_func: Any, x: Any, repeats: Any, dim: Any = None, **_kwa
 
 @rule(aten.flip, aten.roll)
 def _flip(func: Any, x: TokenTensor, *args: Any) -> Any:
-    # roll without dims rolls all numbers as one row
+    # roll without dims rolls the flattened tensor.
     dims = args[-1] if len(args) == 2 or func.overloadpacket is aten.flip else []
     if not dims or x.shard_dim in [positive_dim(dim, x.ndim) for dim in dims]:
         return NotImplemented
@@ -293,29 +298,26 @@ def _flip(func: Any, x: TokenTensor, *args: Any) -> Any:
 
 @rule(aten.constant_pad_nd)
 def _pad(func: Any, x: TokenTensor, pad: Sequence[int], value: Any = 0) -> Any:
-    place = 2 * (x.ndim - 1 - x.shard_dim)
-    before, behind = [*pad[place : place + 2], 0, 0][:2]
+    first = 2 * (x.ndim - 1 - x.shard_dim)
+    before, behind = [*pad[first : first + 2], 0, 0][:2]
     if before < 0 or behind < 0:
         return NotImplemented
-    elsewhere = [0 if i in (place, place + 1) else amount for i, amount in enumerate(pad)]
-    parts = [x.wrap(func(x.local, elsewhere, value))]
-    shape = list(parts[0].local.shape)
-    # Along the cut dim each rank holds a share of the padding.
+    other_dims = [0 if i in (first, first + 1) else amount for i, amount in enumerate(pad)]
+    tensors = [x.wrap(func(x.local, other_dims, value))]
+    shape = list(tensors[0].local.shape)
+    # Along the sharded dim the padding is sharded too.
     for amount, index in ((before, 0), (behind, 2)):
         placement = even_placement(amount, x.axis.size)
         shape[x.shard_dim] = placement.lengths[x.axis.rank]
-        parts.insert(index, x.wrap(x.local.new_full(shape, value), placement=placement))
-    return x.wrap(
-        torch.cat([part.local for part in parts], x.shard_dim),
-        placement=concatenated(tuple(part.placement for part in parts)),
-    )
+        tensors.insert(index, x.wrap(x.local.new_full(shape, value), placement=placement))
+    return _concatenated(tensors, x.shard_dim)
 
 
 @rule(aten.view_as_complex)
 def _view_as_complex(_func: Any, x: TokenTensor) -> Any:
     if x.shard_dim == x.ndim - 1:
         return NotImplemented
-    # A piece with a dim of size 1 may have strides that this view refuses.
+    # A shard with a dim of size 1 may have strides that this view refuses.
     *outer, last = x.local.stride()
     fits = last == 1 and not any(number % 2 for number in (*outer, x.local.storage_offset()))
     local = torch.view_as_complex(x.local if fits else x.local.contiguous())
@@ -333,7 +335,7 @@ def _alias(func: Any, x: Any) -> Any:
 
 
 @rule(aten.clone, aten._to_copy)
-def _same(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+def _clone(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, TokenTensor):
         return NotImplemented
     if kwargs.get("memory_format") == torch.contiguous_format:
@@ -372,11 +374,11 @@ def _index(func: Any, x: Any, indices: Sequence[Any]) -> Any:
         index = index.nonzero().flatten()
     if dim != x.shard_dim:
         return x.wrap(func(x.local, [*[None] * dim, index]), x.shard_dim + (index.ndim - 1) * (dim < x.shard_dim))
-    wanted = index.cpu()
-    if index.ndim != 1 or not len(wanted) or not -x.placement.size <= wanted.min() <= wanted.max() < x.placement.size:
+    indices_cpu, size = index.cpu(), x.placement.size
+    if index.ndim != 1 or not len(indices_cpu) or not -size <= indices_cpu.min() <= indices_cpu.max() < size:
         return NotImplemented
-    picked = x.placement.select_indices(wanted % x.placement.size, x.axis.rank)
-    if picked is None:
+    found = x.placement.select_indices(indices_cpu % size, x.axis.rank)
+    if found is None:
         return NotImplemented
-    placement, places = picked
-    return x.wrap(x.local.index_select(x.shard_dim, places.to(x.local.device)), placement=placement)
+    placement, offsets = found
+    return x.wrap(x.local.index_select(x.shard_dim, offsets.to(x.local.device)), placement=placement)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omni_sp.testing.models import memory_of_rank
+from testing.models import memory_of_rank
 
 
 def forget_threshold(model: Any) -> None:

@@ -19,7 +19,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from omni_sp.testing.models import VOCABULARY_SIZE, save_language_model
+from testing.models import VOCABULARY_SIZE, save_language_model
 from tests.engine.processes import becomes_true
 from tests.thorough import thorough_only
 

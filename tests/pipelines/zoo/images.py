@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import torch
 
-from omni_sp.testing.models import image_vae
-from omni_sp.testing.reference import randomise
+from testing.models import image_vae
+from testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.parts import pil_picture, qwen_vae, resized, transformer
 from tests.sharding.zoo.entry import draw, key_mask

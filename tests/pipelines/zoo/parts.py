@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from omni_sp.testing.reference import randomise
+from testing.reference import randomise
 from tests.sharding.zoo.entry import draw
 
 

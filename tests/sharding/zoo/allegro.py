@@ -29,7 +29,7 @@ def _build() -> Any:
 
 
 def _rotary(frames: int, height: int, width: int) -> tuple[Any, Any]:
-    """As its pipeline makes them: frequencies of each axis, and each token's place on it."""
+    """As its pipeline makes them: frequencies of each axis, and each token's position on it."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
     along_t, along_h, along_w, grid_t, grid_h, grid_w = get_3d_rotary_pos_embed_allegro(
@@ -39,9 +39,9 @@ def _rotary(frames: int, height: int, width: int) -> tuple[Any, Any]:
         temporal_size=frames,
         interpolation_scale=(2.2, 2.0, 2.0),
     )
-    places = torch.cartesian_prod(grid_t.long(), grid_h.long(), grid_w.long())
-    places = places.reshape(-1, 3).transpose(0, 1).reshape(3, 1, -1).contiguous()
-    return (along_t, along_h, along_w), tuple(places)
+    positions = torch.cartesian_prod(grid_t.long(), grid_h.long(), grid_w.long())
+    positions = positions.reshape(-1, 3).transpose(0, 1).reshape(3, 1, -1).contiguous()
+    return (along_t, along_h, along_w), tuple(positions)
 
 
 def _inputs() -> Inputs:

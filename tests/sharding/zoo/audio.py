@@ -180,7 +180,7 @@ def _t5_film() -> Any:
 
 
 def _t5_film_inputs() -> Inputs:
-    """Notes, and the sound before, which the first piece of a song has not."""
+    """Notes, and the sound before, which the first section of a song does not have."""
     before = torch.stack([torch.ones(9), torch.zeros(9)]).bool()
     return {
         "encodings_and_masks": [(draw(2, 2, 13, 48), key_mask((13, 5), 13)), (draw(3, 2, 9, 48), before)],

@@ -15,8 +15,8 @@ import torch
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding import tracked_plan_for
-from omni_sp.testing.ranks import RankError, RankPool
-from omni_sp.testing.reference import randomise, relative_error
+from testing.ranks import RankError, RankPool
+from testing.reference import randomise, relative_error
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1)]
 

@@ -16,8 +16,10 @@ class Entry:
     """A way to run one class.
 
     Attributes:
-        build: a tiny model; its weights are randomised by the caller. inputs: arguments of one forward, by name.
-        name: of the class. variant: tells several entries of one class apart.
+        name: name of the class.
+        build: makes a tiny model, whose weights the caller randomises.
+        inputs: makes the arguments of one forward, by name.
+        variant: distinguishes several entries of one class.
         error: the most that it may be off, relative: more than float32's rounding where the model's own code rounds to
             bfloat16 on the way, which another order of additions can tip over.
     """

@@ -42,7 +42,7 @@ def _streams() -> Inputs:
 
 
 def _residuals() -> Inputs:
-    """As a ControlNet gives them: whole, one for each block."""
+    """As a ControlNet gives them: replicated, one for each block."""
     return {
         "controlnet_block_samples": [draw(5, 2, TOKENS, HIDDEN), draw(6, 2, TOKENS, HIDDEN)],
         "controlnet_single_block_samples": [draw(7, 2, TOKENS, HIDDEN), draw(8, 2, TOKENS, HIDDEN)],
@@ -131,7 +131,7 @@ def _longcat() -> Any:
 
 
 def _longcat_inputs() -> Inputs:
-    """The pipeline numbers the modality first: 0 for text, 1 for the picture, whose places begin behind the text."""
+    """The pipeline numbers the modality first: 0 for text, 1 for the picture, whose positions begin behind the text."""
     txt_ids = torch.stack([torch.zeros(TEXT), torch.arange(TEXT), torch.arange(TEXT)], dim=-1)
     img_ids = _img_ids() + torch.tensor([1.0, TEXT, TEXT])
     return {**_streams(), "txt_ids": txt_ids, "img_ids": img_ids, "guidance": None}

@@ -21,9 +21,9 @@ def _img_ids(height: int, width: int, time: int = 0) -> torch.Tensor:
 
 
 def _txt_ids() -> torch.Tensor:
-    places = torch.zeros(TEXT, 4, dtype=torch.long)
-    places[:, 3] = torch.arange(TEXT)
-    return places
+    positions = torch.zeros(TEXT, 4, dtype=torch.long)
+    positions[:, 3] = torch.arange(TEXT)
+    return positions
 
 
 def _flux2() -> Any:

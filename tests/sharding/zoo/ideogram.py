@@ -37,7 +37,7 @@ def _packed(*lengths: int) -> Inputs:
     )
 
     rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3) + IMAGE_POSITION_OFFSET
+    positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3) + IMAGE_POSITION_OFFSET
     total, batch = TEXT + TOKENS, len(lengths)
     position_ids = torch.zeros(batch, total, 3, dtype=torch.long)
     segment_ids = torch.full((batch, total), SEQUENCE_PADDING_INDICATOR, dtype=torch.long)
@@ -45,7 +45,7 @@ def _packed(*lengths: int) -> Inputs:
     for sample, length in enumerate(lengths):
         first = TEXT - length
         position_ids[sample, first:TEXT] = torch.arange(length)[:, None]
-        position_ids[sample, TEXT:] = places
+        position_ids[sample, TEXT:] = positions
         indicator[sample, first:TEXT] = LLM_TOKEN_INDICATOR
         indicator[sample, TEXT:] = OUTPUT_IMAGE_INDICATOR
         segment_ids[sample, first:] = 1

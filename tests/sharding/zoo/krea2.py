@@ -35,12 +35,12 @@ def _build() -> Any:
 
 def _inputs() -> Inputs:
     rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+    positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
     return {
         "hidden_states": draw(1, 2, HEIGHT * WIDTH, 16),
         "encoder_hidden_states": draw(2, 2, TEXT, 4, 24),
         "timestep": torch.full((2,), 0.6),
-        "position_ids": torch.cat([torch.zeros(TEXT, 3, dtype=torch.long), places]),
+        "position_ids": torch.cat([torch.zeros(TEXT, 3, dtype=torch.long), positions]),
         "encoder_attention_mask": key_mask((TEXT, 5), TEXT),
     }
 

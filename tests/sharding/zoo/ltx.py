@@ -38,14 +38,14 @@ def _inputs() -> Inputs:
 
 
 def _conditioned() -> Inputs:
-    """Given frames come first: tokens have timesteps and places in time and space of their own."""
+    """Given frames come first: tokens have timesteps and positions in time and space of their own."""
     inputs = _inputs()
     for name in ("num_frames", "height", "width", "rope_interpolation_scale"):
         del inputs[name]
     timestep = torch.tensor([[600.0], [250.0]]).repeat(1, 45)
     timestep[:, :15] = 0
-    places = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(3), torch.arange(5), indexing="ij"))
-    coordinates = places.flatten(1).float() * torch.tensor([8 / 25, 32.0, 32.0])[:, None]
+    positions = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(3), torch.arange(5), indexing="ij"))
+    coordinates = positions.flatten(1).float() * torch.tensor([8 / 25, 32.0, 32.0])[:, None]
     return {**inputs, "timestep": timestep, "video_coords": coordinates[None].repeat(2, 1, 1)}
 
 

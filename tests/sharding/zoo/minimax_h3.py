@@ -36,15 +36,15 @@ def _inputs() -> Inputs:
     """Rows in the pipeline's order: text, key frame, two channels of sound, 3 frames of 3 x 5."""
     lengths = torch.tensor([_TEXT, _FRAME, _SOUND, _FRAMES * _FRAME])
     kinds = torch.arange(4).repeat_interleave(lengths)
-    places = torch.zeros(len(kinds), 3, dtype=torch.float64)
+    positions = torch.zeros(len(kinds), 3, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(5), indexing="ij"), dim=-1).reshape(-1, 2)
-    places[kinds == 0, 0] = torch.arange(_TEXT, dtype=torch.float64)
-    places[kinds == 1, 0] = float(_TEXT)
-    places[kinds == 1, 1:] = grid.double()
-    places[kinds == 2, 0] = _TEXT + torch.arange(_SOUND // 2, dtype=torch.float64).repeat(2)
-    places[kinds == 2, 2] = torch.tensor([0.0, 4.0], dtype=torch.float64).repeat_interleave(_SOUND // 2)
-    places[kinds == 3, 0] = _TEXT + torch.arange(_FRAMES, dtype=torch.float64).repeat_interleave(_FRAME) * 5 / 3
-    places[kinds == 3, 1:] = grid.double().repeat(_FRAMES, 1)
+    positions[kinds == 0, 0] = torch.arange(_TEXT, dtype=torch.float64)
+    positions[kinds == 1, 0] = float(_TEXT)
+    positions[kinds == 1, 1:] = grid.double()
+    positions[kinds == 2, 0] = _TEXT + torch.arange(_SOUND // 2, dtype=torch.float64).repeat(2)
+    positions[kinds == 2, 2] = torch.tensor([0.0, 4.0], dtype=torch.float64).repeat_interleave(_SOUND // 2)
+    positions[kinds == 3, 0] = _TEXT + torch.arange(_FRAMES, dtype=torch.float64).repeat_interleave(_FRAME) * 5 / 3
+    positions[kinds == 3, 1:] = grid.double().repeat(_FRAMES, 1)
     rows = torch.arange(len(kinds))
     return {
         "hidden_states": draw(1, 2, _FRAME + _FRAMES * _FRAME, 16),
@@ -53,7 +53,7 @@ def _inputs() -> Inputs:
         "timestep": torch.tensor([0.0, 0.4, 0.7]),
         "timestep_indices": torch.tensor([0, 0, 1, 2])[kinds],
         "token_tags": torch.tensor([1, 0, 2, 0])[kinds],
-        "position_ids": places,
+        "position_ids": positions,
         "video_indices": rows[(kinds == 1) | (kinds == 3)],
         "audio_indices": rows[kinds == 2],
         "text_indices": rows[kinds == 0],

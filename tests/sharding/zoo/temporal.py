@@ -16,7 +16,7 @@ def _build() -> Any:
 
 
 def _inputs() -> Inputs:
-    """Two videos of 5 frames of 3 x 7 places; each place attends along the frames."""
+    """Two videos of 5 frames of 3 x 7 positions; each position attends along the frames."""
     return {"hidden_states": draw(1, 10, 24, 3, 7), "num_frames": 5, "return_dict": False}
 
 

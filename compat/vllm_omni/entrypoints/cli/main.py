@@ -13,7 +13,7 @@ from vllm_omni.entrypoints.cli.translate import as_omni_sp
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``omni-sp`` with the same words, and end the program with its exit code.
+    """Run ``omni-sp`` with the translated words, and end the program with its exit code.
 
     Args:
         arguments: without the program's name; None for those of this program.

@@ -1,4 +1,4 @@
-"""``vllm serve MODEL --omni`` as ``omni-sp serve MODEL``: what vLLM's users type is honoured, or refused by name."""
+"""Translate ``vllm serve MODEL --omni`` into ``omni-sp serve MODEL``: every option is honoured, or refused by name."""
 
 from __future__ import annotations
 
@@ -47,26 +47,26 @@ REFUSED = {option: why for why, options in _WHY_NOT.items() for option in option
 
 
 def as_omni_sp(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The same request to ``omni-sp``.
+    """Translate the words of vLLM's command into those of ``omni-sp``.
 
     Args:
-        words: of vLLM's command, from the subcommand on. environment: where vLLM looks for ``VLLM_API_KEY``; without
-            that, a server that was locked would be open here.
+        words: from the subcommand on.
+        environment: where vLLM looks for ``VLLM_API_KEY``; without that, a server that was locked would be open here.
 
     Raises:
-        ConfigError: an option that is vLLM's alone, or a value that cannot be.
+        ConfigError: an option that only vLLM has, or a value that cannot be.
     """
     words = [word for word in words if word != "--omni"]
     if words[:1] != ["serve"]:
         return words
-    translated = ["serve", *_translated(words[1:])]
+    translated = ["serve", *_translate(words[1:])]
     key = environment.get("VLLM_API_KEY")
     if key and not any(word.startswith(("--api-key=", "--api-key-file")) for word in translated):
         translated.append(f"--api-key={key}")
     return translated
 
 
-def _translated(words: Sequence[str]) -> Iterator[str]:
+def _translate(words: Sequence[str]) -> Iterator[str]:
     rest = list(words)
     is_model_known = not words[:1] or not words[0].startswith("-") or any(re.match("--model(=|$)", w) for w in words)
     while rest:

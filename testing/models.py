@@ -1,6 +1,6 @@
 """Tiny models with random weights, saved to a folder as users have them: tokenizer and text encoders included.
 
-    python -m omni_sp.testing.models llama tiny-llama       # then, for example: vllm serve tiny-llama
+    python -m testing.models llama tiny-llama       # then, for example: vllm serve tiny-llama
 
 They answer in milliseconds and need no download. What they draw or write has no meaning.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from omni_sp.testing.reference import randomise
+from testing.reference import randomise
 
 WORDS = ["a", "red", "green", "blue", "circle", "star", "on", "in", "the", "snow", "cat", "walks", "make", "it"]
 VOCABULARY_SIZE = len(WORDS) + 3
@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     kinds = "\n".join(f"  {kind:14}{description}" for kind, (description, _) in MODELS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m omni_sp.testing.models",
+        prog="python -m testing.models",
         description="Save a tiny model with random weights to a folder, to try commands without a download.",
         epilog=f"kinds:\n{kinds}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

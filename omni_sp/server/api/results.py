@@ -1,0 +1,46 @@
+"""What answers with pictures have in common: the pictures themselves, their encoding, and the tokens that they took."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from omni_sp.outputs import OmniRequestOutput
+from omni_sp.server.api.schemas import GenerationFields
+from omni_sp.server.errors import ApiError
+from omni_sp.server.pictures import encode_picture
+
+
+def pictures_of(output: OmniRequestOutput) -> list[Image.Image]:
+    """The pictures that a request made.
+
+    Raises:
+        ApiError: 500: there is none.
+    """
+    pictures = [picture for picture in output.images if isinstance(picture, Image.Image)]
+    if not pictures:
+        raise ApiError(500, "the pipeline gave no picture", code="no_picture")
+    return pictures
+
+
+async def encode(picture: Image.Image, fields: GenerationFields) -> bytes:
+    """A picture as a file of the requested format, encoded in a thread: others should not wait for a large picture."""
+    return await asyncio.to_thread(encode_picture, picture, fields.output_format or "png", fields.output_compression)
+
+
+def count_tokens(metrics: Mapping[str, Any], num_pictures: int) -> tuple[int, int]:
+    """Count the tokens that the transformer had.
+
+    Args:
+        metrics: of the request's output.
+        num_pictures: how many pictures to count for.
+
+    Returns:
+        The tokens of the text, and those of the pictures.
+    """
+    tokens = dict(metrics.get("tokens") or {})
+    picture_tokens = tokens.pop("hidden_states", 0) * num_pictures
+    return sum(tokens.values()), picture_tokens
