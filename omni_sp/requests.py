@@ -135,16 +135,7 @@ def parse_prompt(prompt: Any) -> Prompt:
 def output_of(
     ready: Ready, call: Call, prompt: Prompt, params: OmniDiffusionSamplingParams, done: Done, *, startup_s: float
 ) -> OmniRequestOutput:
-    """What the user gets for a call. Warns where the pipeline made something else than was asked for.
-
-    Args:
-        ready: what is loaded, and where.
-        call: as the ranks ran it.
-        prompt: that it was made from.
-        params: that it was made with.
-        done: what rank 0 answered.
-        startup_s: seconds of the start.
-    """
+    """What the user gets for a call. Warns where the pipeline made something else than was asked for."""
     assert done.result is not None, "rank 0 answers with a result"
     metrics: dict[str, Any] = {
         **done.result.timings,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -63,6 +67,19 @@ def draw_in_halves(job: ParallelMesh) -> float:
 
 def test_two_replicas_of_a_transformer_are_exact(ranks: RankPool) -> None:
     assert max(ranks.run(draw_in_halves, ulysses=2, ring=2)) <= 1e-5
+
+
+def build_after_unequal_histories(job: ParallelMesh) -> list[tuple[int, ...]]:
+    """Ranks 0 and 1 are in more process groups than rank 2 when the three of them build a mesh."""
+    if job.rank < 2:
+        ParallelMesh(DiffusionParallelConfig(ring_degree=2), ranks=[0, 1])
+    if job.rank == 3:
+        return []
+    return gather_ints([job.rank], ParallelMesh(DiffusionParallelConfig(ulysses_degree=3), ranks=[0, 1, 2]).world)
+
+
+def test_ranks_in_unequal_numbers_of_groups_build_a_mesh(ranks: RankPool) -> None:
+    assert ranks.run(build_after_unequal_histories, ulysses=2, ring=2) == [[(0,), (1,), (2,)]] * 3 + [[]]
 
 
 def build_alone(job: ParallelMesh) -> tuple[tuple[int, ...], int, str, str, str]:
@@ -131,3 +148,27 @@ def test_what_differs_between_ranks_is_named(ranks: RankPool, odd: str) -> None:
     assert messages[0].startswith(f"{odd} differs on [2]: rank 0: ")
     if odd in ("number", "dtype"):
         assert f"rank 2: {8 if odd == 'number' else torch.bfloat16}" in messages[0]
+
+
+THREADS_AFTER_THE_JOB = """
+import os
+import torch.distributed as dist
+from omni_sp import DiffusionParallelConfig, ParallelMesh
+
+dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
+from transformers.models.llama import modeling_llama
+
+mesh = ParallelMesh(DiffusionParallelConfig())
+dist.barrier()
+dist.destroy_process_group()
+print(*(open(f"/proc/self/task/{{task}}/comm").read().strip() for task in os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names from /proc")
+def test_no_thread_of_a_group_runs_on_after_its_end(tmp_path: Path) -> None:
+    """One that still ran as the interpreter ends would abort the process."""
+    program = THREADS_AFTER_THE_JOB.format(file=tmp_path / "rendezvous")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip()
+    assert "gloo" not in done.stdout

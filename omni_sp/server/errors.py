@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from omni_sp.errors import (
     RequestAbortedError,
     SamplingParamsError,
 )
+from omni_sp.validation import suggestion
 
 CLIENT_CLOSED = 499
 """Nobody waits for the answer any more (nginx's number for it)."""
@@ -132,9 +132,7 @@ def unknown_field(name: str, known: Iterable[str]) -> ApiError:
         name: the field.
         known: the fields that there are; the message names the one that was probably meant.
     """
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(names)}"
+    hint = suggestion(name, sorted(known))
     return ApiError(400, f"unknown field {name!r}; {hint}", param=name, code="unknown_parameter")
 
 
