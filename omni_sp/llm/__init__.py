@@ -1,4 +1,4 @@
-"""Long prompts sooner: Llama, Mistral and Qwen over ranks that share a prompt's tokens, inside vLLM or without it."""
+"""Language models over ranks that share a prompt's tokens, inside vLLM or with plain transformers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "parallelize"]
 
-_HOMES = {"LLM": "omni_sp.llm.vllm.llm", "parallelize": "omni_sp.llm.hf.model"}
+_MODULES = {"LLM": "omni_sp.llm.vllm.llm", "parallelize": "omni_sp.llm.hf.model"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, so that neither door needs the packages of the other."""
-    if name not in _HOMES:
+    """Import a name when it is used: ``LLM`` needs vLLM, ``parallelize`` does not."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,7 +1,7 @@
-"""One pass of tokens through a model: how its attention reaches the other ranks.
+"""How attention is computed over the ranks in each phase: prefill, a later chunk of the prompt, a new token.
 
-A pass travels through the model's own code as a keyword argument, down to the attention function that transformers
-calls by name. So nothing global says what is under way.
+The phase passes through the model's own code as a keyword argument, down to the attention function that transformers
+calls by name, so there is no global state.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from omni_sp.attention import sequence_parallel_attention
 from omni_sp.attention.distributed_kv import ChunkedPrefillAttention, decode_attention
@@ -20,37 +20,35 @@ from omni_sp.llm.hf.sequence_shard import SequenceShard
 from omni_sp.mesh import ParallelMesh
 
 ATTENTION = "omni_sp"
-"""The name by which transformers finds :func:`attention`."""
+"""The name under which transformers finds :func:`attention`."""
 
 
 class AttentionPhase(Protocol):
-    """How the attention of one pass is computed.
+    """How the attention of one forward is computed.
 
     Attributes:
-        tokens: this rank's tokens in the pass; there may be one stand-in row where it has none.
-        span: tokens that the row will come to have.
+        tokens: number of this rank's tokens; where it is 0, the model runs on a stand-in token.
+        span: number of tokens of the prompt and the answer together.
     """
 
     tokens: int
     span: int
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Attention of (batch, tokens, heads, head_dim), for this rank's tokens."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of this rank's tokens, (batch, tokens, heads, head_dim), to all tokens before them."""
 
 
 @dataclass
 class Prefill:
-    """A prompt, or its first chunk: through the causal core, the balanced ring or Ulysses or both.
+    """A prompt, or its first chunk: causal attention by Ulysses, the ring, or both.
 
-    ``key_mask`` is (batch, own tokens). The pieces that a rank begins with are what it keeps, whatever the core
-    exchanges meanwhile: all heads of its own tokens, so memory is shared evenly whatever the degrees and the heads.
+    The cache stores all heads of this rank's own tokens, not what the exchange brings, so that memory is shared evenly
+    whatever the degrees and the number of heads. ``key_mask`` is (batch, own tokens).
     """
 
     mesh: ParallelMesh
     shard: SequenceShard
-    key_mask: torch.Tensor | None
+    key_mask: Tensor | None
     span: int
     kernel: str
     cache: TokenCache | None = None
@@ -61,10 +59,8 @@ class Prefill:
         if self.cache is not None:
             self.cache.extend(self.tokens, self.key_mask)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Through the core; the cache keeps this rank's keys and values."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attend causally to the prompt, or to its first chunk."""
         if self.cache is not None:
             self.cache.write(layer, key, value)
         return sequence_parallel_attention(
@@ -82,10 +78,10 @@ class Prefill:
 
 @dataclass
 class NextChunk:
-    """A later chunk of a prompt: its queries come to the keys where they lie."""
+    """A later chunk of a prompt: its queries travel, the keys stay on their ranks."""
 
     shard: SequenceShard
-    key_mask: torch.Tensor | None
+    key_mask: Tensor | None
     span: int
     kernel: str
     cache: TokenCache
@@ -94,36 +90,32 @@ class NextChunk:
     def __post_init__(self) -> None:
         self.tokens = self.shard.tokens
         self.cache.extend(self.tokens, self.key_mask)
-        self._queries = ChunkedPrefillAttention(self.shard.layout, self.shard.axis, self.shard.positions.device)
+        self._attention = ChunkedPrefillAttention(self.shard.layout, self.shard.axis, self.shard.positions.device)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """To all that came before, and causally to the chunk itself."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attend to all earlier chunks, and causally to this one."""
         self.cache.write(layer, key, value)
         keys, values = self.cache.read(layer)
-        return self._queries.attend(query, keys, values, key_mask=self.cache.mask, scale=scale, kernel=self.kernel)
+        return self._attention.attend(query, keys, values, key_mask=self.cache.mask, scale=scale, kernel=self.kernel)
 
 
 @dataclass
 class NextToken:
-    """One new token, computed by all ranks alike; the rank whose turn it is keeps its key and value."""
+    """One new token, the same on all ranks; one rank stores its key and value."""
 
     mesh: ParallelMesh
-    mine: bool
+    is_stored_here: bool
     span: int
     kernel: str
     cache: TokenCache
     tokens: int = 1
 
     def __post_init__(self) -> None:
-        self.cache.extend(int(self.mine))
+        self.cache.extend(int(self.is_stored_here))
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Each rank to its own part, merged by one gather."""
-        if self.mine:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attend to the keys of each rank, and merge the results by one gather."""
+        if self.is_stored_here:
             self.cache.write(layer, key, value)
         keys, values = self.cache.read(layer)
         mesh, mask = self.mesh, self.cache.mask
@@ -132,10 +124,10 @@ class NextToken:
 
 def attention(
     module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
     *,
     scaling: float,
     dropout: float = 0.0,
@@ -143,12 +135,12 @@ def attention(
     is_causal: bool | None = None,
     omni_sp: AttentionPhase | None = None,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """What transformers calls in the place of sdpa or flash attention, with (batch, heads, tokens, head_dim).
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls instead of sdpa or flash attention, on (batch, heads, tokens, …).
 
     Raises:
-        ShardingError: a layer was called past the model's own forward.
-        UnsupportedAttentionError: an attention that is not the causal one over the whole row.
+        ShardingError: a layer was called by itself, not by the model.
+        UnsupportedAttentionError: the attention is not causal over the whole sequence.
     """
     if omni_sp is None:
         raise ShardingError(

@@ -1,42 +1,40 @@
-"""Keys and values of the tokens that one rank holds."""
+"""The keys and values that one rank holds."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 class TokenCache:
-    """One rank's part of a generation's keys and values, all heads of them, layer after layer.
+    """Keys and values of one rank's tokens in a generation, all heads of each layer.
 
-    Memory for all tokens that this rank will ever hold is taken when a layer first writes: what cannot fit fails in the
+    A layer's first write allocates memory for all tokens that this rank will ever hold: too little memory fails in the
     prefill, not in the middle of an answer, and nothing is copied as the answer grows.
 
     Args:
-        num_layers: layers of the model.
-        capacity: tokens that this rank will come to hold.
+        num_layers: number of layers of the model.
+        capacity: number of tokens that this rank will hold in the end.
         mask: (batch, 0) on the tokens' device, where some tokens are padding; else None.
 
     Attributes:
-        length: tokens held. mask: (batch, length) bool, True = a real token; None where all are.
+        length: number of tokens held.
+        mask: (batch, length) bool, True = a real token; None where all are.
     """
 
-    def __init__(self, num_layers: int, capacity: int, mask: torch.Tensor | None) -> None:
-        self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+    def __init__(self, num_layers: int, capacity: int, mask: Tensor | None) -> None:
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._capacity = capacity
         self.length = 0
         self.mask = mask
 
     @property
     def num_bytes(self) -> int:
-        """Memory taken for keys and values."""
+        """Bytes allocated for keys and values."""
         return sum(tensor.nbytes for layer in self._layers if layer is not None for tensor in layer)
 
-    def extend(self, tokens: int, mask: torch.Tensor | None = None) -> None:
-        """Make room for the next tokens; every layer writes them afterwards.
-
-        Args:
-            mask: (batch, tokens) bool; None where all are real.
-        """
+    def extend(self, tokens: int, mask: Tensor | None = None) -> None:
+        """Count the next tokens, which every layer writes afterwards. ``mask`` is (batch, tokens); None: no padding."""
         self.length += tokens
         assert self.length <= self._capacity, f"{self.length} tokens in a cache for {self._capacity}"
         if self.mask is not None:
@@ -44,18 +42,18 @@ class TokenCache:
                 mask = self.mask.new_ones(self.mask.shape[0], tokens)
             self.mask = torch.cat([self.mask, mask], dim=1)
 
-    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put (batch, tokens, kv_heads, head_dim) into the newest places."""
-        held = self._layers[layer]
-        if held is None:
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store the newest tokens of a layer, (batch, tokens, kv_heads, head_dim)."""
+        memory = self._layers[layer]
+        if memory is None:
             shape = (key.shape[0], self._capacity, *key.shape[2:])
-            held = (key.new_empty(shape), value.new_empty(shape))
-            self._layers[layer] = held
-        for memory, new in zip(held, (key, value), strict=True):
-            memory[:, self.length - new.shape[1] : self.length] = new
+            memory = (key.new_empty(shape), value.new_empty(shape))
+            self._layers[layer] = memory
+        for stored, new in zip(memory, (key, value), strict=True):
+            stored[:, self.length - new.shape[1] : self.length] = new
 
-    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens held, oldest first."""
-        held = self._layers[layer]
-        assert held is not None, "write() comes first"
-        return held[0][:, : self.length], held[1][:, : self.length]
+        memory = self._layers[layer]
+        assert memory is not None, "write() comes first"
+        return memory[0][:, : self.length], memory[1][:, : self.length]

@@ -1,4 +1,4 @@
-"""A language model of transformers over several ranks: each computes its own tokens, only attention needs the rest."""
+"""A language model of transformers over several ranks: each computes its own tokens, attention exchanges the rest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from omni_sp.errors import InvalidInputError, UnsupportedAttentionError, UnsupportedModelError
 from omni_sp.llm.hf.attention import ATTENTION, AttentionPhase, Prefill, attention
@@ -25,12 +26,17 @@ def parallelize(model: Any, mesh: ParallelMesh, *, kernel: str = "auto") -> Para
     """Let the ranks of ``mesh`` share the tokens of every prompt.
 
     Afterwards all ranks call ``model(...)`` with the same, whole prompt, and each gets the same, whole answer; or they
-    call ``generate`` of what is returned. Weights are whole on every rank. Only this instance changes.
+    call ``generate`` of the returned handle. Weights are whole on every rank. Only this instance changes. Attention is
+    DeepSpeed-Ulysses (arXiv 2309.14509), a zigzag ring (2310.01889, 2311.09431), or both (2405.07719), by the mesh.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 of transformers, ``…ForCausalLM`` or the ``…Model`` without a head, as
-            text encoders are; in eval mode.
-        mesh: the ranks. kernel: "auto", or one of ``omni_sp.attention.kernel_names()``.
+        model: a Llama, Mistral, Qwen2 or Qwen3 of transformers in eval mode: ``…ForCausalLM``, or ``…Model`` without a
+            head, for text encoders.
+        mesh: the ranks.
+        kernel: "auto", or one of ``omni_sp.attention.kernel_names()``.
+
+    Returns:
+        A handle with ``generate`` and ``remove``.
 
     Raises:
         UnsupportedModelError: another class, a model that is parallelized already, or positions that would grow
@@ -41,18 +47,26 @@ def parallelize(model: Any, mesh: ParallelMesh, *, kernel: str = "auto") -> Para
 
 @dataclass(frozen=True)
 class LocalTokens:
-    """One rank's part of a result: ``hidden`` (batch, tokens, hidden size), and at which ``positions`` (tokens,)."""
+    """One rank's tokens of a result.
 
-    hidden: torch.Tensor
-    positions: torch.Tensor
+    Attributes:
+        hidden: (batch, tokens, hidden size).
+        positions: (tokens,), the tokens' positions in the prompt.
+    """
+
+    hidden: Tensor
+    positions: Tensor
 
 
 class ParallelModel:
     """A model whose prompts the ranks share; made by :func:`parallelize`.
 
     Attributes:
-        model: as given. mesh: the ranks. base: its layers without the head. head: hidden states to logits, or None.
-        kernel: of the attention.
+        model: the model of transformers.
+        mesh: the ranks.
+        base: the model without its head.
+        head: the module from hidden states to logits; None where the model has none.
+        kernel: the attention kernel.
     """
 
     def __init__(self, model: Any, mesh: ParallelMesh, kernel: str) -> None:
@@ -71,52 +85,54 @@ class ParallelModel:
             self._replace(model, "forward", self._forward_with_head)
 
     def _replace(self, module: Any, name: str, value: Any) -> None:
-        """Set what belongs to this instance alone, and remember how it was."""
+        """Set an attribute of this instance, and note how to restore it."""
         own = vars(module)
         if name in own:
-            before = own[name]
-            self._undo.append(lambda: setattr(module, name, before))
+            original = own[name]
+            self._undo.append(lambda: setattr(module, name, original))
         else:
             self._undo.append(lambda: delattr(module, name))
         setattr(module, name, value)
 
     def remove(self) -> None:
-        """Give the model back as it was. Doing so twice is fine."""
+        """Restore the model. Idempotent."""
         while self._undo:
             self._undo.pop()()
 
     def generate(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Tensor,
         *,
         max_new_tokens: int,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         prefill_chunk: int | None = None,
         streamer: Streamer | None = None,
-    ) -> torch.Tensor:
-        """The most likely next token, again and again; keys and values stay in pieces on the ranks.
+    ) -> Tensor:
+        """Generate greedily. Each rank stores its share of the keys and values.
 
-        All ranks call it with the same. Plain greedy decoding: of the model's generation config only the ids of end and
-        padding are read.
+        All ranks call it with the same arguments. Of the model's generation config only the ids of end and padding are
+        read.
 
         Args:
-            input_ids: (batch, tokens), whole. max_new_tokens: at most so many are added.
-            attention_mask: (batch, tokens), 0 = padding: on the left, on the right or in between, each row answers as
-                it does alone.
-            eos_token_id: a row ends with any of these; None means the model's own, ``()`` none.
-            pad_token_id: follows a row that has ended before others; None means the model's own.
-            prefill_chunk: tokens of the prompt, of all ranks together, that pass through the model at a time; None is
-                all. Less memory for activations, the same answer.
-            streamer: as transformers has them: ``put(prompt)``, ``put(tokens)`` for each step, ``end()``. Usually
-                given on one rank alone.
+            input_ids: (batch, tokens), whole.
+            max_new_tokens: the most tokens that are added.
+            attention_mask: (batch, tokens), 0 = padding, on the left, on the right or in between. Each sequence is
+                answered as it is alone.
+            eos_token_id: the tokens that end a sequence; None means the model's own, ``()`` none.
+            pad_token_id: the token that pads a sequence which ends before others; None means the model's own.
+            prefill_chunk: number of tokens of the prompt, of all ranks together, that the model computes at a time;
+                None is all. Fewer need less memory for activations, and the answer is the same.
+            streamer: called with ``put(prompt)``, ``put(tokens)`` for each step, and ``end()``. It is usually given on
+                one rank only.
 
         Returns:
             (batch, tokens + new tokens), the same on all ranks.
 
         Raises:
-            InvalidInputError: an argument that cannot be. UnsupportedAttentionError: a window shorter than the row.
+            InvalidInputError: an argument is invalid.
+            UnsupportedAttentionError: the model attends to a window shorter than the sequence.
             ShardingError: the ranks were called with different prompts.
         """
         self._require_applied()
@@ -132,38 +148,46 @@ class ParallelModel:
         )
 
     def cache_bytes(self) -> int:
-        """Bytes that this rank's keys and values take in the generation under way; 0 where there is none."""
+        """Bytes of this rank's keys and values in the current generation; 0 where there is none."""
         return 0 if self._cache is None else self._cache.num_bytes
 
     def set_cache(self, cache: TokenCache | None) -> None:
-        """Say what :meth:`cache_bytes` counts."""
+        """Set the cache that :meth:`cache_bytes` counts."""
         self._cache = cache
 
     def local_hidden_states(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Tensor,
         *,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> LocalTokens:
-        """The last hidden states of this rank's tokens alone: nothing is gathered."""
+        """Compute the last hidden states of this rank's tokens, and gather nothing.
+
+        Args:
+            input_ids: (batch, tokens), whole.
+            attention_mask: (batch, tokens), 0 = padding.
+            position_ids: (batch or 1, tokens); None counts from 0.
+        """
         output, shard = self._prefill(input_ids, None, attention_mask, position_ids, {})
         return LocalTokens(output.last_hidden_state[:, : shard.tokens], shard.positions)
 
-    def run(self, phase: AttentionPhase, position_ids: torch.Tensor, **inputs: Any) -> Any:
-        """The model's own code, without its head, over this rank's tokens.
+    def run(self, phase: AttentionPhase, position_ids: Tensor, **inputs: Any) -> Any:
+        """Run the model's own code, without its head, over this rank's tokens.
 
         Args:
-            position_ids: (batch or 1, tokens). inputs: ``input_ids`` or ``inputs_embeds``, and options.
+            phase: how attention is computed.
+            position_ids: (batch or 1, tokens).
+            inputs: ``input_ids`` or ``inputs_embeds``, and options of the model.
         """
         self._require_applied()
         if self.model.training:
             raise UnsupportedModelError("the model is in training mode: call model.eval(); nothing here has gradients")
-        # A mask of four dims is handed through as it is. Attention does not read it, and none is made for these tokens,
-        # whose positions are not what the model's code would take them for.
-        unread = position_ids.new_zeros(1, 1, 1, 1)
+        # The model passes a mask of four dims on unchanged, and our attention ignores it. Without one, the model would
+        # build a mask for these tokens, from positions that they do not have.
+        ignored = position_ids.new_zeros(1, 1, 1, 1)
         return self._base_forward(
-            attention_mask=unread, position_ids=position_ids, use_cache=False, omni_sp=phase, **inputs
+            attention_mask=ignored, position_ids=position_ids, use_cache=False, omni_sp=phase, **inputs
         )
 
     def _require_applied(self) -> None:
@@ -172,13 +196,13 @@ class ParallelModel:
 
     def _prefill(
         self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
         options: dict[str, Any],
     ) -> tuple[Any, SequenceShard]:
-        """This rank's part of a forward."""
+        """Run the base model on this rank's tokens of whole inputs; its output and the shard."""
         whole = input_ids if input_ids is not None else inputs_embeds
         if whole is None or (input_ids is not None and inputs_embeds is not None):
             raise InvalidInputError("give input_ids or inputs_embeds, one of them")
@@ -199,17 +223,17 @@ class ParallelModel:
 
     def _forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **options: Any,
     ) -> Any:
-        """In the place of the base model's forward: whole tokens in, whole hidden states out."""
-        passed, as_object = self._options(past_key_values, use_cache, options)
-        output, shard = self._prefill(input_ids, inputs_embeds, attention_mask, position_ids, passed)
+        """Replace the base model's forward: whole inputs, whole hidden states."""
+        model_options, as_object = self._options(past_key_values, use_cache, options)
+        output, shard = self._prefill(input_ids, inputs_embeds, attention_mask, position_ids, model_options)
         output.last_hidden_state = shard.gather_tokens(output.last_hidden_state)
         if output.hidden_states is not None:
             output.hidden_states = _gather_all(output.hidden_states, shard, output.last_hidden_state)
@@ -217,36 +241,37 @@ class ParallelModel:
 
     def _forward_with_head(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> Any:
-        """In the place of the whole model's forward: each rank makes the logits of the wanted tokens it holds."""
+        """Replace the whole model's forward: each rank computes the logits of its own among the wanted tokens."""
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         assert self.head is not None
         if labels is not None:
             raise InvalidInputError("labels: there is no loss over ranks; ask for logits, and leave labels out")
-        passed, as_object = self._options(past_key_values, use_cache, options)
-        output, shard = self._prefill(input_ids, inputs_embeds, attention_mask, position_ids, passed)
-        wanted = _wanted(logits_to_keep, sum(shard.layout.query))
+        model_options, as_object = self._options(past_key_values, use_cache, options)
+        output, shard = self._prefill(input_ids, inputs_embeds, attention_mask, position_ids, model_options)
+        wanted = _wanted_positions(logits_to_keep, sum(shard.layout.query))
         require_same_inputs(self.mesh.sequence, logits_to_keep=wanted.numel(), logits=wanted)
         logits = shard.gather_selected(self.head(shard.select(output.last_hidden_state, wanted)), wanted)
         hidden = output.hidden_states
-        joined = None if hidden is None else _gather_all(hidden, shard, shard.gather_tokens(output.last_hidden_state))
-        result = CausalLMOutputWithPast(logits=logits, hidden_states=joined)
+        if hidden is not None:
+            hidden = _gather_all(hidden, shard, shard.gather_tokens(output.last_hidden_state))
+        result = CausalLMOutputWithPast(logits=logits, hidden_states=hidden)
         return result if as_object else result.to_tuple()
 
     def _options(
         self, past_key_values: Any, use_cache: bool | None, options: dict[str, Any]
     ) -> tuple[dict[str, Any], bool]:
-        """What the model's own code is told, and whether the answer is an object; refuses what would not be exact."""
+        """The options for the model's own code, and whether to return an object; refuses what would not be exact."""
         config = self.base.config
         if past_key_values is not None or use_cache:
             raise InvalidInputError(
@@ -265,11 +290,7 @@ class ParallelModel:
 
 
 def _split_head(model: Any) -> tuple[Any, Any]:
-    """The layers and the head.
-
-    Raises:
-        UnsupportedModelError: see :func:`parallelize`.
-    """
+    """The base model and the head; raises UnsupportedModelError as :func:`parallelize` documents."""
     import transformers
 
     bases = {getattr(transformers, f"{name}Model") for name in _MODELS}
@@ -298,15 +319,15 @@ def _register() -> None:
     AttentionInterface.register(ATTENTION, attention)
 
 
-def _gather_all(hidden: Sequence[torch.Tensor | None], shard: SequenceShard, last: torch.Tensor) -> tuple[Any, ...]:
-    """All hidden states whole. The last one is what the model gives as such, joined already."""
-    joined = [None if state is None else shard.gather_tokens(state) for state in hidden[:-1]]
-    return (*joined, None if hidden[-1] is None else last)
+def _gather_all(hidden: Sequence[Tensor | None], shard: SequenceShard, last: Tensor) -> tuple[Any, ...]:
+    """Gather the hidden states of all layers; the last of them is the model's output, gathered already."""
+    gathered = [None if state is None else shard.gather_tokens(state) for state in hidden[:-1]]
+    return (*gathered, None if hidden[-1] is None else last)
 
 
-def _wanted(logits_to_keep: int | torch.Tensor, tokens: int) -> torch.Tensor:
-    """The positions that transformers would keep: the last so many (0: all), or those named."""
-    if isinstance(logits_to_keep, torch.Tensor):
+def _wanted_positions(logits_to_keep: int | Tensor, tokens: int) -> Tensor:
+    """The positions whose logits transformers would compute: the last ones (0: all), or those in a tensor."""
+    if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.ndim != 1 or logits_to_keep.dtype == torch.bool:
             raise InvalidInputError(
                 f"logits_to_keep of shape {tuple(logits_to_keep.shape)} and {logits_to_keep.dtype}: give a number, or "

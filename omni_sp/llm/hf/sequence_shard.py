@@ -1,10 +1,11 @@
-"""A row of tokens in pieces: which are this rank's, and how the whole, or a part of it, comes together again."""
+"""One rank's shard of a sequence of tokens: which tokens it has, and how all or some tokens are gathered again."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from omni_sp.attention import SequenceLayout, split_evenly
 from omni_sp.collectives import gather, require_equal
@@ -13,74 +14,74 @@ from omni_sp.mesh import Axis, ParallelMesh
 
 
 def prompt_layout(tokens: int, mesh: ParallelMesh) -> SequenceLayout:
-    """Where a prompt's tokens go: zigzag around a ring, so that causality gives all ranks the same work."""
+    """How a prompt's tokens are split: zigzag (arXiv 2311.09431) around a ring, for causal attention of equal work."""
     if mesh.ring.size > 1:
         return SequenceLayout.zigzag(tokens, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
-    held = split_evenly(tokens, mesh.sequence.size)
-    return SequenceLayout(held, held)
+    lengths = split_evenly(tokens, mesh.sequence.size)
+    return SequenceLayout(lengths, lengths)
 
 
 class SequenceShard:
-    """One row of tokens, cut as a layout says.
+    """One rank's tokens of a sequence.
 
-    A rank without a token computes one stand-in row, which no other token attends to and which is never gathered: a
-    model's own code cannot tell the shape of nothing.
-
-    Args:
-        layout: who holds what. axis: the ranks. device: of the tensors to cut.
+    A rank without tokens runs the model on one stand-in token, since a model's own code may fail on empty tensors. No
+    other token attends to it, and it is never gathered.
 
     Attributes:
-        layout, axis: as given. tokens: how many are this rank's. positions: (tokens,) which they are.
+        layout: which rank has which tokens.
+        axis: the ranks.
+        tokens: number of this rank's tokens.
+        positions: (tokens,), their positions in the sequence, on the device of the tensors to split.
     """
 
     def __init__(self, layout: SequenceLayout, axis: Axis, device: torch.device) -> None:
         self.layout, self.axis = layout, axis
-        held = [torch.tensor(layout.positions(rank), dtype=torch.int64) for rank in range(axis.size)]
-        self._order = torch.cat(held).argsort()
+        positions = [torch.tensor(layout.positions(rank), dtype=torch.int64) for rank in range(axis.size)]
+        self._order = torch.cat(positions).argsort()
         self.tokens = layout.query[axis.rank]
-        self.positions = held[axis.rank].to(device)
+        self.positions = positions[axis.rank].to(device)
 
-    def shard_tokens(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's tokens of (batch, all tokens, …); also none."""
+    def shard_tokens(self, whole: Tensor) -> Tensor:
+        """This rank's tokens of (batch, all tokens, …), possibly none."""
         return whole.index_select(1, self.positions.to(whole.device))
 
-    def shard_for_model(self, whole: torch.Tensor) -> torch.Tensor:
-        """The same, or the stand-in row where there is none."""
+    def shard_for_model(self, whole: Tensor) -> Tensor:
+        """This rank's tokens, or the stand-in token where there are none."""
         return self.shard_tokens(whole) if self.tokens else torch.zeros_like(whole[:, :1])
 
-    def gather_tokens(self, piece: torch.Tensor) -> torch.Tensor:
-        """(batch, own tokens or stand-in, …) of all ranks -> (batch, all tokens, …) on all ranks."""
+    def gather_tokens(self, shard: Tensor) -> Tensor:
+        """Gather (batch, own tokens or stand-in, …) of all ranks to (batch, all tokens, …) on all ranks."""
         if self.axis.size == 1:
-            return piece
-        joined = gather(piece[:, : self.tokens], self.layout.query, 1, self.axis)
-        return joined.index_select(1, self._order.to(piece.device))
+            return shard
+        joined = gather(shard[:, : self.tokens], self.layout.query, 1, self.axis)
+        return joined.index_select(1, self._order.to(shard.device))
 
-    def select(self, piece: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Those of this rank's tokens that are among ``wanted`` positions, in their order there."""
-        places, owners = self._find(wanted)
-        mine = places[owners == self.axis.rank] - sum(self.layout.query[: self.axis.rank])
-        return piece.index_select(1, mine.to(piece.device))
+    def select(self, shard: Tensor, wanted: Tensor) -> Tensor:
+        """This rank's tokens at the ``wanted`` positions, in the order of ``wanted``."""
+        indices, owners = self._find(wanted)
+        own = indices[owners == self.axis.rank] - sum(self.layout.query[: self.axis.rank])
+        return shard.index_select(1, own.to(shard.device))
 
-    def gather_selected(self, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """What each rank made of :meth:`own` tokens -> (batch, wanted, …) on all ranks."""
+    def gather_selected(self, selected: Tensor, wanted: Tensor) -> Tensor:
+        """Gather what each rank computed from its :meth:`select` tokens to (batch, wanted, …) on all ranks."""
         _, owners = self._find(wanted)
         counts = owners.bincount(minlength=self.axis.size).tolist()
-        joined = gather(rows, counts, 1, self.axis)
-        return joined.index_select(1, owners.argsort(stable=True).argsort().to(rows.device))
+        joined = gather(selected, counts, 1, self.axis)
+        return joined.index_select(1, owners.argsort(stable=True).argsort().to(selected.device))
 
-    def _find(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each wanted position its place in the row of all pieces, and the rank that holds it."""
-        places = self._order[wanted]
+    def _find(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """For each wanted position its index in the concatenated shards of all ranks, and the rank that has it."""
+        indices = self._order[wanted]
         ends = torch.tensor(self.layout.query).cumsum(0)
-        return places, torch.bucketize(places, ends, right=True)
+        return indices, torch.bucketize(indices, ends, right=True)
 
 
-def key_mask(attention_mask: torch.Tensor | None, whole: torch.Tensor) -> torch.Tensor | None:
-    """(batch, tokens) bool, True = a real token; None where all are."""
+def key_mask(attention_mask: Tensor | None, whole: Tensor) -> Tensor | None:
+    """The mask of real tokens, (batch, tokens) bool; None where all are real."""
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != whole.shape[:2]:
-        is_tensor = isinstance(attention_mask, torch.Tensor)
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != whole.shape[:2]:
+        is_tensor = isinstance(attention_mask, Tensor)
         given = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
         raise UnsupportedAttentionError(
             f"attention_mask {given}: give (batch, tokens) = {tuple(whole.shape[:2])}, 0 = padding; causality is there "
@@ -91,15 +92,7 @@ def key_mask(attention_mask: torch.Tensor | None, whole: torch.Tensor) -> torch.
 
 
 def require_same_inputs(axis: Axis, **inputs: Any) -> None:
-    """Raise where the ranks were called with different inputs, before anything is computed from them.
-
-    Args:
-        axis: the ranks.
-        inputs: numbers and tensors that must be equal, by name: the same names on all ranks.
-
-    Raises:
-        ShardingError: it names what differs, and how.
-    """
+    """Raise ShardingError, with what differs, where the ranks were called with different numbers or tensors."""
     require_equal(
         axis,
         "the ranks were called with different {name} ({name}, or its checksum: {values}): all ranks take the same, "

@@ -1,37 +1,45 @@
-"""Our flags on vLLM's command line, turned into vLLM's own before it reads them."""
+"""Our flags on vLLM's command line, rewritten into vLLM's own flags before vLLM reads them."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from omni_sp.command_line import CommandLine
 from omni_sp.errors import ConfigError
 from omni_sp.llm.vllm.config import CONFIG_KEY, LlmParallelConfig
-from omni_sp.llm.vllm.model_support import method_of, require_handled_model
+from omni_sp.llm.vllm.model_support import require_supported_model, speculation_method
+from omni_sp.llm.vllm.step_metrics import start_step_counter
 
 _SEQUENCE = ("--ulysses-sequence-parallel-size", "--sequence-parallel-size")
 _SHIFT, _THRESHOLD = "--enable-shift-parallel", "--shift-parallel-threshold"
 _TENSOR = ("--tensor-parallel-size", "-tp")
 _MEMORY = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
-_OTHERS, _EAGER = "--additional-config", "--enforce-eager"
+_ADDITIONAL_CONFIG, _EAGER = "--additional-config", "--enforce-eager"
 
 
-def is_vllms_command() -> bool:
+def is_vllm_command() -> bool:
     """True in a process that is ``vllm ...`` or ``python -m vllm...``, not in a program that imports vLLM."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return Path(sys.argv[0]).name == "vllm" or (spec is not None and spec.name.startswith("vllm."))
 
 
-def for_vllm(arguments: Sequence[str]) -> list[str]:
-    """The arguments as vLLM knows them. Without a flag of ours: unchanged.
+def for_vllm(arguments: Sequence[str], *, count_steps: bool = False) -> list[str]:
+    """The arguments as vLLM knows them. Without a flag of ours they are unchanged.
+
+    Args:
+        arguments: the words after vLLM's command.
+        count_steps: let this process show on its /metrics how the steps ran.
 
     Raises:
-        ConfigError: values that cannot be, what is not handled beside it, or a model that is not.
+        ConfigError: a value is invalid, or a feature of vLLM does not run beside sequence parallelism.
+        UnsupportedModelError: the model is of another architecture.
     """
-    line = _CommandLine(arguments)
+    line = CommandLine(arguments)
     sequence = line.take_number(*_SEQUENCE)
     threshold = line.take_number(_THRESHOLD)
     shift = line.take_switch(_SHIFT)
@@ -45,107 +53,46 @@ def for_vllm(arguments: Sequence[str]) -> list[str]:
         enable_shift_parallel=shift,
         shift_parallel_threshold=threshold,
     )
-    others = line.take_value(_OTHERS)
-    if any(flag.startswith(f"{_OTHERS}.") for flag in line.flags()):
-        raise ConfigError(f"give {_OTHERS} as one JSON object beside {_SEQUENCE[0]}")
-    if not settings.is_asked_for:
-        own = [_OTHERS, others] if others is not None else []
-        return [*line.rest, *own, _TENSOR[0], str(settings.world_size)]
-    model = line.value_of("--model") or line.positional_after("serve")
-    require_handled_model(
-        model,
+    user_config = line.take_value(_ADDITIONAL_CONFIG)
+    if any(flag.startswith(f"{_ADDITIONAL_CONFIG}.") for flag in line.flags()):
+        raise ConfigError(f"give {_ADDITIONAL_CONFIG} as one JSON object beside {_SEQUENCE[0]}")
+    if not settings.is_enabled:
+        unchanged = [_ADDITIONAL_CONFIG, user_config] if user_config is not None else []
+        return [*line.rest, *unchanged, _TENSOR[0], str(settings.world_size)]
+    require_supported_model(
+        line.value_of("--model") or line.positional_after("serve"),
         settings,
         enable_lora="--enable-lora" in line.flags(),
         pipeline_parallel_size=line.number_of("--pipeline-parallel-size", "-pp") or 1,
         data_parallel_size=line.number_of("--data-parallel-size", "-dp") or 1,
         quantization=line.value_of("--quantization", "-q"),
-        speculation=method_of(line.value_of("--speculative-config", "-sc")),
+        speculation=speculation_method(line.value_of("--speculative-config", "-sc")),
     )
-    merged = settings.additional_config(_json(others) if others is not None else None)
+    user_entries = _parse_json(user_config) if user_config is not None else None
+    if count_steps:
+        settings = replace(settings, step_counts_file=str(start_step_counter().path))
+    merged = json.dumps(settings.additional_config(user_entries))
     eager = [] if _EAGER in line.flags() else [_EAGER]
-    return [*line.rest, *eager, _TENSOR[0], str(settings.world_size), _OTHERS, json.dumps(merged)]
+    return [*line.rest, *eager, _TENSOR[0], str(settings.world_size), _ADDITIONAL_CONFIG, merged]
 
 
 def world_size(rewritten: Sequence[str]) -> int:
-    """Ranks of an engine, from arguments as vLLM knows them."""
-    return _CommandLine(rewritten).number_of(*_TENSOR) or 1
+    """Number of ranks of an engine, from arguments as vLLM knows them."""
+    return CommandLine(rewritten).number_of(*_TENSOR) or 1
 
 
 def sets_memory(rewritten: Sequence[str]) -> bool:
-    """Whether the arguments say how much memory the cache may have."""
-    return not set(_CommandLine(rewritten).flags()).isdisjoint(_MEMORY)
+    """Whether the arguments give the memory of the cache."""
+    return not set(CommandLine(rewritten).flags()).isdisjoint(_MEMORY)
 
 
-class _CommandLine:
-    """A command line that flags are taken from: ``--flag value`` or ``--flag=value``, with ``-`` or ``_``."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.rest = list(arguments)
-
-    def flags(self) -> list[str]:
-        """Every flag on it, as we write it."""
-        return [_name(word) for word in self.rest if word.startswith("-")]
-
-    def take_switch(self, name: str) -> bool:
-        """Take a flag without a value; whether it was there."""
-        before = len(self.rest)
-        self.rest = [word for word in self.rest if _name(word) != name]
-        return len(self.rest) < before
-
-    def take_number(self, *names: str) -> int | None:
-        """Take a flag, whatever it is called of these, and its value."""
-        value = self.take_value(*names)
-        if value is None:
-            return None
-        try:
-            return int(value)
-        except ValueError:
-            raise ConfigError(f"{names[0]} {value}: give a whole number") from None
-
-    def take_value(self, *names: str) -> str | None:
-        """Take a flag and its value; the last where there are several."""
-        found: str | None = None
-        kept: list[str] = []
-        words = iter(self.rest)
-        for word in words:
-            if _name(word) not in names:
-                kept.append(word)
-                continue
-            value = word.partition("=")[2] if "=" in word else next(words, None)
-            if value is None:
-                raise ConfigError(f"{word} needs a value")
-            found = value
-        self.rest = kept
-        return found
-
-    def value_of(self, *names: str) -> str | None:
-        """The value of a flag, whatever it is called of these; it stays."""
-        return _CommandLine(self.rest).take_value(*names)
-
-    def number_of(self, *names: str) -> int | None:
-        """Likewise, a number."""
-        return _CommandLine(self.rest).take_number(*names)
-
-    def positional_after(self, word: str) -> str | None:
-        """What follows a command word and is no flag."""
-        following = self.rest[self.rest.index(word) + 1 :] if word in self.rest else []
-        return following[0] if following and not following[0].startswith("-") else None
-
-
-def _name(word: str) -> str:
-    """A flag's name, as we write it; other words as they are."""
-    if not word.startswith("--"):
-        return word.partition("=")[0] if word.startswith("-") else word
-    return "--" + word[2:].partition("=")[0].replace("_", "-")
-
-
-def _json(text: str) -> dict[str, Any]:
+def _parse_json(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{_OTHERS} {text}: no JSON ({error})") from error
+        raise ConfigError(f"{_ADDITIONAL_CONFIG} {text}: no JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{_OTHERS} {text}: give a JSON object")
+        raise ConfigError(f"{_ADDITIONAL_CONFIG} {text}: give a JSON object")
     if CONFIG_KEY in value:
-        raise ConfigError(f"{_OTHERS} holds {CONFIG_KEY!r} already: give the degrees in one place")
+        raise ConfigError(f"{_ADDITIONAL_CONFIG} holds {CONFIG_KEY!r} already: give the degrees in one place")
     return value

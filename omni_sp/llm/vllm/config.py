@@ -1,4 +1,4 @@
-"""How a vLLM engine is to share tokens among ranks, and how that travels inside vLLM's own configuration."""
+"""The degrees of a vLLM engine, how they lie in vLLM's configuration, and what does not run beside them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from omni_sp.errors import ConfigError
+from omni_sp.validation import require_int
 
-_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")  # ways to speculate
+_SPECULATION_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")
 CONFIG_KEY = "omni_sp"
-"""Where the settings lie in vLLM's ``additional_config``, which every process gets and its compile cache counts."""
+"""The key of the settings in vLLM's ``additional_config``, which every process of vLLM gets."""
 
 
 @dataclass(frozen=True)
@@ -22,23 +23,23 @@ class LlmParallelConfig:
         tensor_parallel_size: ranks among which each of those splits its weights. vLLM runs the product of the two.
         enable_shift_parallel: steps with few tokens use the same weights by tensor parallelism over all ranks.
         shift_parallel_threshold: the most tokens of such a step. None: measured at the first step, each way in turns.
+        step_counts_file: where rank 0 counts the steps. vLLM hashes it with the rest of ``additional_config`` into the
+            key of its compile cache, so that no start finds another's entries. Steps run eagerly, nothing is compiled.
     """
 
     sequence_parallel_size: int = 1
     tensor_parallel_size: int = 1
     enable_shift_parallel: bool = False
     shift_parallel_threshold: int | None = None
+    step_counts_file: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel_size", "tensor_parallel_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r}: give a whole number from 1 on")
+            require_int(name, getattr(self, name), minimum=1, error=ConfigError, hint="give a whole number from 1 on")
         threshold = self.shift_parallel_threshold
-        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int) or threshold < 0):
-            raise ConfigError(
-                f"shift_parallel_threshold={threshold!r}: give a number of tokens from 0 on, or leave it to be measured"
-            )
+        if threshold is not None:
+            hint = "give a number of tokens from 0 on, or leave it to be measured"
+            require_int("shift_parallel_threshold", threshold, minimum=0, error=ConfigError, hint=hint)
         if threshold is not None and not self.enable_shift_parallel:
             raise ConfigError(
                 f"shift_parallel_threshold={threshold} means nothing without shift parallelism: add "
@@ -47,24 +48,24 @@ class LlmParallelConfig:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all; what vLLM is told as its tensor parallel size."""
+        """Number of ranks, which is vLLM's tensor parallel size."""
         return self.sequence_parallel_size * self.tensor_parallel_size
 
     @property
-    def is_asked_for(self) -> bool:
-        """False where vLLM is to run as it does without us."""
+    def is_enabled(self) -> bool:
+        """False where vLLM runs as it does without us."""
         return self.sequence_parallel_size > 1
 
-    def additional_config(self, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The ``additional_config`` of vLLM with these settings in it, and the user's own entries."""
-        merged = dict(others or {})
+    def additional_config(self, user_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The ``additional_config`` for vLLM: these settings beside the user's own entries."""
+        merged = dict(user_config or {})
         if CONFIG_KEY in merged:
             raise ConfigError(f"additional_config already holds {CONFIG_KEY!r}: give the degrees in one place")
         return merged | {CONFIG_KEY: asdict(self)}
 
     @classmethod
-    def found_in(cls, additional_config: Any) -> LlmParallelConfig | None:
-        """The settings in a vLLM ``additional_config``; None where nobody asked for any."""
+    def from_additional_config(cls, additional_config: Any) -> LlmParallelConfig | None:
+        """The settings in a vLLM ``additional_config``; None where there are none, or vLLM runs as without us."""
         entry = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         if entry is None:
             return None
@@ -72,15 +73,15 @@ class LlmParallelConfig:
             settings = cls(**entry)
         except TypeError as error:
             raise ConfigError(f"additional_config[{CONFIG_KEY!r}]={entry!r}: {error}") from error
-        return settings if settings.is_asked_for else None
+        return settings if settings.is_enabled else None
 
 
 @dataclass(frozen=True)
 class EngineFeatures:
-    """What else an engine is to do, as far as it is known, in vLLM's words.
+    """The other features that an engine uses, as far as they are known, by vLLM's names.
 
-    The front asks with flags and the model's configuration, every rank again with vLLM's own, into which a setting may
-    have come on another way.
+    The main process reads them from flags and the model's configuration, before anything starts. Every rank reads them
+    again from vLLM's own configuration, where a feature may have been enabled in another way.
     """
 
     enable_lora: bool = False
@@ -91,8 +92,8 @@ class EngineFeatures:
     has_mrope: bool = False
     attention_heads: int | None = None
 
-    def require_handled(self, settings: LlmParallelConfig) -> None:
-        """Raise for what would be wrong, or silently not parallel.
+    def require_supported(self, settings: LlmParallelConfig) -> None:
+        """Raise for a feature with which results would be wrong, or silently not parallel.
 
         Raises:
             ConfigError: it names the setting, and the way out.
@@ -121,7 +122,7 @@ class EngineFeatures:
             raise ConfigError(
                 "models with multimodal rotary embeddings (mrope) are not handled: use tensor parallelism alone"
             )
-        if self.speculation is not None and self.speculation not in _WITHOUT_A_MODEL:
+        if self.speculation is not None and self.speculation not in _SPECULATION_WITHOUT_A_MODEL:
             raise ConfigError(
                 f"speculation by {self.speculation!r} runs a model of its own, which is not handled: use n-gram "
                 "speculation, or none"

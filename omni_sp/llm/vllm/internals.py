@@ -1,6 +1,6 @@
-"""Everything that we rely on inside vLLM, in one place, each looked at before it is used.
+"""Everything that we rely on inside vLLM, each checked before it is used.
 
-Tested with the versions that ``TESTED`` names. What differs between them is told apart here and nowhere else.
+Tested with the versions in ``TESTED``. Differences between them are handled in this file only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from omni_sp.llm.vllm.config import EngineFeatures, LlmParallelConfig
 from omni_sp.mesh import Axis
 
 TESTED = "0.30 to 0.32"
-"""The versions of vLLM that all of this is tested with."""
+"""The versions of vLLM that are tested."""
 
 # Architecture -> vLLM's module and class. All are one decoder: q/k/v in one matrix, rotary embedding, gated MLP.
 ARCHITECTURES = {
@@ -31,8 +31,8 @@ ARCHITECTURES = {
 }
 
 _PARALLEL = "vllm.distributed.parallel_state"
-# What we call, with the arguments that we give by name.
-_CALLED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+# Functions that we call, with the arguments that we pass by name.
+_FUNCTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.distributed", "get_tensor_model_parallel_rank", ()),
     ("vllm.distributed", "tensor_model_parallel_all_reduce", ()),
     ("vllm.forward_context", "get_forward_context", ()),
@@ -40,21 +40,21 @@ _CALLED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (_PARALLEL, "get_world_group", ()),
     (_PARALLEL, "init_model_parallel_group", ("group_ranks", "local_rank", "backend", "group_name")),
 )
-_GROUP_PARTS = ("ranks", "rank_in_group", "world_size", "device_group", "all_reduce", "broadcast_object")
-_ATTENTION_PARTS = ("qkv_proj", "o_proj", "q_size", "kv_size", "num_heads", "num_kv_heads", "head_dim")
-_MLP_PARTS = ("gate_up_proj", "down_proj")
-_CACHED_PARTS = ("forward", "layer_name", "head_size", "num_heads", "num_kv_heads")
-# What a linear layer is made with, and keeps by the same name.
-_MADE_WITH = {
+_GROUP_ATTRIBUTES = ("ranks", "rank_in_group", "world_size", "device_group", "all_reduce", "broadcast_object")
+_ATTENTION_ATTRIBUTES = ("qkv_proj", "o_proj", "q_size", "kv_size", "num_heads", "num_kv_heads", "head_dim")
+_MLP_ATTRIBUTES = ("gate_up_proj", "down_proj")
+_KV_CACHE_ATTRIBUTES = ("forward", "layer_name", "head_size", "num_heads", "num_kv_heads")
+# Arguments of a linear layer's constructor, which the layer keeps as attributes of the same names.
+_LINEAR_ARGUMENTS = {
     "QKVParallelLinear": ("hidden_size", "head_size", "total_num_heads", "total_num_kv_heads"),
     "MergedColumnParallelLinear": ("input_size", "output_sizes"),
     "RowParallelLinear": ("input_size", "output_size"),
 }
-_ALL_MADE_WITH = ("quant_config", "params_dtype", "prefix")
-# How a linear layer works, which ours do likewise.
+_SHARED_LINEAR_ARGUMENTS = ("quant_config", "params_dtype", "prefix")
+# The settings of a linear layer that our replacements implement.
 _COLUMNS = {"skip_bias_add": False, "return_bias": True, "gather_output": False}
 _ROWS = {"skip_bias_add": False, "return_bias": True, "input_is_parallel": True, "reduce_results": True}
-_WORKS = {"QKVParallelLinear": _COLUMNS, "MergedColumnParallelLinear": _COLUMNS, "RowParallelLinear": _ROWS}
+_LINEAR_SETTINGS = {"QKVParallelLinear": _COLUMNS, "MergedColumnParallelLinear": _COLUMNS, "RowParallelLinear": _ROWS}
 
 
 def version() -> str:
@@ -65,14 +65,14 @@ def version() -> str:
 
 
 def register(architecture: str, target: str) -> None:
-    """Let vLLM make models of an architecture by ``module:Class``."""
+    """Register a class, ``module:Class``, for models of an architecture."""
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(architecture, target)
 
 
 def stock_class(architecture: str) -> type[Any]:
-    """The class that vLLM itself has for it."""
+    """The class that vLLM itself has for an architecture."""
     module, name = ARCHITECTURES[architecture]
     try:
         stock: type[Any] = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
@@ -82,17 +82,17 @@ def stock_class(architecture: str) -> type[Any]:
 
 
 def settings_of(vllm_config: Any) -> LlmParallelConfig | None:
-    """What was asked of us; None for nothing."""
-    return LlmParallelConfig.found_in(getattr(vllm_config, "additional_config", None))
+    """Our settings in vLLM's configuration; None where vLLM runs as without us."""
+    return LlmParallelConfig.from_additional_config(getattr(vllm_config, "additional_config", None))
 
 
-def require_known() -> None:
-    """Look at what is called of vLLM, apart from its layers.
+def require_known_vllm() -> None:
+    """Check the functions and groups of vLLM that we use.
 
     Raises:
-        UnsupportedModelError: it is not as we know it; names what.
+        UnsupportedModelError: one is missing or differs; it is named.
     """
-    for module, name, parameters in _CALLED:
+    for module, name, parameters in _FUNCTIONS:
         found = getattr(importlib.import_module(module), name, None)
         if not callable(found):
             raise _unknown(f"has no {module}.{name}")
@@ -102,15 +102,16 @@ def require_known() -> None:
     parallel_state = importlib.import_module(_PARALLEL)
     if not hasattr(parallel_state, "_TP"):
         raise _unknown(f"has no {_PARALLEL}._TP")
-    _require(parallel_state.get_tp_group(), _GROUP_PARTS, "its tensor parallel group")
+    _require(parallel_state.get_tp_group(), _GROUP_ATTRIBUTES, "its tensor parallel group")
     _require(parallel_state.get_world_group(), ("local_rank",), "its group of all ranks")
 
 
-def refuse_what_is_not_handled(vllm_config: Any, settings: LlmParallelConfig) -> None:
-    """Raise for what would be wrong, or silently not parallel, with a way out.
+def require_supported_config(vllm_config: Any, settings: LlmParallelConfig) -> None:
+    """Raise for settings of vLLM with which results would be wrong, or silently not parallel.
 
     Raises:
-        ConfigError: by name. UnsupportedModelError: vLLM's configuration is not as we know it.
+        ConfigError: it names the setting, and the way out.
+        UnsupportedModelError: vLLM's configuration lacks an entry that we read.
     """
     read = functools.partial(_read_config, vllm_config)
     world = read("parallel_config.tensor_parallel_size")
@@ -120,16 +121,16 @@ def refuse_what_is_not_handled(vllm_config: Any, settings: LlmParallelConfig) ->
             f"{settings.sequence_parallel_size} × {settings.tensor_parallel_size} = {settings.world_size}: let our "
             "flags, or omni_sp.llm.LLM, set it"
         )
-    quantised, speculation = read("quant_config"), read("speculative_config")
+    quantization, speculation = read("quant_config"), read("speculative_config")
     EngineFeatures(
         enable_lora=read("lora_config") is not None,
         pipeline_parallel_size=read("parallel_config.pipeline_parallel_size"),
         data_parallel_size=read("parallel_config.data_parallel_size"),
-        quantization=None if quantised is None else quantised.get_name(),
+        quantization=None if quantization is None else quantization.get_name(),
         speculation=None if speculation is None else read("speculative_config.method"),
         has_mrope=bool(read("model_config.uses_mrope")),
         attention_heads=read("model_config.hf_text_config").num_attention_heads,
-    ).require_handled(settings)
+    ).require_supported(settings)
     runner = read("model_config.runner_type")
     if runner != "generate":
         raise ConfigError(f"sequence parallelism inside vLLM generates text, and this runs for {runner!r}")
@@ -147,10 +148,10 @@ def refuse_what_is_not_handled(vllm_config: Any, settings: LlmParallelConfig) ->
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The decoder's layers, each looked at.
+    """The decoder's layers.
 
     Raises:
-        UnsupportedModelError: they are not built as we rely on; names what is missing.
+        UnsupportedModelError: a layer lacks an attribute that we use; it is named.
     """
     name = type(model).__name__
     _require(model, ("model",), name)
@@ -159,21 +160,19 @@ def decoder_layers(model: Any) -> list[Any]:
     for layer in layers:
         name = type(layer).__name__
         _require(layer, ("self_attn", "mlp"), name)
-        _require(layer.self_attn, (*_ATTENTION_PARTS, "attn"), f"{name}.self_attn")
-        _require(layer.self_attn.attn, _CACHED_PARTS, f"{name}.self_attn.attn")
-        _require(layer.mlp, _MLP_PARTS, f"{name}.mlp")
+        _require(layer.self_attn, (*_ATTENTION_ATTRIBUTES, "attn"), f"{name}.self_attn")
+        _require(layer.self_attn.attn, _KV_CACHE_ATTRIBUTES, f"{name}.self_attn.attn")
+        _require(layer.mlp, _MLP_ATTRIBUTES, f"{name}.mlp")
         if getattr(layer, "ada_rms_norm_t_cond", None) is not None:
             raise UnsupportedModelError("layers with an adaptive norm (ada_rms_norm_t_cond) are not handled")
     return layers
 
 
-def require_slots(layer_name: str, rows: int) -> None:
-    """Look whether the step under way has a place in the cache for each row, and no more.
+def require_slots(layer_name: str, tokens: int) -> None:
+    """Raise UnsupportedModelError unless the current step has exactly one slot in the KV cache for each token.
 
-    A row too many overwrites what is somebody's; where one is missing, what lies behind it in memory is kept.
-
-    Raises:
-        UnsupportedModelError: it has not.
+    A token too many would overwrite another request's keys and values. For a slot too many, vLLM's kernel would store
+    whatever lies behind the tokens in memory.
     """
     from vllm.forward_context import get_forward_context
 
@@ -181,22 +180,22 @@ def require_slots(layer_name: str, rows: int) -> None:
     if not isinstance(slots, dict):
         raise _unknown(f"names the cache's places by a {type(slots).__name__}, not by layer")
     own = slots.get(layer_name)
-    if own is not None and own.shape[0] != rows:
-        raise _unknown(f"runs a step of {rows} tokens with {own.shape[0]} places in the cache, not one for each")
+    if own is not None and own.shape[0] != tokens:
+        raise _unknown(f"runs a step of {tokens} tokens with {own.shape[0]} places in the cache, not one for each")
 
 
 def _read_config(vllm_config: Any, path: str) -> Any:
-    """What a configuration says under a name."""
+    """The value at a dotted path in vLLM's configuration."""
     for name in path.split("."):
         _require(vllm_config, (name,), f"its configuration ({path})")
         vllm_config = getattr(vllm_config, name)
     return vllm_config
 
 
-def _require(owner: Any, parts: Iterable[str], what: str) -> None:
-    for part in parts:
-        if not hasattr(owner, part):
-            raise _unknown(f"has no {part} in {what}")
+def _require(owner: Any, attributes: Iterable[str], what: str) -> None:
+    for attribute in attributes:
+        if not hasattr(owner, attribute):
+            raise _unknown(f"has no {attribute} in {what}")
 
 
 def _unknown(difference: str) -> UnsupportedModelError:
@@ -208,7 +207,7 @@ def _unknown(difference: str) -> UnsupportedModelError:
 
 @dataclass(frozen=True)
 class InnerRank:
-    """This process's place in a tensor parallel group of our own, as vLLM's layers ask for it while they are made."""
+    """This process's rank in one of our own tensor parallel groups, with the names that vLLM's layers read."""
 
     rank_in_group: int
     world_size: int
@@ -216,15 +215,15 @@ class InnerRank:
 
 @contextlib.contextmanager
 def layers_sharded_for(inner: InnerRank) -> Iterator[None]:
-    """Layers that are made within hold the shares of this group, not of vLLM's own."""
+    """Layers that are constructed within hold the shards of this group, not of vLLM's own."""
     from vllm.distributed import parallel_state
 
-    before = parallel_state._TP
+    original = parallel_state._TP
     parallel_state._TP = inner
     try:
         yield
     finally:
-        parallel_state._TP = before
+        parallel_state._TP = original
 
 
 def world_rank() -> int:
@@ -235,7 +234,7 @@ def world_rank() -> int:
 
 
 def broadcast_from_rank_0(value: Any) -> Any:
-    """What rank 0 of vLLM's tensor parallel group gave, on every rank. A collective."""
+    """The value of rank 0 of vLLM's tensor parallel group, on every rank. A collective."""
     from vllm.distributed import parallel_state
 
     return parallel_state.get_tp_group().broadcast_object(value, src=0)
@@ -254,7 +253,7 @@ def max_step_tokens(vllm_config: Any) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what a device has yet to do."""
+    """Wait until a device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -268,36 +267,41 @@ def reduce_over_world(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def groups(settings: LlmParallelConfig) -> tuple[Axis, Any]:
-    """The axis of ranks that share tokens, and the group of those that share weights (None for one rank).
+    """The axis of ranks that share tokens, and the group of ranks that share weights (None where that is one rank).
 
-    Rank r of vLLM's is t · S + s: the heads that it keeps in its cache are block r of all heads, however a step runs.
+    vLLM's rank r is t · S + s: its KV cache holds block r of all heads, however a step runs.
     """
     from vllm.distributed import parallel_state
 
     tp = parallel_state.get_tp_group()
     size, inner = settings.sequence_parallel_size, settings.tensor_parallel_size
     first = tp.ranks[0]
-    rows = [[first + t * size + s for s in range(size)] for t in range(inner)]
-    columns = [[first + t * size + s for t in range(inner)] for s in range(size)]
+    sequence_groups = [[first + t * size + s for s in range(size)] for t in range(inner)]
+    weight_groups = [[first + t * size + s for t in range(inner)] for s in range(size)]
     if inner == 1:
         return Axis.of_group(tp.device_group), None
-    row, column = (
+    sequence, weights = (
         parallel_state.init_model_parallel_group(
             group_ranks=ranks,
             local_rank=parallel_state.get_world_group().local_rank,
             backend=torch.distributed.get_backend(tp.device_group),
             group_name=name,
         )
-        for ranks, name in ((rows, "omni_sp_sequence"), (columns, "omni_sp_weights"))
+        for ranks, name in ((sequence_groups, "omni_sp_sequence"), (weight_groups, "omni_sp_weights"))
     )
-    return Axis.of_group(row.device_group), column
+    return Axis.of_group(sequence.device_group), weights
 
 
 def clone_linear_for(stock: Any, kind: str, inner: InnerRank) -> Any:
-    """A linear layer like a stock one, that holds the share of another group.
+    """A linear layer like a stock one that holds the shard of another group.
+
+    Args:
+        stock: vLLM's layer.
+        kind: the class that it must have.
+        inner: this process's rank in the other group.
 
     Raises:
-        UnsupportedModelError: the stock one is another layer, or works otherwise than we know.
+        UnsupportedModelError: the stock layer is of another class, or has settings that we do not implement.
     """
     from vllm.distributed import parallel_state
     from vllm.model_executor.layers import linear as layers
@@ -307,16 +311,16 @@ def clone_linear_for(stock: Any, kind: str, inner: InnerRank) -> Any:
         raise _unknown(f"has no {kind}")
     if type(stock) is not cls:
         raise UnsupportedModelError(f"a {type(stock).__name__} stands where a {kind} is expected")
-    names = (*_MADE_WITH[kind], *_ALL_MADE_WITH)
-    _require(stock, (*names, "bias", "tp_size", *_WORKS[kind]), kind)
+    names = (*_LINEAR_ARGUMENTS[kind], *_SHARED_LINEAR_ARGUMENTS)
+    _require(stock, (*names, "bias", "tp_size", *_LINEAR_SETTINGS[kind]), kind)
     arguments = {name: getattr(stock, name) for name in names} | {"bias": stock.bias is not None}
     unknown = set(arguments) - set(inspect.signature(cls.__init__).parameters)
     if unknown:
         raise _unknown(f"has no argument {min(unknown)!r} of {kind}")
-    works = _WORKS[kind] | {"tp_size": parallel_state.get_tp_group().world_size}
+    expected = _LINEAR_SETTINGS[kind] | {"tp_size": parallel_state.get_tp_group().world_size}
     if kind == "QKVParallelLinear":
-        works["v_head_size"] = stock.head_size
-    for name, value in works.items():
+        expected["v_head_size"] = stock.head_size
+    for name, value in expected.items():
         if getattr(stock, name, value) != value:
             raise UnsupportedModelError(
                 f"{stock.prefix} works with {name}={getattr(stock, name)!r}, and sequence parallelism handles "
@@ -332,17 +336,13 @@ def clone_linear_for(stock: Any, kind: str, inner: InnerRank) -> Any:
 
 
 def keep_unpacked(linear: Any) -> None:
-    """Let a layer's matrix stay as it is: vLLM's build for CPUs packs it and drops it, and we look at parts of it."""
+    """Keep a layer's matrix as it is loaded: vLLM's build for CPUs packs and drops it, and we use views of its rows."""
     linear.skip_weight_relayout = True  # 0.30
     linear._cpu_skip_gemm_dispatch = True  # 0.31 on
 
 
 def require_unpacked(linear: Any) -> None:
-    """Look whether the matrix of a layer, now loaded, is still there as it was.
-
-    Raises:
-        UnsupportedModelError: it is not.
-    """
+    """Raise UnsupportedModelError where vLLM has packed or dropped the loaded matrix of a layer."""
     expected = linear.output_size_per_partition, linear.input_size_per_partition
     found = tuple(getattr(getattr(linear, "weight", None), "shape", ()))
     if found != expected:

@@ -1,7 +1,8 @@
-"""vLLM's own ``LLM``, which also takes our degrees."""
+"""vLLM's ``LLM`` with our degrees as further arguments."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import vllm
@@ -9,7 +10,7 @@ import vllm
 from omni_sp.errors import ConfigError
 from omni_sp.llm.vllm import cpu_env, internals
 from omni_sp.llm.vllm.config import LlmParallelConfig
-from omni_sp.llm.vllm.model_support import method_of, require_handled_model
+from omni_sp.llm.vllm.model_support import require_supported_model, speculation_method
 from omni_sp.llm.vllm.step_metrics import StepCounts, start_step_counter
 
 _FEATURES = ("enable_lora", "pipeline_parallel_size", "data_parallel_size", "quantization")
@@ -17,18 +18,21 @@ _MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 
 
 class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
-    """As ``vllm.LLM``, whose arguments it takes all, over ranks that share a prompt's tokens.
+    """vLLM's ``LLM`` over ranks that share a prompt's tokens. It takes all arguments of ``vllm.LLM``.
+
+    The ranks trade tokens for heads around attention, as DeepSpeed-Ulysses (arXiv 2309.14509) does.
 
     Args:
-        model: as for vLLM; a Llama, Mistral, Qwen2 or Qwen3.
-        tensor_parallel_size: ranks that split the weights; beside sequence parallelism, within it.
-        ulysses_sequence_parallel_size: ranks that share the tokens of a step. 1: this is vLLM's own, unchanged.
-        enable_shift_parallel: steps of few tokens run by tensor parallelism over all ranks, with the same weights.
-        shift_parallel_threshold: the most tokens of such a step. None: measured at the first one, each way in turns.
-        options: everything else that vLLM takes.
+        model: a folder or hub id of a Llama, Mistral, Qwen2 or Qwen3.
+        tensor_parallel_size: ranks that split the weights; with sequence parallelism, ranks within each of its ranks.
+        ulysses_sequence_parallel_size: ranks that share the tokens of a step. 1: vLLM runs unchanged.
+        enable_shift_parallel: run steps of few tokens by tensor parallelism over all ranks, with the same weights.
+        shift_parallel_threshold: the most tokens of such a step. None: measured at the first step, each way in turns.
+        options: all other arguments of ``vllm.LLM``.
 
     Raises:
-        ConfigError: degrees that cannot be. UnsupportedModelError: another architecture.
+        ConfigError: the degrees are invalid, or an option does not run beside sequence parallelism.
+        UnsupportedModelError: the model is of another architecture.
     """
 
     def __init__(
@@ -48,16 +52,17 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
             shift_parallel_threshold=shift_parallel_threshold,
         )
         self._counter = None
-        if settings.is_asked_for:
-            require_handled_model(
+        if settings.is_enabled:
+            require_supported_model(
                 model,
                 settings,
-                speculation=method_of(options.get("speculative_config")),
+                speculation=speculation_method(options.get("speculative_config")),
                 **{name: options[name] for name in _FEATURES if name in options},
             )
             if internals.runs_on_cpu():
                 cpu_env.set_defaults(settings.world_size, memory_is_set=not _MEMORY.isdisjoint(options))
             self._counter = start_step_counter()
+            settings = replace(settings, step_counts_file=str(self._counter.path))
             options["additional_config"] = settings.additional_config(options.get("additional_config"))
             options.setdefault("enforce_eager", True)
         super().__init__(model=model, tensor_parallel_size=settings.world_size, **options)
@@ -69,5 +74,5 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
 
     @property
     def steps(self) -> StepCounts | None:
-        """How the steps so far ran, and up to which length by tensor parallelism; None without sequence parallelism."""
+        """Counts of the steps so far, by how they ran, and the threshold; None without sequence parallelism."""
         return None if self._counter is None else self._counter.read()

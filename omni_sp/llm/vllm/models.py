@@ -1,4 +1,4 @@
-"""vLLM's decoders, able to share tokens. Where nobody asks for that, they do what vLLM's own do."""
+"""vLLM's decoders, which share tokens among ranks where our flags are given, and are vLLM's own otherwise."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from omni_sp.llm.vllm.shift_parallel import ShiftParallelModel
 
 
 def sequence_parallel_class(architecture: str) -> Any:
-    """A class for vLLM's registry."""
+    """The class for vLLM's registry, derived from vLLM's own."""
     stock = internals.stock_class(architecture)
 
     class SequenceParallelModel(stock):  # type: ignore[valid-type, misc]  # known when it runs
-        """A stock decoder whose steps are cut over ranks where that was asked for; see omni_sp.llm.vllm.shift_parallel.
+        """A stock decoder whose steps run over ranks; see omni_sp.llm.vllm.shift_parallel.
 
-        vLLM derives classes of its own from it (for embeddings, for classification), so it stays one to derive from.
+        vLLM derives further classes from it (for embeddings, for classification), so this is a class, not a wrapper.
         """
 
         def __init__(self, *, vllm_config: Any, prefix: str = "", **more: Any) -> None:
             settings = internals.settings_of(vllm_config)
             if settings is not None:
-                internals.require_known()
-                internals.refuse_what_is_not_handled(vllm_config, settings)
+                internals.require_known_vllm()
+                internals.require_supported_config(vllm_config, settings)
             super().__init__(vllm_config=vllm_config, prefix=prefix, **more)
             self._shift_parallel = (
                 None if settings is None else ShiftParallelModel(self, settings, internals.max_step_tokens(vllm_config))
@@ -36,7 +36,7 @@ def sequence_parallel_class(architecture: str) -> Any:
             inputs_embeds: Any = None,
             **more: Any,
         ) -> Any:
-            """All tokens of the step in, their last hidden states out, on every rank."""
+            """The last hidden states of all tokens of the step, on every rank."""
             if self._shift_parallel is None:
                 return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
             assert intermediate_tensors is None, "pipeline parallelism was refused"

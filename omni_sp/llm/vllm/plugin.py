@@ -1,28 +1,27 @@
-"""What vLLM calls, in each of its processes, as soon as it looks for plugins. Inert unless our flags are given."""
+"""The plugin that every process of vLLM loads. It changes nothing unless our flags are given."""
 
 from __future__ import annotations
 
 import sys
 
 from omni_sp.errors import InvalidInputError
-from omni_sp.llm.vllm import cli_flags, cpu_env, internals, step_metrics
+from omni_sp.llm.vllm import cli_flags, cpu_env, internals
 
 _MODELS = "omni_sp.llm.vllm.models"
 
 
 def register() -> None:
-    """Offer our decoders to vLLM, and turn our flags on its command line into its own. May be called twice."""
+    """Register our decoders with vLLM, and rewrite our flags on its command line. vLLM may call it twice."""
     for architecture in internals.ARCHITECTURES:
         internals.register(architecture, f"{_MODELS}:{architecture}")
-    if not cli_flags.is_vllms_command():
+    if not cli_flags.is_vllm_command():
         return
     try:
-        rewritten = cli_flags.for_vllm(sys.argv[1:])
+        rewritten = cli_flags.for_vllm(sys.argv[1:], count_steps=True)
     except InvalidInputError as error:
         print(f"omni-sp: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if rewritten != sys.argv[1:]:
         sys.argv[1:] = rewritten
-        step_metrics.start_step_counter()
         if internals.runs_on_cpu():
             cpu_env.set_defaults(cli_flags.world_size(rewritten), memory_is_set=cli_flags.sets_memory(rewritten))

@@ -1,4 +1,4 @@
-"""``omni-sp serve-llm``: vLLM's own server, with our flags said aloud."""
+"""``omni-sp serve-llm``: vLLM's own server, with a help text for our flags."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ Llama, Mistral, Qwen2 and Qwen3. The rest is vLLM's:
 
 
 def serve_llm(arguments: Sequence[str]) -> NoReturn:
-    """Become ``vllm serve`` with these arguments.
+    """Replace this process by ``vllm serve`` with these arguments.
 
     Raises:
-        ConfigError: vLLM is not installed. InvalidInputError: our flags cannot be.
+        ConfigError: vLLM is not installed, or our flags are invalid.
+        UnsupportedModelError: the model is of another architecture.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed here: pip install 'omni-sp[vllm]'")
     if {"-h", "--help"} & set(arguments):
         print(HELP, flush=True)
-    for_vllm(["serve", *arguments])  # what is wrong is said before vLLM takes its seconds to start
+    for_vllm(["serve", *arguments])  # raises before vLLM takes its seconds to start
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments])

@@ -1,4 +1,4 @@
-"""How many steps ran in which way, counted by rank 0's process and read by the front's."""
+"""Counts of the steps that ran each way: rank 0 writes them to a small file, the main process reads them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_FILE = "OMNI_SP_LLM_STEPS"
-_FORM = struct.Struct("<6q")
+_FORMAT = struct.Struct("<6q")
 
 
 class StepCounts(NamedTuple):
-    """Steps and tokens since the start, by how they ran.
+    """Steps and tokens since the start, by how the steps ran.
 
-    ``models``: how many were made to count here. ``threshold``: the most tokens of a step that runs by tensor
-    parallelism; -1 where that is not measured yet, or not asked for.
+    Attributes:
+        ulysses_steps: steps whose tokens were shared among the ranks.
+        ulysses_tokens: tokens of these steps.
+        tensor_steps: steps that ran by tensor parallelism.
+        tensor_tokens: tokens of these steps.
+        models: models that count here; 0 where vLLM's processes did not load the plugin.
+        threshold: the most tokens of a step that runs by tensor parallelism; -1 where that is not measured yet, or
+            shift parallelism is off.
     """
 
     ulysses_steps: int
@@ -31,65 +37,67 @@ class StepCounts(NamedTuple):
 
 
 class StepCounter:
-    """A few numbers in a small file that processes of one machine map into memory."""
+    """Six numbers in a small file that processes of one machine map into memory.
+
+    Attributes:
+        path: the file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), _FORM.size)
+            self._memory = mmap.mmap(file.fileno(), _FORMAT.size)
 
     @classmethod
     def create(cls) -> StepCounter:
-        """For the front: its children find it by the environment."""
+        """A counter with a new file, for the main process."""
         handle, name = tempfile.mkstemp(prefix="omni-sp-steps-")
         with os.fdopen(handle, "wb") as file:
-            file.write(bytes(_FORM.size))
-        os.environ[_FILE] = name
+            file.write(bytes(_FORMAT.size))
         return cls(Path(name))
 
     @classmethod
-    def of_this_process(cls) -> StepCounter | None:
-        """For a rank; None where no front counts."""
-        name = os.environ.get(_FILE)
-        return cls(Path(name)) if name and Path(name).exists() else None
+    def open(cls, path: str | None) -> StepCounter | None:
+        """The main process's counter, for a rank; None where there is none on this machine."""
+        return cls(Path(path)) if path is not None and Path(path).exists() else None
 
-    def add(self, tokens: int, *, is_ulysses: bool) -> None:
+    def add_step(self, tokens: int, *, is_ulysses: bool) -> None:
         """Count a step."""
         counts = list(self.read())
-        place = 0 if is_ulysses else 2
-        counts[place] += 1
-        counts[place + 1] += tokens
-        self._memory[:] = _FORM.pack(*counts)
+        offset = 0 if is_ulysses else 2
+        counts[offset] += 1
+        counts[offset + 1] += tokens
+        self._memory[:] = _FORMAT.pack(*counts)
 
-    def begin(self) -> None:
-        """A model is made that will count here."""
+    def add_model(self) -> None:
+        """Count a model that will count its steps here."""
         counts = self.read()
-        self._memory[:] = _FORM.pack(*counts._replace(models=counts.models + 1, threshold=-1))
+        self._memory[:] = _FORMAT.pack(*counts._replace(models=counts.models + 1, threshold=-1))
 
-    def tell(self, threshold: int) -> None:
-        """Note up to how many tokens a step runs by tensor parallelism."""
-        self._memory[:] = _FORM.pack(*self.read()._replace(threshold=threshold))
+    def set_threshold(self, threshold: int) -> None:
+        """Note the most tokens of a step that runs by tensor parallelism."""
+        self._memory[:] = _FORMAT.pack(*self.read()._replace(threshold=threshold))
 
     def read(self) -> StepCounts:
-        """What was counted so far."""
-        return StepCounts(*_FORM.unpack(self._memory[:]))
+        """The counts so far."""
+        return StepCounts(*_FORMAT.unpack(self._memory[:]))
 
     def remove(self) -> None:
-        """Take the file away. Idempotent."""
-        self._path.unlink(missing_ok=True)
+        """Delete the file. Idempotent."""
+        self.path.unlink(missing_ok=True)
 
 
 class _Collector:
     """The counts as Prometheus reads them, beside vLLM's own metrics."""
 
-    def __init__(self, counter: StepCounter) -> None:
-        self._counter = counter
+    counter: StepCounter | None = None
 
     def collect(self) -> Iterator[Any]:
-        """Two counters with a label for how a step ran, and where the ways part."""
+        """Two counters with a label for how a step ran, and the threshold."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        counts = self._counter.read()
+        assert self.counter is not None, "it is registered with a counter"
+        counts = self.counter.read()
         steps = CounterMetricFamily("omni_sp_llm_steps", "Steps, by how they ran", labels=["mode"])
         tokens = CounterMetricFamily("omni_sp_llm_step_tokens", "Tokens of these steps", labels=["mode"])
         for mode in ("ulysses", "tensor"):
@@ -97,15 +105,24 @@ class _Collector:
             tokens.add_metric([mode], getattr(counts, f"{mode}_tokens"))
         yield steps
         yield tokens
-        what = "The most tokens of a step that runs by tensor parallelism; -1: not known yet, or not asked for"
-        yield GaugeMetricFamily("omni_sp_llm_shift_threshold_tokens", what, value=counts.threshold)
+        text = "The most tokens of a step that runs by tensor parallelism; -1: not known yet, or not asked for"
+        yield GaugeMetricFamily("omni_sp_llm_shift_threshold_tokens", text, value=counts.threshold)
+
+
+@cache
+def _collector() -> _Collector:
+    """This process's only collector: Prometheus refuses a second one with the same names."""
+    return _Collector()
 
 
 def start_step_counter() -> StepCounter:
-    """Make this process a front that counts, and shows the counts on its /metrics. The file goes with the process."""
+    """A counter whose file is deleted when this process ends. This process's /metrics shows the newest counter."""
     from prometheus_client import REGISTRY
 
-    counter = StepCounter.create()
+    counter, collector = StepCounter.create(), _collector()
     atexit.register(counter.remove)
-    REGISTRY.register(_Collector(counter))
+    is_first = collector.counter is None
+    collector.counter = counter
+    if is_first:
+        REGISTRY.register(collector)
     return counter

@@ -1,4 +1,4 @@
-"""Our flags on vLLM's command line become vLLM's own, and what cannot be is refused before anything starts."""
+"""Our flags on vLLM's command line become vLLM's own, and invalid ones are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from omni_sp.errors import ConfigError, UnsupportedModelError
 from omni_sp.llm.vllm.cli_flags import for_vllm
 from omni_sp.llm.vllm.config import LlmParallelConfig
-from omni_sp.llm.vllm.step_metrics import StepCounter, StepCounts
+from omni_sp.llm.vllm.step_metrics import StepCounter, StepCounts, start_step_counter
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def test_our_flags_become_vllms(
     assert "-tp" not in rewritten
     assert rewritten.count("--enforce-eager") == 1
     assert not any("shift" in word or "sequence" in word for word in rewritten if word.startswith("--"))
-    settings = LlmParallelConfig.found_in({"omni_sp": settings_in(rewritten)})
+    settings = LlmParallelConfig.from_additional_config({"omni_sp": settings_in(rewritten)})
     assert settings == LlmParallelConfig(sequence, tensor, shift, threshold)
     assert settings.world_size == ranks
     assert for_vllm(rewritten) == rewritten  # a child process reads the line again
@@ -57,8 +58,8 @@ def test_our_flags_become_vllms(
 def test_a_degree_of_one_is_vllms_own_tensor_parallelism() -> None:
     stock = ["serve", "M", "--tensor-parallel-size", "2"]
     assert for_vllm(["serve", "M", "--sequence-parallel-size", "1", "-tp", "2"]) == stock
-    assert LlmParallelConfig.found_in({"omni_sp": {"sequence_parallel_size": 1}}) is None
-    assert LlmParallelConfig.found_in({}) is None
+    assert LlmParallelConfig.from_additional_config({"omni_sp": {"sequence_parallel_size": 1}}) is None
+    assert LlmParallelConfig.from_additional_config({}) is None
 
 
 def test_the_users_own_additional_config_stays() -> None:
@@ -68,7 +69,7 @@ def test_the_users_own_additional_config_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("--enable-shift-parallel", "--ulysses-sequence-parallel-size"),
         ("--sequence-parallel-size 2 --shift-parallel-threshold 9", "--enable-shift-parallel"),
@@ -86,8 +87,8 @@ def test_the_users_own_additional_config_stays() -> None:
         ('--sequence-parallel-size 2 --additional-config {"omni_sp":{}}', "one place"),
     ],
 )
-def test_what_cannot_be_is_refused(line: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_invalid_flags_are_refused(line: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         for_vllm(["serve", "M", *line.split()])
 
 
@@ -100,7 +101,7 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entries", "flags", "told"),
+    ("entries", "flags", "message"),
     [
         ({"num_attention_heads": 6}, "--sequence-parallel-size 4", "6 attention heads"),
         ({"rope_scaling": {"mrope_section": [8, 12, 12]}}, "--sequence-parallel-size 2", "mrope"),
@@ -108,11 +109,11 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "--sequence-parallel-size 2 -tp 2", "'gptq'"),
     ],
 )
-def test_what_a_models_configuration_forbids_is_told_before_anything_starts(
-    tmp_path: Path, entries: dict[str, object], flags: str, told: str
+def test_an_unsupported_model_is_refused_before_anything_starts(
+    tmp_path: Path, entries: dict[str, object], flags: str, message: str
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **entries}))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         for_vllm(["serve", str(tmp_path), *flags.split()])
 
 
@@ -122,20 +123,29 @@ def test_quantised_weights_go_with_ulysses_alone(tmp_path: Path) -> None:
     assert for_vllm(["serve", str(tmp_path), "--sequence-parallel-size", "2"])
 
 
-def test_steps_are_counted_across_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMNI_SP_LLM_STEPS", raising=False)
-    assert StepCounter.of_this_process() is None
-    monkeypatch.setenv("OMNI_SP_LLM_STEPS", "")
-    front = StepCounter.create()
-    rank = StepCounter.of_this_process()
+def test_steps_are_counted_in_a_file_that_the_settings_name() -> None:
+    line = ["serve", "M", "--sequence-parallel-size", "2"]
+    assert settings_in(for_vllm(line))["step_counts_file"] is None
+    settings = LlmParallelConfig.from_additional_config({"omni_sp": settings_in(for_vllm(line, count_steps=True))})
+    assert settings is not None
+    path = settings.step_counts_file
+    rank, main = StepCounter.open(path), StepCounter.open(path)
     assert rank is not None
-    rank.begin()
-    rank.add(9, is_ulysses=True)
-    rank.add(1, is_ulysses=False)
-    rank.add(2, is_ulysses=False)
-    assert front.read() == StepCounts(1, 9, 2, 3, 1, -1)
-    rank.tell(64)
-    assert front.read() == StepCounts(1, 9, 2, 3, 1, 64)
-    front.remove()
-    front.remove()
-    assert StepCounter.of_this_process() is None
+    assert main is not None
+    rank.add_model()
+    rank.add_step(9, is_ulysses=True)
+    rank.add_step(1, is_ulysses=False)
+    rank.add_step(2, is_ulysses=False)
+    assert main.read() == StepCounts(1, 9, 2, 3, 1, -1)
+    rank.set_threshold(64)
+    assert main.read() == StepCounts(1, 9, 2, 3, 1, 64)
+    main.remove()
+    main.remove()
+    assert StepCounter.open(path) is None
+    assert StepCounter.open(None) is None
+
+
+def test_metrics_show_the_newest_engine_of_a_process() -> None:
+    for tokens in (5, 7):
+        start_step_counter().add_step(tokens, is_ulysses=True)
+        assert REGISTRY.get_sample_value("omni_sp_llm_step_tokens_total", {"mode": "ulysses"}) == tokens

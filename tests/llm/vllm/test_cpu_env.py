@@ -1,4 +1,4 @@
-"""Several ranks on one CPU: what vLLM needs for that is set, and what the user set stays."""
+"""Several ranks on one CPU: the variables that vLLM needs are set, and the user's own stay."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     cpu_env.set_defaults(2, memory_is_set=False)
     assert int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) >= 1
     assert os.environ["OMP_NUM_THREADS"] == "3"
-    said = capsys.readouterr().err
-    assert "2 ranks" in said
-    assert "VLLM_CPU_KVCACHE_SPACE=" in said
+    printed = capsys.readouterr().err
+    assert "2 ranks" in printed
+    assert "VLLM_CPU_KVCACHE_SPACE=" in printed
 
 
 def test_a_node_for_every_rank_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the ranks refuse by vLLM's own configuration, and what they say when vLLM is not as we know it."""
+"""What the ranks refuse by vLLM's own configuration, and how they name what is unknown inside vLLM."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def config(entries: dict[str, Any]) -> SimpleNamespace:
 
 
 def test_a_plain_engine_is_handled_and_so_is_n_gram_speculation() -> None:
-    internals.refuse_what_is_not_handled(config(HANDLED), SETTINGS)
+    internals.require_supported_config(config(HANDLED), SETTINGS)
     ngram = {"speculative_config": SimpleNamespace(method="ngram")}
-    internals.refuse_what_is_not_handled(config(HANDLED | ngram), SETTINGS)
+    internals.require_supported_config(config(HANDLED | ngram), SETTINGS)
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         ("parallel_config.tensor_parallel_size", 4, "tensor_parallel_size=4"),
         ("parallel_config.pipeline_parallel_size", 2, "--pipeline-parallel-size 2"),
@@ -70,26 +70,26 @@ def test_a_plain_engine_is_handled_and_so_is_n_gram_speculation() -> None:
         ("speculative_config", SimpleNamespace(method="eagle3"), "speculation by 'eagle3'"),
     ],
 )
-def test_what_does_not_run_beside_sequence_parallelism_is_refused_by_name(path: str, value: Any, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        internals.refuse_what_is_not_handled(config(HANDLED | {path: value}), SETTINGS)
+def test_what_does_not_run_beside_sequence_parallelism_is_refused_by_name(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        internals.require_supported_config(config(HANDLED | {path: value}), SETTINGS)
 
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The modules of a vLLM that is as we know it, without one: by their names, each to be changed."""
+    """Stand-ins for vLLM's modules, by name; tests change them."""
 
     def all_reduce(input_: Any) -> Any:
         return input_
 
     def make(group_ranks: Any, local_rank: int, backend: str, group_name: str | None = None) -> None: ...
 
-    group = SimpleNamespace(**dict.fromkeys(internals._GROUP_PARTS), local_rank=0)
+    group = SimpleNamespace(**dict.fromkeys(internals._GROUP_ATTRIBUTES), local_rank=0)
     group.rank_in_group, group.world_size = 1, 2
     step = SimpleNamespace(slot_mapping={"layer": SimpleNamespace(shape=(7,))})
 
     class QKVParallelLinear:
-        """As vLLM's, as far as we look: shares by the group that stands in parallel_state."""
+        """vLLM's layer, as far as we use it: a shard by the group in parallel_state."""
 
         skip_bias_add, return_bias, gather_output = False, True, False
 
@@ -140,17 +140,17 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def unknown(difference: str) -> Any:
-    """Raises: it names this difference, the version that is here, and those that are tested."""
+    """The error that names this difference, the installed version, and the tested ones."""
     return pytest.raises(
         UnsupportedModelError, match=rf"vLLM 0\.99\.0 {difference}, and .* use vLLM {internals.TESTED}"
     )
 
 
 @pytest.mark.parametrize("path", [path for path in HANDLED if "num_attention_heads" not in path])
-def test_a_setting_that_vllm_keeps_elsewhere_is_named(path: str) -> None:
+def test_a_missing_setting_of_vllm_is_named(path: str) -> None:
     entries = {name: value for name, value in HANDLED.items() if name != path}
     with unknown(rf"has no \w+ in its configuration \({path}\)"):
-        internals.refuse_what_is_not_handled(config(entries), SETTINGS)
+        internals.require_supported_config(config(entries), SETTINGS)
 
 
 def test_the_most_tokens_of_a_step_are_vllms_own() -> None:
@@ -160,46 +160,46 @@ def test_the_most_tokens_of_a_step_are_vllms_own() -> None:
         internals.max_step_tokens(config({}))
 
 
-def test_a_decoder_that_vllm_has_no_longer_is_named(vllm: dict[str, Any]) -> None:
+def test_a_missing_decoder_of_vllm_is_named(vllm: dict[str, Any]) -> None:
     with unknown(r"has no Qwen3ForCausalLM in vllm\.model_executor\.models\.qwen3"):
         internals.stock_class("Qwen3ForCausalLM")
 
 
-def test_without_a_place_for_settings_nothing_was_asked_of_us() -> None:
+def test_a_configuration_without_our_settings_leaves_vllm_unchanged() -> None:
     assert internals.settings_of(SimpleNamespace()) is None
     asked = SimpleNamespace(additional_config=SETTINGS.additional_config())
     assert internals.settings_of(asked) == SETTINGS
 
 
-def test_what_is_called_of_vllm_is_looked_at(vllm: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    internals.require_known()
+def test_functions_of_vllm_are_checked(vllm: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    internals.require_known_vllm()
     state = vllm["vllm.distributed.parallel_state"]
-    for module, name, parameters in internals._CALLED:
+    for module, name, parameters in internals._FUNCTIONS:
         with monkeypatch.context() as patch:
             patch.delattr(vllm[module], name)
             with unknown(f"has no {module}.{name}"):
-                internals.require_known()
+                internals.require_known_vllm()
         if parameters:
             with monkeypatch.context() as patch:
                 patch.setattr(vllm[module], name, lambda: None)
                 with unknown(f"has no argument '{parameters[0]}' of {module}.{name}"):
-                    internals.require_known()
+                    internals.require_known_vllm()
     with monkeypatch.context() as patch:
         patch.delattr(state, "_TP")
         with unknown("has no vllm.distributed.parallel_state._TP"):
-            internals.require_known()
-    for part in internals._GROUP_PARTS:
+            internals.require_known_vllm()
+    for part in internals._GROUP_ATTRIBUTES:
         with monkeypatch.context() as patch:
             patch.delattr(state.get_tp_group(), part)
             with unknown(f"has no {part} in its tensor parallel group"):
-                internals.require_known()
+                internals.require_known_vllm()
 
 
 def model() -> Any:
-    """A decoder with what we look at in it."""
-    attention = SimpleNamespace(**dict.fromkeys(internals._ATTENTION_PARTS))
-    attention.attn = SimpleNamespace(**dict.fromkeys(internals._CACHED_PARTS))
-    layer = SimpleNamespace(self_attn=attention, mlp=SimpleNamespace(**dict.fromkeys(internals._MLP_PARTS)))
+    """A decoder with the attributes that we use."""
+    attention = SimpleNamespace(**dict.fromkeys(internals._ATTENTION_ATTRIBUTES))
+    attention.attn = SimpleNamespace(**dict.fromkeys(internals._KV_CACHE_ATTRIBUTES))
+    layer = SimpleNamespace(self_attn=attention, mlp=SimpleNamespace(**dict.fromkeys(internals._MLP_ATTRIBUTES)))
     return SimpleNamespace(model=SimpleNamespace(layers=[layer], embed_input_ids=None))
 
 
@@ -217,7 +217,7 @@ def model() -> Any:
         ("model.layers.0.mlp", "down_proj"),
     ],
 )
-def test_a_decoder_that_is_built_otherwise_is_told_by_its_part(owner: str, part: str) -> None:
+def test_a_missing_attribute_of_a_decoder_is_named(owner: str, part: str) -> None:
     whole = at = model()
     assert internals.decoder_layers(whole) == whole.model.layers
     for name in filter(None, owner.split(".")):
@@ -234,7 +234,7 @@ def test_a_layer_whose_norm_is_adaptive_is_refused() -> None:
         internals.decoder_layers(whole)
 
 
-def test_a_step_has_a_place_in_the_cache_for_each_row(vllm: dict[str, Any]) -> None:
+def test_a_step_has_a_slot_in_the_cache_for_each_token(vllm: dict[str, Any]) -> None:
     internals.require_slots("layer", 7)
     internals.require_slots("a layer of a trial run", 3)
     with unknown("runs a step of 8 tokens with 7 places in the cache, not one for each"):
@@ -254,17 +254,17 @@ def stock(vllm: dict[str, Any]) -> Any:
     return cls(8, 2, 4, 2, bias=True, quant_config=None, params_dtype=None, prefix="layers.0.qkv_proj")
 
 
-def test_a_twin_holds_the_share_of_its_group_and_vllms_own_group_stays(vllm: dict[str, Any], stock: Any) -> None:
+def test_a_clone_holds_the_shard_of_its_group_and_vllms_own_group_stays(vllm: dict[str, Any], stock: Any) -> None:
     state = vllm["vllm.distributed.parallel_state"]
     before = state._TP
-    twin = internals.clone_linear_for(stock, QKV, INNER)
-    assert (twin.tp_rank, twin.tp_size) == (0, 1)
-    assert (twin.total_num_heads, twin.total_num_kv_heads, twin.bias, twin.prefix) == (4, 2, True, stock.prefix)
+    clone = internals.clone_linear_for(stock, QKV, INNER)
+    assert (clone.tp_rank, clone.tp_size) == (0, 1)
+    assert (clone.total_num_heads, clone.total_num_kv_heads, clone.bias, clone.prefix) == (4, 2, True, stock.prefix)
     assert state._TP is before
 
 
 @pytest.mark.parametrize("part", ["total_num_kv_heads", "params_dtype", "bias", "tp_size", "prefix"])
-def test_a_linear_layer_without_what_we_read_of_it_is_told(stock: Any, part: str) -> None:
+def test_a_missing_attribute_of_a_linear_layer_is_named(stock: Any, part: str) -> None:
     delattr(stock, part)
     with unknown(f"has no {part} in QKVParallelLinear"):
         internals.clone_linear_for(stock, QKV, INNER)
@@ -273,20 +273,20 @@ def test_a_linear_layer_without_what_we_read_of_it_is_told(stock: Any, part: str
 @pytest.mark.parametrize(
     ("part", "value"), [("skip_bias_add", True), ("gather_output", True), ("tp_size", 1), ("v_head_size", 1)]
 )
-def test_a_linear_layer_that_works_otherwise_is_refused(stock: Any, part: str, value: Any) -> None:
+def test_a_linear_layer_with_other_settings_is_refused(stock: Any, part: str, value: Any) -> None:
     setattr(stock, part, value)
     with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.qkv_proj works with {part}={value}"):
         internals.clone_linear_for(stock, QKV, INNER)
 
 
-def test_a_linear_layer_that_somebody_exchanged_is_refused(vllm: dict[str, Any], stock: Any) -> None:
+def test_a_linear_layer_of_another_class_is_refused(vllm: dict[str, Any], stock: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="a SimpleNamespace stands where a QKVParallelLinear is expected"):
         internals.clone_linear_for(SimpleNamespace(), QKV, INNER)
     with unknown("has no RowParallelLinear"):
         internals.clone_linear_for(stock, "RowParallelLinear", INNER)
 
 
-def test_a_linear_layer_that_is_made_otherwise_is_told(
+def test_a_linear_layer_with_another_constructor_is_named(
     vllm: dict[str, Any], stock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = type(stock).__init__
@@ -296,7 +296,7 @@ def test_a_linear_layer_that_is_made_otherwise_is_told(
         quant_config: Any, params_dtype: Any,
     ) -> None: ...  # fmt: skip
 
-    def heeds_another_group(self: Any, *arguments: Any, **named: Any) -> None:
+    def uses_another_group(self: Any, *arguments: Any, **named: Any) -> None:
         made(self, *arguments, **named)
         self.tp_rank, self.tp_size = 1, 2
 
@@ -309,7 +309,7 @@ def test_a_linear_layer_that_is_made_otherwise_is_told(
         internals.clone_linear_for(stock, QKV, INNER)
     for init, difference in (
         (
-            heeds_another_group,
+            uses_another_group,
             r"makes a QKVParallelLinear for another group than [\w.]+\._TP",
         ),
         (has_no_method, r"has no apply in QKVParallelLinear\.quant_method"),
@@ -320,7 +320,7 @@ def test_a_linear_layer_that_is_made_otherwise_is_told(
             internals.clone_linear_for(stock, QKV, INNER)
 
 
-def test_a_matrix_that_vllm_packed_or_dropped_is_told() -> None:
+def test_a_matrix_that_vllm_packed_or_dropped_is_named() -> None:
     linear = SimpleNamespace(prefix="layers.0.o_proj", output_size_per_partition=4, input_size_per_partition=8)
     linear.weight = SimpleNamespace(shape=(4, 8))
     internals.require_unpacked(linear)
