@@ -117,7 +117,7 @@ def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
 
 
 def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) -> tuple[str, list[str]]:
-    """The text and the URLs of the pictures of the user's last message; ApiError 400 where that says nothing to draw."""
+    """The text of the user's last message, and its pictures' URLs; ApiError 400 where it says nothing to draw."""
     index, message = next(
         ((index, one) for index, one in reversed([*enumerate(messages)]) if one.get("role") == "user"), (0, None)
     )

@@ -47,7 +47,7 @@ class FileStore:
             raise
 
     def put(self, data: bytes, *, suffix: str, media_type: str) -> str:
-        """Keep these bytes under a name with this suffix, and return the id of the file. On an error nothing is kept."""
+        """Keep these bytes under a name with this suffix, and return their id. On an error nothing is kept."""
         part = self._folder / f".part-{secrets.token_hex(8)}"
         try:
             part.write_bytes(data)

@@ -144,7 +144,7 @@ class VideoJobs:
         self._drop(job.files)
 
     def file(self, job: VideoJob, kind: str) -> tuple[Path, str]:
-        """Where a finished job's "video", "thumbnail" or "audio" lies, and its media type; KeyError where it is gone."""
+        """Where a finished job's "video", "thumbnail" or "audio" lies, and its type; KeyError where it is gone."""
         return self._files.path(job.files[kind])
 
     def _as_it_is(self, job: VideoJob) -> VideoJob:
