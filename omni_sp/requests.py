@@ -13,7 +13,7 @@ from PIL import Image
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.devices import check_device_name
 from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
-from omni_sp.errors import ConfigError, SamplingParamsError
+from omni_sp.errors import ConfigError, SamplingParamsError, UnsupportedAttentionError
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt, frames_per_second
 from omni_sp.pipelines.load import resolve_model
@@ -167,10 +167,12 @@ def _check_attention(backend: str, strategy: str) -> None:
     """Refuse a kernel and a strategy that there are not, before anything is loaded or started for them."""
     if (backend, strategy) == ("auto", "omni_sp"):
         return  # the attention core imports torch, for which a front of other processes need not wait
-    from omni_sp.attention import check_strategy, kernel_names, missing_package
+    from omni_sp.attention import check_kernel, check_strategy, missing_package
 
-    if backend not in kernel_names():
-        raise ConfigError(f"no attention kernel is called {backend!r}; choose from {', '.join(kernel_names())}")
+    try:
+        check_kernel(backend)
+    except UnsupportedAttentionError as error:
+        raise ConfigError(str(error)) from error
     missing = missing_package(backend)
     if missing is not None:
         raise ConfigError(f"attention kernel {backend!r} needs {missing}, or leave the choice to 'auto'")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
+from omni_sp.machine import num_cores
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _ON_CPU = 'run on the CPU with device="cpu" (--device cpu)'
@@ -84,8 +85,7 @@ def threads_per_rank(world_size: int) -> int:
     """CPU cores of this process, shared among the ranks on them; 0, torch's choice, where OMP_NUM_THREADS decides."""
     if "OMP_NUM_THREADS" in os.environ:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // world_size)
+    return max(1, num_cores() // world_size)
 
 
 def _gpus(count: int) -> str:

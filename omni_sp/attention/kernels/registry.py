@@ -57,6 +57,21 @@ def load_kernel(name: str) -> Kernel:
     return kernel
 
 
+def check_kernel(name: str) -> None:
+    """Raise where there is no such kernel.
+
+    Args:
+        name: what the user calls it.
+
+    Raises:
+        UnsupportedAttentionError: there is none; the message lists the names.
+    """
+    if name not in kernel_names():
+        raise UnsupportedAttentionError(
+            f"no attention kernel is called {name!r}; choose from {', '.join(kernel_names())}"
+        )
+
+
 def missing_package(name: str) -> str | None:
     """What a kernel needs and is not installed, for a message. The package itself is not imported.
 
@@ -84,10 +99,7 @@ def select_kernel(name: str, call: KernelCall) -> Kernel:
             if unsupported_reason(candidate, call) is None:
                 return candidate
         raise UnsupportedAttentionError(f"no kernel can serve {call}; there are {', '.join(_AUTO)}")
-    if name not in kernel_names():
-        raise UnsupportedAttentionError(
-            f"no attention kernel is called {name!r}; choose from {', '.join(kernel_names())}"
-        )
+    check_kernel(name)
     kernel = load_kernel(name)
     reason = unsupported_reason(kernel, call)
     if reason is not None:
