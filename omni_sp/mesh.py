@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -24,6 +25,7 @@ if dist.is_available():
     import torch.distributed.nn  # noqa: F401
 
 _AXES = ("cfg", "ring", "ulysses")
+_axes: WeakValueDictionary[int, Axis] = WeakValueDictionary()
 # For each job that this process was part of.
 _num_local_groups: WeakKeyDictionary[object, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 
@@ -73,6 +75,11 @@ class Axis:
     backends: dict[str, str]
     channel: SharedMemoryChannel | None = None
     traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        if not _axes:
+            atexit.register(_release_groups)
+        _axes[id(self)] = self
 
     @property
     def size(self) -> int:
@@ -182,6 +189,13 @@ class ParallelMesh:
             return "1 rank, nothing is split"
         groups = " | ".join(" ".join(map(str, group)) for group in self.rings)
         return f"{self.config.equation}; ring of [{groups}]"
+
+
+def _release_groups() -> None:
+    """Let go of all process groups at exit: one whose threads still run while the interpreter ends can abort it."""
+    for axis in list(_axes.values()):
+        object.__setattr__(axis, "group", None)
+        object.__setattr__(axis, "channel", None)
 
 
 def _local_group(ranks: Sequence[int]) -> dist.ProcessGroup:
