@@ -75,15 +75,9 @@ def missing_package(name: str) -> str | None:
 
 
 def select_kernel(name: str, call: KernelCall) -> Kernel:
-    """The kernel that serves a call.
+    """The kernel of a name, or with "auto" the first in order of preference that can serve the call.
 
-    Args:
-        name: of the kernel, or "auto" for the first in order of preference that can serve the call.
-        call: what is asked of it.
-
-    Raises:
-        UnsupportedAttentionError: there is no such kernel, or it cannot serve the call; the message says why, and
-            which kernels can.
+    Where the named one cannot, the error says why, and which kernels can.
     """
     if name == "auto":
         for candidate in map(load_kernel, _AUTO):
