@@ -69,7 +69,8 @@ def _uri_of(target: Path) -> str:
         return PAGES_ELSEWHERE[name]
     if name.startswith("docs/"):
         return name.removeprefix("docs/")
-    return f"repository/{name}.md" if target.suffix in _LANGUAGES else f"repository/{name}"
+    visible = name.lstrip(".")  # the build leaves out what begins with a dot
+    return f"repository/{visible}.md" if target.suffix in _LANGUAGES else f"repository/{visible}"
 
 
 def _copy_of(target: Path, config: Any) -> File:
