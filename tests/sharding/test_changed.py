@@ -90,7 +90,7 @@ def changed(
         (SD3, add_lora, remove_lora),
         (FLUX, add_ip_adapter, None),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_parts_that_are_replaced_are_hooked_anew(
     ranks: RankPool, entry_id: str, change: Any, undo: Any, before: bool
