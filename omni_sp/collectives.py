@@ -57,8 +57,6 @@ def exchange(
     Args:
         send_sizes: number of elements for each rank; zeros are fine.
         recv_sizes: number of elements from each rank; this rank's own entry is the same in both.
-        dtype: dtype of what is sent.
-        device: device of what is sent.
         axis: the ranks, more than one.
     """
     if device.type == "cpu" and axis.channel is not None:
@@ -188,8 +186,6 @@ def gather(tensor: torch.Tensor, lengths: Sequence[int], dim: int, axis: Axis) -
     Args:
         tensor: this rank's, with the same shape on all ranks but for ``dim``.
         lengths: the size of each rank's tensor along ``dim``.
-        dim: the dim to concatenate along.
-        axis: the ranks.
 
     Returns:
         The tensors in rank order; where the axis has one rank, ``tensor`` itself.
@@ -211,14 +207,9 @@ def gather(tensor: torch.Tensor, lengths: Sequence[int], dim: int, axis: Axis) -
 
 
 def all_reduce(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Add the tensors of all ranks. Every rank gets the same sum.
+    """Add the tensors of all ranks, which have one shape and dtype. 16-bit numbers are added in 32 bit.
 
-    Args:
-        tensor: this rank's, of the same shape and dtype on all ranks. 16-bit numbers are added in 32 bit.
-        axis: the ranks.
-
-    Returns:
-        A new tensor; where the axis has one rank, ``tensor`` itself.
+    Every rank gets the same sum, a new tensor; where the axis has one rank, it is ``tensor`` itself.
     """
     if axis.size == 1:
         return tensor
@@ -231,15 +222,7 @@ def all_reduce(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:
-    """Gather integers from all ranks.
-
-    Args:
-        values: this rank's; all ranks pass as many.
-        axis: the ranks.
-
-    Returns:
-        Each rank's values, in rank order.
-    """
+    """Gather integers, as many from each rank. Each rank's values come back in rank order."""
     if axis.size == 1:
         return [tuple(values)]
     device = "cpu" if axis.backends.get("cpu") in _DIRECT["cpu"] else "cuda"
@@ -254,7 +237,6 @@ def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **v
     """Raise where the ranks hold different values, on all ranks alike. It takes one small exchange.
 
     Args:
-        axis: the ranks.
         message: the error's message, a format of ``{name}`` (the first value that differs), ``{values}`` (what each
             rank holds) and ``{ranks}`` (those that differ from the first rank).
         gathered: further integers, which may differ; the same exchange gathers them.

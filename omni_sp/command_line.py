@@ -13,14 +13,9 @@ _FLAG = re.compile(r"(?P<name>--?[A-Za-z][\w.-]*)(?:=(?P<value>.*))?", re.DOTALL
 
 
 def split_flag(word: str) -> tuple[str, str | None]:
-    """Split a flag from its value: ``--ring_degree=2`` into ``--ring-degree`` and ``2``.
+    """Split a flag from its value: ``--ring_degree=2`` into ``--ring-degree`` and ``2``, which is None without ``=``.
 
-    Args:
-        word: one word of a command line.
-
-    Returns:
-        The flag's name with dashes, and the value after ``=``, None where there is no ``=``. A word that is no flag
-        comes back as it is, with None.
+    A word that is no flag comes back as it is, with None.
     """
     match = _FLAG.fullmatch(word)
     return (word, None) if match is None else (match["name"].replace("_", "-"), match["value"])
@@ -56,13 +51,7 @@ class CommandLine:
         return len(self.rest) < before
 
     def take_value(self, *names: str) -> str | None:
-        """Take a flag and its value.
-
-        Args:
-            names: all names of the flag.
-
-        Returns:
-            The value, the last one where the flag is given several times; None where it is not given.
+        """Take a flag, by any of its names, and its value: the last one given, or None.
 
         Raises:
             ConfigError: the flag is the last word and has no value.
@@ -82,13 +71,7 @@ class CommandLine:
         return found
 
     def take_number(self, *names: str) -> int | None:
-        """Take a flag and its value, a whole number.
-
-        Args:
-            names: all names of the flag.
-
-        Returns:
-            The number; None where the flag is not given.
+        """Take a flag, by any of its names, and its value, a whole number; None where it is not given.
 
         Raises:
             ConfigError: the value is missing or is no whole number.

@@ -12,10 +12,9 @@ from omni_sp.outputs import OmniRequestOutput
 
 @dataclass(frozen=True, kw_only=True)
 class RequestQueued:
-    """The request waits. It is the first event of every request, and comes again whenever the position changes.
+    """The first event of every request, which comes again whenever the position changes.
 
     Attributes:
-        request_id: of the request.
         position: requests that come before it, running ones too.
     """
 
@@ -28,9 +27,6 @@ class RequestProgress:
     """Denoising steps were done. After a restart of the ranks they begin at 0 again.
 
     Attributes:
-        request_id: of the request.
-        done: steps so far.
-        total: steps in all.
         preview: a small picture of the intermediate result, where previews were asked for and the pipeline allows them.
         previews: one of each picture of the request; ``preview`` is the first of them.
     """
@@ -44,12 +40,7 @@ class RequestProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestDone:
-    """The last event of a request that went well.
-
-    Attributes:
-        request_id: of the request.
-        output: what was made.
-    """
+    """The last event of a request that went well."""
 
     request_id: str
     output: OmniRequestOutput
@@ -57,12 +48,7 @@ class RequestDone:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestFailed:
-    """The last event of a request that did not.
-
-    Attributes:
-        request_id: of the request.
-        error: why; a RequestAbortedError where somebody aborted it.
-    """
+    """The last event of a request that did not; the error is a RequestAbortedError where somebody aborted it."""
 
     request_id: str
     error: OmniSPError

@@ -21,11 +21,7 @@ _SUFFIXES = {"picture": ".png", "video": ".mp4", "sound": ".wav"}
 
 
 def read_picture(path: str) -> Image.Image:
-    """Read the image file of an ``--image`` option, upright, as RGB, or as RGBA where it has transparency.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Read the image file of an ``--image`` option, upright, as RGB, or as RGBA where it has transparency."""
     from omni_sp.pipelines.images import decode_image
 
     try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
@@ -21,6 +24,8 @@ if dist.is_available():
     import torch.distributed.nn  # noqa: F401
 
 _AXES = ("cfg", "ring", "ulysses")
+# For each job that this process was part of.
+_num_local_groups: WeakKeyDictionary[object, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -169,7 +174,7 @@ class ParallelMesh:
             world: dist.ProcessGroup | None = dist.group.WORLD
             return world if len(ranks) == self.world_size else dist.new_group(ranks)
         # Ranks outside a group do not take part: they may belong to another mesh, or to none.
-        return dist.new_group(ranks, use_local_synchronization=True) if self.ranks[self.rank] in ranks else None
+        return _local_group(ranks) if self.ranks[self.rank] in ranks else None
 
     def describe(self) -> str:
         """One line for people: the degrees, and which ranks are in which Ulysses group."""
@@ -177,6 +182,25 @@ class ParallelMesh:
             return "1 rank, nothing is split"
         groups = " | ".join(" ".join(map(str, group)) for group in self.rings)
         return f"{self.config.equation}; ring of [{groups}]"
+
+
+def _local_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """Build a process group that only its own ranks take part in.
+
+    torch names such a group after the number of groups that this rank is in. Ranks that are in unequal numbers of
+    groups would look for each other under different names, forever. The number of groups that were built here for
+    exactly these ranks is the same on all of them.
+    """
+    counts = _num_local_groups.setdefault(dist.group.WORLD, Counter())
+    counts[tuple(ranks)] += 1
+    name = f"omni_sp/{'-'.join(map(str, ranks))}/{counts[tuple(ranks)]}"
+    hash_of_ranks = distributed_c10d._hash_ranks_to_str
+    distributed_c10d._hash_ranks_to_str = lambda ranks: name
+    try:
+        group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    finally:
+        distributed_c10d._hash_ranks_to_str = hash_of_ranks
+    return group
 
 
 def _mesh_ranks(config: DiffusionParallelConfig, ranks: Sequence[int] | None) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from PIL import Image
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.devices import check_device_name
 from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
-from omni_sp.errors import ConfigError, SamplingParamsError
+from omni_sp.errors import ConfigError, SamplingParamsError, UnsupportedAttentionError
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt, frames_per_second
 from omni_sp.pipelines.load import resolve_model
@@ -135,16 +135,7 @@ def parse_prompt(prompt: Any) -> Prompt:
 def output_of(
     ready: Ready, call: Call, prompt: Prompt, params: OmniDiffusionSamplingParams, done: Done, *, startup_s: float
 ) -> OmniRequestOutput:
-    """What the user gets for a call. Warns where the pipeline made something else than was asked for.
-
-    Args:
-        ready: what is loaded, and where.
-        call: as the ranks ran it.
-        prompt: that it was made from.
-        params: that it was made with.
-        done: what rank 0 answered.
-        startup_s: seconds of the start.
-    """
+    """What the user gets for a call. Warns where the pipeline made something else than was asked for."""
     assert done.result is not None, "rank 0 answers with a result"
     metrics: dict[str, Any] = {
         **done.result.timings,
@@ -176,10 +167,12 @@ def _check_attention(backend: str, strategy: str) -> None:
     """Refuse a kernel and a strategy that there are not, before anything is loaded or started for them."""
     if (backend, strategy) == ("auto", "omni_sp"):
         return  # the attention core imports torch, for which a front of other processes need not wait
-    from omni_sp.attention import check_strategy, kernel_names, missing_package
+    from omni_sp.attention import check_kernel, check_strategy, missing_package
 
-    if backend not in kernel_names():
-        raise ConfigError(f"no attention kernel is called {backend!r}; choose from {', '.join(kernel_names())}")
+    try:
+        check_kernel(backend)
+    except UnsupportedAttentionError as error:
+        raise ConfigError(str(error)) from error
     missing = missing_package(backend)
     if missing is not None:
         raise ConfigError(f"attention kernel {backend!r} needs {missing}, or leave the choice to 'auto'")

@@ -98,10 +98,6 @@ class SharedMemoryChannel:
 
     A segment can be opened only while its owner holds it, and be read ever after. So where a rank opens one for the
     first time, all ranks wait until that is done: the owner may drop its mesh, or end, right after its last exchange.
-
-    Args:
-        group: the ranks.
-        pids: their process ids.
     """
 
     def __init__(self, group: dist.ProcessGroup, pids: Sequence[int]) -> None:
@@ -118,15 +114,8 @@ class SharedMemoryChannel:
     def open(cls, group: dist.ProcessGroup, wanted: bool = True) -> SharedMemoryChannel | None:
         """Open a channel on every rank of a group, or on none. All call it at the same point of the program.
 
-        Whether all can read each other's memory is tried out, not guessed from host names.
-
-        Args:
-            group: the ranks.
-            wanted: whether this rank wants a channel.
-
-        Returns:
-            None where ranks cannot read each other's memory, where the system lacks what it takes, or where a rank
-            does not want a channel.
+        Whether all can read each other's memory is tried out, not guessed from host names. None is returned where they
+        cannot, where the system lacks what it takes, or where a rank does not want a channel.
         """
         size = dist.get_world_size(group)
         probe = _probe_segment() if wanted else None
@@ -143,11 +132,7 @@ class SharedMemoryChannel:
         return cls(group, probes[:, 0].tolist()) if answers.all() else None
 
     def prepare(self, sizes: Sequence[int]) -> ChannelExchange:
-        """Reserve memory for the next exchange: fill its ``send_buffers``, then ``send`` it.
-
-        Args:
-            sizes: number of bytes for each rank.
-        """
+        """Reserve memory for the next exchange, ``sizes`` in bytes: fill its ``send_buffers``, then ``send`` it."""
         ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
         index = next((i for i, slot in enumerate(self._slots) if self._is_free(slot)), len(self._slots))
         if index == len(self._slots):
@@ -221,14 +206,7 @@ class ChannelExchange:
         self._work = dist.all_to_all_single(self._received, self._messages, group=self._channel.group, async_op=True)
 
     def receive(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Wait for all ranks, and copy what they have sent to this one.
-
-        Args:
-            buffers: for each rank where to copy it, flat uint8; empty where nothing comes.
-
-        Raises:
-            ShardingError: a rank runs another program.
-        """
+        """Wait for all ranks, and copy what they have sent to this one into its flat uint8 buffer for each rank."""
         assert self._work is not None, "send() comes first"
         self._work.wait()
         sizes = [buffer.numel() for buffer in buffers]

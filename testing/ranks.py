@@ -1,6 +1,6 @@
-"""Rank processes that are started once and then run one function after the other, each on a mesh of its own.
+"""Rank processes that are started once and then run one function after the other, each on a mesh of its own degrees.
 
-Importing torch takes seconds: tests that each started their own processes would take minutes.
+Importing torch and diffusers takes seconds: tests that each started their own processes would take minutes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from omni_sp import DiffusionParallelConfig
 from omni_sp.engine.worker import die_with_parent
 from omni_sp.mesh import ParallelMesh
 
-MAX_RANKS = 4
+# The ranks are forked from a process that has imported these, and share its memory. Only what is the same whatever the
+# import path is: that process does not have the one of its parent before Python 3.13.
+_PRELOADED = ("torch._dynamo", "transformers", "peft", "diffusers.models.transformers", "diffusers.pipelines")
 
 
 class RankError(AssertionError):
@@ -31,21 +33,24 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """Up to four ranks on CPUs, connected by gloo.
+    """Ranks on CPUs, connected by gloo; needs Linux or macOS.
 
-    A rank imports the module of the function that it runs, by the import path of the process that made the pool.
+    A rank imports the module of the function that it runs, by the import path of the process that made the pool. Every
+    run takes the first ranks of one job, so that process groups are made once for all runs of the same degrees.
+
+    Args:
+        num_ranks: the most ranks of a run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_ranks: int = 4) -> None:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._generation = 0
-        self._world_size = 0
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
-        context = multiprocessing.get_context("spawn")
-        for rank in range(MAX_RANKS):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(_PRELOADED))
+        for rank in range(num_ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._store.port, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, num_ranks, self._store.port, there), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
@@ -77,11 +82,9 @@ class RankPool:
             RankError: a rank raised, died, or did not answer in time; the processes are ended.
         """
         config = DiffusionParallelConfig(ulysses_degree=ulysses, ring_degree=ring)
-        if config.world_size != self._world_size:
-            # A rank that sat out a smaller job still has the group before it: a number tells the groups apart.
-            self._generation, self._world_size = self._generation + 1, config.world_size
-        job = pickle.dumps((self._generation, config, shared_memory, function, args))
+        job = pickle.dumps((config, shared_memory, function, args))
         pipes = self._pipes[: config.world_size]
+        assert len(pipes) == config.world_size, f"{config.equation}, but the pool has {len(self._pipes)}"
         for pipe in pipes:
             pipe.send_bytes(job)
         results: dict[int, Any] = {}
@@ -126,13 +129,15 @@ class RankPool:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, num_ranks: int, port: int, pipe: Connection) -> None:
     """Run what the pool asks for until its pipe closes. ``multiprocessing`` has set the parent's import path."""
     die_with_parent(os.getppid())  # a test run that is killed must not leave its ranks
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    if num_ranks > 1:
+        timeout = timedelta(seconds=60)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     meshes: dict[tuple[DiffusionParallelConfig, bool], ParallelMesh] = {}
-    generation = 0
     warnings.simplefilter("error")
     while True:
         try:
@@ -140,22 +145,11 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
         except (EOFError, OSError):
             return
         try:
-            wanted, config, shared_memory, function, args = pickle.loads(job)
-            if wanted != generation:
-                _join(rank, config.world_size, PrefixStore(str(wanted), store))
-                meshes.clear()
-                generation = wanted
+            config, shared_memory, function, args = pickle.loads(job)
             if (config, shared_memory) not in meshes:
-                meshes[config, shared_memory] = ParallelMesh(config, shared_memory=shared_memory)
+                ranks = None if config.world_size == num_ranks else range(config.world_size)
+                meshes[config, shared_memory] = ParallelMesh(config, ranks=ranks, shared_memory=shared_memory)
             answer = (True, function(meshes[config, shared_memory], *args))
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))
-
-
-def _join(rank: int, world_size: int, store: Store) -> None:
-    """Leave the group before, if any, and join a new one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if world_size > 1:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))

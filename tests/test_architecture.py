@@ -17,6 +17,7 @@ PACKAGE = ROOT / "omni_sp"
 LEVELS = {
     "errors": 0,
     "validation": 0,
+    "machine": 0,
     "command_line": 1,
     "config": 1,
     "outputs": 1,

@@ -48,7 +48,7 @@ def run(*words: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "no prompt: give at least one --prompt"),
         (["--ulysses-degree", "0"], "ulysses_degree=0: each degree is a whole number of at least 1"),
@@ -77,19 +77,19 @@ def run(*words: str) -> int:
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
-def test_bad_input_is_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("file").touch()
     prompt = ["--prompt", "a red circle"] if words else []
     assert run(*prompt, *words) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
     assert sorted(path.name for path in Path().iterdir()) == ["file"]
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (
             ["--width", "70"],
@@ -105,10 +105,12 @@ def test_bad_input_is_one_line(words: list[str], told: str, capsys: pytest.Captu
         (["--attention-strategy", "nothing"], "no attention strategy is called 'nothing'"),
     ],
 )
-def test_what_the_pipeline_refuses_is_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_pipeline_refuses_is_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("--prompt", "a red circle", "--device", "cpu", *words) == 2
     err = capsys.readouterr().err
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -224,7 +226,7 @@ def test_a_video_with_sound_is_one_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fps", "width", "has_av", "told"),
+    ("fps", "width", "has_av", "message"),
     [
         (8.0, 32, False, "PyAV, which puts both into one file, is not installed: pip install av"),
         (7.5, 32, True, "7.5 frames a second are no whole number"),
@@ -232,7 +234,7 @@ def test_a_video_with_sound_is_one_file() -> None:
     ],
 )
 def test_sound_gets_a_file_of_its_own_where_it_must(
-    monkeypatch: pytest.MonkeyPatch, fps: float, width: int, has_av: bool, told: str
+    monkeypatch: pytest.MonkeyPatch, fps: float, width: int, has_av: bool, message: str
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found(name) if has_av or name != "av" else None)
@@ -241,7 +243,7 @@ def test_sound_gets_a_file_of_its_own_where_it_must(
     video, sound = OutputFiles("films/", num_outputs=1).save(made)
     assert video == f"video   films/video-0001.mp4  5 frames, {fps:g} a second"
     assert sound.startswith("sound   films/video-0001.wav  0.5 s, 16000 Hz  (in a file of its own: ")
-    assert told in sound
+    assert message in sound
     assert read_sound("films/video-0001.wav")[2].shape == (2, 8000)
     assert sorted(path.name for path in Path("films").iterdir()) == ["video-0001.mp4", "video-0001.wav"]
 
@@ -385,13 +387,13 @@ def test_what_cannot_be_written_is_refused_before_drawing(
         "Film makes videos, and --output film.png is a picture file: use .mp4, or a folder" in capsys.readouterr().err
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    told = "writing a video needs imageio and imageio-ffmpeg: pip install 'omni-sp[video]'"
+    message = "writing a video needs imageio and imageio-ffmpeg: pip install 'omni-sp[video]'"
     assert run("--prompt", "a", "--output", "films") == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert FakeFilm.asked is None
     monkeypatch.setattr(omni_sp.omni, "Omni", None)  # where the suffix tells, nothing is loaded for it
     assert run("--prompt", "a", "--output", "film.mp4") == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_sound_of_unknown_rate_is_refused_before_drawing(

@@ -28,14 +28,14 @@ def _no_process_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def test_the_demo_model_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "omni-sp/shapes", "--usp", "2", "--ring", "2", "--device", "cpu"]) == 0
-    told = capsys.readouterr().out
-    assert "2 × ring_degree 2 = 4 ranks" in told
+    output = capsys.readouterr().out
+    assert "2 × ring_degree 2 = 4 ranks" in output
     for stage in ("text", "transformer, call 1", "result", "gathered: none"):
-        assert stage in told
-    assert told.rstrip().endswith("exact: what is left is the rounding of float32")
+        assert stage in output
+    assert output.rstrip().endswith("exact: what is left is the rounding of float32")
 
 
-def test_what_is_not_exact_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_exact_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     errors = {"text": 0.0, "transformer, call 1": 0.01, "result": 0.1}
     report = CheckReport(errors, gathers={"aten.sort.default": 4, "mask": 2})
     monkeypatch.setattr(Omni, "check_report", lambda *_: report)
@@ -46,17 +46,17 @@ def test_what_is_not_exact_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "output"),
     [
         (["omni-sp/shapes"], "nothing to check on one rank"),
         (["omni-sp/shapes", "--usp", "2", "--image", "nothing.png"], "--image nothing.png cannot be read"),
         (["no such model", "--usp", "2"], "unknown model 'no such model'"),
     ],
 )
-def test_bad_input_is_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(words: list[str], output: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *words]) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert output in error
     assert error.count("\n") == 1
 
 
@@ -68,11 +68,11 @@ def test_a_pipeline_that_makes_videos_of_a_picture_is_checked(
     Image.linear_gradient("L").save(tmp_path / "grey.png")
     words = ["check", str(tmp_path / "wan"), "--image", "grey.png", "--num-frames", "5"]
     assert main([*words, "--usp", "2", "--device", "cpu"]) == 0
-    told = capsys.readouterr().out
-    assert "WanImageToVideoPipeline, float32 on cpu" in told
+    output = capsys.readouterr().out
+    assert "WanImageToVideoPipeline, float32 on cpu" in output
     for stage in ("text", "transformer, call 1", "transformer_2, call 1", "result"):
-        assert stage in told
-    assert told.rstrip().endswith("exact: what is left is the rounding of float32")
+        assert stage in output
+    assert output.rstrip().endswith("exact: what is left is the rounding of float32")
 
 
 def test_models_lists_every_class(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,16 +100,16 @@ def run_steadily(mesh: ParallelMesh) -> tuple[int, int, int]:
 
 
 def test_two_segments_take_turns_and_nothing_is_left(ranks: RankPool) -> None:
-    for before, during, after in ranks.run(run_steadily, ulysses=2):
-        # Two of this rank's and two of its peer's; each is held by a mapping (which has a descriptor of its own), and
-        # this rank's also by the descriptor that the peer opens.
-        assert during - before == 6
+    for before, during, after in ranks.run(run_steadily, ulysses=4):
+        # Two of this rank's and two of each peer's; each is held by a mapping (which has a descriptor of its own), and
+        # this rank's also by the descriptor that the peers open.
+        assert during - before == 10
         assert after == before
 
 
 def drop_mesh_early(job: ParallelMesh) -> list[int]:
     """Rank 0 drops its mesh after the only exchange, which rank 1 waits for later."""
-    own = ParallelMesh(job.config)
+    own = ParallelMesh(job.config, ranks=job.ranks)
     pending = exchange([4, 4], [4, 4], torch.float32, torch.device("cpu"), own.ulysses)
     for target, send_buffer in enumerate(pending.send_buffers):
         send_buffer.copy_(content(0, own.rank, target, 4))
@@ -125,7 +125,7 @@ def test_a_mesh_may_go_before_others_have_read_from_it(ranks: RankPool) -> None:
 
 def run_out_of_step(mesh: ParallelMesh) -> str:
     """Rank 1 has started one exchange more."""
-    own = ParallelMesh(mesh.config)
+    own = ParallelMesh(mesh.config, ranks=mesh.ranks)
     assert own.ulysses.channel is not None
     if own.rank == 1:
         own.ulysses.channel.prepare([0, 0])

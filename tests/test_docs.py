@@ -147,7 +147,7 @@ def test_an_entry_inside_anothers_line_is_found() -> None:
 def test_every_file_that_the_prose_names_exists() -> None:
     """Links are checked by the site's build; names in commands and tables are not."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "compat/README.md"]
-    named = re.compile(r"\b((?:omni_sp|tests|examples|benchmarks|training)/[\w/.+-]*\w)")
+    named = re.compile(r"\b((?:omni_sp|testing|tests|examples|benchmarks|training)/[\w/.+-]*\w)")
     missing = [
         f"{page.relative_to(ROOT)}: {path}"
         for page in pages

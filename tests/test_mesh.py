@@ -69,6 +69,19 @@ def test_two_replicas_of_a_transformer_are_exact(ranks: RankPool) -> None:
     assert max(ranks.run(draw_in_halves, ulysses=2, ring=2)) <= 1e-5
 
 
+def build_after_unequal_histories(job: ParallelMesh) -> list[tuple[int, ...]]:
+    """Ranks 0 and 1 are in more process groups than rank 2 when the three of them build a mesh."""
+    if job.rank < 2:
+        ParallelMesh(DiffusionParallelConfig(ring_degree=2), ranks=[0, 1])
+    if job.rank == 3:
+        return []
+    return gather_ints([job.rank], ParallelMesh(DiffusionParallelConfig(ulysses_degree=3), ranks=[0, 1, 2]).world)
+
+
+def test_ranks_in_unequal_numbers_of_groups_build_a_mesh(ranks: RankPool) -> None:
+    assert ranks.run(build_after_unequal_histories, ulysses=2, ring=2) == [[(0,), (1,), (2,)]] * 3 + [[]]
+
+
 def build_alone(job: ParallelMesh) -> tuple[tuple[int, ...], int, str, str, str]:
     """A mesh of this rank alone, and meshes that cannot be."""
     own = ParallelMesh(DiffusionParallelConfig(), ranks=[job.rank])

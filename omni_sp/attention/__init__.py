@@ -1,7 +1,7 @@
 """The attention core: tensors in, tensors out, exact for every shape. It does not depend on any model."""
 
 from omni_sp.attention.entry import agree_on_layout, local_attention, sequence_parallel_attention
-from omni_sp.attention.kernels import Capabilities, Kernel, kernel_names, missing_package, register_kernel
+from omni_sp.attention.kernels import Capabilities, Kernel, check_kernel, kernel_names, missing_package, register_kernel
 from omni_sp.attention.layout import SequenceLayout, split_evenly
 from omni_sp.attention.strategy import STRATEGIES, Strategy, check_strategy, select_strategy
 
@@ -12,6 +12,7 @@ __all__ = [
     "SequenceLayout",
     "Strategy",
     "agree_on_layout",
+    "check_kernel",
     "check_strategy",
     "kernel_names",
     "local_attention",

@@ -34,12 +34,8 @@ def decode_attention(
 
     Args:
         query: (batch, q_tokens, heads, head_dim), the same on all ranks. Each query attends to all keys.
-        key: (batch, kv_tokens, kv_heads, head_dim), this rank's; it may have no tokens.
-        value: (batch, kv_tokens, kv_heads, head_dim), this rank's.
-        axis: the ranks.
+        key: (batch, kv_tokens, kv_heads, head_dim), this rank's, as the value is; it may have no tokens.
         key_mask: (batch, kv_tokens) bool of this rank's keys, passed by all ranks or by none.
-        scale: the scores are multiplied by it.
-        kernel: "auto", or one of ``omni_sp.attention.kernel_names()``.
 
     Returns:
         (batch, q_tokens, heads, head_dim), bit for bit the same on all ranks.
@@ -59,8 +55,6 @@ class ChunkedPrefillAttention:
 
     Args:
         layout: which rank holds which tokens of the chunk: ``SequenceLayout.zigzag(total, ring=axis.size, ulysses=1)``.
-        axis: the ranks.
-        device: the device of the tensors.
     """
 
     def __init__(self, layout: SequenceLayout, axis: Axis, device: torch.device) -> None:
@@ -85,11 +79,8 @@ class ChunkedPrefillAttention:
         Args:
             query: (batch, own tokens of the chunk, heads, head_dim).
             key: (batch, kv_tokens, kv_heads, head_dim), this rank's: first those of earlier tokens in any order, then
-                those of its own tokens of the chunk.
-            value: (batch, kv_tokens, kv_heads, head_dim), of the same tokens.
+                those of its own tokens of the chunk. The value is of the same tokens.
             key_mask: (batch, kv_tokens) bool, passed by all ranks or by none.
-            scale: the scores are multiplied by it.
-            kernel: "auto", or one of ``omni_sp.attention.kernel_names()``.
 
         Returns:
             (batch, own tokens of the chunk, heads, head_dim).

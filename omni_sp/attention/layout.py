@@ -136,17 +136,8 @@ class HeadShare:
 def head_shares(num_heads: int, num_kv_heads: int, degree: int, groups: int = 1) -> tuple[tuple[HeadShare, ...], ...]:
     """Give each Ulysses rank its query heads, and the key/value heads that they need.
 
-    Args:
-        num_heads: number of query heads.
-        num_kv_heads: number of key/value heads.
-        degree: the number of ranks.
-        groups: into how many groups each rank's heads are split, for exchanging one while another is computed.
-
-    Returns:
-        For each group, the heads of each rank.
-
-    Raises:
-        UnsupportedAttentionError: the number of query heads is no multiple of the number of key/value heads.
+    The heads of a rank are split into groups, for exchanging one while another is computed. The result has for each
+    group the heads of each rank.
     """
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise UnsupportedAttentionError(

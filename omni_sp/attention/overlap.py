@@ -22,9 +22,7 @@ def choose_head_groups(device: str, num_heads: int, degree: int, head_bytes: int
     On a CPU the exchange takes the cores that the attention runs on, so it cannot hide behind anything: 1.
 
     Args:
-        device: the device type.
         num_heads: number of query heads of all ranks together.
-        degree: the Ulysses degree.
         head_bytes: bytes that one head's queries have in an average Ulysses group.
     """
     per_rank = num_heads // degree

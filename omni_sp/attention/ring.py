@@ -23,13 +23,7 @@ _WHOLE_BLOCK = CausalRegion(0, None, False)
 
 @dataclass(frozen=True)
 class RingLayout:
-    """Which rank holds which keys along one ring axis.
-
-    Attributes:
-        axis: the ranks.
-        key_lengths: number of key tokens of each of these ranks; zeros are fine.
-        front_lengths: the order of tokens, for causal attention: see ``SequenceLayout``.
-    """
+    """How many keys each rank of one ring axis holds, and the order of tokens as ``SequenceLayout`` describes it."""
 
     axis: Axis
     key_lengths: Sequence[int]
@@ -59,7 +53,6 @@ def ring_attention(
     Args:
         query: (batch, q_tokens, heads, head_dim), this rank's.
         block: this rank's keys; all ranks have a mask, or none has.
-        layout: the ranks and what they hold.
         args: the kernel and how to call it. If causal, queries and keys are the same tokens, in the layout's order.
         key_of_query: for each query head the index of its key/value head; None where they form equal runs.
 

@@ -21,14 +21,7 @@ from omni_sp.mesh import Axis
 
 @dataclass(frozen=True)
 class UlyssesLayout:
-    """Which rank holds which tokens, and computes which heads, along one Ulysses axis.
-
-    Attributes:
-        axis: the ranks.
-        heads: the heads that each of these ranks computes.
-        query: number of query tokens that each of these ranks holds.
-        key: number of key/value tokens that each of these ranks holds.
-    """
+    """The heads that each rank of a Ulysses axis computes, and how many query and key tokens it holds."""
 
     axis: Axis
     heads: tuple[HeadShare, ...]
@@ -46,7 +39,6 @@ class _PackedTensors:
     """Tensors (batch, tokens, heads, head_dim) of the same tokens, which share one vector a token in a message.
 
     Attributes:
-        tensors: the tensors.
         head_ranges: for each rank and each tensor, the (start, stop) of the heads that this rank gets.
         lengths: number of tokens that each rank holds.
     """
@@ -107,7 +99,6 @@ class ScatterHeads:
         key: (batch, own key tokens, all key/value heads, head_dim).
         value: (batch, own key tokens, all key/value heads, head_dim).
         key_mask: (batch, own key tokens) bool, passed by all ranks or by none.
-        layout: which rank holds what, and which heads go where.
     """
 
     def __init__(
@@ -164,10 +155,6 @@ class GatherHeads:
     """The way back: (batch, the group's tokens, own heads, head_dim) -> (batch, own tokens, all heads, head_dim).
 
     Constructing it starts the exchange.
-
-    Args:
-        out: (batch, tokens of the Ulysses group, own heads, head_dim).
-        layout: which rank holds what, and which heads it computed.
     """
 
     def __init__(self, out: Tensor, layout: UlyssesLayout) -> None:

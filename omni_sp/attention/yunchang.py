@@ -22,12 +22,7 @@ _WAY_OUT = 'use attention_strategy="omni_sp"'
 class YunchangAttention:
     """One LongContextAttention on the groups of a mesh.
 
-    Args:
-        mesh: the ranks.
-        kernel: must be "auto": yunchang has its own kernels, flash-attn on CUDA and plain torch elsewhere.
-
-    Raises:
-        UnsupportedAttentionError: the package is not installed, or a kernel was named.
+    The kernel must be "auto": yunchang has its own kernels, flash-attn on CUDA and plain torch elsewhere.
     """
 
     def __init__(self, mesh: ParallelMesh, kernel: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import sys
 import traceback
 import warnings
@@ -20,6 +19,7 @@ from omni_sp.cli.options import CHECK, GENERATE, MODELS, SERVE, Option
 from omni_sp.command_line import BAD_INPUT, FAILED, INTERRUPTED, with_dashes
 from omni_sp.errors import InvalidInputError, OmniSPError
 from omni_sp.pipelines.shapes import SHAPES_MODEL
+from omni_sp.validation import suggestion
 
 _Command = Callable[[argparse.Namespace], int]
 _COMMANDS: tuple[tuple[str, str, _Command, tuple[Option, ...]], ...] = (
@@ -40,8 +40,7 @@ class _Parser(argparse.ArgumentParser):
     def refuse(self, unknown: str) -> NoReturn:
         """Print that there is no such option and end the program."""
         options = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown, options, n=1)
-        self.error(f"no option {unknown}; " + (f"did you mean {near[0]}?" if near else f"see {self.prog} --help"))
+        self.error(f"no option {unknown}; {suggestion(unknown, options, f'see {self.prog} --help')}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -62,10 +62,7 @@ class Batching:
     ) -> None:
         """Draw two small pictures alone and together, without negative prompts and with them, and note what agrees.
 
-        Args:
-            capabilities: of the pipeline.
-            run: makes one call on all ranks.
-            report: called with what will not be drawn in batches, and why.
+        ``run`` makes one call on all ranks; ``report`` is called with what will not be drawn in batches, and why.
         """
         if self.max_size == 1:
             return

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
+from omni_sp.machine import num_cores
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _ON_CPU = 'run on the CPU with device="cpu" (--device cpu)'
@@ -28,16 +29,9 @@ def rank_devices(device: str | None, config: DiffusionParallelConfig) -> list[st
     Raises:
         ConfigError: fewer GPUs than ranks, or no such GPU.
     """
-    import torch
-
-    check_device_name(device)
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cpu" or (device is None and num_gpus == 0):
-        return ["cpu"] * config.world_size
-    if device is not None and ":" in device:
-        if int(device.split(":")[1]) >= num_gpus:
-            raise ConfigError(f"no device {device}: this machine has {_gpus(num_gpus)}; {_ON_CPU}")
-        return [device] * config.world_size
+    one, num_gpus = _shared_device(device)
+    if one is not None:
+        return [one] * config.world_size
     if num_gpus < config.world_size:
         raise ConfigError(
             f"{config.equation} need {_gpus(config.world_size)}, one each, and this machine has {num_gpus}: lower the "
@@ -52,16 +46,9 @@ def joined_device(device: str | None, config: DiffusionParallelConfig) -> str:
     Raises:
         ConfigError: fewer GPUs on this machine than ranks on it, or no such GPU.
     """
-    import torch
-
-    check_device_name(device)
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cpu" or (device is None and num_gpus == 0):
-        return "cpu"
-    if device is not None and ":" in device:
-        if int(device.split(":")[1]) >= num_gpus:
-            raise ConfigError(f"no device {device}: this machine has {_gpus(num_gpus)}; {_ON_CPU}")
-        return device
+    one, num_gpus = _shared_device(device)
+    if one is not None:
+        return one
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(config.world_size)))
     if local_rank >= num_gpus:
@@ -70,6 +57,21 @@ def joined_device(device: str | None, config: DiffusionParallelConfig) -> str:
             f"ranks on it, or {_ON_CPU}"
         )
     return f"cuda:{local_rank}"
+
+
+def _shared_device(device: str | None) -> tuple[str | None, int]:
+    """The one device that all ranks share, if they do, and the number of GPUs here."""
+    import torch
+
+    check_device_name(device)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device is None and num_gpus == 0):
+        return "cpu", num_gpus
+    if device is None or ":" not in device:
+        return None, num_gpus
+    if int(device.split(":")[1]) >= num_gpus:
+        raise ConfigError(f"no device {device}: this machine has {_gpus(num_gpus)}; {_ON_CPU}")
+    return device, num_gpus
 
 
 def group_backend(devices: Sequence[tuple[str, str]]) -> str:
@@ -83,8 +85,7 @@ def threads_per_rank(world_size: int) -> int:
     """CPU cores of this process, shared among the ranks on them; 0, torch's choice, where OMP_NUM_THREADS decides."""
     if "OMP_NUM_THREADS" in os.environ:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // world_size)
+    return max(1, num_cores() // world_size)
 
 
 def _gpus(count: int) -> str:

@@ -22,12 +22,8 @@ class Engine:
     """A pipeline on a group of ranks: started by the constructor, closed by a failure, by close(), or when abandoned.
 
     Args:
-        group: the ranks.
         start: the clock of its start. Who opens the engine may add a warm-up, and says when the start is finished.
         is_cancelled: asked now and then, while it starts, whether to give up.
-
-    Attributes:
-        start: as given.
 
     Raises:
         InvalidInputError: the ranks refuse the model.
@@ -127,13 +123,7 @@ class Engine:
 
 
 def open_engine(options: EngineOptions, on_news: OnNews, launcher: Launcher | None = None) -> Engine:
-    """Join the ranks of the program around; else run one rank in this process; else start processes.
-
-    Args:
-        options: what to run.
-        on_news: called with what the start is doing.
-        launcher: starts the processes; by default on this machine.
-    """
+    """Join the ranks of the program around; else run one rank in this process; else start processes."""
     joined, start = inside_distributed_program(), Startup(on_news)
     if options.config.world_size > 1 and not joined:
         return Engine(RemoteRanks(options, launcher or SpawnLauncher()), start)

@@ -30,8 +30,6 @@ class PipelineRunner:
     """A pipeline in this process, to be parallelized over a mesh and called.
 
     Args:
-        options: the model and how to load it.
-        device: this rank's own, such as "cuda:1".
         decodes: False where nobody looks at what this process decodes (see load_pipeline).
         on_component: called before each component is read (see load_pipeline).
     """
@@ -86,8 +84,6 @@ class PipelineRunner:
         """Call the pipeline. Every rank runs the same calls in the same order.
 
         Args:
-            call: the arguments, and how to run them.
-            on_progress: called at every step.
             answers: False where nobody will look at this rank's pictures: it stops at the latent, which all ranks
                 share, and leaves the VAE to the rank that answers. On a CPU they would only take each other's cores.
             is_aborted: whether this rank heard that the call is to be left; if any rank has, all leave it before the

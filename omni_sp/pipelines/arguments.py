@@ -27,13 +27,7 @@ _WARM_UP_FRAMES = 17  # one more than a multiple of the frames that any video's 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt in full.
-
-    Attributes:
-        text: what to draw.
-        negative_text: what to avoid.
-        image: a PIL image, or a list of them, to start from.
-    """
+    """A prompt in full: what to draw, what to avoid, and a PIL image, or a list of them, to start from."""
 
     text: str | None = None
     negative_text: str | None = None
@@ -115,10 +109,7 @@ def warm_up_arguments(capabilities: PipelineCapabilities, height: int, width: in
     """Make the arguments of a call of one step at this size in pixels, whose result nobody looks at.
 
     Grey images stand in for those that the pipeline cannot do without, and a mask covers all of them. Where the
-    pipeline takes no size, theirs decides.
-
-    Raises:
-        SamplingParamsError: the pipeline needs something that cannot be made up, or cannot draw this size.
+    pipeline takes no size, theirs decides. SamplingParamsError says what cannot be made up, or drawn in this size.
     """
     from PIL import Image
 
@@ -129,18 +120,16 @@ def warm_up_arguments(capabilities: PipelineCapabilities, height: int, width: in
     extra: dict[str, Any] = {
         name: plain(*looks) for name, looks in quirks.PLACEHOLDER_IMAGES.items() if name in capabilities.parameters
     }
-    if _needs_video(capabilities):
+    names = capabilities.parameters.keys()
+    changes_video = {"video", "strength"} <= names and names.isdisjoint(quirks.ARGUMENT_NAMES["image"])
+    if changes_video or "video" in capabilities.required:
         extra["video"] = [plain()] * _WARM_UP_FRAMES
     has_input = image is not None or bool(extra)
     if has_input and "strength" in capabilities.parameters:
         extra["strength"] = 1.0  # a lower strength would leave none of the single step
     takes_size = "height" in capabilities.parameters or not has_input
-    params = OmniDiffusionSamplingParams(
-        height=height if takes_size else None,
-        width=width if takes_size else None,
-        num_inference_steps=1,
-        extra_args=extra,
-    )
+    size: dict[str, Any] = {"height": height, "width": width} if takes_size else {}
+    params = OmniDiffusionSamplingParams(**size, num_inference_steps=1, extra_args=extra)
     text = "a warm-up" if capabilities.argument_name("prompt") is not None else None
     return call_arguments(capabilities, Prompt(text=text, image=image), params)
 
@@ -161,14 +150,6 @@ def rounded_size(capabilities: PipelineCapabilities, arguments: Mapping[str, Any
         return None
     drawn = height - height % capabilities.height_multiple, width - width % capabilities.width_multiple
     return None if drawn == (height, width) else drawn
-
-
-def _needs_video(capabilities: PipelineCapabilities) -> bool:
-    """Whether it starts from a video: it says so, or it takes the strength of a change and no image to change."""
-    names = capabilities.parameters.keys()
-    return "video" in capabilities.required or (
-        {"video", "strength"} <= names and names.isdisjoint(quirks.ARGUMENT_NAMES["image"])
-    )
 
 
 def _adapt_value(capabilities: PipelineCapabilities, name: str, value: Any) -> Any:
@@ -279,9 +260,11 @@ def _check_sizes(capabilities: PipelineCapabilities, arguments: Mapping[str, Any
         if not isinstance(value, int):
             continue
         if value % capabilities.vae_multiple:
+            below = value // multiple * multiple
+            nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
             raise SamplingParamsError(
                 f"{name}={value}: {capabilities.name} needs a multiple of {capabilities.vae_multiple}, and draws "
-                f"multiples of {multiple}; nearest: {_nearest(value, multiple)}",
+                f"multiples of {multiple}; nearest: {nearest}",
                 param=name,
             )
         if value < multiple:
@@ -294,8 +277,3 @@ def _check_sizes(capabilities: PipelineCapabilities, arguments: Mapping[str, Any
             f"nearest: {below} or {below + capabilities.frames_multiple}",
             param="num_frames",
         )
-
-
-def _nearest(value: int, multiple: int) -> str:
-    below = value // multiple * multiple
-    return f"{below} or {below + multiple}" if below else f"{multiple}"

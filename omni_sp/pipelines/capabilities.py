@@ -17,11 +17,9 @@ class PipelineCapabilities:
     """What one loaded pipeline can be asked for. Small and picklable: ranks send it to the engine's process.
 
     Attributes:
-        name: the pipeline's class.
         parameters: the arguments of its ``__call__`` with their defaults; a default that is no plain value is None.
         required: the arguments without a default.
         takes_anything: whether it has ``**kwargs``.
-        makes_videos: whether its results are videos.
         makes_sounds: whether its results are sounds, or videos with sound if it makes videos.
         needs_image: whether it fails without an image to start from.
         takes_one_image: whether a list of images would be one for each prompt.
@@ -29,7 +27,6 @@ class PipelineCapabilities:
         sampling_rate: of its sounds, in Hz; None where it makes none, or does not say.
         vae_multiple: pixels along a side that the VAE shrinks to one; a size that is no multiple of it is refused.
         height_multiple: pixels of one token along the height; diffusers rounds a height down to a multiple of it.
-        width_multiple: pixels of one token along the width.
         frames_multiple: num_frames - 1 must be a multiple of this, or diffusers would round it; 1 for no such rule.
         ignores_guidance_scale: whether it takes guidance_scale only for distilled transformers, and has none.
         sampling_defaults: what to use where the user gives nothing, named as in OmniDiffusionSamplingParams.
@@ -72,10 +69,7 @@ def our_name(argument_name: str) -> str:
 
 
 def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = None) -> PipelineCapabilities:
-    """Learn from a loaded pipeline's signature and components what it can be asked for.
-
-    ``sampling_defaults`` is passed on to PipelineCapabilities.
-    """
+    """Learn from a loaded pipeline's signature and components what it can be asked for."""
     parameters: dict[str, Any] = {}
     required = []
     takes_anything = False
@@ -90,6 +84,7 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
     name = type(pipe).__name__
     made = _output_fields(pipe, parameters)
     makes_videos, makes_sounds = bool(made & {*quirks.VIDEO_FIELDS}), bool(made & {*quirks.SOUND_FIELDS})
+    vae_channels = _config_entry(pipe, "vae", "input_channels") or _config_entry(pipe, "vae", "in_channels")
     vae_multiple = _first_positive_int(pipe, quirks.SPATIAL_FACTORS)
     height_multiple, width_multiple = _size_multiples(pipe, vae_multiple)
     image = next((candidate for candidate in quirks.ARGUMENT_NAMES["image"] if candidate in parameters), None)
@@ -105,7 +100,7 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
         makes_sounds=makes_sounds,
         needs_image=image in required or (image == "image" and any(part in name for part in quirks.NEEDS_IMAGE)),
         takes_one_image=image in quirks.SINGLE_IMAGE_ARGUMENTS and is_batch,
-        image_mode="RGBA" if _vae_channels(pipe) == 4 else "RGB",
+        image_mode="RGBA" if vae_channels == 4 else "RGB",
         sampling_rate=_sampling_rate(pipe) if makes_sounds else None,
         vae_multiple=vae_multiple,
         height_multiple=height_multiple,
@@ -117,10 +112,7 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
 
 
 def _output_fields(pipe: Any, parameters: Mapping[str, Any]) -> set[str]:
-    """The fields of the pipeline's output: those of the output classes that its module names.
-
-    A pipeline whose module names none is judged by its arguments.
-    """
+    """The fields of the output classes that the pipeline's module names; where it names none, its arguments decide."""
     known = {*quirks.IMAGE_FIELDS, *quirks.VIDEO_FIELDS, *quirks.SOUND_FIELDS}
     for owner in type(pipe).__mro__:
         if owner.__name__ == "DiffusionPipeline":
@@ -147,10 +139,6 @@ def _transformer_config(pipe: Any, name: str) -> Any:
     """An entry of the transformer's config; of the second transformer's where the first is left out."""
     component = "transformer" if getattr(pipe, "transformer", None) is not None else "transformer_2"
     return _config_entry(pipe, component, name)
-
-
-def _vae_channels(pipe: Any) -> Any:
-    return _config_entry(pipe, "vae", "input_channels") or _config_entry(pipe, "vae", "in_channels")
 
 
 def _sampling_rate(pipe: Any) -> int | None:

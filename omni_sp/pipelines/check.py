@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,13 +25,9 @@ def stage_errors(
     on_one_rank: Callable[[], None],
     on_all_ranks: Callable[[], None],
 ) -> dict[str, float]:
-    """Run one call on this rank alone, and again over all ranks.
+    """Run one call of a parallelized pipeline on this rank alone, and again over all ranks.
 
     Args:
-        pipe: a parallelized diffusers pipeline.
-        arguments: of the call.
-        seed: of the generators, as run_call() takes it.
-        device: where the pipeline runs.
         on_one_rank: lets the pipeline run without the other ranks; called before the first run.
         on_all_ranks: parallelizes the pipeline again; called before the second run, also where the first one failed.
 
@@ -66,42 +63,35 @@ def _run_recorded(
 ) -> _Record:
     record: _Record = {}
     with ExitStack() as stack:
-        stack.enter_context(_text_recorded(pipe, record))
+        _record_text(pipe, record, stack)
         for name, model in transformers_of(pipe):
-            stack.callback(model.register_forward_hook(_OutputRecorder(name, record)).remove)
+            stack.callback(model.register_forward_hook(_output_recorder(name, record)).remove)
         result = run_call(pipe, arguments, seed=seed, device=device)
     record["result"] = [torch.as_tensor(item) for item in (*result.images, *result.videos, *result.audios)]
     return record
 
 
-class _OutputRecorder:
+def _output_recorder(name: str, record: _Record) -> Callable[[torch.nn.Module, Any, Any], None]:
     """A forward hook that records what a transformer returns, call by call."""
+    numbers = count(1)
 
-    def __init__(self, name: str, record: _Record) -> None:
-        self._name, self._record, self._number = name, record, 0
+    def hook(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+        record[f"{name}, call {next(numbers)}"] = _tensors(output)
 
-    def __call__(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
-        self._number += 1
-        self._record[f"{self._name}, call {self._number}"] = _tensors(output)
+    return hook
 
 
-@contextmanager
-def _text_recorded(pipe: Any, record: _Record) -> Iterator[None]:
-    original = getattr(pipe, "encode_prompt", None)
-    if original is None:
-        yield
-        return
+def _record_text(pipe: Any, record: _Record, stack: ExitStack) -> None:
+    original: Any = getattr(pipe, "encode_prompt", None)
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         record.setdefault("text", []).extend(_tensors(result))
         return result
 
-    pipe.encode_prompt = encode_prompt
-    try:
-        yield
-    finally:
-        del pipe.encode_prompt
+    if original is not None:
+        pipe.encode_prompt = encode_prompt
+        stack.callback(delattr, pipe, "encode_prompt")
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

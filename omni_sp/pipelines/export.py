@@ -31,11 +31,7 @@ class ExportedSound:
 
 
 def require_video_writer() -> None:
-    """Make sure that videos can be written, before one is generated.
-
-    Raises:
-        ConfigError: a package is missing, or has no ffmpeg.
-    """
+    """Make sure that videos can be written, before one is generated."""
     missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ConfigError(f"writing a video needs {' and '.join(missing)}: pip install 'omni-sp[video]'")
@@ -71,12 +67,8 @@ def export_video(
     Each file appears under its name when it is complete. The video is complete before the sound is begun.
 
     Args:
-        frames: PIL images of one size.
-        path: the .mp4.
-        fps: frames shown in a second.
         sound: float array of shape (channels, samples) in -1 … 1, or None.
         sampling_rate: samples a second; None where nobody knows, and then the sound is left out.
-        sound_path: the .wav, if one is needed.
         on_file: called with the path of each file once it is complete.
     """
     result = ExportedSound("none")

@@ -30,7 +30,6 @@ def decode_image(
     The header of a file says its size, so an image of too many pixels is refused before any of them is decoded.
 
     Args:
-        source: the path of a file, or the content of one.
         formats: the only formats to read, such as WEB_FORMATS; None for all that Pillow reads.
         max_pixels: the most pixels, width × height; None for no more than Pillow's own limit.
         allow_animated: whether the first frame of an animated image is taken; otherwise the image is refused.

@@ -20,12 +20,7 @@ _KEY = "_omni_sp_unread"
 
 
 def lazy_component_names(pipeline_class: Any, classes: dict[str, Any]) -> list[str]:
-    """Return the names of the components that only the rank that answers needs.
-
-    Args:
-        pipeline_class: the pipeline's class; None if it is not one of diffusers' own.
-        classes: the classes of its components by name; None for one that is not a library's own.
-    """
+    """Name the components that only the rank that answers needs. A class that is not a library's own is None."""
     from diffusers import ModelMixin
 
     if pipeline_class is None:
@@ -41,13 +36,6 @@ def lazy_component(component_class: Any, location: str, name: str, *, dtype: tor
     """Build a component without its weights, otherwise as ``component_class.from_pretrained`` would.
 
     The first access to a submodule, a parameter or a buffer reads the weights.
-
-    Args:
-        component_class: a model class of diffusers.
-        location: the pipeline's folder or hub id.
-        name: of the component in the pipeline.
-        dtype: of the weights.
-        device: where the weights belong.
     """
     from accelerate import init_empty_weights
 

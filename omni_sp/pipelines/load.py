@@ -28,11 +28,9 @@ OnComponent = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where a model comes from.
+    """Where a model comes from: its name as the user gave it, and the folder or hub id that diffusers loads.
 
     Attributes:
-        name: as the user gave it.
-        location: the folder or hub id that diffusers loads.
         sampling_defaults: what to use where the user gives nothing, named as in OmniDiffusionSamplingParams. Empty for
             all models but the demo model, whose class has defaults for larger ones.
     """
@@ -46,12 +44,6 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
     """Find a model before anything is started for it: the embedded demo model, a local folder, or a hub id.
 
     Of a hub id only ``model_index.json`` is looked up here (in the cache, else on the hub).
-
-    Args:
-        model: the name.
-
-    Raises:
-        ModelNotFoundError: there is no such model, or it is no diffusers pipeline.
     """
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise ModelNotFoundError(f"model={model!r} is no model name: {_WAY_OUT}")
@@ -82,16 +74,10 @@ def load_pipeline(
     """Load a pipeline with diffusers' own loader and move it to a device.
 
     Args:
-        source: what resolve_model() found.
         dtype: "float32", "bfloat16" or "float16"; None is bfloat16 on CUDA and float32 on the CPU.
-        device: "cpu", "cuda:0", …
         decodes: False where nobody looks at what this process decodes: the weights of its VAE are then read only if
             something needs them after all (see lazy_components).
-        on_component: called before each component is read, and once before, with the name "", when all classes are
-            imported.
-
-    Returns:
-        The diffusers pipeline, of whatever class the model names.
+        on_component: called with the name "" when all classes are imported, then before each component is read.
 
     Raises:
         ModelNotFoundError: files are missing or damaged, or diffusers does not know a class that the model names.
@@ -99,21 +85,16 @@ def load_pipeline(
     import torch
     from diffusers import DiffusionPipeline
 
+    from omni_sp.pipelines.lazy_components import lazy_component, lazy_component_names
+
     torch_dtype = getattr(torch, dtype or default_dtype(device))
     with quiet_libraries():
         try:
             pipeline_class, classes = _classes(source.location)
             on_component("", 0, len(classes))
-            lazy: dict[str, Any] = {}
-            if not decodes:
-                from omni_sp.pipelines.lazy_components import lazy_component, lazy_component_names
-
-                lazy = {
-                    name: lazy_component(
-                        classes[name], source.location, name, dtype=torch_dtype, device=torch.device(device)
-                    )
-                    for name in lazy_component_names(pipeline_class, classes)
-                }
+            lazy_names = [] if decodes else lazy_component_names(pipeline_class, classes)
+            options: dict[str, Any] = {"dtype": torch_dtype, "device": torch.device(device)}
+            lazy = {name: lazy_component(classes[name], source.location, name, **options) for name in lazy_names}
             with _loading_reported(on_component):
                 pipe = DiffusionPipeline.from_pretrained(source.location, dtype=torch_dtype, **lazy)
         except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
@@ -189,19 +170,18 @@ def _loading_reported(on_component: OnComponent) -> Iterator[None]:
         components = args[0] if args else None
         if not str(kwargs.get("desc")).startswith("Loading pipeline") or not isinstance(components, Sized):
             return original(*args, **kwargs)
-        return _reported(components, on_component)
+        return reported(components)
+
+    def reported(components: Any) -> Iterator[Any]:
+        for done, entry in enumerate(components):
+            on_component(str(entry[0]), done, len(components))
+            yield entry
 
     logging.tqdm = tqdm
     try:
         yield
     finally:
         logging.tqdm = original
-
-
-def _reported(components: Any, on_component: OnComponent) -> Iterator[Any]:
-    for done, entry in enumerate(components):
-        on_component(str(entry[0]), done, len(components))
-        yield entry
 
 
 def _local_source(name: str, folder: Path) -> ModelSource:
@@ -235,23 +215,20 @@ def _require_on_hub(repo: str) -> None:
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     try:
-        if isinstance(try_to_load_from_cache(repo, _INDEX), str):
-            return
-        get_hf_file_metadata(hf_hub_url(repo, _INDEX), timeout=10)
-    except errors.HFValidationError as error:
-        raise ModelNotFoundError(f"unknown model {repo!r}: {_WAY_OUT}") from error
-    except errors.GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"{repo} is gated: ask for access at https://huggingface.co/{repo}, then log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"no model {repo!r} on the hub (or it is private: log in with `hf auth login`): {_WAY_OUT}"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise ModelNotFoundError(f"{repo} on the hub is no diffusers pipeline (no {_INDEX}): {_WAY_OUT}") from error
-    except Exception as error:  # which class says "no network" depends on the hub client's version
-        raise ModelNotFoundError(
-            f"unknown model {repo!r}: no folder here, not in the hub's cache, and the hub cannot be reached "
-            f"({' '.join(str(error).split())}); {_WAY_OUT}"
-        ) from error
+        if not isinstance(try_to_load_from_cache(repo, _INDEX), str):
+            get_hf_file_metadata(hf_hub_url(repo, _INDEX), timeout=10)
+    except Exception as error:
+        if isinstance(error, errors.HFValidationError):
+            reason = f"unknown model {repo!r}: {_WAY_OUT}"
+        elif isinstance(error, errors.GatedRepoError):
+            reason = (
+                f"{repo} is gated: ask for access at https://huggingface.co/{repo}, then log in with `hf auth login`"
+            )
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = f"no model {repo!r} on the hub (or it is private: log in with `hf auth login`): {_WAY_OUT}"
+        elif isinstance(error, errors.EntryNotFoundError):
+            reason = f"{repo} on the hub is no diffusers pipeline (no {_INDEX}): {_WAY_OUT}"
+        else:  # which class says "no network" depends on the hub client's version
+            reason = f"unknown model {repo!r}: no folder here, not in the hub's cache, and the hub cannot be reached "
+            reason += f"({' '.join(str(error).split())}); {_WAY_OUT}"
+        raise ModelNotFoundError(reason) from error

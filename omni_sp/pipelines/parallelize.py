@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from omni_sp.attention import check_strategy, kernel_names, select_strategy
-from omni_sp.errors import UnsupportedAttentionError, UnsupportedModelError
+from omni_sp.attention import check_kernel, check_strategy, select_strategy
+from omni_sp.errors import UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding import ShardHandle, ShardingPlan, TrackedPlan, plan_for, shard, tracked_plan_for
 
@@ -83,10 +83,7 @@ def parallelize(
         UnsupportedAttentionError: no kernel or strategy has that name, or its package is missing.
         ShardingError: the pipeline is parallelized already.
     """
-    if attention_backend not in kernel_names():
-        raise UnsupportedAttentionError(
-            f"no attention kernel is called {attention_backend!r}; choose from {', '.join(kernel_names())}"
-        )
+    check_kernel(attention_backend)
     check_strategy(attention_strategy)
     models = [model for _, model in transformers_of(pipe_or_transformer)]
     if not models and mesh.sequence.size > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,10 +14,7 @@ _MAX_SIDE = 32
 class Previews:
     """Keeps the latest latent of a pipeline's scheduler while the block lasts. No class is changed.
 
-    Args:
-        pipe: a diffusers pipeline.
-        height: of the image in pixels, for latents that come as sequences of patches.
-        width: of the image in pixels.
+    The height and width of the image, in pixels, are for latents that come as sequences of patches.
     """
 
     def __init__(self, pipe: Any, height: int | None, width: int | None) -> None:
@@ -39,9 +35,7 @@ class Previews:
             self._scheduler.step = step
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         vars(self._scheduler or self).pop("step", None)
 
     def images(self, count: int = 1) -> tuple[Image.Image, ...]:

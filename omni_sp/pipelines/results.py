@@ -30,22 +30,14 @@ class CallResult:
 
 
 def result_of(name: str, output: Any, *, output_type: str | None, timings: dict[str, Any]) -> CallResult:
-    """Take the images, videos and sounds out of a pipeline's output.
-
-    Args:
-        name: the pipeline's class.
-        output: what the pipeline returned.
-        output_type: what it was asked for; latents are left as they are.
-        timings: for the result.
-
-    Raises:
-        UnsupportedModelError: the output holds none of them.
-    """
+    """Take the images, videos and sounds out of the output of the pipeline class ``name``; latents stay as they are."""
     is_latent = output_type == "latent"
     images = _items(_first(output, quirks.IMAGE_FIELDS))
+    if not is_latent:  # some are lists of layers
+        images = [layer for image in images for layer in (image if isinstance(image, list) else [image])]
     videos = _first(output, quirks.VIDEO_FIELDS)
     result = CallResult(
-        images=images if is_latent else _without_layers(images),
+        images=images,
         videos=_items(videos if is_latent or not _is_single_video(videos) else [videos]),
         audios=_items(_first(output, quirks.SOUND_FIELDS)) if is_latent else _waves(output),
         timings=timings,
@@ -91,11 +83,6 @@ def _items(batch: Any) -> list[Any]:
     import torch
 
     return [] if batch is None else [item.cpu() if isinstance(item, torch.Tensor) else item for item in batch]
-
-
-def _without_layers(images: list[Any]) -> list[Any]:
-    """All images one after the other, where some are lists of layers."""
-    return [layer for image in images for layer in (image if isinstance(image, list) else [image])]
 
 
 def _is_single_video(videos: Any) -> bool:

@@ -27,11 +27,7 @@ def run_call(
     """Call the pipeline, timed, with a CPU generator of this seed.
 
     Args:
-        pipe: a diffusers pipeline.
-        arguments: for its ``__call__``, without the generator.
         seed: of the generator, or one for each prompt; None where the pipeline takes no generator.
-        device: where the pipeline runs.
-        on_step: called with (steps done, steps in all) when denoising starts and after every step.
 
     Raises:
         SamplingParamsError: the pipeline itself refused its arguments, before denoising began.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,23 +19,16 @@ class StageClock:
     Instance attributes of the pipeline and its components are replaced for that long: ``progress_bar`` (every diffusers
     pipeline steps it in its denoising loop), ``encode_prompt`` (or, where there is none, the text encoders' forward),
     and the VAE's ``encode`` and ``decode``. No class is changed, and leaving the block restores every attribute.
-
-    Args:
-        pipe: a diffusers pipeline.
-        device: where it runs; a CUDA device is synchronised at the borders of stages, and nowhere else, so that timing
-            costs nothing.
-        on_step: see OnStep.
+    A CUDA device is synchronised at the borders of stages, and nowhere else, so that timing costs nothing.
 
     Attributes:
         seconds: "text_encoder", "denoise" and "vae" -> seconds.
-        num_steps: denoising steps done.
         denoising_began: whether the pipeline has accepted its arguments and entered its denoising loop.
     """
 
     def __init__(self, pipe: Any, device: torch.device, on_step: OnStep | None = None) -> None:
-        self._pipe = pipe
-        self._device = device
-        self._on_step = on_step
+        self._pipe, self._device = pipe, device
+        self._on_step = on_step or (lambda done, total: None)
         self._undo = ExitStack()
         self._inside: set[str] = set()
         self.seconds = {"text_encoder": 0.0, "denoise": 0.0, "vae": 0.0}
@@ -65,34 +58,27 @@ class StageClock:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to a stage. A stage that is entered within itself is counted once."""
-        if name in self._inside:
-            yield
-            return
-        self._inside.add(name)
-        began = self.now()
-        try:
-            yield
-        finally:
-            self._inside.discard(name)
-            self.seconds[name] += self.now() - began
-
     def _time_method(self, owner: Any, method: str, stage: str) -> None:
+        """Add the seconds of a method to a stage. A stage that is entered within itself is counted once."""
         original = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.stage(stage):
+            if stage in self._inside:
                 return original(*args, **kwargs)
+            self._inside.add(stage)
+            began = self.now()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._inside.discard(stage)
+                self.seconds[stage] += self.now() - began
 
         self._replace(owner, method, timed)
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute on this instance until the block ends."""
-        own = vars(owner)
-        if name in own:
-            self._undo.callback(setattr, owner, name, own[name])
+        if name in vars(owner):
+            self._undo.callback(setattr, owner, name, vars(owner)[name])
         else:
             self._undo.callback(delattr, owner, name)
         setattr(owner, name, value)
@@ -108,20 +94,18 @@ class StageClock:
 class _StepBar:
     """What pipelines use of tqdm's bar: update(), iteration and ``with``. The denoise stage lasts while it is open."""
 
-    def __init__(self, clock: StageClock, iterable: Any, total: int, on_step: OnStep | None) -> None:
-        self._clock = clock
-        self._iterable = iterable
-        self._on_step = on_step
+    def __init__(self, clock: StageClock, iterable: Any, total: int, on_step: OnStep) -> None:
+        self._clock, self._iterable, self._on_step = clock, iterable, on_step
         self._began: float | None = clock.now()
         self.total = total
         self.n = 0
-        self._report()
+        on_step(0, total)
 
     def update(self, n: int = 1) -> None:
         """Count further steps."""
         self.n += n
         self._clock.num_steps += n
-        self._report()
+        self._on_step(self.n, self.total)
         if self.n >= self.total:
             self.close()
 
@@ -147,7 +131,3 @@ class _StepBar:
         """Do nothing: there is no bar whose caption could be set."""
 
     set_postfix = set_postfix_str = set_description_str = refresh = set_description
-
-    def _report(self) -> None:
-        if self._on_step is not None:
-            self._on_step(self.n, self.total)

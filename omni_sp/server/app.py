@@ -39,13 +39,7 @@ _HEALTH: dict[int | str, dict[str, Any]] = {
 def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
     """The server's application. Its lifespan starts the engine in the background, and drains and closes it at the end.
 
-    Args:
-        omni: the engine; nobody else starts or closes it.
-        settings: of the server.
-
-    Returns:
-        The application, with ``state.omni``, ``state.settings`` and, during its lifespan, ``state.starting``: the task
-        that starts the engine, whose exception is the reason where it does not start.
+    During the lifespan ``state.starting`` is the task that starts the engine; its exception is why it does not start.
     """
     is_temporary = settings.data_dir is None
     folder = settings.data_dir or Path(tempfile.mkdtemp(prefix="omni-sp-"))

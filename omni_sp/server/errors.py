@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from omni_sp.errors import (
     RequestAbortedError,
     SamplingParamsError,
 )
+from omni_sp.validation import suggestion
 
 CLIENT_CLOSED = 499
 """Nobody waits for the answer any more (nginx's number for it)."""
@@ -38,12 +38,9 @@ class ApiError(HTTPException):
     """An error that a client gets as its answer.
 
     Args:
-        status: of HTTP.
-        message: for people: what was wrong, the values, the way out.
         param: the field of the request that is to blame.
         code: for programs.
         kind: OpenAI's error type; by default the one that belongs to the status.
-        headers: further headers of the answer.
     """
 
     def __init__(
@@ -126,15 +123,8 @@ def refusal(param: str, reason: str, *, code: str = "invalid_value") -> ApiError
 
 
 def unknown_field(name: str, known: Iterable[str]) -> ApiError:
-    """The error for a field that no request of this kind has.
-
-    Args:
-        name: the field.
-        known: the fields that there are; the message names the one that was probably meant.
-    """
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(names)}"
+    """The error for a field that no request of this kind has; it suggests the nearest known one."""
+    hint = suggestion(name, sorted(known))
     return ApiError(400, f"unknown field {name!r}; {hint}", param=name, code="unknown_parameter")
 
 

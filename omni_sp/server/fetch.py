@@ -17,11 +17,6 @@ _TIMEOUT_S = 20.0
 def fetch(url: str, *, max_bytes: int, param: str) -> bytes:
     """Fetch the file at an http(s) URL. Redirects are not followed.
 
-    Args:
-        url: what the client sent.
-        max_bytes: the most bytes of the file.
-        param: the field that the URL was sent as.
-
     Raises:
         ApiError: 400: no such host, an address that is not public, another status than 200, too large, or too slow.
     """

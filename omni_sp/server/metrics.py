@@ -23,11 +23,7 @@ _MOST_UNDER_WAY = 10_000
 
 
 class Metrics:
-    """The metrics of one server.
-
-    Args:
-        omni: whose requests are counted and timed, whoever makes them.
-    """
+    """The metrics of one server, which observes every request of its ``omni``."""
 
     def __init__(self, omni: AsyncOmni) -> None:
         omni.add_observer(self.on_event)
@@ -70,13 +66,7 @@ class Metrics:
                 self._count_output(event.output)
 
     def on_answer(self, method: str, route: str, status: int) -> None:
-        """Count an answer.
-
-        Args:
-            method: of HTTP.
-            route: the pattern of the route, never a path that the client made up.
-            status: of HTTP.
-        """
+        """Count an answer. ``route`` is a pattern, never a path that the client made up."""
         known = method if method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
         self._answers.labels(known, route, str(status)).inc()
 

@@ -27,13 +27,8 @@ _BEST_QUALITY = 95
 def decode_picture(data: bytes, *, param: str, max_pixels: int) -> Image.Image:
     """Decode an uploaded PNG, JPEG or WebP file: upright, RGB, or RGBA where it has transparency.
 
-    Args:
-        data: the file.
-        param: the field that it was uploaded as.
-        max_pixels: the most pixels, width × height; a larger picture is refused before any of it is decoded.
-
     Raises:
-        ApiError: 400: no picture, another format, too large, animated, or cut off.
+        ApiError: 400, naming ``param``: no picture, another format, too large, animated, or cut off.
     """
     try:
         return decode_image(data, formats=WEB_FORMATS, max_pixels=max_pixels, allow_animated=False)
@@ -42,15 +37,10 @@ def decode_picture(data: bytes, *, param: str, max_pixels: int) -> Image.Image:
 
 
 def picture_at(url: object, settings: ServerSettings, *, param: str) -> Image.Image:
-    """Decode the picture that a client gives as a URL. It may be fetched, so call this in a thread.
-
-    Args:
-        url: what the client sent: ``data:image/…;base64,…``, or an http(s) URL where the operator allows it.
-        settings: what the operator allows, and how large pictures may be.
-        param: the field that the URL was sent as.
+    """Decode the picture at a data: URL, or an http(s) one where the operator allows it. Call this in a thread.
 
     Raises:
-        ApiError: 400: no such URL, nothing to fetch there, or a picture that decode_picture() refuses.
+        ApiError: 400, naming ``param``: no such URL, nothing to fetch there, or a picture that cannot be decoded.
     """
     text = url if isinstance(url, str) else ""
     if text[:5].lower() == "data:":
@@ -77,10 +67,6 @@ def _decode_data_url(url: str, *, param: str) -> bytes:
 def edit_mask(mask: Image.Image, like: Image.Image) -> Image.Image:
     """Turn OpenAI's mask (transparent where to draw) into diffusers' (white where to draw, black where to keep).
 
-    Args:
-        mask: the uploaded mask.
-        like: the picture that it belongs to.
-
     Raises:
         ApiError: 400: it has no transparency, or another size than the picture.
     """
@@ -97,10 +83,7 @@ def edit_mask(mask: Image.Image, like: Image.Image) -> Image.Image:
 def encode_picture(picture: Image.Image, kind: PictureFormat, quality: int | None = None) -> bytes:
     """Encode a picture as a file. In a JPEG, transparent pixels become white: it has no transparency.
 
-    Args:
-        picture: RGB or RGBA.
-        kind: the format.
-        quality: of JPEG and WebP, 0 … 100; None for the best that is worth its bytes.
+    ``quality`` is that of JPEG and WebP, 0 … 100; None for the best that is worth its bytes.
     """
     file = io.BytesIO()
     if kind == "png":

@@ -27,15 +27,11 @@ _POLL_S = 0.2
 
 
 def serve(omni: AsyncOmni, settings: ServerSettings) -> int:
-    """Serve until SIGTERM or Ctrl-C; ``omni`` is not started yet.
+    """Serve until a signal; ``omni`` is not started yet.
 
     Returns:
         The exit code: 0 after SIGTERM, and in the other processes of torchrun; 130 after Ctrl-C; 1 where uvicorn ended
         by itself.
-
-    Raises:
-        ConfigError: the server cannot listen there; nothing was started.
-        OmniSPError: the engine did not start, or failed for good.
     """
     if not omni.is_main:  # a process of torchrun above rank 0
         asyncio.run(omni.supervise_rank())
@@ -46,11 +42,7 @@ def serve(omni: AsyncOmni, settings: ServerSettings) -> int:
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens until the end of the block; port 0 takes a free one.
-
-    Raises:
-        ConfigError: the port is taken, or there is no such address here.
-    """
+    """A socket that listens until the end of the block; port 0 takes a free one. ConfigError where it cannot listen."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(address[:2], family=family, backlog=1024)
@@ -63,11 +55,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 async def run_server(omni: AsyncOmni, settings: ServerSettings, listener: socket.socket) -> int:
-    """Start the engine and serve until a signal, in the main thread. Returns the exit code.
-
-    Raises:
-        OmniSPError: the engine did not start, or failed for good.
-    """
+    """Start the engine and serve until a signal, in the main thread. Returns the exit code."""
     return await ServerProcess(create_app(omni, settings), omni, settings, listener).run()
 
 
@@ -92,11 +80,7 @@ class ServerProcess:
         self._hurrying: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
-        """Serve until a signal or the engine's end. Returns the exit code.
-
-        Raises:
-            OmniSPError: the engine did not start, or failed for good.
-        """
+        """Serve until a signal or the engine's end. Returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
@@ -129,11 +113,7 @@ class ServerProcess:
         self._is_to_end.set()
 
     async def _watch(self) -> None:
-        """Print when the server listens and when the engine is ready, and wait for the engine's failure.
-
-        Raises:
-            OmniSPError: the engine has failed for good; there is nothing left to serve.
-        """
+        """Print when the server listens and when the engine is ready; raise when the engine has failed for good."""
         while not self._server.started:
             await asyncio.sleep(0.01)
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host

@@ -117,11 +117,6 @@ class BodyLimit:
 
     An answer that is ready before the body has come waits a moment for it, and throws it away: a client that is still
     sending when the connection closes may lose the answer.
-
-    Args:
-        app: the application behind it.
-        max_bytes: the size of a body.
-        timeout_s: the longest pause of a client that sends one, in seconds.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:

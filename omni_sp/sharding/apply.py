@@ -111,15 +111,12 @@ def _hook_root(
     handle: ShardHandle,
 ) -> None:
     """Shard and gather at the transformer itself what a plan names there, while its modules run by that plan."""
-    tracked = isinstance(plan, TrackedPlan)
-
-    def is_active() -> bool:
-        return hooks.tracked == tracked
-
+    name, tracked = type(model).__name__, isinstance(plan, TrackedPlan)
     for path, module, module_plan in resolve_plan(model, plan):
         if not path:
-            name = type(model).__name__
-            for hook in install_stream_hooks(module, name, module_plan, mesh, tracked, is_active):
+            for hook in install_stream_hooks(
+                module, name, module_plan, mesh, tracked, lambda: hooks.tracked == tracked
+            ):
                 handle.on_remove(hook.remove)
 
 

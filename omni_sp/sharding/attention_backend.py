@@ -22,10 +22,6 @@ class AttentionTag:
     """Takes the place of diffusers' parallel configuration, which a model passes on where an attention sees shards.
 
     Only our own backend may receive it. Another one would read attributes of a configuration, and gets an error.
-
-    Args:
-        path: path of the attention module, for messages.
-        replicated_keys: whether the plan says that its keys are replicated.
     """
 
     def __init__(self, path: str, *, replicated_keys: bool) -> None:
@@ -67,18 +63,11 @@ def tracking_flex_attention() -> Iterator[None]:
     original = backends[AttentionBackendName.FLEX]
 
     @wraps(original)
-    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, **others: Any) -> Any:
+    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
         if not any(isinstance(x, TokenTensor) for x in (query, key, value)):
-            return original(query, key, value, attn_mask, **others)
-        return tracked_attention(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            is_causal=others.get("is_causal", False),
-            scale=others.get("scale"),
-            enable_gqa=others.get("enable_gqa", False),
-        )
+            return original(query, key, value, attn_mask, **options)
+        taken = {name: options[name] for name in ("is_causal", "scale", "enable_gqa") if name in options}
+        return tracked_attention(query, key, value, attn_mask, **taken)
 
     backends[AttentionBackendName.FLEX] = attend
     try:
@@ -102,14 +91,7 @@ def _attention(
     # A compiled graph holds plain tensors only, so nothing is tracked there.
     if not torch.compiler.is_compiling() and (forward := current_forward()) is not None and forward.tracked:
         out: torch.Tensor = tracked_attention(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         return out
     # A model that passes no parallel configuration says thereby that the keys of this attention are replicated.
@@ -164,19 +146,15 @@ def _attend(
     return forward.strategy(query, key, value, key_mask=key_mask, is_causal=is_causal, scale=scale, layout=layout)
 
 
-@torch.library.custom_op("omni_sp::attention", mutates_args=())
-def _opaque_attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    path: str,
-    replicated_keys: bool,
-) -> torch.Tensor:
+@torch.library.custom_op(
+    "omni_sp::attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? key_mask, bool is_causal, float? scale, str path, "
+    "bool replicated_keys) -> Tensor",
+)
+def _opaque_attend(*args: Any) -> torch.Tensor:
     """:func:`_attend` as one opaque operation, so that torch.compile sees neither exchanges nor Python state."""
-    return _attend(query, key, value, key_mask, is_causal, scale, path, replicated_keys).contiguous()
+    return _attend(*args).contiguous()
 
 
 @_opaque_attend.register_fake

@@ -20,7 +20,6 @@ class ModelState:
     """What is known of one transformer class.
 
     Attributes:
-        name: the name of the class.
         state: "exact" where our tests prove it over several ranks, else "unproven".
         how: "plan" where a plan says what is split and gathered, "followed" where its tensors are tracked.
         note: what to do about an unproven class.
@@ -35,7 +34,14 @@ class ModelState:
 def catalogue() -> list[ModelState]:
     """All classes under ``diffusers.models.transformers``, by name."""
     proven = frozenset(json.loads(PROVEN_FILE.read_text()))
-    return [_state(name, name in proven) for name in transformer_classes()]
+    states = []
+    for name in transformer_classes():
+        how = "plan" if name in PLANNED else "followed"
+        state, note = (
+            ("exact", "") if name in proven else ("unproven", "newer than our tests: try it with `omni-sp check`")
+        )
+        states.append(ModelState(name, state, how, note))
+    return states
 
 
 def transformer_classes() -> list[str]:
@@ -52,13 +58,6 @@ def transformer_classes() -> list[str]:
             if inspect.isclass(member) and issubclass(member, ModelMixin) and member.__module__ == module.__name__
         }
     return sorted(names)
-
-
-def _state(name: str, is_proven: bool) -> ModelState:
-    how = "plan" if name in PLANNED else "followed"
-    if is_proven:
-        return ModelState(name, "exact", how, "")
-    return ModelState(name, "unproven", how, "newer than our tests: try it with `omni-sp check`")
 
 
 def as_markdown(states: list[ModelState]) -> str:

@@ -55,8 +55,6 @@ class ShardedForward:
     """The state of one forward.
 
     Attributes:
-        mesh: the ranks.
-        strategy: carries out attention over all ranks.
         kernel: name of the attention kernel for replicated keys.
         layouts: call site -> what the ranks exchanged there, for this input shape.
         exit_stack: is closed when the forward ends.

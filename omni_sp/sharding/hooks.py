@@ -38,20 +38,12 @@ _TRANSPARENT_HOOKS = frozenset(
 
 @dataclass(frozen=True)
 class ModuleSnapshot:
-    """One module as it was when hooks were registered on it.
-
-    Attributes:
-        parent: the modules of its parent, by name.
-        name: its own name there.
-        module: the module itself.
-        forward: what its instance had in place of its class's ``forward``, or None.
-        processor: its attention processor, or None.
-    """
+    """One module as it was when hooks were registered on it, with what may be replaced in it."""
 
     parent: Mapping[str, torch.nn.Module | None]
     name: str
     module: torch.nn.Module
-    forward: Any
+    forward: Any  # what its instance had in place of its class's forward, or None
     processor: Any
 
     def is_current(self) -> bool:
@@ -68,9 +60,6 @@ class ModuleHooks:
     """The hooks on all modules of a transformer but the transformer itself.
 
     Args:
-        model: the transformer.
-        mesh: the ranks.
-        plan: where its token streams are split and gathered.
         fallback_plan: takes the plan's place where the plan does not suffice: an attention does not call the
             dispatcher, or there is foreign code around the blocks (a step cache, skipped layers), which would take a
             shard for the full tensor. None keeps the plan; an attention that the core cannot reach is then an error.
@@ -96,14 +85,7 @@ class ModuleHooks:
         self.tracked = isinstance(plan, TrackedPlan)
 
     def refresh(self) -> bool:
-        """Hook the modules that are there now.
-
-        Returns:
-            False where they are the same as before.
-
-        Raises:
-            UnsupportedModelError: the plan names what the model does not have, or an attention cannot be reached.
-        """
+        """Hook the modules that are there now; False where they are the same as before."""
         if self._snapshots and all(snapshot.is_current() for snapshot in self._snapshots):
             return False
         self.remove()
@@ -193,25 +175,15 @@ class ModuleHooks:
         for name, value in (("_attention_backend", backend_key()), ("_parallel_config", tag)):
             if not hasattr(processor, name) or value is None:
                 continue
-            had = name in vars(processor)
-            before = vars(processor).get(name)
+            if name in vars(processor):
+                self._undo.callback(setattr, processor, name, vars(processor)[name])
+            else:
+                self._undo.callback(vars(processor).pop, name, None)
             setattr(processor, name, value)
-
-            def undo(name: str = name, had: bool = had, before: Any = before) -> None:
-                if had:
-                    setattr(processor, name, before)
-                else:
-                    vars(processor).pop(name, None)
-
-            self._undo.callback(undo)
 
 
 def require_running(path: str) -> ShardedForward:
-    """The forward that the module at ``path`` runs in.
-
-    Raises:
-        ShardingError: the module was called on its own.
-    """
+    """The forward that the module at ``path`` runs in; an error where it was called on its own."""
     forward = current_forward()
     if forward is None:
         raise ShardingError(
@@ -223,14 +195,7 @@ def require_running(path: str) -> ShardedForward:
 def resolve_plan(
     model: torch.nn.Module, plan: ShardingPlan | TrackedPlan
 ) -> list[tuple[str, torch.nn.Module, ModulePlan]]:
-    """Find the modules that the plan names, and check that their forwards take the parameters that it names.
-
-    Returns:
-        Path, module and plan of each module.
-
-    Raises:
-        UnsupportedModelError: a module is missing, or its forward takes no such parameter.
-    """
+    """Find the modules that the plan names, and check that their forwards take the parameters that it names."""
     name = type(model).__name__
     if isinstance(plan, TrackedPlan):
         modules: Mapping[str, ModulePlan] = {path: ModulePlan(inputs) for path, inputs in plan.inputs.items()}
@@ -260,11 +225,7 @@ def install_stream_hooks(
     tracked: bool,
     is_active: Callable[[], bool] | None = None,
 ) -> list[Any]:
-    """Shard inputs before the module runs, and shard or gather outputs after it, while ``is_active()``.
-
-    Returns:
-        The handles of the hooks.
-    """
+    """Hook a module to shard inputs before it runs, and shard or gather outputs after it, while ``is_active()``."""
     names = _forward_parameters(module)
     shard_value = shard_tracked if tracked else shard_plain
     hooks = []

@@ -30,9 +30,7 @@ PLANNED: Mapping[str, ShardingPlan] = {
         }
     ),
     # Residuals of a ControlNet are added to the picture's tokens between blocks.
-    "QwenImageTransformer2DModel": ShardingPlan(
-        {"": ModulePlan({"controlnet_block_samples": Split(dim=1, ndim=3)})},
-    ),
+    "QwenImageTransformer2DModel": ShardingPlan({"": ModulePlan({"controlnet_block_samples": Split(dim=1, ndim=3)})}),
     # Only a timestep for each token (Wan 2.2 TI2V) has tokens. Text and the first picture's embedding stay replicated.
     "WanTransformer3DModel": ShardingPlan(
         {"": ModulePlan({"timestep": Split(dim=1, ndim=2, replicate_if_ndim_differs=True)})},

@@ -80,8 +80,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
         )  # fmt: skip
     try:
         assert process.stdout is not None
-        told = (re.search(r"listening on (http://\S+)", line) for line in process.stdout)
-        url = next((found[1] for found in told if found), "")
+        lines = (re.search(r"listening on (http://\S+)", line) for line in process.stdout)
+        url = next((found[1] for found in lines if found), "")
         assert url, errors.read_text()
         with httpx2.Client(base_url=url, timeout=PATIENCE_S, trust_env=False) as client:
             until(lambda: process.poll() is not None or client.get("/health").status_code == 200, START_S)

@@ -41,7 +41,7 @@ def find_browser() -> str | None:
 
 
 class BrowserError(AssertionError):
-    """The browser did not do as it was told, or not in time."""
+    """The browser did not do what was asked, or not in time."""
 
 
 class Browser:
@@ -133,12 +133,12 @@ class Browser:
             while data:
                 data = data[os.write(self._writes, data) :]
         try:
-            told = answer.get(timeout=timeout_s)
+            reply = answer.get(timeout=timeout_s)
         except queue.Empty:
             raise BrowserError(f"no answer to {method} within {timeout_s} s") from None
-        if "error" in told:
-            raise BrowserError(f"{method}: {told['error'].get('message')}")
-        result: dict[str, Any] = told["result"]
+        if "error" in reply:
+            raise BrowserError(f"{method}: {reply['error'].get('message')}")
+        result: dict[str, Any] = reply["result"]
         return result
 
     def _read(self) -> None:
@@ -164,7 +164,7 @@ class Page:
         self.addresses: list[str] = []
 
     def hear(self, event: str, params: dict[str, Any]) -> None:
-        """Told of every event of this window."""
+        """Called with every event of this window."""
         if event == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             self.complaints.append(details.get("exception", {}).get("description") or details["text"])
@@ -199,17 +199,17 @@ class Page:
         self.send("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 
-    def tell(self, script: str) -> Any:
+    def run(self, script: str) -> Any:
         """The value of a JavaScript expression; promises are awaited.
 
         Raises:
             BrowserError: it threw.
         """
-        told = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in told:
-            details = told["exceptionDetails"]
+        answer = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in answer:
+            details = answer["exceptionDetails"]
             raise BrowserError(details.get("exception", {}).get("description") or details["text"])
-        return told["result"].get("value")
+        return answer["result"].get("value")
 
     def wait_for(self, script: str, timeout_s: float = 15.0) -> Any:
         """Ask again and again until an expression is true, and give its value.
@@ -219,7 +219,7 @@ class Page:
         """
         until = time.monotonic() + timeout_s
         while True:
-            value = self.tell(script)
+            value = self.run(script)
             if value:
                 return value
             if time.monotonic() > until:
@@ -228,7 +228,7 @@ class Page:
 
     def click(self, selector: str) -> None:
         """Scroll to an element until it stays, and press the mouse in its middle; nothing else may lie over it."""
-        place = self.tell(
+        place = self.run(
             f"""(async () => {{ const it = document.querySelector({json.dumps(selector)});
             it.scrollIntoView({{block: "center", behavior: "instant"}}); let box = it.getBoundingClientRect();
             for (let last = null, looks = 0; last !== box.y && looks < 50; looks++) {{
@@ -243,10 +243,8 @@ class Page:
 
     def type_in(self, selector: str, text: str) -> None:
         """Put the focus on a field and type over what it holds."""
-        self.tell(
-            f"(() => {{ const it = document.querySelector({json.dumps(selector)}); it.focus(); it.select(); }})()"
-        )
-        self.send("Input.insertText", text=text) if text else self.tell("document.execCommand('delete')")
+        self.run(f"(() => {{ const it = document.querySelector({json.dumps(selector)}); it.focus(); it.select(); }})()")
+        self.send("Input.insertText", text=text) if text else self.run("document.execCommand('delete')")
 
     def press(self, key: str, *modifiers: str) -> None:
         """Press a key where the focus is: "Tab", "Enter", "Escape", …; modifiers: "Control", "Shift"."""
@@ -265,8 +263,8 @@ class Page:
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """Write a picture of the window (or of the whole page) as PNG."""
-        told = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(told["data"]))
+        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(answer["data"]))
 
     def close(self) -> None:
         """Close the window and forget its storage."""

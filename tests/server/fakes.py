@@ -93,7 +93,7 @@ class FakeOmni(AsyncOmni):
     One request runs at a time; others wait, in the order of priority and arrival. Safe to steer from the test's thread.
 
     Args:
-        facts: of the pipeline that it pretends to be: PICTURES, EDITS, INPAINTS, VIDEOS.
+        capabilities: of the pipeline that it pretends to be: PICTURES, EDITS, INPAINTS, VIDEOS.
         steps: denoising steps where a request says nothing. step_s: seconds of each.
         start_s: seconds that start() takes. start_error: what start() raises then. start_on: what it waits for besides.
         errors: of the first, second, … request, after its first step; None for a good one, and for all further ones.
@@ -121,7 +121,7 @@ class FakeOmni(AsyncOmni):
         self.go_on = threading.Event()
         self.force_status: str | None = None
         self.restarts = 0
-        self._facts, self._steps, self._step_s, self._hold_at = capabilities, steps, step_s, hold_at
+        self._capabilities, self._steps, self._step_s, self._hold_at = capabilities, steps, step_s, hold_at
         self._start_s, self._start_error, self._errors = start_s, start_error, list(errors)
         self._most, self._start_on = max_queue_length, start_on
         self._line: list[FakeRequest] = []
@@ -140,7 +140,7 @@ class FakeOmni(AsyncOmni):
             raise EngineClosedError("the model is still being loaded: try again later")
         return Ready(
             rank=0, ranks=4, layout="ulysses_degree 2 × ring_degree 2 = 4 ranks, in words of its own",
-            rings=((0, 1), (2, 3)), capabilities=self._facts, device="cpu", dtype="float32", load_s=0.5,
+            rings=((0, 1), (2, 3)), capabilities=self._capabilities, device="cpu", dtype="float32", load_s=0.5,
         )  # fmt: skip
 
     @property
@@ -301,10 +301,10 @@ class FakeOmni(AsyncOmni):
             "tokens": {"hidden_states": 24, "encoder_hidden_states": 7},
         }  # fmt: skip
         output = OmniRequestOutput(request_id=request.id, prompt=request.prompt.text or "", metrics=metrics)
-        if self._facts.makes_videos:
+        if self._capabilities.makes_videos:
             frames = request.params.num_frames or 9
             output.videos = [[picture.copy() for _ in range(frames)] for picture in pictures]
-            metrics["fps"] = frames_per_second(self._facts, request.arguments, request.params.fps)
+            metrics["fps"] = frames_per_second(self._capabilities, request.arguments, request.params.fps)
         else:
             output.images = pictures
         return output

@@ -57,7 +57,7 @@ def opened(browser: Browser, url: str, *, is_ready: bool = True, **look: Any) ->
 
 
 def text_of(page: Page, selector: str) -> str:
-    return str(page.tell(f"document.querySelector({json.dumps(selector)}).textContent"))
+    return str(page.run(f"document.querySelector({json.dumps(selector)}).textContent"))
 
 
 def fetch(url: str) -> Any:
@@ -82,7 +82,8 @@ class Relay:
     """A line between the browser and a server, for a ``with`` block: it can be cut, and laid to another server.
 
     Attributes:
-        url: what the browser is told. target: the server's address; None while the line is cut.
+        url: the address for the browser.
+        target: the server's address; None while the connection is cut.
     """
 
     def __init__(self, target: str) -> None:
@@ -148,7 +149,7 @@ def take_picture(path: Path) -> None:
 
         def draw(prompt: str, num_cards: int) -> None:
             page.type_in("#prompt", prompt)
-            page.tell("document.querySelector('#form').requestSubmit()")
+            page.run("document.querySelector('#form').requestSubmit()")
             page.wait_for(f"{CARDS} === {num_cards}", timeout_s=120)
             page.wait_for(READY)
 
@@ -156,8 +157,8 @@ def take_picture(path: Path) -> None:
             draw(prompt, count)
         page.type_in("#n", "2")
         draw("a purple triangle on a yellow background", len(small) + 2)
-        page.tell("refresh()")
-        page.tell("document.activeElement.blur()")
+        page.run("refresh()")
+        page.run("document.activeElement.blur()")
         page.wait_for("[...document.images].every((picture) => picture.complete)")
         page.screenshot(path)
 

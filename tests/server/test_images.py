@@ -114,7 +114,7 @@ def test_bodies_that_are_no_request(served: Served, body: bytes) -> None:
     assert error_of(answer)["type"] == "invalid_request_error"
 
 
-def test_a_body_without_its_type_is_told_so(served: Served) -> None:
+def test_a_body_without_its_type_is_answered_so(served: Served) -> None:
     for kind in ("application/x-www-form-urlencoded", "text/plain"):
         answer = served.client.post(GENERATIONS, content=b'{"prompt": "x"}', headers={"content-type": kind})
         assert answer.status_code == 400
@@ -174,7 +174,7 @@ def test_failures_have_their_status(error: Any, status: int, code: str) -> None:
         assert served.post(GENERATIONS, {"prompt": "x"}).status_code == 200  # it goes on
 
 
-def test_what_nobody_foresaw_tells_nothing_of_the_inside() -> None:
+def test_what_nobody_foresaw_shows_nothing_of_the_inside() -> None:
     with serving(FakeOmni(errors=[ZeroDivisionError("secret"), ZeroDivisionError("secret")])) as served:  # type: ignore[list-item]
         answer = served.post(GENERATIONS, {"prompt": "x"})
         assert (answer.status_code, error_of(answer)["code"]) == (500, "internal_error")
@@ -203,7 +203,7 @@ def test_a_full_queue_and_a_drain() -> None:
             line.close()
 
 
-def test_a_stream_tells_steps_previews_and_the_result(served: Served) -> None:
+def test_a_stream_shows_steps_previews_and_the_result(served: Served) -> None:
     body = {"prompt": "x", "stream": True, "num_inference_steps": 6, "seed": 3}
     plain = served.stream(GENERATIONS, body)
     assert [event["type"] for event in plain] == ["image_generation.completed"]
@@ -238,7 +238,7 @@ def test_of_several_pictures_a_stream_shows_each(served: Served) -> None:
         assert picture(event["previews"][2]["b64_json"]).size == (24, 16)
 
 
-def test_waiting_streams_tell_their_place_and_stay_alive() -> None:
+def test_waiting_streams_report_their_place_and_stay_alive() -> None:
     omni = held()
     with serving(omni, keep_alive_s=0.05) as served:
         first = open_request(served, {"prompt": "x"})

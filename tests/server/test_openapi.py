@@ -154,7 +154,7 @@ def test_the_page_of_the_description_needs_nothing_from_elsewhere(served: Served
     assert served.get("/redoc").status_code == 404
 
 
-def test_a_body_that_is_no_text_is_told_so(served: Served) -> None:
+def test_a_body_that_is_no_text_is_answered_so(served: Served) -> None:
     answer = served.client.post(
         "/v1/images/generations", content=b'{"prompt": "\xff"}', headers={"Content-Type": "application/json"}
     )

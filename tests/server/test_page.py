@@ -34,44 +34,44 @@ def test_info_before_and_after_the_start() -> None:
     assert before["model"] == "qwen"
     assert before["pipeline"] is None
     with served(omni, max_steps=50) as url:
-        told = fetch(url + "/v1/info")
-    assert told["pipeline"] == "FakePicturePipeline"
-    assert told["makes"] == "picture"
-    assert not told["takes_image"]
-    assert told["rings"] == [[0, 1], [2, 3]]
-    assert told["parameters"]["width"] == {"default": 96, "multiple": 16, "minimum": 16}
-    assert told["parameters"]["num_inference_steps"]["maximum"] == 50
-    assert "num_frames" not in told["parameters"]
-    assert "true_cfg_scale" not in told["parameters"]
-    assert told["parameters"]["n"] == {"default": 1, "multiple": 1, "minimum": 1, "maximum": 10}
-    assert "strength" not in told["parameters"]
-    assert not told["takes_mask"]
-    assert told["limits"]["images"] == 16
-    assert told["steps_per_second"] is None
+        info = fetch(url + "/v1/info")
+    assert info["pipeline"] == "FakePicturePipeline"
+    assert info["makes"] == "picture"
+    assert not info["takes_image"]
+    assert info["rings"] == [[0, 1], [2, 3]]
+    assert info["parameters"]["width"] == {"default": 96, "multiple": 16, "minimum": 16}
+    assert info["parameters"]["num_inference_steps"]["maximum"] == 50
+    assert "num_frames" not in info["parameters"]
+    assert "true_cfg_scale" not in info["parameters"]
+    assert info["parameters"]["n"] == {"default": 1, "multiple": 1, "minimum": 1, "maximum": 10}
+    assert "strength" not in info["parameters"]
+    assert not info["takes_mask"]
+    assert info["limits"]["images"] == 16
+    assert info["steps_per_second"] is None
 
 
 def test_info_of_a_model_that_fills_in() -> None:
     capabilities = replace(INPAINTS, parameters={**INPAINTS.parameters, "strength": 0.6})
     with served(FakeOmni(capabilities=capabilities)) as url:
-        told = fetch(url + "/v1/info")
-    assert told["takes_mask"]
-    assert told["needs_image"]
-    assert not told["takes_many_images"]
-    assert told["parameters"]["strength"] == {"default": 0.6, "minimum": 0, "maximum": 1}
+        info = fetch(url + "/v1/info")
+    assert info["takes_mask"]
+    assert info["needs_image"]
+    assert not info["takes_many_images"]
+    assert info["parameters"]["strength"] == {"default": 0.6, "minimum": 0, "maximum": 1}
 
 
 def test_info_of_a_video_model() -> None:
     with served(FakeOmni(capabilities=VIDEOS)) as url:
-        told = fetch(url + "/v1/info")
-    assert told["makes_videos"]
-    assert told["takes_image"]
-    assert not told["takes_many_images"]
-    assert told["parameters"]["num_frames"]["multiple"] == 4
-    assert told["parameters"]["fps"]["default"] > 0
-    assert "n" not in told["parameters"]
+        info = fetch(url + "/v1/info")
+    assert info["makes_videos"]
+    assert info["takes_image"]
+    assert not info["takes_many_images"]
+    assert info["parameters"]["num_frames"]["multiple"] == 4
+    assert info["parameters"]["fps"]["default"] > 0
+    assert "n" not in info["parameters"]
 
 
-def test_info_tells_how_fast_steps_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_shows_how_fast_steps_are(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = EngineStats(steps=35, steps_done=30, denoise_s=10.0)
     monkeypatch.setattr(FakeOmni, "stats", property(lambda _self: stats))
     assert server_info(FakeOmni(), ServerSettings())["steps_per_second"] == 3.0
@@ -100,7 +100,7 @@ def test_draws_a_picture_with_steps_and_previews(browser: Browser) -> None:
     with served(omni) as url:
         page = opened(browser, url)
         assert "omni-sp/shapes" in text_of(page, "#model")
-        assert page.tell("document.querySelector('#rings').getAttribute('aria-label')").startswith("ulysses_degree 2")
+        assert page.run("document.querySelector('#rings').getAttribute('aria-label')").startswith("ulysses_degree 2")
         page.type_in("#prompt", "a red circle")
         page.type_in("#negative_prompt", "blue")
         page.type_in("#width", "128")
@@ -110,7 +110,7 @@ def test_draws_a_picture_with_steps_and_previews(browser: Browser) -> None:
         page.click("#draw")
         page.wait_for(f"{STEP}.startsWith('Step 3 of 4')")
         page.wait_for("document.querySelector('#canvas img')?.naturalWidth > 0")
-        assert page.tell("document.querySelector('#progress').value") == 3
+        assert page.run("document.querySelector('#progress').value") == 3
         page.wait_for("document.querySelector('#rings').className === 'busy'")
         omni.go_on.set()
         page.wait_for(f"{CARDS} === 1")
@@ -125,13 +125,13 @@ def test_draws_a_picture_with_steps_and_previews(browser: Browser) -> None:
         # Kept in the browser, with what was typed.
         page.go(url + "/")
         page.wait_for(f"{READY} && {CARDS} === 1")
-        assert page.tell("document.querySelector('#prompt').value") == "a red circle"
+        assert page.run("document.querySelector('#prompt').value") == "a red circle"
         assert page.complaints == []
         assert all(address.startswith((url, "blob:", "data:image/svg")) for address in page.addresses), page.addresses
         page.close()
 
 
-def test_a_seed_that_nobody_gave_is_drawn_here_and_told(browser: Browser) -> None:
+def test_a_seed_that_nobody_gave_is_drawn_here_and_shown(browser: Browser) -> None:
     omni = FakeOmni()
     with served(omni) as url:
         page = opened(browser, url)
@@ -153,23 +153,23 @@ def test_draws_several_pictures_at_once(browser: Browser) -> None:
     with served(omni, max_n=4) as url:
         page = opened(browser, url)
         page.type_in("#prompt", "four stars")
-        assert page.tell("document.querySelector('#n').title") == "at least 1, at most 4"
+        assert page.run("document.querySelector('#n').title") == "at least 1, at most 4"
         page.type_in("#n", "5")
         page.click("#draw")
-        assert page.tell("document.querySelector('#n').validity.rangeOverflow")
+        assert page.run("document.querySelector('#n').validity.rangeOverflow")
         page.type_in("#n", "4")
         page.type_in("#seed", "7")
         page.click("#draw")
         page.wait_for(f"{STEP}.startsWith('Step 1 of 4')")
         page.wait_for("document.querySelectorAll('#canvas > img.rough').length === 4")  # each as it is so far
-        assert page.tell("document.querySelectorAll('#canvas .blank').length") == 0
+        assert page.run("document.querySelectorAll('#canvas .blank').length") == 0
         omni.go_on.set()
         page.wait_for(f"{CARDS} === 4")
         assert omni.requests[0].params.num_outputs_per_prompt == 4
         assert page.wait_for("document.querySelector('#caption').textContent").endswith("seed 7 · 4 pictures")
         page.click("#canvas button:nth-child(2)")
         assert "picture2 of 4" in text_of(page, "#facts")
-        assert page.tell("document.querySelector('#download').download") == "four-stars-7-2.png"
+        assert page.run("document.querySelector('#download').download") == "four-stars-7-2.png"
         page.go(url + "/")
         page.wait_for(f"{CARDS} === 4")
         page.click("#items button")
@@ -191,7 +191,7 @@ def test_shows_only_the_fields_that_the_pipeline_takes(browser: Browser) -> None
     ):
         with served(FakeOmni(capabilities=capabilities)) as url:
             page = opened(browser, url)
-            assert page.tell(shown) == names
+            assert page.run(shown) == names
             page.close()
     with (
         served(FakeOmni(capabilities=few)) as url,
@@ -201,7 +201,7 @@ def test_shows_only_the_fields_that_the_pipeline_takes(browser: Browser) -> None
         page = opened(browser, relay.url)
         relay.cut()
         relay.target = another  # the server began anew, with another model
-        page.tell("refresh()")
+        page.run("refresh()")
         page.wait_for(f"({shown}).includes('image')")
         page.close()
 
@@ -209,17 +209,17 @@ def test_shows_only_the_fields_that_the_pipeline_takes(browser: Browser) -> None
 def test_little_is_said_aloud(browser: Browser) -> None:
     with served(FakeOmni(steps=40)) as url:
         page = opened(browser, url)
-        page.tell("""(() => { window.said = [];
+        page.run("""(() => { window.said = [];
           const note = () => said.push(document.querySelector("#say").textContent);
           new MutationObserver(note).observe(document.querySelector("#say"), {childList: true}); })()""")
         page.type_in("#prompt", "a star")
         page.click("#draw")
         page.wait_for("window.said.at(-1)?.startsWith('Done in ')")
-        said = page.tell("window.said")
+        said = page.run("window.said")
         assert "Half of it is done." in said
         assert len(said) <= 4, said
         live = "[...document.querySelectorAll('[role=status], [role=alert], [aria-live]')].map((it) => it.id).join()"
-        assert page.tell(live) == "key-problem,problem,say"
+        assert page.run(live) == "key-problem,problem,say"
         page.close()
 
 
@@ -230,11 +230,11 @@ def test_cancel_aborts_the_request(browser: Browser) -> None:
         page.type_in("#prompt", "a star")
         page.click("#draw")
         page.wait_for(f"{STEP}.startsWith('Step 1 of 4')")
-        assert page.tell(FOCUS) == "cancel"
+        assert page.run(FOCUS) == "cancel"
         page.press("Enter")
         page.wait_for(READY)
         assert text_of(page, "#canvas") == "Cancelled."
-        assert page.tell(FOCUS) == "draw"
+        assert page.run(FOCUS) == "draw"
         assert ended(omni) == "aborted"
         omni.go_on.set()
         page.click("#draw")
@@ -247,26 +247,34 @@ def test_cancel_aborts_the_request(browser: Browser) -> None:
     ("error", "said", "focus"),
     [
         (RankFailedError("rank 1 ended by signal 9", rank=1), "rank 1 ended", "draw"),
-        (SamplingParamsError("width=72: give a multiple of 16"), "width=72", "width"),
-        (SamplingParamsError("num_outputs_per_prompt=1: give 2"), "num_outputs_per_prompt=1", "n"),
-        (SamplingParamsError("negative_prompt: this model wants one"), "wants one", "negative_prompt"),
-        (SamplingParamsError("max_sequence_length=4: too short"), "too short", "draw"),  # the form has no such field
+        (SamplingParamsError("width=72: give a multiple of 16", "width"), "width=72", "width"),
+        (
+            SamplingParamsError("num_outputs_per_prompt=1: give 2", "num_outputs_per_prompt"),
+            "num_outputs_per_prompt=1",
+            "n",
+        ),
+        (SamplingParamsError("this model wants one", "negative_prompt"), "wants one", "negative_prompt"),
+        (
+            SamplingParamsError("max_sequence_length=4: too short", "max_sequence_length"),
+            "too short",
+            "draw",
+        ),  # the form has no such field
     ],
 )
-def test_errors_are_told_at_their_field(browser: Browser, error: OmniSPError, said: str, focus: str) -> None:
+def test_errors_are_shown_at_their_field(browser: Browser, error: OmniSPError, said: str, focus: str) -> None:
     with served(FakeOmni(errors=[error])) as url:
         page = opened(browser, url)
         page.type_in("#prompt", "a star")
         page.click("#draw")
         assert said in page.wait_for("document.querySelector('#problem').textContent")
         page.wait_for(READY)
-        assert page.tell(FOCUS) == focus
-        assert page.tell("document.querySelectorAll('[aria-invalid]').length") == (focus != "draw")
+        assert page.run(FOCUS) == focus
+        assert page.run("document.querySelectorAll('[aria-invalid]').length") == (focus != "draw")
         if focus != "draw":
             field = f"document.querySelector('#{focus}')"
-            assert page.tell(f"{field}.ariaInvalid + {field}.getAttribute('aria-errormessage')") == "trueproblem"
+            assert page.run(f"{field}.ariaInvalid + {field}.getAttribute('aria-errormessage')") == "trueproblem"
             top, bottom = (f"{it}.getBoundingClientRect()" for it in ("document.querySelector('#problem')", field))
-            assert 0 <= page.tell(f"{top}.top - {bottom}.bottom") < 24
+            assert 0 <= page.run(f"{top}.top - {bottom}.bottom") < 24
         page.click("#draw")
         page.wait_for(f"{CARDS} === 1")
         assert text_of(page, "#problem") == ""
@@ -278,20 +286,20 @@ def test_what_the_server_would_refuse_is_not_sent(browser: Browser) -> None:
     with served(omni, max_pixels=10_000) as url:
         page = opened(browser, url)
         page.click("#draw")
-        assert page.tell(FOCUS) == "prompt"  # required
+        assert page.run(FOCUS) == "prompt"  # required
         page.type_in("#prompt", "a star")
         page.type_in("#width", "100")
         page.click("#draw")
-        assert page.tell("document.querySelector('#width').validity.stepMismatch")
+        assert page.run("document.querySelector('#width').validity.stepMismatch")
         page.type_in("#width", "160")
         page.click("#draw")
         assert "10000" in text_of(page, "#problem")  # 160 × the default 64
-        assert page.tell(FOCUS) == "width"
+        assert page.run(FOCUS) == "width"
         assert omni.requests == []
         page.close()
 
 
-def test_tells_how_many_come_first(browser: Browser) -> None:
+def test_shows_how_many_come_first(browser: Browser) -> None:
     omni = held()
     with served(omni) as url:
         other = opened(browser, url)

@@ -47,22 +47,22 @@ def test_works_by_keyboard_alone(browser: Browser) -> None:
     with served(FakeOmni()) as url:
         page = opened(browser, url)
         page.press("Tab")
-        assert page.tell("document.activeElement.className").endswith("skip")
+        assert page.run("document.activeElement.className").endswith("skip")
         page.press("Enter")
-        assert page.tell(FOCUS) == "prompt"
+        assert page.run(FOCUS) == "prompt"
         page.send("Input.insertText", text="a star")
         page.press("Enter", "Control")
         page.wait_for(f"{CARDS} === 1")
         page.wait_for(READY)
         for _ in range(20):
             page.press("Tab")
-            if page.tell("document.activeElement.closest('#items') !== null"):
+            if page.run("document.activeElement.closest('#items') !== null"):
                 break
         page.press("Enter")
-        assert page.tell("document.querySelector('#viewer').open")
+        assert page.run("document.querySelector('#viewer').open")
         page.press("Escape")
-        assert not page.tell("document.querySelector('#viewer').open")
-        assert page.tell("document.activeElement.closest('#items') !== null")
+        assert not page.run("document.querySelector('#viewer').open")
+        assert page.run("document.activeElement.closest('#items') !== null")
         page.press("Enter", "Control")  # wherever the focus is
         page.wait_for(f"{CARDS} === 2")
         page.close()
@@ -75,11 +75,11 @@ def test_escape_cancels_and_the_focus_stays(browser: Browser) -> None:
         page.type_in("#prompt", "a star")
         page.press("Enter", "Control")
         page.wait_for(f"{STEP}.startsWith('Step 1 of 4')")
-        assert page.tell(FOCUS) == "prompt"
+        assert page.run(FOCUS) == "prompt"
         page.press("Escape")
         page.wait_for(READY)
         assert text_of(page, "#say") == "Cancelled."
-        assert page.tell(FOCUS) == "prompt"
+        assert page.run(FOCUS) == "prompt"
         assert ended(omni) == "aborted"
         page.close()
 
@@ -91,25 +91,25 @@ def test_a_mask_is_painted_by_keyboard(browser: Browser, tmp_path: Path) -> None
         page = opened(browser, url)
         page.choose_files("#image", [tmp_path / "one.png"])
         page.wait_for("document.querySelector('#mask').checkVisibility()")
-        page.tell("document.querySelector('#mask').focus()")
+        page.run("document.querySelector('#mask').focus()")
         page.press("Enter")
         page.wait_for("document.querySelector('#painter').open")
-        assert page.tell(FOCUS) == "paint"
+        assert page.run(FOCUS) == "paint"
         page.press("ArrowLeft")
         page.press("ArrowLeft")
         page.press(" ")
         page.press("Escape")
         page.wait_for("!document.querySelector('#painter').open")
-        assert page.tell("state.mask === null")  # left without Done
+        assert page.run("state.mask === null")  # left without Done
         page.press("Enter")
         page.wait_for("document.querySelector('#painter').open")
         for _ in range(4):  # a brush is two steps wide
             page.press("ArrowLeft")
         page.press(" ")
-        page.tell("document.querySelector('#paint-done').focus()")
+        page.run("document.querySelector('#paint-done').focus()")
         page.press("Enter")
         page.wait_for("state.mask !== null && !document.querySelector('#painter').open")
-        assert page.tell(FOCUS) == "mask"
+        assert page.run(FOCUS) == "mask"
         page.type_in("#prompt", "a star")
         page.press("Enter", "Control")
         page.wait_for(f"{CARDS} === 1")
@@ -128,9 +128,9 @@ def test_nothing_moves_for_who_wants_that(browser: Browser) -> None:
         page.wait_for("document.querySelectorAll('#canvas .blank').length === 2")
         # What a browser itself moves, a bar without an end, is none of the page's.
         moving = "document.getAnimations().filter((it) => it.effect.pseudoElement === null).length"
-        assert page.tell(moving) == 0
+        assert page.run(moving) == 0
         page.look(width=1280, height=900)
-        assert page.tell(moving) > 0  # it can tell
+        assert page.run(moving) > 0  # it can tell
         omni.go_on.set()
         page.wait_for(f"{CARDS} === 2")
         page.close()
@@ -144,9 +144,9 @@ def test_fits_a_phone_and_can_be_read(browser: Browser, is_dark: bool, tmp_path:
         page = opened(browser, url, width=320, height=640, is_phone=True, is_dark=is_dark)
 
         def look() -> None:
-            assert page.tell("document.documentElement.scrollWidth") == 320
-            assert page.tell(TOO_SMALL) == []
-            assert page.tell(TOO_FAINT) == []
+            assert page.run("document.documentElement.scrollWidth") == 320
+            assert page.run(TOO_SMALL) == []
+            assert page.run(TOO_FAINT) == []
 
         page.type_in("#prompt", "a-very-long-word-that-nothing-breaks-" * 5)
         page.choose_files("#image", [tmp_path / "one.png"])
@@ -158,14 +158,14 @@ def test_fits_a_phone_and_can_be_read(browser: Browser, is_dark: bool, tmp_path:
         page.wait_for(f"{CARDS} === 1")
         page.wait_for(READY)
         look()
-        page.tell("document.querySelector('#mask').click()")
+        page.run("document.querySelector('#mask').click()")
         page.wait_for("document.querySelector('#painter').open")
         look()
         page.press("Escape")
-        page.tell("document.querySelector('#items button').click()")
+        page.run("document.querySelector('#items button').click()")
         look()
-        page.tell("document.querySelector('#facts').style.color = '#777'")
-        assert page.tell(TOO_FAINT) != []  # it can tell
+        page.run("document.querySelector('#facts').style.color = '#777'")
+        assert page.run(TOO_FAINT) != []  # it can tell
         page.close()
 
 
@@ -183,7 +183,7 @@ def test_everything_has_a_name(browser: Browser) -> None:
         assert all(name for _, name in roles.values()), roles
         # A placeholder would do for a name, and is none.
         fields = "[...document.querySelectorAll('input, textarea')]"
-        assert page.tell(f"{fields}.filter((it) => !it.labels.length && !it.ariaLabel).map((it) => it.id)") == []
+        assert page.run(f"{fields}.filter((it) => !it.labels.length && !it.ariaLabel).map((it) => it.id)") == []
         page.close()
 
 
@@ -231,10 +231,10 @@ def test_draws_with_the_demo_model_on_two_ranks(browser: Browser) -> None:
     with served(omni) as url:
         page = opened(browser, url, is_ready=False)
         page.wait_for(READY, timeout_s=60)
-        told = fetch(url + "/v1/info")
-        assert (told["rings"], told["ranks"], told["makes"]) == ([[0, 1]], 2, "picture")
-        assert told["parameters"]["width"]["default"] == 256
-        assert told["parameters"]["true_cfg_scale"]["default"] == 2.0
+        info = fetch(url + "/v1/info")
+        assert (info["rings"], info["ranks"], info["makes"]) == ([[0, 1]], 2, "picture")
+        assert info["parameters"]["width"]["default"] == 256
+        assert info["parameters"]["true_cfg_scale"]["default"] == 2.0
         page.type_in("#prompt", "a red circle on a blue background")
         page.type_in("#seed", "11")
         page.type_in("#num_inference_steps", "6")

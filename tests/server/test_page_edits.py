@@ -37,7 +37,7 @@ def test_edits_pictures(browser: Browser, tmp_path: Path) -> None:
         assert [image.size for image in images] == [(32, 16), (48, 16)]
         page.click("#sources button")
         page.wait_for("document.querySelectorAll('#sources li').length === 1")
-        page.tell(PASTE)
+        page.run(PASTE)
         page.wait_for("document.querySelectorAll('#sources li').length === 2")
         # What came out goes in again.
         page.click("#items button")
@@ -61,12 +61,10 @@ PASTE = """(() => {
 def test_pictures_are_dropped_anywhere_and_what_is_none_is_refused(browser: Browser) -> None:
     with served(FakeOmni(capabilities=EDITS), max_images=2) as url:
         page = opened(browser, url)
-        assert (
-            page.tell(DROP % "['one.png', 'image/png'], ['two.webp', 'image/webp'], ['no.txt', 'text/plain']") is True
-        )
+        assert page.run(DROP % "['one.png', 'image/png'], ['two.webp', 'image/webp'], ['no.txt', 'text/plain']") is True
         page.wait_for("document.querySelectorAll('#sources li').length === 2")
         assert "Only PNG" in text_of(page, "#problem")
-        assert page.tell(DROP % "['three.png', 'image/png']") is True
+        assert page.run(DROP % "['three.png', 'image/png']") is True
         page.type_in("#prompt", "all of them")
         page.click("#draw")
         assert text_of(page, "#problem") == "3 pictures are more than this server takes: 2."
@@ -74,12 +72,12 @@ def test_pictures_are_dropped_anywhere_and_what_is_none_is_refused(browser: Brow
         page.click("#draw")
         assert "image" in page.wait_for("document.querySelector('#problem').textContent")  # they are no real pictures
         page.wait_for(READY)
-        assert page.tell(FOCUS) == "image"
+        assert page.run(FOCUS) == "image"
         page.close()
     with served(FakeOmni()) as url:
         page = opened(browser, url)
-        assert page.tell(DROP % "['one.png', 'image/png']") is True  # the browser does not leave for it
-        assert page.tell("state.sources.length") == 0
+        assert page.run(DROP % "['one.png', 'image/png']") is True  # the browser does not leave for it
+        assert page.run("state.sources.length") == 0
         page.close()
 
 
@@ -102,7 +100,7 @@ def test_a_mask_is_painted(browser: Browser, tmp_path: Path) -> None:
     open_left.resize((50, 50)).save(tmp_path / "small.png")
     with served(omni) as url:
         page = opened(browser, url)
-        assert not page.tell("document.querySelector('#mask').checkVisibility()")
+        assert not page.run("document.querySelector('#mask').checkVisibility()")
         page.choose_files("#image", [tmp_path / "one.png"])
         page.wait_for("document.querySelector('#mask').checkVisibility()")
         page.type_in("#prompt", "a star here")
@@ -124,7 +122,7 @@ def test_a_mask_is_painted(browser: Browser, tmp_path: Path) -> None:
         page.wait_for(
             "document.querySelector('#problem').textContent === 'The mask is 50 × 50, the picture 200 × 100 pixels.'"
         )
-        assert page.tell(FOCUS) == "mask"
+        assert page.run(FOCUS) == "mask"
         page.click("#mask")
         page.wait_for("document.querySelector('#painter').open")
         page.choose_files("#mask-file", [tmp_path / "mask.png"])

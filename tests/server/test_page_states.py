@@ -46,7 +46,7 @@ def test_waits_for_a_server_that_ends_and_begins_anew(browser: Browser) -> None:
         page = opened(browser, url)
         page.type_in("#prompt", "a star")
         omni.force_status = "restarting"
-        page.tell("document.querySelector('#form').requestSubmit()")
+        page.run("document.querySelector('#form').requestSubmit()")
         page.wait_for(f"{STEP}.startsWith('the server is shutting down')")
         page.wait_for("document.querySelector('#status').textContent === 'the ranks are starting again'")
         omni.force_status = None
@@ -60,14 +60,14 @@ def test_asks_for_a_key_and_keeps_it_for_the_tab(browser: Browser) -> None:
     with served(omni, api_keys=("secret",)) as url:
         page = opened(browser, url, is_ready=False)
         page.wait_for("!document.querySelector('#key-form').hidden")
-        assert page.tell(FOCUS) == "key"
+        assert page.run(FOCUS) == "key"
         page.type_in("#key", "wrong")
         page.press("Enter")
         page.wait_for("document.querySelector('#key-problem').textContent !== ''")
         page.type_in("#key", "secret")
         page.press("Enter")
         page.wait_for(READY)
-        assert page.tell("document.querySelector('#key-form').hidden")
+        assert page.run("document.querySelector('#key-form').hidden")
         page.go(url + "/")
         page.wait_for(READY)
         page.type_in("#prompt", "a star")
@@ -87,14 +87,14 @@ def test_waits_while_the_model_loads_and_says_when_the_server_is_gone(browser: B
     with served(omni) as url:
         page = opened(browser, url, is_ready=False)
         page.wait_for("document.querySelector('#status').textContent === 'loading the model'")
-        assert page.tell("document.querySelector('#draw').disabled")
+        assert page.run("document.querySelector('#draw').disabled")
         assert text_of(page, "#canvas") == "The model is loading."
         omni.go_on.set()
         page.wait_for(READY)
         assert text_of(page, "#status") == "ready"
-    page.tell("refresh()")
+    page.run("refresh()")
     assert "does not answer" in text_of(page, "#status")
-    assert page.tell("document.querySelector('#draw').disabled")
+    assert page.run("document.querySelector('#draw').disabled")
     page.close()
 
 
@@ -114,24 +114,24 @@ def test_gallery_gives_settings_back_and_forgets(browser: Browser) -> None:
         assert text_of(page, "#viewer-title") == "two"
         page.wait_for("document.querySelector('#facts').textContent.startsWith('size96 × 64seed2')")
         assert "steps4guidance4" in text_of(page, "#facts")  # the model's own
-        assert page.tell("document.querySelector('#download').download") == "two-2.png"
+        assert page.run("document.querySelector('#download').download") == "two-2.png"
         page.press("ArrowRight")
         assert text_of(page, "#viewer-title") == "one"
         page.click("#delete")
         page.wait_for(f"{CARDS} === 2 && document.querySelector('#viewer-title').textContent === 'two'")
         page.click("#reuse")
-        assert not page.tell("document.querySelector('#viewer').open")
-        assert page.tell(FOCUS) == "prompt"
+        assert not page.run("document.querySelector('#viewer').open")
+        assert page.run(FOCUS) == "prompt"
         assert (
-            page.tell("['prompt', 'seed', 'width'].map((name) => document.getElementById(name).value).join()")
+            page.run("['prompt', 'seed', 'width'].map((name) => document.getElementById(name).value).join()")
             == "two,2,"
         )
         page.click("#clear")
-        assert page.tell(CARDS) == 2  # it asks first
+        assert page.run(CARDS) == 2  # it asks first
         page.click("#clear")
         page.wait_for(f"{CARDS} === 0")
         page.go(url + "/")
         page.wait_for(READY)
-        assert page.tell(CARDS) == 0
+        assert page.run(CARDS) == 0
         assert page.complaints == []
         page.close()

@@ -36,7 +36,7 @@ def test_makes_a_video_that_outlives_the_page(browser: Browser) -> None:
         assert text_of(page, "#length").startswith("0.50 s of video")
         page.click("#draw")
         page.wait_for(f"{STEP}.startsWith('50 %')")
-        assert page.tell("document.title").startswith("50 % · ")
+        assert page.run("document.title").startswith("50 % · ")
         page.go(url + "/")  # the server goes on, and a reload finds it again
         page.wait_for(f"{STEP}.startsWith('50 %')")
         omni.go_on.set()
@@ -49,11 +49,11 @@ def test_makes_a_video_that_outlives_the_page(browser: Browser) -> None:
         page.click("#items button")
         page.wait_for("document.querySelector('#facts').textContent.startsWith('size96 × 64')")
         assert "frames5frames a second10seed3" in text_of(page, "#facts")
-        assert page.tell("document.querySelector('#download').download") == "a-cat-walks-3.mp4"
-        assert page.tell("document.querySelector('#large video').controls")
+        assert page.run("document.querySelector('#download').download") == "a-cat-walks-3.mp4"
+        assert page.run("document.querySelector('#large video').controls")
         page.go(url + "/")
         page.wait_for(f"{READY} && {CARDS} === 1")
-        assert page.tell(IDLE)  # it is not taken up again
+        assert page.run(IDLE)  # it is not taken up again
         assert page.complaints == []
         page.close()
 
@@ -69,9 +69,9 @@ def test_several_wait_and_each_can_be_looked_at(browser: Browser) -> None:
             page.wait_for("state.works.every((work) => work.id)")
         page.wait_for(f"{STEP} === 'Waiting: other requests come first'")
         page.wait_for("document.querySelector('#others').textContent.startsWith('a cat walks50 %')")
-        assert page.tell(FOCUS) == "prompt"  # where it was
+        assert page.run(FOCUS) == "prompt"  # where it was
         page.click("#others button")
-        assert page.tell(FOCUS) == "cancel"
+        assert page.run(FOCUS) == "cancel"
         assert text_of(page, "#step").startswith("50 %")
         assert text_of(page, "#others b") == "a dog runs"
         page.go(url + "/")
@@ -89,8 +89,8 @@ def test_a_video_begins_with_a_picture(browser: Browser, tmp_path: Path) -> None
         Image.new("RGB", (side, 16), (200, 0, 0)).save(tmp_path / f"{name}.png")
     with served(omni) as url:
         page = opened(browser, url)
-        assert not page.tell("document.querySelector('#image').multiple")
-        assert page.tell("document.querySelector('#n').closest('[hidden]') !== null")  # a job makes one
+        assert not page.run("document.querySelector('#image').multiple")
+        assert page.run("document.querySelector('#n').closest('[hidden]') !== null")  # a job makes one
         page.type_in("#prompt", "it wakes up")
         for name in ("one", "two"):
             page.choose_files("#image", [tmp_path / f"{name}.png"])
@@ -122,11 +122,11 @@ def test_cancel_stops_a_video(browser: Browser) -> None:
         until(lambda: fetch(url + "/v1/videos")["data"] == [])
         page.go(url + "/")
         page.wait_for(READY)
-        assert page.tell(IDLE)
+        assert page.run(IDLE)
         page.close()
 
 
-def test_what_went_wrong_is_told(browser: Browser) -> None:
+def test_what_went_wrong_is_reported(browser: Browser) -> None:
     errors = [RankFailedError("rank 1 ended by signal 9", rank=1), SamplingParamsError("seed=1: not this one")]
     with served(FakeOmni(capabilities=VIDEOS, errors=errors), max_frames=9) as url:
         page = opened(browser, url)
@@ -134,16 +134,16 @@ def test_what_went_wrong_is_told(browser: Browser) -> None:
         page.click("#draw")
         assert "rank 1 ended" in page.wait_for("document.querySelector('#problem').textContent")
         page.wait_for(IDLE)
-        page.tell("document.querySelector('#num_frames').removeAttribute('max')")
+        page.run("document.querySelector('#num_frames').removeAttribute('max')")
         page.type_in("#num_frames", "13")
         page.click("#draw")
         page.wait_for("document.querySelector('#problem').textContent === '13 frames: this server allows up to 9'")
-        assert page.tell(FOCUS) == "num_frames"
-        assert page.tell("document.querySelector('#num_frames').closest('.field').nextElementSibling.id") == "problem"
+        assert page.run(FOCUS) == "num_frames"
+        assert page.run("document.querySelector('#num_frames').closest('.field').nextElementSibling.id") == "problem"
         page.close()
 
 
-def test_a_lost_connection_is_told_and_the_video_goes_on(browser: Browser) -> None:
+def test_a_lost_connection_is_reported_and_the_video_goes_on(browser: Browser) -> None:
     omni = held(capabilities=VIDEOS)
     with served(omni) as url, Relay(url) as relay:
         page = opened(browser, relay.url)
@@ -177,7 +177,7 @@ def test_a_server_that_no_longer_knows_a_video_ends_the_waiting(browser: Browser
         page.wait_for(IDLE)
         page.go(relay.url + "/")
         page.wait_for(READY)
-        assert page.tell(IDLE)
+        assert page.run(IDLE)
         page.close()
 
 
@@ -192,7 +192,7 @@ def test_a_video_waits_for_the_key_that_the_server_wants_meanwhile(browser: Brow
         page.type_in("#prompt", "a cat walks")
         page.click("#draw")
         page.wait_for(f"{STEP}.startsWith('25 %')")
-        page.tell("state.key = 'another'")
+        page.run("state.key = 'another'")
         page.wait_for(f"{STEP} === 'Waiting for the API key'")
         page.type_in("#key", "secret")
         page.press("Enter")

@@ -33,10 +33,10 @@ def main(arguments: list[str]) -> int:
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.count("\n") == 1
-    return told.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    return printed.err
 
 
 def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,10 +154,10 @@ def test_a_signal_drains(number: signal.Signals, exit_code: int, capsys: pytest.
 
     assert run(omni, after_start) == exit_code
     assert (answers["a"].status_code, answers["b"].status_code) == (200, 503)
-    told = capsys.readouterr()
-    assert "listening on http://127.0.0.1:" in told.out
-    assert "is ready after" in told.out
-    assert "finishing what runs" in told.err
+    printed = capsys.readouterr()
+    assert "listening on http://127.0.0.1:" in printed.out
+    assert "is ready after" in printed.out
+    assert "finishing what runs" in printed.err
 
 
 @pytest.mark.parametrize("how", ["second signal", "timeout"])

@@ -52,7 +52,7 @@ def test_keys_open_what_they_guard() -> None:
             "/v1",
         ):
             assert served.get(path).status_code == 401
-        # Where nothing is drawn and nothing is told, and what cannot be guessed.
+        # Where nothing is drawn and nothing is shown, and what cannot be guessed.
         assert url is not None
         for path in ("/health", "/metrics", "/", "/docs", url):
             assert served.get(path).status_code == 200, path
@@ -187,7 +187,7 @@ def test_a_request_waits_once_until_its_first_step(monkeypatch: pytest.MonkeyPat
     assert "omni_sp_queue_seconds_count 1.0" in metrics.page().decode().splitlines()
 
 
-def test_an_engine_that_does_not_start_is_told() -> None:
+def test_an_engine_that_does_not_start_is_reported() -> None:
     omni = FakeOmni(start_error=RankFailedError("no memory", rank=0))
     with serving(omni, ready=False) as served:
         until(lambda: served.get("/health").json()["status"] == "failed")

@@ -153,19 +153,19 @@ def test_what_is_refused_leaves_no_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
         (RankFailedError("rank 1 died\nsecret path", rank=1, rank_traceback="Traceback"), "rank_failed", "rank 1 died"),
         (SamplingParamsError("seed: no"), "invalid_value", "seed: no"),
         (RequestAbortedError("stopped"), "aborted", "stopped"),
     ],
 )
-def test_a_failure_is_told_by_the_job(tmp_path: Path, error: Any, code: str, told: str) -> None:
+def test_a_failure_is_reported_by_the_job(tmp_path: Path, error: Any, code: str, message: str) -> None:
     async def case() -> None:
         async with serving(tmp_path, FakeOmni(capabilities=VIDEOS, errors=[error])) as (jobs, _):
             failed = await over(jobs, await jobs.submit(a_job(), a_picture()))
             assert (failed.status, failed.error_code, failed.progress) == (FAILED, code, 25)
-            assert told in str(failed.error_message)
+            assert message in str(failed.error_message)
             assert "secret" not in str(failed.error_message)
             assert failed.expires_at is not None
             assert (await over(jobs, await jobs.submit(a_job(), None))).status == COMPLETED

@@ -236,7 +236,7 @@ def test_a_server_that_is_not_ready_or_full_says_when_to_come_again() -> None:
 # How far it is
 
 
-def test_progress_is_told_as_it_is() -> None:
+def test_progress_is_shown_as_it_is() -> None:
     omni = held(capabilities=VIDEOS)
     with serving(omni, model=MODEL) as served:
         running, waiting = created(served, num_inference_steps=8), created(served)
@@ -263,7 +263,7 @@ def test_a_failed_video_says_why() -> None:
         assert over(served, created(served))["status"] == "completed"
 
 
-def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: JobStore, job: VideoJob, picture: bytes | None) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 

@@ -152,7 +152,7 @@ def test_an_interrupted_forward_leaves_nothing_behind(ranks: RankPool) -> None:
 
 def different_inputs(mesh: ParallelMesh) -> str:
     model = randomise(qwen_image())
-    parallelize(model, ParallelMesh(mesh.config, check=True))
+    parallelize(model, ParallelMesh(mesh.config, ranks=mesh.ranks, check=True))
     return error_of(lambda: model(**qwen_inputs(text=13 + mesh.rank)))
 
 

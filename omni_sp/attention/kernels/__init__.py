@@ -3,6 +3,7 @@
 from omni_sp.attention.kernels.base import AttentionArgs, Capabilities, Kernel, KernelCall, KeyBlock, attend
 from omni_sp.attention.kernels.registry import (
     attention_args,
+    check_kernel,
     kernel_names,
     load_kernel,
     missing_package,
@@ -18,6 +19,7 @@ __all__ = [
     "KeyBlock",
     "attend",
     "attention_args",
+    "check_kernel",
     "kernel_names",
     "load_kernel",
     "missing_package",

@@ -77,13 +77,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class AttentionArgs:
-    """How one attention is computed, whatever tensors it gets. Made once a call by ``attention_args``, then passed on.
-
-    Attributes:
-        kernel: it computes attention on one device.
-        scale: the scores query · keyᵀ are multiplied by it.
-        is_causal: each query attends to its own token and to earlier ones.
-    """
+    """How one attention is computed, whatever tensors it gets; ``attention_args`` makes it once a call."""
 
     kernel: Kernel
     scale: float
@@ -138,8 +132,6 @@ def attend(
 
     Args:
         query: (batch, q_tokens, heads, head_dim).
-        block: the keys, on the same device.
-        args: the kernel and how to call it.
         key_of_query: for each query head the index of its key/value head; None where they form equal runs.
 
     Returns:
@@ -175,14 +167,7 @@ def attend(
 def additive_mask(key_mask: Tensor | None, is_causal: bool, num_queries: int, key: Tensor) -> Tensor:
     """A mask to be added to the scores: 0 where a query may attend a key, -inf elsewhere.
 
-    Args:
-        key_mask: (batch, kv_tokens) bool, True = attend; None where all may be attended.
-        is_causal: each query attends to its own token and to earlier ones.
-        num_queries: number of query tokens.
-        key: (batch, kv_tokens, kv_heads, head_dim); the mask takes its dtype, device and number of tokens.
-
-    Returns:
-        (batch or 1, 1, q_tokens or 1, kv_tokens).
+    It is (batch or 1, 1, q_tokens or 1, kv_tokens), with the dtype and device of the key.
     """
     num_keys = key.shape[1]
     allowed = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=key.device)

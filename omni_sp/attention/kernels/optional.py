@@ -22,15 +22,9 @@ def is_installed(module: str) -> bool:
 
 
 def optional_function(modules: tuple[str, ...], name: str, install: str) -> Any:
-    """The function of the first module that can be imported.
+    """The function of the first module that can be imported; ``install`` is the command that the error advises.
 
-    Args:
-        modules: their dotted names, in order of preference.
-        name: name of the function.
-        install: the command that installs one of the modules, for the message.
-
-    Raises:
-        UnsupportedAttentionError: no module is installed, or what is installed does not work on this machine.
+    The error covers modules that are not installed, and those that do not work on this machine.
     """
     reasons = []
     for module in modules:

@@ -57,6 +57,21 @@ def load_kernel(name: str) -> Kernel:
     return kernel
 
 
+def check_kernel(name: str) -> None:
+    """Raise where there is no such kernel.
+
+    Args:
+        name: what the user calls it.
+
+    Raises:
+        UnsupportedAttentionError: there is none; the message lists the names.
+    """
+    if name not in kernel_names():
+        raise UnsupportedAttentionError(
+            f"no attention kernel is called {name!r}; choose from {', '.join(kernel_names())}"
+        )
+
+
 def missing_package(name: str) -> str | None:
     """What a kernel needs and is not installed, for a message. The package itself is not imported.
 
@@ -75,25 +90,16 @@ def missing_package(name: str) -> str | None:
 
 
 def select_kernel(name: str, call: KernelCall) -> Kernel:
-    """The kernel that serves a call.
+    """The kernel of a name, or with "auto" the first in order of preference that can serve the call.
 
-    Args:
-        name: of the kernel, or "auto" for the first in order of preference that can serve the call.
-        call: what is asked of it.
-
-    Raises:
-        UnsupportedAttentionError: there is no such kernel, or it cannot serve the call; the message says why, and
-            which kernels can.
+    Where the named one cannot, the error says why, and which kernels can.
     """
     if name == "auto":
         for candidate in map(load_kernel, _AUTO):
             if unsupported_reason(candidate, call) is None:
                 return candidate
         raise UnsupportedAttentionError(f"no kernel can serve {call}; there are {', '.join(_AUTO)}")
-    if name not in kernel_names():
-        raise UnsupportedAttentionError(
-            f"no attention kernel is called {name!r}; choose from {', '.join(kernel_names())}"
-        )
+    check_kernel(name)
     kernel = load_kernel(name)
     reason = unsupported_reason(kernel, call)
     if reason is not None:

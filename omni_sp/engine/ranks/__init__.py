@@ -25,12 +25,7 @@ class RankGroup(Protocol):
         """True in the one process that shows progress to people."""
 
     def start(self, startup: Startup, is_cancelled: Callable[[], bool]) -> Ready:
-        """Load the model on the ranks.
-
-        Args:
-            startup: receives what the start is doing.
-            is_cancelled: asked now and then whether to give up.
-        """
+        """Load the model on the ranks, reporting to ``startup``; ``is_cancelled`` says whether to give up meanwhile."""
 
     def run(self, call: Call, on_progress: OnProgress | None) -> Done:
         """Run one call on all ranks.
@@ -83,11 +78,7 @@ class Launcher(Protocol):
         """The address of the front's machine at which all ranks reach it; LOOPBACK where all are on that machine."""
 
     def placements(self, config: DiffusionParallelConfig, device: str | None) -> Sequence[RankPlacement]:
-        """Where the ranks will run, in rank order.
-
-        Args:
-            config: the degrees.
-            device: as the user gave it.
+        """Where the ranks will run, in rank order; ``device`` is what the user gave.
 
         Raises:
             ConfigError: there are too few GPUs, or too few processes to start ranks from.

@@ -59,8 +59,6 @@ def raise_for(failures: Failures, size: int, *, independent: bool = False) -> No
     cause: a rank that raised by itself comes before one that died, and that before one that only lost its peers.
 
     Args:
-        failures: what each failed rank said.
-        size: number of ranks.
         independent: each rank was doing work of its own, such as reading files that only rank 0 needs: one rank's error
             of ours needs no other.
     """

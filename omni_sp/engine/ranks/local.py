@@ -24,7 +24,6 @@ class LocalRank(RankGroup):
     Joined to other ranks, each of them makes the same calls in the same order.
 
     Args:
-        options: what the rank runs.
         joined: this process is a rank of a distributed program.
 
     Raises:

@@ -23,12 +23,7 @@ _DIE_S = 5.0
 
 
 class RankProcesses:
-    """All rank processes of one engine. After the constructor they are loading; ``end()`` leaves no process.
-
-    Args:
-        options: what the ranks run.
-        launcher: starts them.
-    """
+    """All rank processes of one engine. After the constructor they are loading; ``end()`` leaves no process."""
 
     def __init__(self, options: EngineOptions, launcher: Launcher) -> None:
         placements = launcher.placements(options.config, options.device)

@@ -47,10 +47,6 @@ class RemoteRanks(RankGroup):
 
     Idle ranks wait for their pipe, never inside an exchange. Every wait for them has a bound, and a process that ends
     is noticed at once.
-
-    Args:
-        options: what the ranks run.
-        launcher: starts their processes.
     """
 
     is_main = True

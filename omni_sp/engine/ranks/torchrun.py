@@ -25,17 +25,10 @@ def inside_distributed_program() -> bool:
 
 
 def join(config: DiffusionParallelConfig, device: str | None, timeout_s: float) -> str:
-    """Make this process a rank of the job around it, initialising torch.distributed where the user has not.
+    """Make this process a rank of the job around it, and return its device.
 
-    The process group then stays until the program ends: other parts of the program may use it too.
-
-    Args:
-        config: the degrees.
-        device: as the user gave it.
-        timeout_s: of the process group.
-
-    Returns:
-        This rank's device.
+    Where the user has not initialised torch.distributed, this does. The process group then stays until the program
+    ends: other parts of the program may use it too.
 
     Raises:
         ConfigError: the job's size is not the product of the degrees, or there are too few GPUs.

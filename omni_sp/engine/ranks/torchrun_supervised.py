@@ -188,10 +188,6 @@ def supervise_rank(config: DiffusionParallelConfig, device: str | None) -> None:
     It is called in the main thread, in all processes but that of rank 0. Signals that ask to end are left to the front,
     which disconnects the agents once it has finished what runs.
 
-    Args:
-        config: the degrees.
-        device: as the user gave it.
-
     Raises:
         ConfigError: no front was found in time.
     """

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from omni_sp.machine import num_cores
+
 _BIND, _THREADS, _SPACE = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE"
 _CACHE_SHARE = 0.25  # of the free memory, for the caches of all ranks; weights and activations need the rest
 _GIB = 2**30
@@ -23,7 +25,7 @@ def set_defaults(world_size: int, *, memory_is_set: bool) -> None:
         return
     import psutil  # type: ignore[import-untyped]
 
-    values = defaults(world_size, _cores(), psutil.virtual_memory().available, os.environ)
+    values = defaults(world_size, num_cores(), psutil.virtual_memory().available, os.environ)
     if memory_is_set:
         values.pop(_SPACE, None)
     if values:
@@ -43,10 +45,6 @@ def defaults(world_size: int, cores: int, free_bytes: int, environment: Mapping[
         _SPACE: str(max(1, int(_CACHE_SHARE * free_bytes / world_size / _GIB))),
     }
     return {name: value for name, value in values.items() if name not in environment}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _numa_nodes() -> int:

@@ -117,14 +117,7 @@ def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
 
 
 def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) -> tuple[str, list[str]]:
-    """Find what to draw in the last message of the user.
-
-    Returns:
-        The text, and the URLs of the pictures.
-
-    Raises:
-        ApiError: 400: there is no such message, it is empty, or holds what is no text and no picture.
-    """
+    """The text of the user's last message, and its pictures' URLs; ApiError 400 where it says nothing to draw."""
     index, message = next(
         ((index, one) for index, one in reversed([*enumerate(messages)]) if one.get("role") == "user"), (0, None)
     )
@@ -230,11 +223,7 @@ async def _stream(events: Events, answer: _Answer) -> Chunks:
 
 
 def _as_generation(fields: ChatFields) -> GenerationFields:
-    """The request's fields under their names in GenerationFields.
-
-    Raises:
-        ApiError: 400: two names of one thing.
-    """
+    """The request's fields under their names in GenerationFields; ApiError 400 for two names of one thing."""
     if fields.num_outputs_per_prompt is not None and fields.n not in (None, 1):
         raise ApiError(400, "give n or num_outputs_per_prompt, not both", param="n", code="invalid_value")
     size = fields.size

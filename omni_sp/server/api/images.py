@@ -78,11 +78,7 @@ def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
 
 
 def check_image(fields: ImageFields, settings: ServerSettings) -> None:
-    """Refuse what does not fit together, or is more than the operator allows.
-
-    Raises:
-        ApiError: 400, naming the field; 404 for another model.
-    """
+    """Refuse (ApiError 400 or 404) what does not fit together, or is more than the operator allows."""
     check_generation(fields, settings)
     if fields.stream:
         if fields.response_format == "url":

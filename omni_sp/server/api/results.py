@@ -15,11 +15,7 @@ from omni_sp.server.pictures import encode_picture
 
 
 def pictures_of(output: OmniRequestOutput) -> list[Image.Image]:
-    """The pictures that a request made.
-
-    Raises:
-        ApiError: 500: there is none.
-    """
+    """The pictures that a request made; ApiError 500 where there is none."""
     pictures = [picture for picture in output.images if isinstance(picture, Image.Image)]
     if not pictures:
         raise ApiError(500, "the pipeline gave no picture", code="no_picture")
@@ -32,15 +28,7 @@ async def encode(picture: Image.Image, fields: GenerationFields) -> bytes:
 
 
 def count_tokens(metrics: Mapping[str, Any], num_pictures: int) -> tuple[int, int]:
-    """Count the tokens that the transformer had.
-
-    Args:
-        metrics: of the request's output.
-        num_pictures: how many pictures to count for.
-
-    Returns:
-        The tokens of the text, and those of the pictures.
-    """
+    """Tokens of the text and of so many pictures that the transformer had, by an output's metrics."""
     tokens = dict(metrics.get("tokens") or {})
     picture_tokens = tokens.pop("hidden_states", 0) * num_pictures
     return sum(tokens.values()), picture_tokens

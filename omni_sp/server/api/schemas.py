@@ -91,11 +91,7 @@ def from_form(kind: type[_Form], fields: dict[str, str]) -> _Form:
 
 
 def check_model(settings: ServerSettings, model: str | None) -> None:
-    """Refuse another model than the one that is served.
-
-    Raises:
-        ApiError: 404, the status that OpenAI answers with.
-    """
+    """Refuse another model than the one that is served: ApiError 404, as OpenAI answers."""
     if model is not None and model not in settings.names:
         known = " or ".join(settings.names)
         message = f"there is no model {model!r}; this server runs {known}"
@@ -103,11 +99,7 @@ def check_model(settings: ServerSettings, model: str | None) -> None:
 
 
 def require_at_most(name: str, value: int | None, most: int) -> None:
-    """Refuse a field above the operator's limit.
-
-    Raises:
-        ApiError: 400, naming the field.
-    """
+    """Refuse a field above the operator's limit: ApiError 400."""
     if value is not None and value > most:
         raise ApiError(400, f"{name}={value}: this server allows up to {most}", param=name, code="invalid_value")
 

@@ -34,12 +34,7 @@ Chunks = AsyncGenerator[bytes, None]
 async def run_to_completion(
     omni: AsyncOmni, request: Request, prompt: Prompt, params: OmniDiffusionSamplingParams
 ) -> OmniRequestOutput:
-    """Draw, and wait for the result. A client that goes away meanwhile aborts the request, whose body has been read.
-
-    Raises:
-        OmniSPError: the request is refused or fails.
-        ApiError: 499: the client went away.
-    """
+    """Draw, and wait for the result. A client that goes away meanwhile aborts the request: ApiError 499."""
     generating = asyncio.create_task(_result(omni, prompt, params))
     if not await _is_done_before_disconnect(generating, request.receive):
         raise ApiError(CLIENT_CLOSED, "the client went away", code="aborted", kind="request_aborted_error")
@@ -114,12 +109,7 @@ class EventStream(Response):
 
 
 def event_bytes(body: dict[str, Any], *, named: bool = True) -> bytes:
-    """One server-sent event.
-
-    Args:
-        body: its data.
-        named: whether the event has its type as name, which OpenAI's image events have.
-    """
+    """One server-sent event; ``named`` by its type, as OpenAI's image events are."""
     data = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     name = f"event: {body['type']}\n" if named else ""
     return f"{name}data: {data}\n\n".encode()

@@ -73,10 +73,7 @@ class VideoFields(Fields):
 def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore) -> APIRouter:
     """The routes below ``/v1/videos``. Their jobs start and end with the application (the router has a lifespan).
 
-    Args:
-        omni: makes the videos.
-        settings: of the server.
-        files: where videos and jobs are kept; whoever opened it closes it after the application's end.
+    ``files`` keeps videos and jobs; whoever opened it closes it after the application's end.
     """
 
     def read_picture(data: bytes) -> Image.Image:

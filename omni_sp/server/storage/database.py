@@ -30,10 +30,7 @@ CREATE INDEX jobs_by_status ON jobs (status);
 
 
 class Database:
-    """The database of a data folder, for its files and jobs.
-
-    Args:
-        folder: is made, for this user alone, where it is missing.
+    """The database of a data folder, which is made, for this user alone, where it is missing.
 
     Raises:
         ConfigError: it cannot be written, another server uses it, or its database is damaged or of a newer Omni-SP.
@@ -56,11 +53,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Do all of the block or none of it, on disk when the block is left; other threads wait meanwhile.
-
-        Raises:
-            sqlite3.Error: for example of a full disk; nothing has changed then.
-        """
+        """Do all of the block or, on an error such as a full disk, none of it; other threads wait meanwhile."""
         with self._lock:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -72,12 +65,7 @@ class Database:
                 raise
 
     def rows(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
-        """The rows that a SELECT finds.
-
-        Args:
-            query: in SQL, with ``?`` for each value.
-            values: of the query.
-        """
+        """The rows that a SELECT finds."""
         with self._lock:
             return self._connection.execute(query, values).fetchall()
 

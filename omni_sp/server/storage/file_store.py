@@ -23,20 +23,9 @@ class FileStore:
     """Files in a folder, with an index in its database.
 
     A file appears when it is complete, never before. It outlives the process, and goes when it is older than
-    ``max_age_s``, or when all files together are larger than ``max_total_bytes``: the oldest first, the newest never.
-    May be used from several threads.
-
-    Args:
-        folder: the data folder; the files lie in ``files/`` below it, and nothing else there is touched.
-        max_age_s: seconds that a file is kept; None for ever.
-        max_total_bytes: the most bytes of all files; None for no limit.
-        now: the clock: seconds since 1970.
-
-    Attributes:
-        database: of the folder; jobs are kept there too.
-
-    Raises:
-        ConfigError: the folder cannot be used.
+    ``max_age_s``, or when all files together are larger than ``max_total_bytes``: the oldest first, the newest never;
+    None is no limit. They lie in ``files/`` below the folder, and nothing else there is touched. May be used from
+    several threads.
     """
 
     def __init__(
@@ -58,12 +47,7 @@ class FileStore:
             raise
 
     def put(self, data: bytes, *, suffix: str, media_type: str) -> str:
-        """Keep these bytes under a name with this suffix. Returns the id to fetch the file by.
-
-        Raises:
-            OSError: for example of a full disk; nothing is kept then.
-            sqlite3.Error: for example of a full disk; nothing is kept then.
-        """
+        """Keep these bytes under a name with this suffix, and return their id. On an error nothing is kept."""
         part = self._folder / f".part-{secrets.token_hex(8)}"
         try:
             part.write_bytes(data)
@@ -72,12 +56,7 @@ class FileStore:
             part.unlink(missing_ok=True)
 
     def adopt(self, source: Path, *, suffix: str, media_type: str) -> str:
-        """Move a finished file from ``scratch()`` into the store. Returns the id to fetch the file by.
-
-        Raises:
-            OSError: for example of a full disk; nothing is kept then.
-            sqlite3.Error: for example of a full disk; nothing is kept then.
-        """
+        """Move a finished file from ``scratch()`` into the store, and return its id. On an error nothing is kept."""
         if not _SUFFIX.fullmatch(suffix):
             raise ValueError(f"suffix={suffix!r}: give one such as '.png'")
         file_id = f"file-{secrets.token_hex(16)}"
@@ -98,11 +77,7 @@ class FileStore:
         return file_id
 
     def path(self, file_id: str) -> tuple[Path, str]:
-        """Where a file lies, and its media type. The id is looked up, and never becomes part of a path.
-
-        Raises:
-            KeyError: there is no file of that id, or no longer.
-        """
+        """Where a file lies, and its media type; KeyError where it is not kept. The id never becomes part of a path."""
         found = self.database.rows("SELECT name, media_type, created_at FROM files WHERE id = ?", (file_id,))
         if found:
             name, media_type, created_at = found[0]
@@ -113,11 +88,7 @@ class FileStore:
         raise KeyError(file_id)
 
     def delete(self, file_id: str) -> None:
-        """Remove a file.
-
-        Raises:
-            KeyError: there is no file of that id.
-        """
+        """Remove a file; KeyError where there is none of that id."""
         if not self._drop("id = ?", (file_id,)):
             raise KeyError(file_id)
 

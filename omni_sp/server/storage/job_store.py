@@ -14,24 +14,17 @@ QUEUED, IN_PROGRESS, COMPLETED, FAILED = "queued", "in_progress", "completed", "
 
 @dataclass(frozen=True, kw_only=True)
 class VideoJob:
-    """A request for a video, and its state.
+    """A request for a video, and its state. Times are seconds since 1970.
 
     Attributes:
-        id: of the job.
-        model: that is to make the video.
-        created_at: when the job was made, in seconds since 1970.
-        prompt: the text; None where only a picture was given.
         params: the sampling parameters, named as in OmniDiffusionSamplingParams.
-        status: QUEUED, IN_PROGRESS, COMPLETED or FAILED.
         progress: percent of the denoising steps; 100 only when all is done.
         attempts: how often the job has been started, by this server process and those before it.
-        completed_at: when the job was over, also by failure, in seconds since 1970.
-        expires_at: when the job is forgotten, in seconds since 1970; None for never.
+        completed_at: when the job was over, also by failure.
+        expires_at: when the job is forgotten; None for never.
         seconds: how long the video lasts; None as long as only the pipeline knows.
         size: "WIDTHxHEIGHT" in pixels; None as long as only the pipeline knows.
         files: "video", "thumbnail" or "audio" -> the id of the file.
-        error_code: of a failed job, for programs.
-        error_message: of a failed job, for people.
         note: what a person should know of a finished video.
     """
 
@@ -59,22 +52,13 @@ class VideoJob:
 
 
 class JobStore:
-    """The jobs of a data folder. May be used from several threads; each call is all or nothing.
-
-    Args:
-        database: of the folder.
-    """
+    """The jobs of a data folder. May be used from several threads; each call is all or nothing."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def add(self, job: VideoJob, picture: bytes | None) -> None:
-        """Keep a new job.
-
-        Args:
-            job: the job.
-            picture: the file of the picture that it starts from, which is kept until the job is over; None for none.
-        """
+        """Keep a new job, and the file of the picture that it starts from until it is over."""
         with self._database.transaction() as connection:
             connection.execute(
                 "INSERT INTO jobs (id, status, expires_at, document, picture) VALUES (?, ?, ?, ?, ?)",
@@ -82,11 +66,7 @@ class JobStore:
             )
 
     def get(self, job_id: str) -> VideoJob:
-        """A job as it is now.
-
-        Raises:
-            KeyError: there is no job of that id.
-        """
+        """A job as it is now; KeyError where there is none of that id."""
         found = self._database.rows("SELECT document FROM jobs WHERE id = ?", (job_id,))
         if not found:
             raise KeyError(job_id)
@@ -98,18 +78,7 @@ class JobStore:
         return bytes(found[0][0]) if found and isinstance(found[0][0], bytes) else None
 
     def change(self, job_id: str, **changes: Any) -> VideoJob:
-        """Change some attributes of a job.
-
-        Args:
-            job_id: of the job.
-            changes: the attributes of VideoJob, and their new values.
-
-        Returns:
-            The job with the changes.
-
-        Raises:
-            KeyError: there is no job of that id, or no longer.
-        """
+        """Change some attributes of a job, and return it; KeyError where there is none of that id, or no longer."""
         with self._database.transaction() as connection:
             found = connection.execute("SELECT document FROM jobs WHERE id = ?", (job_id,)).fetchone()
             if found is None:
@@ -123,26 +92,14 @@ class JobStore:
         return job
 
     def delete(self, job_id: str) -> VideoJob:
-        """Forget a job. Returns what it was.
-
-        Raises:
-            KeyError: there is no job of that id.
-        """
+        """Forget a job, and return what it was; KeyError where there is none of that id."""
         with self._database.transaction() as connection:
             job = self.get(job_id)
             connection.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
         return job
 
     def page(self, *, limit: int, after: str | None = None, ascending: bool = False) -> tuple[list[VideoJob], bool]:
-        """List jobs by age, page by page.
-
-        Args:
-            limit: the most jobs of this page.
-            after: the id of the last job of the page before; None for the first page.
-            ascending: the oldest first, not the newest.
-
-        Returns:
-            The jobs, and whether there are more of them.
+        """List jobs by age, page by page: the jobs after the one of id ``after``, and whether there are more of them.
 
         Raises:
             KeyError: there is no job ``after``.

@@ -39,13 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _ActiveJob:
-    """A job that this process works on.
-
-    Attributes:
-        task: does it.
-        began: whether its denoising has begun.
-        progress: in percent.
-    """
+    """A job that this process works on; ``began``: its denoising has begun."""
 
     task: asyncio.Task[None]
     began: bool = False
@@ -60,8 +54,6 @@ class VideoJobs:
     from one event loop: ``start()``, and ``close()`` at the end.
 
     Args:
-        omni: makes the videos.
-        files: where videos go, and in whose database the jobs are.
         model: the model that is served; jobs of another model are not run.
         max_age_s: seconds that a finished job is kept; None for ever.
         read_picture: turns the bytes of a file into a picture in the pipeline's mode, or raises.
@@ -95,11 +87,7 @@ class VideoJobs:
         self._chores = [asyncio.create_task(self._resume(left)), asyncio.create_task(self._sweep())]
 
     async def close(self, timeout_s: float) -> None:
-        """Stop. Waiting jobs stay on disk. Idempotent.
-
-        Args:
-            timeout_s: seconds in which the running job may finish.
-        """
+        """Stop; the running job may finish within so many seconds. Waiting jobs stay on disk. Idempotent."""
         self._is_open = False
         for chore in self._chores:
             chore.cancel()
@@ -120,13 +108,6 @@ class VideoJobs:
     async def submit(self, job: VideoJob, picture: bytes | None) -> VideoJob:
         """Queue a job. When this returns, it will not be lost; when it raises, nothing is queued.
 
-        Args:
-            job: the job.
-            picture: the file of the picture to start from; None for none.
-
-        Returns:
-            The job as it is now.
-
         Raises:
             SamplingParamsError: the pipeline cannot make it.
             ApiError: the picture cannot be read.
@@ -145,28 +126,16 @@ class VideoJobs:
         return self.get(job.id)
 
     def get(self, job_id: str) -> VideoJob:
-        """A job as it is now.
-
-        Raises:
-            KeyError: there is no job of that id.
-        """
+        """A job as it is now; KeyError where there is none of that id."""
         return self._as_it_is(self._store.get(job_id))
 
     def page(self, *, limit: int, after: str | None = None, ascending: bool = False) -> tuple[list[VideoJob], bool]:
-        """One page of jobs by age, the newest first unless ``ascending``, and whether there are more after it.
-
-        Raises:
-            KeyError: there is no job ``after``.
-        """
+        """One page of jobs by age, the newest first unless ``ascending``, and whether there are more after it."""
         jobs, has_more = self._store.page(limit=limit, after=after, ascending=ascending)
         return [self._as_it_is(job) for job in jobs], has_more
 
     async def delete(self, job_id: str) -> None:
-        """Forget a job and its files; stop it where it waits or runs.
-
-        Raises:
-            KeyError: there is no job of that id.
-        """
+        """Forget a job and its files; stop it where it waits or runs. KeyError where there is none of that id."""
         job = self._store.delete(job_id)
         active = self._active.get(job_id)
         if active is not None:
@@ -175,18 +144,7 @@ class VideoJobs:
         self._drop(job.files)
 
     def file(self, job: VideoJob, kind: str) -> tuple[Path, str]:
-        """A file of a finished job.
-
-        Args:
-            job: the job.
-            kind: "video", "thumbnail" or "audio".
-
-        Returns:
-            Where the file lies, and its media type.
-
-        Raises:
-            KeyError: there is none, or no longer.
-        """
+        """Where a finished job's "video", "thumbnail" or "audio" lies, and its type; KeyError where it is gone."""
         return self._files.path(job.files[kind])
 
     def _as_it_is(self, job: VideoJob) -> VideoJob:

@@ -46,11 +46,11 @@ async function call(path, options = {}) {
     throw new Problem("The server does not answer.", { is_lost: true });
   }
   if (answer.ok) return answer;
-  const told = (await answer.json().catch(() => ({}))).error ?? {};
+  const reported = (await answer.json().catch(() => ({}))).error ?? {};
   if (answer.status === 401) askForKey(state.key ? "The server does not know this key." : "");
   // 503: it is starting, or ending to be started anew; 502 and 504 are a proxy's, in front of none.
-  throw new Problem(told.message ?? `The server answered ${answer.status} ${answer.statusText}.`,
-    { param: told.param, status: answer.status, is_lost: [502, 503, 504].includes(answer.status) });
+  throw new Problem(reported.message ?? `The server answered ${answer.status} ${answer.statusText}.`,
+    { param: reported.param, status: answer.status, is_lost: [502, 503, 504].includes(answer.status) });
 }
 
 async function* serverEvents(answer) {
@@ -266,7 +266,7 @@ function readForm() {
   if (sources.length > images) throw new Problem(`${sources.length} pictures are more than this server takes: ${images}.`, { param: "image" });
   const bytes = [...sources, state.mask].reduce((sum, file) => sum + (file?.size ?? 0), 10_000);
   if (bytes > body_bytes) throw new Problem(`The pictures are larger than this server takes: ${short(body_bytes / 2 ** 20)} MiB.`, { param: "image" });
-  // Chosen here, so that the gallery can tell it, and a request that was lost can be sent again.
+  // Chosen here, so that the gallery can show it, and a request that was lost can be sent again.
   if (info.parameters.seed) settings.seed ??= crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
   return settings;
 }

@@ -57,7 +57,7 @@ async function run(order) {
 
 function cancel(work) {
   work.abort.abort();
-  tell(work, "Cancelling", work.value, work.max);
+  showProgress(work, "Cancelling", work.value, work.max);
 }
 
 // The stage
@@ -71,7 +71,7 @@ function stage(work) {
   empty.textContent = work.kind === "video" ? "The video appears here when it is done." : "…";
   $("canvas").replaceChildren(...count > 1 ? Array.from({ length: count }, () => make("div", { class: "blank" })) : [empty]);
   $("running").hidden = false;
-  tell(work, work.text, work.value, work.max);
+  showProgress(work, work.text, work.value, work.max);
   showOthers();
   if ($("stage").getBoundingClientRect().top > innerHeight / 2) $("stage").scrollIntoView();
 }
@@ -86,7 +86,7 @@ function showOthers() {
   $("others").replaceChildren(...state.works.filter((work) => work !== state.work).map((work) => work.card));
 }
 
-function tell(work, text, value, max) {
+function showProgress(work, text, value, max) {
   Object.assign(work, { text, value, max });
   work.card.querySelector("span").textContent = text;
   if (state.work !== work) return;
@@ -100,11 +100,11 @@ function tellSteps(work, done, total) {
   if (done === 0) refresh();
   const rate = pace(work, done);
   const left = rate ? ` · ${short(rate)} steps/s · ${lasting((total - done) / rate)} left` : "";
-  tell(work, done < total ? `Step ${done} of ${total}${left}` : "Decoding", done, total);
+  showProgress(work, done < total ? `Step ${done} of ${total}${left}` : "Decoding", done, total);
   sayHalf(work);
 }
 
-// How much comes in a second; 0 until that can be told.
+// How much comes in a second; 0 until that is known.
 function pace(work, value) {
   const now = performance.now();
   if (!work.first || value < work.first.value) work.first = { at: now, value };  // a restart begins anew
@@ -120,7 +120,7 @@ function sayHalf(work) {
 }
 
 function tellPosition(work, position) {
-  tell(work, position ? `Waiting: ${position} ${position === 1 ? "request comes" : "requests come"} first` : "Next in line", 0, 0);
+  showProgress(work, position ? `Waiting: ${position} ${position === 1 ? "request comes" : "requests come"} first` : "Next in line", 0, 0);
   say(work.text);
   if (position) refresh();
 }
@@ -151,12 +151,12 @@ function showResults(items) {
     open.onclick = () => view(state.items.indexOf(items[place]));
     return open;
   }));
-  const told = [`${short(items[0].seconds)} s`];
-  if ("seed" in items[0].used) told.push(`seed ${items[0].used.seed}`);
-  if (items.length > 1) told.push(`${items.length} pictures`);
+  const details = [`${short(items[0].seconds)} s`];
+  if ("seed" in items[0].used) details.push(`seed ${items[0].used.seed}`);
+  if (items.length > 1) details.push(`${items.length} pictures`);
   measured(shown[0], (width, height) => {
     shapeCanvas({ width, height, n: items.length });
-    $("caption").textContent = [`${width} × ${height}`, ...told].join(" · ");
+    $("caption").textContent = [`${width} × ${height}`, ...details].join(" · ");
   });
   play(shown[0]);
 }
@@ -170,11 +170,11 @@ async function drawPictures(work) {
       return await drawOnce(work);
     } catch (error) {
       if (signal.aborted || !error.is_lost || tries === TRIES) throw error;
-      tell(work, `${error.message} It is drawn when the server is back.`, 0, 0);
+      showProgress(work, `${error.message} It is drawn when the server is back.`, 0, 0);
       say(work.text);
       await sleep(500 * tries);
       await serverBack(signal);
-      tell(work, "Sending again", 0, 0);
+      showProgress(work, "Sending again", 0, 0);
     }
   }
 }
@@ -244,10 +244,10 @@ async function makeVideo(work) {
       signal.throwIfAborted();
       if (video.status === "failed") throw new Problem(video.error?.message ?? "The video failed.");
       if (video.status === "completed") break;
-      if (video.status === "queued") tell(work, "Waiting: other requests come first", 0, 0);
+      if (video.status === "queued") showProgress(work, "Waiting: other requests come first", 0, 0);
       else tellPercent(work, video.progress ?? 0);
     }
-    tell(work, "Fetching the video", 100, 100);
+    showProgress(work, "Fetching the video", 100, 100);
     const blob = await patiently(work, async () => (await call(`${path}/content`, { signal })).blob());
     const item = asItem(work, blob, { id: work.id, when: Date.now(), note: video.note ?? null });
     for (const name of ["seed", "num_frames", "fps"]) if (video[name] != null) item.used[name] = video[name];
@@ -281,7 +281,7 @@ async function patiently(work, ask) {
     } catch (error) {
       const is_locked = error.status === 401;
       if (work.abort.signal.aborted || !(is_locked || error.is_lost || error instanceof TypeError)) throw error;
-      tell(work, is_locked ? "Waiting for the API key" : "The server does not answer. This goes on when it does.", work.value, work.max);
+      showProgress(work, is_locked ? "Waiting for the API key" : "The server does not answer. This goes on when it does.", work.value, work.max);
       if (!is_told) say(work.text);
       is_told = true;
     }
@@ -291,6 +291,6 @@ async function patiently(work, ask) {
 function tellPercent(work, percent) {
   const rate = pace(work, percent);
   const left = rate ? ` · ${lasting((100 - percent) / rate)} left` : "";
-  tell(work, percent < 99 ? `${Math.round(percent)} %${left}` : "Decoding", percent, 100);
+  showProgress(work, percent < 99 ? `${Math.round(percent)} %${left}` : "Decoding", percent, 100);
   sayHalf(work);
 }

@@ -26,6 +26,10 @@ def _require_forward() -> ShardedForward:
     return forward
 
 
+def _full(x: Any, operation: str = "attention") -> Any:
+    return x.full_tensor(operation) if isinstance(x, TokenTensor) else x
+
+
 def scaled_dot_product_attention(
     query: Any,
     key: Any,
@@ -43,25 +47,18 @@ def scaled_dot_product_attention(
     if isinstance(mask, TokenTensor) and not _mask_follows_query(mask, query):
         mask = mask.full_tensor("mask")
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    tensors = query, key, value
-    tracked = [x for x in tensors if isinstance(x, TokenTensor)]
+    tracked = [x for x in (query, key, value) if isinstance(x, TokenTensor)]
     tokens = query.ndim - 2
     if not isinstance(query, TokenTensor) or query.shard_dim > tokens or key.ndim != query.ndim:
         # Full queries need the full keys.
         return _on_full_tensors(query, key, value, mask, options)
     if query.shard_dim < tokens:
         return _along_batch(query, key, value, mask, options)
-    if any(x.shard_dim != tokens for x in tracked):
-        key, value = (x.full_tensor("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
-        tracked = [query]
-    if len(tracked) == 1:
-        return _local_queries(query, key, value, mask, options)
-    if len(tracked) == 2 or key.placement != value.placement:
-        key, value = (x.full_tensor("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
-        return _local_queries(query, key, value, mask, options)
+    if len(tracked) < 3 or any(x.shard_dim != tokens for x in tracked) or key.placement != value.placement:
+        return _local_queries(query, _full(key), _full(value), mask, options)
     key_mask, query_mask = (None, None) if mask is None else _key_and_query_mask(mask, query, key)
     if is_causal or key_mask is False or query.ndim != 4:
-        return _local_queries(query, key.full_tensor("attention"), value.full_tensor("attention"), mask, options)
+        return _local_queries(query, _full(key), _full(value), mask, options)
     forward = _require_forward()
     forward.count_attention()
     layout = SequenceLayout(query=query.placement.lengths, key=key.placement.lengths)
@@ -83,7 +80,7 @@ def _mask_follows_query(mask: TokenTensor, query: Any) -> bool:
 
 
 def _on_full_tensors(query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> torch.Tensor:
-    q, k, v, mask = (x.full_tensor("attention") if isinstance(x, TokenTensor) else x for x in (query, key, value, mask))
+    q, k, v, mask = map(_full, (query, key, value, mask))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
 
@@ -185,13 +182,13 @@ def _dense_mask(mask: BlockMask) -> torch.Tensor:
     return dense
 
 
-def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, scale: float | None, enable_gqa: bool) -> Any:
+def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Any:
     """FlexAttention of this rank's queries to all keys, under a mask that is nothing but tables of blocks.
 
     Compiled flex obeys the tables, plain flex does not, so flex itself is called. Where the shards do not end where
     blocks end, every rank computes all queries.
     """
-    key, value = (x.full_tensor("attention") if isinstance(x, TokenTensor) else x for x in (key, value))
+    key, value = _full(key), _full(value)
     tables: list[Any] = [mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices]
     block_placement: Placement | None = None
     if isinstance(query, TokenTensor):
@@ -200,8 +197,8 @@ def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, scale: float 
         if query.shard_dim == query.ndim - 2 and blocks * mask.BLOCK_SIZE[0] == query.shape[-2]:
             block_placement = query.placement.unflatten_dims(1, blocks, mask.BLOCK_SIZE[0])
     if block_placement is None:
-        q = query.full_tensor("attention") if isinstance(query, TokenTensor) else query
-        tables = [x.full_tensor("mask") if isinstance(x, TokenTensor) else x for x in tables]
+        q = _full(query)
+        tables = [_full(x, "mask") for x in tables]
     else:
         q = query.local
         # This may gather, so that ranks without a query have to call it too.
@@ -209,17 +206,11 @@ def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, scale: float 
         if q.numel() == 0:
             return query.wrap(q.new_empty((*q.shape[:-1], value.shape[-1])))
     numbers, indices, full_numbers, full_indices = tables
+    lengths = (q.shape[-2], key.shape[-2])
     local_mask = BlockMask.from_kv_blocks(
-        numbers,
-        indices,
-        full_numbers,
-        full_indices,
-        BLOCK_SIZE=mask.BLOCK_SIZE,
-        mask_mod=mask.mask_mod,
-        seq_lengths=(q.shape[-2], key.shape[-2]),
-        compute_q_blocks=False,
+        numbers, indices, full_numbers, full_indices, mask.BLOCK_SIZE, mask.mask_mod, lengths, compute_q_blocks=False
     )
-    out = flex_attention(q, key, value, block_mask=local_mask, scale=scale, enable_gqa=enable_gqa)
+    out = flex_attention(q, key, value, block_mask=local_mask, **options)
     if not isinstance(query, TokenTensor):
         return out
     return query.wrap(out if block_placement is not None else query.shard_like(out, query.shard_dim))
@@ -238,48 +229,24 @@ def tracked_attention(
     query: Any,
     key: Any,
     value: Any,
-    *,
-    attn_mask: Any,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
+    attn_mask: Any = None,
     dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
 ) -> Any:
-    """Attention as diffusers' dispatcher calls it, over tensors of which some may be sharded.
+    """Attention as diffusers' dispatcher calls it, over (batch, tokens, heads, head_dim) of which some may be sharded.
 
-    Args:
-        query: (batch, tokens, heads, head_dim).
-        key: (batch, kv_tokens, kv_heads, head_dim).
-        value: (batch, kv_tokens, kv_heads, head_dim).
-        attn_mask: what torch's attention takes, a bool mask (batch, kv_tokens), or a mask of FlexAttention; None for
-            no mask.
-        is_causal: token i attends to the tokens up to i.
-        scale: of the scores; None for head_dim ** -0.5.
-        enable_gqa: there may be fewer key heads than query heads.
-        dropout_p: as torch's attention takes it; refused where a tensor is sharded.
-
-    Returns:
-        (batch, tokens, heads, head_dim), sharded like the query.
-
-    Raises:
-        UnsupportedAttentionError: dropout, or tensors that are sharded outside of a sharded forward.
+    The mask is what torch's attention takes, a bool mask (batch, kv_tokens), or a mask of FlexAttention. The output is
+    sharded like the query.
     """
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if isinstance(attn_mask, BlockMask):
         if attn_mask.mask_mod is noop_mask:
-            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            return _under_block_mask(q, k, v, attn_mask, scale, enable_gqa).transpose(1, 2)
+            return _under_block_mask(q, k, v, attn_mask, options).transpose(1, 2)
         attn_mask = _dense_mask(attn_mask)
     # Torch's own function, so that a mode that somebody activated for it (to skip attention, for one) sees the call.
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[:, None, None],
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )
+    mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, **options)
     return out.transpose(1, 2)
 
 

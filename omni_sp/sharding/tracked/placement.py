@@ -24,7 +24,6 @@ class Placement:
     """How the indices of a dim are distributed over ranks.
 
     Attributes:
-        size: number of indices of the dim.
         ranges_per_rank: for each rank the ranges that it holds, ascending. Together they cover the dim exactly once; a
             rank may hold none. In memory a rank's indices lie in this order.
     """
@@ -64,15 +63,9 @@ class Placement:
         return sum(max(0, min(stop, index) - start) for start, stop in self.ranges_per_rank[rank])
 
     def select_indices(self, indices: torch.Tensor, rank: int) -> tuple[Placement, torch.Tensor] | None:
-        """The placement of the selected indices, each of which stays on its rank.
+        """The placement of selected indices, in any order, each of which stays on its rank.
 
-        Args:
-            indices: from 0 below ``size``, in any order, with repetitions.
-            rank: this rank.
-
-        Returns:
-            The placement, and the offsets in this rank's memory of what it holds; None where there would be too many
-            ranges.
+        The offsets of those that ``rank`` holds in its memory come with it; None where there would be too many ranges.
         """
         positions = gather_order(self)[indices]
         ends = torch.tensor(self.lengths).cumsum(0)

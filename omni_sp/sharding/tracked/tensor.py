@@ -39,7 +39,6 @@ class TokenTensor(torch.Tensor):
     Attributes:
         shard_dim: the dim that is sharded.
         placement: which rank holds which indices of that dim.
-        axis: the ranks.
         is_copy: in one process this tensor would be a view of another one, but its shard is a copy, so that a write
             would be lost.
         writes: how often its memory was written to; tensors that share memory share this list of one number.
@@ -57,15 +56,7 @@ class TokenTensor(torch.Tensor):
     def __new__(
         cls, local: torch.Tensor, dim: int, placement: Placement, axis: Axis, strides: Sequence[int] | None = None
     ) -> TokenTensor:
-        """Make a sharded tensor of this rank's shard.
-
-        Args:
-            local: this rank's shard.
-            dim: the dim that is sharded.
-            placement: which rank holds which indices of that dim.
-            axis: the ranks.
-            strides: those of the full tensor; None for those of a contiguous one.
-        """
+        """Make a sharded tensor of this rank's shard. ``strides`` are those of the full tensor, None if contiguous."""
         shape = list(local.shape)
         shape[dim] = placement.size
         sharded = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=local.dtype, device=local.device)
@@ -87,25 +78,15 @@ class TokenTensor(torch.Tensor):
         return self._local
 
     def wrap(self, local: torch.Tensor, dim: int | None = None, placement: Placement | None = None) -> TokenTensor:
-        """A contiguous tensor over the same ranks. Its shards are contiguous too, so that no view has to copy.
+        """A contiguous tensor over the same ranks, by default with this tensor's dim and placement.
 
-        Args:
-            local: this rank's shard of it.
-            dim: the dim that is sharded; None for the one of this tensor.
-            placement: which rank holds which indices of that dim; None for the placement of this tensor.
+        Its shards are contiguous too, so that no view has to copy.
         """
-        return TokenTensor(
-            local.contiguous(), self.shard_dim if dim is None else dim, placement or self.placement, self.axis
-        )
+        dim = self.shard_dim if dim is None else dim
+        return TokenTensor(local.contiguous(), dim, placement or self.placement, self.axis)
 
     def wrap_pointwise(self, local: torch.Tensor, dim: int, tensors: Sequence[torch.Tensor]) -> TokenTensor:
-        """A tensor computed element by element from ``tensors``, with the strides that torch gives it.
-
-        Args:
-            local: this rank's shard of it.
-            dim: the dim that is sharded.
-            tensors: the operands, as the model sees them.
-        """
+        """A tensor computed element by element from ``tensors``, with the strides that torch gives it."""
         if all(x.is_contiguous() for x in tensors):
             return self.wrap(local, dim)
         strides = _pointwise_strides(*((tuple(x.shape), x.stride()) for x in tensors))
@@ -118,18 +99,13 @@ class TokenTensor(torch.Tensor):
         dim: int | None = None,
         placement: Placement | None = None,
     ) -> TokenTensor:
-        """A view of this tensor.
+        """A view of this tensor, by default with its dim and placement.
 
-        Args:
-            local: this rank's shard of the view.
-            strides: those that a view of the full tensor would have; by them torch decides, as in one process, whether
-                ``contiguous`` and ``reshape`` copy. None for those of a contiguous tensor.
-            dim: the dim that is sharded; None for the one of this tensor.
-            placement: which rank holds which indices of that dim; None for the placement of this tensor.
+        The strides are those that a view of the full tensor would have; by them torch decides, as in one process,
+        whether ``contiguous`` and ``reshape`` copy. None is for those of a contiguous tensor.
         """
-        view = TokenTensor(
-            local, self.shard_dim if dim is None else dim, placement or self.placement, self.axis, strides
-        )
+        dim = self.shard_dim if dim is None else dim
+        view = TokenTensor(local, dim, placement or self.placement, self.axis, strides)
         view.writes, view.is_copy, view._writes_seen = self.writes, self.is_copy, self._writes_seen
         if not self.is_copy and local.numel() and _storage_pointer(local) != _storage_pointer(self._local):
             view.mark_as_copy()
@@ -140,12 +116,7 @@ class TokenTensor(torch.Tensor):
         self.is_copy, self._writes_seen = True, self.writes[0]
 
     def full_tensor(self, operation: str | None = None) -> torch.Tensor:
-        """All shards gathered; every rank gets the same. A collective call.
-
-        Args:
-            operation: what needs the full tensor, counted in the ``gathers`` of the running forward; None counts
-                nothing.
-        """
+        """All shards gathered, a collective call; counted in the running forward's ``gathers`` under ``operation``."""
         forward = current_forward()
         if forward is not None and operation is not None:
             forward.count_gather(operation)
@@ -161,13 +132,9 @@ class TokenTensor(torch.Tensor):
         return self.wrap(self.fetch_ranges(placement.ranges_per_rank), placement=placement)
 
     def fetch_ranges(self, wanted: Sequence[Sequence[Range]]) -> torch.Tensor:
-        """The ranges of indices that this rank wants, also of what others hold. A collective call.
+        """The ranges that this rank wants, ascending, as a plain tensor, also of what others hold. A collective call.
 
-        Args:
-            wanted: for every rank its ranges, ascending; several ranks may want the same indices.
-
-        Returns:
-            A plain tensor, its indices along ``shard_dim`` in ascending order.
+        ``wanted`` holds every rank's ranges, ascending; several ranks may want the same indices.
         """
         me, ranks = self.axis.rank, range(self.axis.size)
         if self.axis.size == 1:
@@ -206,10 +173,9 @@ class TokenTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         rule = FUNCTION_RULES.get(func)
-        if rule is not None:
-            result = rule(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        result = NotImplemented if rule is None else rule(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -218,17 +184,13 @@ class TokenTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = _rule_for(func)
+        result, rule = NotImplemented, _rule_for(func)
         if rule is not None:
             result = rule(func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
         elif func._can_decompose():
             # In inference mode torch does not decompose composite operators by itself.
             result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return run_on_full_tensors(func, args, kwargs)
+        return run_on_full_tensors(func, args, kwargs) if result is NotImplemented else result
 
 
 @cache
@@ -244,8 +206,7 @@ def _rule_for(func: Any) -> Rule | None:
 def run_on_full_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run an operator on the full tensors. All ranks run this code, since all see the same shapes.
 
-    Raises:
-        ShardingError: the operator would write to a view whose shard is a copy, or change a tensor's shape in place.
+    It is refused where it would write to a view whose shard is a copy, or change a tensor's shape in place.
     """
     written = _written_tensors(TokenTensor, func, args, kwargs)
     if written and torch.Tag.inplace_view in func.tags:
@@ -302,7 +263,6 @@ class GatheredView(torch.Tensor):
     Attributes:
         plain: the view as a plain tensor.
         full: the gathered tensor that it is a view of.
-        base: the sharded tensor.
         writes_seen: the ``writes`` of ``base`` when it was gathered; all views of one gathered tensor share this list.
     """
 

@@ -36,14 +36,7 @@ def positive_dim(dim: int, ndim: int) -> int:
 def reshape_placement(
     before: tuple[int, ...], shard_dim: int, placement: Placement, after: tuple[int, ...]
 ) -> tuple[int, Placement] | None:
-    """The sharded dim after a reshape, and its placement; None where the shards do not fit the new dims.
-
-    Args:
-        before: the full shape.
-        shard_dim: the sharded dim of it.
-        placement: which rank holds which indices of that dim.
-        after: the full shape that is wanted.
-    """
+    """The sharded dim after a reshape between two full shapes, and its placement; None where the shards do not fit."""
     i = j = 0
     while i < len(before) or j < len(after):
         # The shortest run of old dims and of new dims with the same number of elements.

@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
+import pytest
+
+from omni_sp.llm.vllm import autotune
 from omni_sp.llm.vllm.autotune import Trial, measure, threshold
+
+
+class Clock:
+    """A clock that only moves when a step runs."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that the measurement reads."""
+    clock = Clock()
+    monkeypatch.setattr(autotune, "time", clock)
+    return clock
 
 
 def alone(value: Any) -> Any:
     return value
 
 
-def test_measuring_ends_when_ulysses_has_won_twice() -> None:
+def test_measuring_ends_when_ulysses_has_won_twice(clock: Clock) -> None:
     """The time of one grows with the tokens, that of the other does not."""
 
     def run(tokens: int, is_ulysses: bool) -> None:
-        time.sleep(0.004 if is_ulysses else 0.0002 * tokens)
+        clock.now += 4.0 if is_ulysses else 0.25 * tokens
 
-    trials = measure(run, 4096, alone)
+    trials = measure(run, 4096, alone, budget_s=1e9)
     assert [trial.tokens for trial in trials] == [1, 2, 4, 8, 16, 32, 64]
     assert threshold(trials) == 16
 
 
-def test_the_most_tokens_of_a_step_and_the_budget_bound_it() -> None:
+def test_the_most_tokens_of_a_step_and_the_budget_bound_it(clock: Clock) -> None:
     ran: list[int] = []
 
     def run(tokens: int, is_ulysses: bool) -> None:
         ran.append(tokens)
-        time.sleep(0.002 if is_ulysses else 0.0)
+        clock.now += 2.0 if is_ulysses else 0.0
 
-    assert [trial.tokens for trial in measure(run, 12, alone)] == [1, 2, 4, 8, 12]
+    assert [trial.tokens for trial in measure(run, 12, alone, budget_s=1e9)] == [1, 2, 4, 8, 12]
     assert max(ran) == 12
     assert len(measure(run, 4096, alone, budget_s=0.0)) == 1
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -32,37 +32,56 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1)
-def alone(entry_id: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    """A model, and what it gives on one process; kept for the next layout, as every comparison leaves it as it was."""
+def build(entry_id: str) -> torch.nn.Module:
+    """The model of an entry; a rank keeps it for the next layout, as remove() leaves it as it was."""
     from tests.sharding.zoo.all import ENTRIES
 
-    entry = ENTRIES[entry_id]
-    model = randomise(entry.build())
-    with torch.no_grad():
-        wanted = first_tensor(model(**entry.inputs()))
-    assert wanted.isfinite().all(), "the entry itself gives no finite numbers"
-    assert wanted.abs().max() > 1e-4, "the entry itself gives only zeros"
-    return model, wanted
+    model: torch.nn.Module = randomise(ENTRIES[entry_id].build())
+    return model
 
 
-def compare(mesh: ParallelMesh, entry_id: str, tracked: bool) -> tuple[float, bool, dict[str, int], dict[str, int]]:
-    """Error, whether remove() gives back the very bits, tokens, and operations that needed the whole."""
+def run_unsharded(mesh: ParallelMesh, entry_id: str) -> torch.Tensor:
+    """What the model gives on one process."""
     from tests.sharding.zoo.all import ENTRIES
 
     warnings.simplefilter("ignore")
-    entry = ENTRIES[entry_id]
-    model, wanted = alone(entry_id)
     with torch.no_grad():
-        plan = tracked_plan_for(model) if tracked else None
-        handle = parallelize(model, mesh, plan=plan)
+        output = first_tensor(build(entry_id)(**ENTRIES[entry_id].inputs()))
+    assert output.isfinite().all(), "the entry itself gives no finite numbers"
+    assert output.abs().max() > 1e-4, "the entry itself gives only zeros"
+    return output
+
+
+@cache
+def expected_output(ranks: RankPool, entry_id: str) -> torch.Tensor:
+    """What one process gives, computed by one rank and once for all layouts."""
+    output: torch.Tensor = ranks.run(run_unsharded, entry_id)[0]
+    return output
+
+
+def compare(
+    mesh: ParallelMesh, entry_id: str, expected: torch.Tensor, tracked: bool = True, run_after_removal: bool = True
+) -> tuple[float, bool, dict[str, int], dict[str, int]]:
+    """Run an entry on this mesh.
+
+    Returns:
+        The relative error, whether the model gives the very bits of one process after remove() (True where that is not
+        run), the tokens of each stream, and the operations that needed whole tensors.
+    """
+    from tests.sharding.zoo.all import ENTRIES
+
+    warnings.simplefilter("ignore")
+    entry, model = ENTRIES[entry_id], build(entry_id)
+    with torch.no_grad():
+        handle = parallelize(model, mesh, plan=tracked_plan_for(model) if tracked else None)
         for _ in range(2):
             sharded = first_tensor(model(**entry.inputs()))
         tokens, gathers = handle.tokens, handle.gathers
         handle.remove()
-        again = first_tensor(model(**entry.inputs()))
-    if not torch.equal(again, wanted):
-        alone.cache_clear()
-    return relative_error(sharded, wanted), torch.equal(again, wanted), tokens, gathers
+        restored = not run_after_removal or torch.equal(first_tensor(model(**entry.inputs())), expected)
+    if not restored:
+        build.cache_clear()
+    return relative_error(sharded, expected), restored, tokens, gathers
 
 
 def main() -> None:
@@ -75,7 +94,9 @@ def main() -> None:
             continue
         for ulysses, ring in LAYOUTS:
             try:
-                error, restored, tokens, gathered = pool.run(compare, entry_id, True, ulysses=ulysses, ring=ring)[0]
+                error, restored, tokens, gathered = pool.run(
+                    compare, entry_id, expected_output(pool, entry_id), ulysses=ulysses, ring=ring
+                )[0]
             except RankError as failure:
                 print(f"FAILED {entry_id} {ulysses}x{ring}\n{failure}")
                 pool = RankPool()
