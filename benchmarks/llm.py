@@ -1,11 +1,11 @@
-"""A language model inside vLLM: stock tensor parallelism against sequence parallelism and the shift between the two.
+"""A language model inside vLLM: stock tensor parallelism against sequence parallelism and shift parallelism.
 
 python -m benchmarks.llm --prompts 128 512 2048           # time to the first token, to those after it, and throughput
 python -m benchmarks.llm --quality     # log-likelihood of a text and memory of a rank, whichever way it is computed
 
-Needs vLLM (`make install-vllm`, then .venv-vllm/bin/python). Every engine is loaded once and stays; they take turns in
-an order that is drawn anew for every round, and those whose turn it is not are stopped (SIGSTOP), so that none takes
-another's cores. The model is a small Llama with random weights: what is compared is time and bytes, not what it says.
+Needs vLLM (`make install-vllm`, then .venv-vllm/bin/python). Every engine is loaded once. The engines take turns in a
+random order in each round, and the others are stopped (SIGSTOP) meanwhile, so that none takes another's cores. The
+model is a small Llama with random weights: time and bytes are compared, not its answers.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Engine:
         self._signal(signal.SIGSTOP)
 
     def turn(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Go on, answer, and stop again."""
+        """Continue, answer, and stop again."""
         self._signal(signal.SIGCONT)
         try:
             return self.ask(question)
@@ -87,7 +87,7 @@ class Engine:
             self._signal(signal.SIGSTOP)
 
     def ask(self, question: dict[str, Any] | None) -> dict[str, Any]:
-        """The engine's answer; None waits for it to be ready."""
+        """The engine's answer; None waits until it is ready."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         if question is not None:
@@ -101,7 +101,7 @@ class Engine:
         raise SystemExit(self._log.read()[-4000:] + "\nan engine ended; its log is above")
 
     def close(self) -> None:
-        """End it, with everything that it started."""
+        """End the engine and all processes that it started."""
         self._signal(signal.SIGKILL)
         self._process.wait()
         self._log.close()
@@ -114,7 +114,7 @@ def engine_main(options: dict[str, Any]) -> None:
     """The engine's own process: questions on stdin, answers on stdout."""
     from vllm import SamplingParams
 
-    # By its own name: what is sent to the ranks is looked up there.
+    # By the module's own name: vLLM's processes look these functions up there.
     from benchmarks.llm import count_bytes, read_bytes
     from omni_sp.llm import LLM
     from testing.models import memory_of_rank
@@ -140,37 +140,37 @@ def engine_main(options: dict[str, Any]) -> None:
         if question.get("likelihood"):
             entries = zip(question["prompts"][0][1:], outputs[0].prompt_logprobs[1:], strict=True)
             answer["likelihood"] = sum(table[token].logprob for token, table in entries)
-            answer["held"] = llm.apply_model(memory_of_rank)
+            answer["memory"] = llm.apply_model(memory_of_rank)
         if llm.steps is not None:
             answer["threshold"] = llm.steps.threshold
         print("answer", json.dumps(answer), flush=True)
 
 
 def count_bytes(model: Any) -> None:
-    """In a rank: note what every all-reduce of a layer sends, as a ring of so many ranks sends it."""
+    """In a rank: count the bytes of every all-reduce of a layer, as a ring of the ranks sends them."""
     from vllm.distributed import get_tensor_model_parallel_world_size
     from vllm.model_executor.layers.linear import RowParallelLinear
 
     ranks = get_tensor_model_parallel_world_size()
-    model._reduced = 0
+    model._reduced_bytes = 0
 
-    def note(_linear: Any, _args: Any, output: Any) -> None:
-        weave = getattr(model, "_shift_parallel", None)
-        if ranks > 1 and (weave is None or not weave._step.is_ulysses):
-            model._reduced += output[0].nbytes * 2 * (ranks - 1) // ranks
+    def count(_linear: Any, _args: Any, output: Any) -> None:
+        shift_parallel = getattr(model, "_shift_parallel", None)
+        if ranks > 1 and (shift_parallel is None or not shift_parallel._step.is_ulysses):
+            model._reduced_bytes += output[0].nbytes * 2 * (ranks - 1) // ranks
 
     for module in model.modules():
         if isinstance(module, RowParallelLinear):
-            module.register_forward_hook(note)
+            module.register_forward_hook(count)
 
 
 def read_bytes(model: Any) -> float:
-    """In a rank: bytes that left it, per layer, since the last time."""
-    total = model._reduced
-    model._reduced = 0
-    weave = getattr(model, "_shift_parallel", None)
-    if weave is not None:
-        traffic = weave._axis.traffic
+    """In a rank: bytes that it sent, per layer, since the last call."""
+    total = model._reduced_bytes
+    model._reduced_bytes = 0
+    shift_parallel = getattr(model, "_shift_parallel", None)
+    if shift_parallel is not None:
+        traffic = shift_parallel._axis.traffic
         total += traffic.bytes.get("exchange", 0)
         traffic.reset()
     return float(total / len(model.model.layers))
@@ -216,16 +216,16 @@ def speed(model: Path, lengths: list[int], rounds: int) -> None:
             for length in lengths:
                 prompts = prompts_of(length)
                 for name in random.Random(1000 * number + length).sample(list(ENGINES), len(ENGINES)):
-                    begun = engines[name].turn({"prompts": prompts[:1], "count": 1})
+                    first = engines[name].turn({"prompts": prompts[:1], "count": 1})
                     whole = engines[name].turn({"prompts": prompts[:1], "count": ANSWER})
                     several = engines[name].turn({"prompts": prompts, "count": ANSWER})
                     if number < 0:
                         continue
-                    after = (whole["seconds"] - begun["seconds"]) / (ANSWER - 1)
-                    for what, seconds in zip(FIGURES, (begun["seconds"], after, several["seconds"]), strict=True):
+                    after = (whole["seconds"] - first["seconds"]) / (ANSWER - 1)
+                    for what, seconds in zip(FIGURES, (first["seconds"], after, several["seconds"]), strict=True):
                         found[what, length, name].seconds.append(seconds)
-                    found[FIRST, length, name].facts["bytes_per_layer"] = begun["bytes"]
-                    found[FIRST, length, name].facts["threshold"] = begun.get("threshold", -1)
+                    found[FIRST, length, name].facts["bytes_per_layer"] = first["bytes"]
+                    found[FIRST, length, name].facts["threshold"] = first.get("threshold", -1)
     finally:
         for engine in engines.values():
             engine.close()
@@ -233,13 +233,13 @@ def speed(model: Path, lengths: list[int], rounds: int) -> None:
     for length in lengths:
         num_requests = len(prompts_of(length))
         for name in ENGINES:
-            told = {what: found[what, length, name] for what in FIGURES}
+            own = {what: found[what, length, name] for what in FIGURES}
             all_of = {what: {other: found[what, length, other] for other in ENGINES} for what in FIGURES}
             ratio = {what: f"{paired(timings, 'TP2', name):>9.2f}" for what, timings in all_of.items()}
-            tokens_per_s = num_requests * (length + ANSWER) / told[SEVERAL].median
+            tokens_per_s = num_requests * (length + ANSWER) / own[SEVERAL].median
             print(
-                f"{length:>6} {name:>6} {told[FIRST].median:>14.3f} {ratio[FIRST]} "
-                f"{told[FIRST].facts['bytes_per_layer'] / 1024:>12.0f} {told[AFTER].median:>10.4f} {ratio[AFTER]} "
+                f"{length:>6} {name:>6} {own[FIRST].median:>14.3f} {ratio[FIRST]} "
+                f"{own[FIRST].facts['bytes_per_layer'] / 1024:>12.0f} {own[AFTER].median:>10.4f} {ratio[AFTER]} "
                 f"{num_requests:>9} {tokens_per_s:>9.0f} {ratio[SEVERAL]}"
             )
     settings = {"model": MODEL, "engines": ENGINES, "prompts": lengths, "rounds": rounds, "answer": ANSWER}
@@ -248,49 +248,47 @@ def speed(model: Path, lengths: list[int], rounds: int) -> None:
 
 
 def prompts_of(length: int) -> list[list[int]]:
-    """As many prompts of a length as come at once."""
+    """The prompts of a length that are sent at once."""
     count = max(1, min(8, 4096 // length))
     draw = random.Random(length)
     return [draw.choices(range(3, MODEL["vocab_size"]), k=length) for _ in range(count)]
 
 
 def quality(model: Path) -> None:
-    """The log-likelihood of one row of tokens, by every way to compute it, and what a rank holds for that."""
-    row = random.Random(1).choices(range(3, MODEL["vocab_size"]), k=301)
+    """The log-likelihood of one sequence, computed by every engine, and the memory of a rank."""
+    sequence = random.Random(1).choices(range(3, MODEL["vocab_size"]), k=301)
     timings: dict[str, Timing] = {}
     print("Matrices that vLLM packs for the CPU cannot be counted; those that the shift looks at are not packed.")
     print("           log-likelihood  / TP1 - 1   MiB of matrices  by formula   KV bytes a token  by formula")
     for name, options in QUALITY.items():
         engine = Engine(model, options)
         try:
-            found = engine.turn({"prompts": [row], "count": 1, "likelihood": True})
+            found = engine.turn({"prompts": [sequence], "count": 1, "likelihood": True})
         finally:
             engine.close()
-        value, most = (
-            found["likelihood"],
-            {what: max(rank[what] for rank in found["held"]) for what in found["held"][0]},
-        )
-        matrices, kept = by_formula(options)
+        value, memory = found["likelihood"], found["memory"]
+        most = {what: max(rank[what] for rank in memory) for what in memory[0]}
+        matrices, kv_bytes = by_formula(options)
         counted = most["matrices"] / 2**20 or "packed"
         timings[name] = Timing(
-            facts={"log_likelihood": value, **most, "matrices_formula": matrices, "kept_formula": kept}
+            facts={"log_likelihood": value, **most, "matrices_formula": matrices, "kept_formula": kv_bytes}
         )
         print(
             f"{name:>9} {value:>15.6f} {value / timings['TP1'].facts['log_likelihood'] - 1:>+11.1e} "
-            f"{counted:>17} {matrices / 2**20:>11.2f} {most['kept_per_token']:>18} {kept:>11}",
+            f"{counted:>17} {matrices / 2**20:>11.2f} {most['kept_per_token']:>18} {kv_bytes:>11}",
             flush=True,
         )
-    report(save("llm-quality", {"model": MODEL, "engines": QUALITY, "tokens": len(row)}, timings))
+    report(save("llm-quality", {"model": MODEL, "engines": QUALITY, "tokens": len(sequence)}, timings))
 
 
 def by_formula(options: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of the decoder's matrices on a rank, 1/T of all, and of a token's keys and values, 1/(T · S) of them."""
+    """Bytes of the decoder's matrices on a rank, 1/T of them, and of a token's keys and values, 1/(T · S) of them."""
     tensor, sequence = options.get("tensor_parallel_size", 1), options.get("ulysses_sequence_parallel_size", 1)
     hidden, layers, kv_heads = MODEL["hidden_size"], MODEL["num_hidden_layers"], MODEL["num_key_value_heads"]
     head_dim = hidden // MODEL["num_attention_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * kv_heads * head_dim + 3 * hidden * MODEL["intermediate_size"]
-    kept = 2 * max(1, kv_heads // (tensor * sequence)) * head_dim
-    return layers * layer * 4 // tensor, layers * kept * 4
+    kv_numbers = 2 * max(1, kv_heads // (tensor * sequence)) * head_dim
+    return layers * layer * 4 // tensor, layers * kv_numbers * 4
 
 
 if __name__ == "__main__":

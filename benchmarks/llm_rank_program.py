@@ -2,13 +2,13 @@
 
 python -m benchmarks.llm_rank_program --tokens 8192 32768 131072               # a prompt
 python -m benchmarks.llm_rank_program --tokens 8192 --decode 1 16 64           # and a new token for so many requests
-python -m benchmarks.llm_rank_program --model tiny --tokens 256 --decode 4 --no-save   # that it runs, on any machine
+python -m benchmarks.llm_rank_program --model tiny --tokens 256 --decode 4 --no-save   # a test run, on any machine
 
-Measured, on the device that is named in the output: the kernels of decoder layers that rank 0 runs, and the packing for
-its exchanges. Counted: the bytes that it sends. Projected: everything that involves another rank. The others are absent
-(a fake process group delivers nothing), so exchanges are added as bytes over a stated bandwidth, hidden behind nothing;
-all-reduces count as a ring sends them. Only one layer's weights are here, random and used for all layers: a whole
-model's ("held") may be more than a device has. Left out: what is once in a pass (embedding, last gather, vocabulary),
+Measured, on the device that the output names: the kernels of decoder layers that rank 0 runs, and the packing for its
+exchanges. Counted: the bytes that it sends. Projected: everything that involves another rank. The others are absent (a
+fake process group delivers nothing), so exchanges are added as bytes over a stated bandwidth, overlapped with nothing;
+all-reduces count as a ring sends them. One layer's random weights are used for all layers: those of a whole model
+("held") may exceed the device's memory. Left out: what runs once in a forward (embedding, last gather, vocabulary),
 FP8, and kernels fused by hand.
 """
 
@@ -52,44 +52,44 @@ MODELS = {
 class Way:
     """How ranks share the work: ``tensor`` x ``sequence`` ranks, as inside vLLM.
 
-    ``is_few``: a step of few tokens under shift parallelism. Every rank has all tokens, and multiplies by its part of
-    the matrices that it holds for steps of many.
+    ``is_shifted``: a step of few tokens under shift parallelism. Every rank has all tokens, and multiplies by views of
+    the matrices that it holds for other steps.
     """
 
     tensor: int
     sequence: int
-    is_few: bool = False
+    is_shifted: bool = False
 
     @property
     def exchanges(self) -> bool:
-        """Tokens are cut, and traded for heads around attention."""
-        return self.sequence > 1 and not self.is_few
+        """Whether the ranks share the tokens, and trade them for heads around attention."""
+        return self.sequence > 1 and not self.is_shifted
 
     @property
-    def num_adders(self) -> int:
-        """Ranks that add up their products."""
-        return self.tensor * self.sequence if self.is_few else self.tensor
+    def num_reducing(self) -> int:
+        """Number of ranks that all-reduce their products."""
+        return self.tensor * self.sequence if self.is_shifted else self.tensor
 
 
 PREFILL = {"TP2": Way(2, 1), "TP8": Way(8, 1), "SP8": Way(1, 8), "T2 x S4": Way(2, 4)}
-DECODE = {"TP8": Way(8, 1), "SP8": Way(1, 8), "shift": Way(1, 8, is_few=True)}
+DECODE = {"TP8": Way(8, 1), "SP8": Way(1, 8), "shift": Way(1, 8, is_shifted=True)}
 
 
 class Weights:
-    """Random matrices of one decoder layer: the share of rank 0 of ``tensor``."""
+    """Random matrices of one decoder layer: the shard of rank 0 of ``tensor``."""
 
     def __init__(self, model: Model, tensor: int, **kind: Any) -> None:
         share = head_shares(model.heads, model.kv_heads, tensor)[0][0]
         self.heads, self.kv_heads = share.num_query, share.num_key
         self.inner = split_evenly(model.inner, tensor)[0]
 
-        def drawn(outputs: int, inputs: int) -> torch.Tensor:
+        def draw(outputs: int, inputs: int) -> torch.Tensor:
             return torch.randn(outputs, inputs, **kind).mul_(inputs**-0.5)
 
-        self.qkv = drawn((self.heads + 2 * self.kv_heads) * model.head_dim, model.hidden)
-        self.out = drawn(model.hidden, self.heads * model.head_dim)
-        self.gate_up = drawn(2 * self.inner, model.hidden)
-        self.down = drawn(model.hidden, self.inner)
+        self.qkv = draw((self.heads + 2 * self.kv_heads) * model.head_dim, model.hidden)
+        self.out = draw(model.hidden, self.heads * model.head_dim)
+        self.gate_up = draw(2 * self.inner, model.hidden)
+        self.down = draw(model.hidden, self.inner)
         self.norms = torch.ones(2, model.hidden, **kind)
 
     @property
@@ -102,8 +102,10 @@ class Program:
     """What rank 0 computes and sends in a decoder layer, for one step.
 
     Args:
-        model: the sizes. way: how ranks share the work. weights: what this rank holds under it.
-        tokens: of the step; in a step that decodes, one of each request.
+        model: the sizes.
+        way: how ranks share the work.
+        weights: this rank's weights.
+        tokens: number of tokens of the step; one of each request in a decoding step.
         cache: None for a prompt; else keys and values (requests, tokens, kv heads of this rank, head_dim).
     """
 
@@ -114,18 +116,18 @@ class Program:
         size = way.sequence
         heads = head_shares(weights.heads, weights.kv_heads, size)[0]
         lengths = split_evenly(max(tokens, size), size) if way.exchanges else (tokens,)
-        self.adders = Axis("tensor", tuple(range(0, way.num_adders * size, size)), 0, None, {})
-        self.traders = _traders(size if way.exchanges else 1)
-        self._layout = UlyssesLayout(self.traders, heads, lengths, lengths)
-        # What the matrices make here: heads of all that this rank holds, or of its own.
-        mine = heads[0] if way.is_few else head_shares(weights.heads, weights.kv_heads, 1)[0][0]
-        inner = split_evenly(weights.inner, size)[0] if way.is_few else weights.inner
-        self._heads, self._kv_heads, width = mine.num_query, mine.num_key, model.head_dim
+        self.reducing = Axis("tensor", tuple(range(0, way.num_reducing * size, size)), 0, None, {})
+        self.trading = _trading_axis(size if way.exchanges else 1)
+        self._layout = UlyssesLayout(self.trading, heads, lengths, lengths)
+        # The heads that the matrices compute: all heads of this rank's weights, or only its own heads.
+        computed = heads[0] if way.is_shifted else head_shares(weights.heads, weights.kv_heads, 1)[0][0]
+        inner = split_evenly(weights.inner, size)[0] if way.is_shifted else weights.inner
+        self._heads, self._kv_heads, width = computed.num_query, computed.num_key, model.head_dim
         held, used = (weights.heads, weights.kv_heads, weights.kv_heads), (self._heads, self._kv_heads, self._kv_heads)
         self._qkv = _first_rows(weights.qkv, [width * count for count in held], [width * count for count in used])
         self._gate_up = _first_rows(weights.gate_up, [weights.inner] * 2, [inner] * 2)
         self._out, self._down = weights.out[:, : self._heads * width], weights.down[:, :inner]
-        self._arrivals: dict[str, torch.Tensor] = {}
+        self._received_tensors: dict[str, torch.Tensor] = {}
         kind: dict[str, Any] = {"dtype": weights.qkv.dtype, "device": weights.qkv.device}
         self.hidden = torch.randn(lengths[0], model.hidden, **kind)
         first = 0 if cache is None else cache[0].shape[1] - 1
@@ -140,15 +142,15 @@ class Program:
         return sum(matrix.nbytes for matrix in (*self._qkv, self._out, *self._gate_up, self._down))
 
     def run(self, num_layers: int) -> torch.Tensor:
-        """So many layers, one after the other."""
+        """Run ``num_layers`` layers, one after the other."""
         hidden = self.hidden
         for _ in range(num_layers):
             hidden = self._layer(hidden)
         return hidden
 
     def sent(self) -> tuple[int, int]:
-        """Bytes that leave this rank in a layer, and in how many collectives."""
-        traffics = self.adders.traffic, self.traders.traffic
+        """Number of bytes that this rank sends in a layer, and of its collectives."""
+        traffics = self.reducing.traffic, self.trading.traffic
         for traffic in traffics:
             traffic.reset()
         self.run(1)
@@ -156,53 +158,53 @@ class Program:
         return num_bytes, sum(sum(traffic.calls.values()) for traffic in traffics)
 
     def _layer(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = _products(self._normed(hidden, 0), self._qkv).unflatten(-1, (-1, self._model.head_dim))
-        turned, value = rows.split([self._heads + self._kv_heads, self._kv_heads], dim=1)
-        query, key = self._turned(turned).split([self._heads, self._kv_heads], dim=1)
-        attended = self._exchanged if self._way.exchanges else self._attended
-        out = attended(query[None], key[None], value[None]).reshape(hidden.shape[0], -1)
-        hidden = hidden + self._added_up(F.linear(out, self._out))
-        gate, up = _products(self._normed(hidden, 1), self._gate_up).chunk(2, dim=-1)
-        return hidden + self._added_up(F.linear(F.silu(gate) * up, self._down))
+        qkv = _products(self._norm(hidden, 0), self._qkv).unflatten(-1, (-1, self._model.head_dim))
+        query_key, value = qkv.split([self._heads + self._kv_heads, self._kv_heads], dim=1)
+        query, key = self._rotate(query_key).split([self._heads, self._kv_heads], dim=1)
+        attend = self._attend_with_exchange if self._way.exchanges else self._attend
+        out = attend(query[None], key[None], value[None]).reshape(hidden.shape[0], -1)
+        hidden = hidden + self._all_reduce(F.linear(out, self._out))
+        gate, up = _products(self._norm(hidden, 1), self._gate_up).chunk(2, dim=-1)
+        return hidden + self._all_reduce(F.linear(F.silu(gate) * up, self._down))
 
-    def _normed(self, hidden: torch.Tensor, index: int) -> torch.Tensor:
+    def _norm(self, hidden: torch.Tensor, index: int) -> torch.Tensor:
         return F.rms_norm(hidden, (self._model.hidden,), self._weights.norms[index], 1e-5)
 
-    def _turned(self, heads: torch.Tensor) -> torch.Tensor:
+    def _rotate(self, heads: torch.Tensor) -> torch.Tensor:
         front, back = heads.chunk(2, dim=-1)
         return heads * self._cos + torch.cat((-back, front), dim=-1) * self._sin
 
-    def _added_up(self, product: torch.Tensor) -> torch.Tensor:
-        """As it is: the others' products are absent. What a ring would send is counted."""
-        size = self.adders.size
+    def _all_reduce(self, product: torch.Tensor) -> torch.Tensor:
+        """Return the product, since the others' are absent, and count what a ring would send."""
+        size = self.reducing.size
         if size > 1:
-            self.adders.traffic.add("all_reduce", 2 * (size - 1) * product.nbytes // size)
+            self.reducing.traffic.add("all_reduce", 2 * (size - 1) * product.nbytes // size)
         return product
 
-    def _exchanged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend_with_exchange(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         scattered = ScatterHeads(query, key, value, None, self._layout).wait()[:3]
-        arrived = [self._arrived(f"in {index}", tensor) for index, tensor in enumerate(scattered)]
-        out = self._attended(*(tensor[:, : self._tokens] for tensor in arrived))
-        filler = sum(self._layout.query) - self._tokens
-        gathered = GatherHeads(F.pad(out, (0, 0, 0, 0, 0, filler)) if filler else out, self._layout)
+        received = [self._received(f"in {index}", tensor) for index, tensor in enumerate(scattered)]
+        out = self._attend(*(tensor[:, : self._tokens] for tensor in received))
+        padding = sum(self._layout.query) - self._tokens
+        gathered = GatherHeads(F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out, self._layout)
         result = torch.empty_like(query)
         gathered.write(result)
-        return self._arrived("out", result)
+        return self._received("out", result)
 
-    def _attended(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(1, tokens, heads, head_dim), all of a prompt or one token of each request."""
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend over (1, tokens, heads, head_dim): all tokens of a prompt, or one of each request."""
         if self._cache is None:
             return _attention(query, key, value, is_causal=True)
         keys, values = self._cache
         keys[:, -1], values[:, -1] = key[0], value[0]
         return _attention(query.transpose(0, 1), keys, values, is_causal=False).transpose(0, 1)
 
-    def _arrived(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Numbers in the place of those that nobody sent, drawn once: what lies in fresh memory may be all zeros."""
-        if name not in self._arrivals:
+    def _received(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Random numbers in place of those that nobody sent, drawn once: fresh memory may be all zeros."""
+        if name not in self._received_tensors:
             fresh = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-            self._arrivals[name] = fresh.normal_()
-        return self._arrivals[name]
+            self._received_tensors[name] = fresh.normal_()
+        return self._received_tensors[name]
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool) -> torch.Tensor:
@@ -211,20 +213,20 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, i
 
 
 def _first_rows(matrix: torch.Tensor, held: list[int], used: list[int]) -> list[torch.Tensor]:
-    """Of matrices that lie one below the other, the rows that are used; the whole where all are."""
+    """The used rows of each of some stacked matrices; one whole matrix where all rows are used."""
     if held == used:
         return [matrix]
     return [part[:count] for part, count in zip(matrix.split(held), used, strict=True)]
 
 
 def _products(hidden: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
-    """Side by side."""
+    """The products with all matrices, concatenated."""
     products = [F.linear(hidden, matrix) for matrix in matrices]
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
-def _traders(size: int) -> Axis:
-    """Rank 0's row of ranks that trade tokens for heads."""
+def _trading_axis(size: int) -> Axis:
+    """Rank 0's axis of ranks that trade tokens for heads."""
     if size == 1:
         return Axis("ulysses", (0,), 0, None, {})
     group = dist.group.WORLD if size == dist.get_world_size() else dist.new_group(list(range(size)))
@@ -234,7 +236,7 @@ def _traders(size: int) -> Axis:
 
 @contextmanager
 def absent_ranks(world_size: int) -> Iterator[None]:
-    """A process group in which this is rank 0 and nobody else is there."""
+    """A process group in which this process is rank 0 and the other ranks are absent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -246,12 +248,17 @@ def absent_ranks(world_size: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all ways have in common.
+    """Settings that all ways share.
 
     Attributes:
-        bandwidth: bytes a second that a rank sends with. latency: seconds that a collective takes beyond that.
-        num_layers: in a row, in every turn. rounds: turns of each way.
-        graphs: steps that decode run as CUDA graphs, as in engines: launching takes longer than they do.
+        model: the sizes.
+        device: "cpu" or "cuda".
+        dtype: of weights and activations.
+        bandwidth: bytes a second that a rank sends.
+        latency: seconds of a collective beyond its bytes over the bandwidth.
+        num_layers: layers that run one after the other in every turn.
+        rounds: turns of each way.
+        graphs: run decoding steps as CUDA graphs, as engines do: launching their kernels takes longer than the kernels.
     """
 
     model: Model
@@ -266,10 +273,13 @@ class Setting:
 
 @torch.no_grad()
 def measure(setting: Setting, ways: dict[str, Way], tokens: int, batch: int = 0) -> dict[str, Timing]:
-    """Seconds of a layer by every way, in turns; in the facts, what was counted and what is projected from that.
+    """Seconds of a layer by every way, in turns; the facts hold counts and projections.
 
     Args:
-        tokens: of the prompt. batch: instead, a new token for so many requests of so many tokens each.
+        setting: what all ways share.
+        ways: how ranks share the work, by name.
+        tokens: number of tokens of a prompt, or of each request in the cache.
+        batch: number of requests that get a new token each; 0 for a prompt.
     """
     model = setting.model
     kind: dict[str, Any] = {"dtype": setting.dtype, "device": setting.device}
@@ -321,7 +331,7 @@ def _contender(program: Program, num_layers: int, *, captured: bool) -> Callable
 
 
 def table(setting: Setting, timings: dict[str, Timing], tokens: int, batch: int = 0) -> str:
-    """One line a way."""
+    """A table with a line for each way."""
     layers = setting.model.layers
     step = f"{batch} requests of {tokens} tokens, a new token each" if batch else f"a prompt of {tokens} tokens"
     lines = [

@@ -1,4 +1,4 @@
-"""One rank's program of a language model: what it counts is what the formulas say, and what it prints is a number."""
+"""One rank's program of a language model: its counts equal the formulas, and its table holds finite numbers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _alone() -> Iterator[None]:
     assert not dist.is_initialized()
 
 
-def added_up(tokens: int, ranks: int) -> float:
-    """Two sums of hidden states; a ring sends all but a rank's share of them twice."""
+def all_reduced(tokens: int, ranks: int) -> float:
+    """Two all-reduces of hidden states; a ring sends all but a rank's share of them twice."""
     return 2 * tokens * HIDDEN * BYTES * 2 * (ranks - 1) / ranks
 
 
 def traded(tokens: int, tensor: int, sequence: int) -> float:
-    """What is not for itself of its tokens' queries, keys, values, and of its heads' outputs."""
+    """Bytes for other ranks of its tokens' queries, keys and values, and of its heads' outputs."""
     own, heads, kv_heads = tokens / sequence, HEADS / tensor, KV_HEADS / tensor
     there = own * (heads + 2 * kv_heads) * HEAD_DIM * BYTES * (sequence - 1) / sequence
     back = (tokens - own) * heads / sequence * HEAD_DIM * BYTES
@@ -53,15 +53,15 @@ def require_numbers(timings: dict[str, Timing], text: str) -> None:
     assert "inf" not in text
 
 
-def test_a_prompt_sends_what_the_formulas_say() -> None:
+def test_a_prompt_sends_the_bytes_of_the_formulas() -> None:
     tokens = 40
     timings = measure(SETTING, PREFILL, tokens)
     sent = {name: timing.facts["sent_bytes"] for name, timing in timings.items()}
     assert sent == {
-        "TP2": added_up(tokens, 2),
-        "TP8": added_up(tokens, 8),
+        "TP2": all_reduced(tokens, 2),
+        "TP8": all_reduced(tokens, 8),
         "SP8": traded(tokens, 1, 8),
-        "T2 x S4": added_up(tokens // 4, 2) + traded(tokens, 2, 4),
+        "T2 x S4": all_reduced(tokens // 4, 2) + traded(tokens, 2, 4),
     }
     held = {name: timing.facts["held_bytes"] / MATRICES for name, timing in timings.items()}
     assert held == {"TP2": 1 / 2, "TP8": 1 / 8, "SP8": 1, "T2 x S4": 1 / 2}
@@ -79,10 +79,10 @@ def test_a_shifted_step_reads_and_sends_what_tensor_parallelism_does_but_holds_a
         "shift": 1 / 8,
     }
     assert {name: fact["held_bytes"] / MATRICES for name, fact in facts.items()} == {"TP8": 1 / 8, "SP8": 1, "shift": 1}
-    # Fewer tokens than ranks are filled up, so that no rank runs on nothing.
+    # Fewer tokens than ranks are padded, so that every rank has one.
     assert {name: fact["sent_bytes"] for name, fact in facts.items()} == {
-        "TP8": added_up(batch, 8),
+        "TP8": all_reduced(batch, 8),
         "SP8": traded(max(batch, 8), 1, 8),
-        "shift": added_up(batch, 8),
+        "shift": all_reduced(batch, 8),
     }
     require_numbers(timings, table(SETTING, timings, 20, batch))

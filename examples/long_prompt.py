@@ -1,4 +1,4 @@
-"""Answer a long prompt with plain transformers, its tokens spread over ranks, and tell how soon the answer begins.
+"""Answer a long prompt with plain transformers over several ranks, and print the time to the first token.
 
 python examples/long_prompt.py --model Qwen/Qwen3-0.6B --tokens 8192 --ulysses-degree 2 --ring-degree 2
 torchrun --nproc-per-node 8 examples/long_prompt.py --model Qwen/Qwen3-8B --prompt-file book.txt --ulysses-degree 8
@@ -23,7 +23,7 @@ from omni_sp.llm import parallelize
 
 
 class Clock:
-    """A streamer that notes when the prompt went in, when the first token came out, and the size of the cache."""
+    """A streamer that records the times of prompt and tokens, and the size of the cache."""
 
     def __init__(self, cache_bytes: Any = None) -> None:
         self._times: list[float] = []
@@ -44,7 +44,7 @@ class Clock:
         return self._times[1] - self._times[0]
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A long prompt over several ranks, with plain transformers.")
     parser.add_argument("--model", required=True, help="a folder or hub id: Llama, Mistral, Qwen2 or Qwen3")
     parser.add_argument("--ulysses-degree", type=int, default=1)
@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
 
 
 def prompt(options: argparse.Namespace, vocabulary: int) -> tuple[torch.Tensor, Any]:
-    """(1, tokens), the same on all ranks; and what turns tokens into text, where a text was given."""
+    """The prompt, (1, tokens), the same on all ranks; and the tokenizer where a text was given."""
     if options.prompt_file is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocabulary, (1, options.tokens), generator=generator), None
@@ -70,7 +70,7 @@ def prompt(options: argparse.Namespace, vocabulary: int) -> tuple[torch.Tensor, 
 
 
 def answer(options: argparse.Namespace, mesh: ParallelMesh, device: torch.device) -> None:
-    """What every rank does."""
+    """Answer on this rank; rank 0 first does so alone, and prints."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(device).eval()
@@ -87,7 +87,7 @@ def answer(options: argparse.Namespace, mesh: ParallelMesh, device: torch.device
     if mesh.rank == 0 and not options.no_compare:
         clock = Clock()
         mask = torch.ones_like(ids)
-        # Greedy, whatever else the model's generation config wishes.
+        # Greedy, whatever the model's generation config says.
         plain = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": options.max_new_tokens}
         model.generate(ids[:, :8], attention_mask=mask[:, :8], **plain)
         alone = model.generate(ids, attention_mask=mask, streamer=clock, **plain)
@@ -105,33 +105,34 @@ def answer(options: argparse.Namespace, mesh: ParallelMesh, device: torch.device
     handle.remove()
 
     ranks = f"{mesh.world_size} rank" + "s" * (mesh.world_size > 1)
-    kept = f"{clock.bytes / 1e6:.1f} MB a rank"
-    lines.append(f"{ranks:7} first token after {clock.seconds:.2f} s; keys and values {kept}")
+    lines.append(
+        f"{ranks:7} first token after {clock.seconds:.2f} s; keys and values {clock.bytes / 1e6:.1f} MB a rank"
+    )
     new = tokens[0, ids.shape[1] :]
-    told = " ".join(map(str, new.tolist())) if tokenizer is None else tokenizer.decode(new, skip_special_tokens=True)
-    lines.append(f"answer  {told}")
+    text = " ".join(map(str, new.tolist())) if tokenizer is None else tokenizer.decode(new, skip_special_tokens=True)
+    lines.append(f"answer  {text}")
     if alone is not None:
-        # In 16 bit two ways to add up may round to different tokens; in float32 they do not here.
+        # In 16 bit, sums in another order may round to other tokens; in float32 they do not here.
         lines.append(f"equal   {torch.equal(alone, tokens)}")
     if mesh.rank == 0:
         print("\n".join(lines), flush=True)
 
 
-def rank_main(local_rank: int, options: argparse.Namespace, meeting: str | None) -> None:
-    """One rank: joined by torchrun, or started here (then ``meeting`` is the file that ranks meet by)."""
+def rank_main(local_rank: int, options: argparse.Namespace, init_method: str | None) -> None:
+    """Run one rank: started by torchrun, or here, where ``init_method`` names the ranks' file."""
     config = DiffusionParallelConfig(ulysses_degree=options.ulysses_degree, ring_degree=options.ring_degree)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size))
     gpus = options.device == "cuda" or (options.device is None and torch.cuda.device_count() >= local_ranks)
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    if meeting is not None or "RANK" in os.environ:
-        where: dict[str, Any] = {}
-        if meeting is not None:
-            where = {"init_method": meeting, "rank": local_rank, "world_size": config.world_size}
+    if init_method is not None or "RANK" in os.environ:
+        arguments: dict[str, Any] = {}
+        if init_method is not None:
+            arguments = {"init_method": init_method, "rank": local_rank, "world_size": config.world_size}
         # cpu:gloo beside NCCL, for the small messages; an hour, because one rank may answer alone first.
-        library = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        dist.init_process_group(library, timeout=timedelta(hours=1), **where)
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1), **arguments)
     try:
         answer(options, ParallelMesh(config), device)
     finally:
@@ -140,13 +141,13 @@ def rank_main(local_rank: int, options: argparse.Namespace, meeting: str | None)
 
 
 def main() -> None:
-    options = arguments()
+    options = parse_arguments()
     ranks = options.ulysses_degree * options.ring_degree
     if "RANK" in os.environ or ranks == 1:
         rank_main(int(os.environ.get("LOCAL_RANK", "0")), options, None)
         return
     with tempfile.TemporaryDirectory() as folder:
-        spawn(rank_main, (options, f"file://{folder}/meeting"), nprocs=ranks)
+        spawn(rank_main, (options, f"file://{folder}/rendezvous"), nprocs=ranks)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ QUESTIONS = ("What is sequence parallelism?", "And when does it help?")
 
 
 def main() -> None:
-    """Ask the questions one after the other; each answer belongs to the conversation."""
+    """Ask the questions one after the other, in one conversation."""
     parser = argparse.ArgumentParser(description="A conversation over ranks that share each prompt's tokens.")
     parser.add_argument("--model", required=True, help="hub id or folder of a Llama, Mistral, Qwen2 or Qwen3")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that split the weights")

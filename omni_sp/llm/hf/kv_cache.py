@@ -12,13 +12,8 @@ class TokenCache:
     A layer's first write allocates memory for all tokens that this rank will ever hold: too little memory fails in the
     prefill, not in the middle of an answer, and nothing is copied as the answer grows.
 
-    Args:
-        num_layers: number of layers of the model.
-        capacity: number of tokens that this rank will hold in the end.
-        mask: (batch, 0) on the tokens' device, where some tokens are padding; else None.
-
     Attributes:
-        length: number of tokens held.
+        length: number of tokens held, in the end ``capacity``.
         mask: (batch, length) bool, True = a real token; None where all are.
     """
 

@@ -29,15 +29,14 @@ def is_vllm_command() -> bool:
 
 
 def for_vllm(arguments: Sequence[str], *, count_steps: bool = False) -> list[str]:
-    """The arguments as vLLM knows them. Without a flag of ours they are unchanged.
+    """The arguments as vLLM knows them; unchanged without a flag of ours.
 
     Args:
         arguments: the words after vLLM's command.
         count_steps: let this process show on its /metrics how the steps ran.
 
     Raises:
-        ConfigError: a value is invalid, or a feature of vLLM does not run beside sequence parallelism.
-        UnsupportedModelError: the model is of another architecture.
+        InvalidInputError: a flag is invalid, or the model or a feature of vLLM does not run beside our flags.
     """
     line = CommandLine(arguments)
     sequence = line.take_number(*_SEQUENCE)

@@ -80,8 +80,8 @@ class LlmParallelConfig:
 class EngineFeatures:
     """The other features that an engine uses, as far as they are known, by vLLM's names.
 
-    The main process reads them from flags and the model's configuration, before anything starts. Every rank reads them
-    again from vLLM's own configuration, where a feature may have been enabled in another way.
+    The main process reads them from flags and the model's configuration. Every rank reads them again from vLLM's own
+    configuration, where a feature may have been enabled in another way.
     """
 
     enable_lora: bool = False
@@ -93,11 +93,7 @@ class EngineFeatures:
     attention_heads: int | None = None
 
     def require_supported(self, settings: LlmParallelConfig) -> None:
-        """Raise for a feature with which results would be wrong, or silently not parallel.
-
-        Raises:
-            ConfigError: it names the setting, and the way out.
-        """
+        """Raise ConfigError for a feature with which results would be wrong, or silently not parallel."""
         if self.enable_lora:
             raise ConfigError(
                 "sequence parallelism does not run with LoRA (--enable-lora): merge the adapter into the weights, or "

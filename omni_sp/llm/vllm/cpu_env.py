@@ -17,9 +17,7 @@ _GIB = 2**30
 def set_defaults(world_size: int, *, memory_is_set: bool) -> None:
     """Set the environment variables that several ranks on this CPU need, and print them; those set by the user stay.
 
-    Args:
-        world_size: number of ranks of the engine.
-        memory_is_set: a flag gives the memory of the cache, so no default does.
+    ``memory_is_set``: a flag gives the memory of the cache, so no default does.
     """
     if world_size <= _numa_nodes():
         return

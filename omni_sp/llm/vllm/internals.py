@@ -87,11 +87,7 @@ def settings_of(vllm_config: Any) -> LlmParallelConfig | None:
 
 
 def require_known_vllm() -> None:
-    """Check the functions and groups of vLLM that we use.
-
-    Raises:
-        UnsupportedModelError: one is missing or differs; it is named.
-    """
+    """Raise UnsupportedModelError where a function or group of vLLM that we use is missing or differs."""
     for module, name, parameters in _FUNCTIONS:
         found = getattr(importlib.import_module(module), name, None)
         if not callable(found):
@@ -107,12 +103,7 @@ def require_known_vllm() -> None:
 
 
 def require_supported_config(vllm_config: Any, settings: LlmParallelConfig) -> None:
-    """Raise for settings of vLLM with which results would be wrong, or silently not parallel.
-
-    Raises:
-        ConfigError: it names the setting, and the way out.
-        UnsupportedModelError: vLLM's configuration lacks an entry that we read.
-    """
+    """Raise ConfigError for settings of vLLM with which results would be wrong, or silently not parallel."""
     read = functools.partial(_read_config, vllm_config)
     world = read("parallel_config.tensor_parallel_size")
     if world != settings.world_size:
@@ -148,11 +139,7 @@ def require_supported_config(vllm_config: Any, settings: LlmParallelConfig) -> N
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The decoder's layers.
-
-    Raises:
-        UnsupportedModelError: a layer lacks an attribute that we use; it is named.
-    """
+    """The decoder's layers; raises UnsupportedModelError where one lacks an attribute that we use."""
     name = type(model).__name__
     _require(model, ("model",), name)
     _require(model.model, ("layers", "embed_input_ids"), f"{name}.model")
@@ -293,15 +280,9 @@ def groups(settings: LlmParallelConfig) -> tuple[Axis, Any]:
 
 
 def clone_linear_for(stock: Any, kind: str, inner: InnerRank) -> Any:
-    """A linear layer like a stock one that holds the shard of another group.
+    """A linear layer like a stock one of class ``kind`` that holds the shard of another group.
 
-    Args:
-        stock: vLLM's layer.
-        kind: the class that it must have.
-        inner: this process's rank in the other group.
-
-    Raises:
-        UnsupportedModelError: the stock layer is of another class, or has settings that we do not implement.
+    Raises UnsupportedModelError where the stock layer is of another class, or has settings that we do not implement.
     """
     from vllm.distributed import parallel_state
     from vllm.model_executor.layers import linear as layers

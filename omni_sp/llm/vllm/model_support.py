@@ -16,14 +16,9 @@ _HUB_TIMEOUT_S = 10
 
 
 def require_supported_model(model: str | os.PathLike[str] | None, settings: LlmParallelConfig, **features: Any) -> None:
-    """Check a model's configuration and the other features of an engine.
+    """Check a model's configuration, and the known features of an engine (fields of EngineFeatures).
 
     A model without a readable configuration passes: vLLM refuses it with a better message.
-
-    Args:
-        model: a folder or hub id; None where it is not known.
-        settings: the degrees.
-        features: those of EngineFeatures that are known.
 
     Raises:
         UnsupportedModelError: another architecture.

@@ -26,12 +26,7 @@ Llama, Mistral, Qwen2 and Qwen3. The rest is vLLM's:
 
 
 def serve_llm(arguments: Sequence[str]) -> NoReturn:
-    """Replace this process by ``vllm serve`` with these arguments.
-
-    Raises:
-        ConfigError: vLLM is not installed, or our flags are invalid.
-        UnsupportedModelError: the model is of another architecture.
-    """
+    """Replace this process by ``vllm serve`` with these arguments; raises InvalidInputError as for_vllm() does."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed here: pip install 'omni-sp[vllm]'")
     if {"-h", "--help"} & set(arguments):

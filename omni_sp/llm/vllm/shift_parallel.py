@@ -52,13 +52,7 @@ class Step:
 
 
 class ShiftParallelModel:
-    """Runs the steps of one stock model, whose layers it changes in place.
-
-    Args:
-        model: vLLM's ``...ForCausalLM``, just constructed, weights not loaded.
-        settings: the degrees.
-        max_tokens: the most tokens of a step.
-    """
+    """Runs the steps of one stock model, whose layers it changes in place before their weights are loaded."""
 
     def __init__(self, model: Any, settings: LlmParallelConfig, max_tokens: int) -> None:
         self._max_tokens = max_tokens

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=thorough_only)])
-def test_the_long_prompt_example_tells_times_and_the_same_answer(tmp_path: Path, torchrun: bool) -> None:
+def test_the_long_prompt_example_prints_times_and_the_same_answer(tmp_path: Path, torchrun: bool) -> None:
     tiny.model("qwen3, norms").save_pretrained(tmp_path)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if torchrun else []
     words = ["--model", tmp_path, "--tokens", 200, "--max-new-tokens", 5, "--prefill-chunk", 64, "--device", "cpu"]

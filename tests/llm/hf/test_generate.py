@@ -39,10 +39,10 @@ def answers(name: str) -> list[torch.Tensor]:
 
 @cache
 def unpadded(side: str) -> torch.Tensor:
-    """What each row of the padded batch is answered by itself."""
+    """The answer to each sequence of the padded batch, given alone."""
     ids, mask = tiny.padded(PADDED, side)
-    rows = [ids[row][mask[row].bool()][None] for row in range(len(PADDED))]
-    return torch.cat([alone("qwen2, bias", row)[:, -NEW:] for row in rows])
+    sequences = [ids[index][mask[index].bool()][None] for index in range(len(PADDED))]
+    return torch.cat([alone("qwen2, bias", sequence)[:, -NEW:] for sequence in sequences])
 
 
 def on_ranks_generate(mesh: ParallelMesh, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -56,7 +56,7 @@ def on_ranks_generate(mesh: ParallelMesh, name: str) -> tuple[list[torch.Tensor]
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 @pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS)
-def test_answers_are_those_of_one_process_in_one_piece_and_in_chunks(
+def test_answers_are_those_of_one_process_at_once_and_in_chunks(
     ranks: RankPool, name: str, ulysses: int, ring: int
 ) -> None:
     wanted = dict(zip(LENGTHS, answers(name), strict=True))
@@ -77,7 +77,7 @@ def on_ranks_generate_padded(mesh: ParallelMesh, side: str, chunk: int | None) -
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS)
-def test_rows_of_a_padded_batch_answer_as_each_does_alone(
+def test_sequences_of_a_padded_batch_are_answered_as_each_is_alone(
     ranks: RankPool, side: str, chunk: int | None, ulysses: int, ring: int
 ) -> None:
     ids, _ = tiny.padded(PADDED, side)
@@ -91,7 +91,7 @@ def on_ranks_end(mesh: ParallelMesh, ends: int | list[int]) -> torch.Tensor:
     return handle.generate(tiny.prompt(13, batch=3), max_new_tokens=12, eos_token_id=ends, pad_token_id=2)
 
 
-def test_a_row_that_has_ended_is_padded_and_the_answer_ends_with_the_last_row(ranks: RankPool) -> None:
+def test_a_sequence_that_has_ended_is_padded_until_the_last_one_ends(ranks: RankPool) -> None:
     ids = tiny.prompt(13, batch=3)
     free = alone("qwen3, norms", ids, max_new_tokens=12)[:, 13:]
     for ends in (int(free[0, 2]), [int(free[0, 2]), int(free[1, 4]), int(free[2, 3])]):
@@ -102,17 +102,17 @@ def test_a_row_that_has_ended_is_padded_and_the_answer_ends_with_the_last_row(ra
     assert wanted.shape[1] < 13 + 12
 
 
-class Ear:
-    """A streamer that remembers what it was given, and what the cache took meanwhile."""
+class RecordingStreamer:
+    """A streamer that records its calls, and the size of the cache at each of them."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
-        self.heard: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
         self.bytes: set[int] = set()
         self.ended = False
 
     def put(self, value: torch.Tensor) -> None:
-        self.heard.append(value)
+        self.values.append(value)
         self.bytes.add(self.handle.cache_bytes())
 
     def end(self) -> None:
@@ -122,7 +122,7 @@ class Ear:
 def on_ranks_count(mesh: ParallelMesh, tokens: int, new: int, chunk: int | None) -> dict[str, Any]:
     handle = parallelize(tiny.model("llama, one kv head"), mesh)
     ids = tiny.prompt(tokens, batch=2)
-    ear = Ear(handle)
+    recorder = RecordingStreamer(handle)
     handle.generate(ids, max_new_tokens=1, prefill_chunk=chunk)
     mesh.sequence.traffic.reset()
     handle.generate(ids, max_new_tokens=1, prefill_chunk=chunk)
@@ -130,32 +130,33 @@ def on_ranks_count(mesh: ParallelMesh, tokens: int, new: int, chunk: int | None)
     mesh.sequence.traffic.reset()
     for axis in (mesh.ring, mesh.ulysses):
         axis.traffic.reset()
-    answer = handle.generate(ids, max_new_tokens=new, prefill_chunk=chunk, streamer=ear)
+    answer = handle.generate(ids, max_new_tokens=new, prefill_chunk=chunk, streamer=recorder)
     calls = mesh.sequence.traffic.calls
+    streamed = torch.cat([recorder.values[0], torch.stack(recorder.values[1:], 1)], 1)
     return {
-        "bytes": ear.bytes,
+        "bytes": recorder.bytes,
         "after": handle.cache_bytes(),
-        "heard": torch.cat([ear.heard[0], torch.stack(ear.heard[1:], 1)], 1).equal(answer) and ear.ended,
+        "streamed": streamed.equal(answer) and recorder.ended,
         "a step": {kind: (calls[kind] - prefill.get(kind, 0)) / (new - 1) for kind in calls},
     }
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS)
 @pytest.mark.parametrize("chunk", [None, 9])
-def test_each_rank_keeps_its_share_of_the_cache_and_a_step_costs_one_gather_a_layer(
+def test_each_rank_stores_its_share_of_the_cache_and_a_step_costs_one_gather_a_layer(
     ranks: RankPool, chunk: int | None, ulysses: int, ring: int
 ) -> None:
     tokens, new = 25, 11
-    # Keys and values, layers, batch, one head of 8, 4 bytes; the last new token is never fed back.
+    # Keys and values, layers, batch, one head of 8, 4 bytes; the last new token is never an input.
     token_bytes = 2 * 2 * 2 * 8 * 4
-    taken = []
-    for told in ranks.run(on_ranks_count, tokens, new, chunk, ulysses=ulysses, ring=ring):
-        # Before the first layer writes, when the streamer is given the prompt, nothing is taken; then all at once.
-        (held,) = told["bytes"] - {0}
-        assert told["after"] == 0
-        assert told["heard"]
-        assert told["a step"] == {"gather": 2, "gather_ints": 1} | ({"exchange": 0} if chunk else {})
-        taken.append(held // token_bytes)
-        assert held % token_bytes == 0
-    assert sum(taken) == tokens + new - 1
-    assert max(taken) - min(taken) <= 1
+    stored = []
+    for answer in ranks.run(on_ranks_count, tokens, new, chunk, ulysses=ulysses, ring=ring):
+        # When the streamer gets the prompt nothing is allocated; the first layer's first write allocates everything.
+        (num_bytes,) = answer["bytes"] - {0}
+        assert answer["after"] == 0
+        assert answer["streamed"]
+        assert answer["a step"] == {"gather": 2, "gather_ints": 1} | ({"exchange": 0} if chunk else {})
+        stored.append(num_bytes // token_bytes)
+        assert num_bytes % token_bytes == 0
+    assert sum(stored) == tokens + new - 1
+    assert max(stored) - min(stored) <= 1

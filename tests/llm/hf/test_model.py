@@ -172,7 +172,7 @@ def on_ranks_disagreeing(mesh: ParallelMesh) -> list[str]:
     handle = parallelize(model, mesh)
     ids = tiny.prompt(13)
     own = ids.flip(1) if mesh.rank else ids
-    told = []
+    messages = []
     calls: list[Callable[[], Any]] = [
         lambda: model(own),
         lambda: model(ids[:, : 12 + mesh.rank]),
@@ -183,13 +183,13 @@ def on_ranks_disagreeing(mesh: ParallelMesh) -> list[str]:
     for call in calls:
         with torch.no_grad(), pytest.raises(ShardingError) as error:
             call()
-        told.append(str(error.value))
-    return told
+        messages.append(str(error.value))
+    return messages
 
 
-def test_ranks_that_are_called_with_different_things_say_what_differs(ranks: RankPool) -> None:
+def test_ranks_called_with_different_inputs_name_what_differs(ranks: RankPool) -> None:
     names = ["input_ids", "tokens", "logits_to_keep", "max_new_tokens", "eos_token_id"]
-    for told in ranks.run(on_ranks_disagreeing, ulysses=2):
-        for name, message in zip(names, told, strict=True):
+    for messages in ranks.run(on_ranks_disagreeing, ulysses=2):
+        for name, message in zip(names, messages, strict=True):
             assert f"different {name} " in message
             assert "rank 1" in message

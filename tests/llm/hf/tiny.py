@@ -68,10 +68,10 @@ def padded(lengths: tuple[int, ...], side: str) -> tuple[torch.Tensor, torch.Ten
     """Prompts of different lengths in one batch, and their mask."""
     longest = max(lengths)
     ids, mask = prompt(longest, len(lengths)), torch.zeros(len(lengths), longest, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        mask[row, longest - length :] = 1
+    for index, length in enumerate(lengths):
+        mask[index, longest - length :] = 1
         if side == "right":
-            mask[row] = mask[row].flip(0)
+            mask[index] = mask[index].flip(0)
     return ids.masked_fill(mask == 0, 5), mask
 
 

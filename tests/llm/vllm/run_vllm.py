@@ -10,8 +10,8 @@ from typing import Any
 from testing.models import memory_of_rank
 
 
-def forget_threshold(model: Any) -> None:
-    """Have a rank measure anew, at its next step, when it is to share tokens."""
+def measure_again(model: Any) -> None:
+    """Let a rank measure its threshold at the next step."""
     model._shift_parallel._threshold = None
 
 
@@ -24,19 +24,22 @@ def main() -> None:
     from omni_sp.llm import LLM
     from omni_sp.llm.vllm import models
 
+    # By the module's own name: vLLM's processes look it up there.
+    from tests.llm.vllm.run_vllm import measure_again
+
     llm = LLM(**case["options"])
     assert issubclass(as_embedding_model(models.LlamaForCausalLM), models.LlamaForCausalLM)
     sampling = SamplingParams(temperature=0.0, max_tokens=case["count"], ignore_eos=True, detokenize=False)
 
     def answers(batch: list[list[int]]) -> list[list[int]]:
-        made = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], sampling, use_tqdm=False)
-        return [list(answer.outputs[0].token_ids) for answer in made]
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
-    result = {"version": vllm.__version__.partition("+")[0], "said": [answers(batch) for batch in case["batches"]]}
-    result |= {"steps": llm.steps, "held": llm.apply_model(memory_of_rank)}
+    result = {"version": vllm.__version__.partition("+")[0], "tokens": [answers(batch) for batch in case["batches"]]}
+    result |= {"steps": llm.steps, "memory": llm.apply_model(memory_of_rank)}
     if llm.steps is not None and llm.steps.threshold >= 0:
-        llm.apply_model(forget_threshold)
-        result |= {"said_by_measure": answers(case["batches"][-1]), "measured": llm.steps.threshold}
+        llm.apply_model(measure_again)
+        result |= {"tokens_again": answers(case["batches"][-1]), "measured": llm.steps.threshold}
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

@@ -1,4 +1,4 @@
-"""The number of tokens at which Ulysses overtakes tensor parallelism is measured, not guessed."""
+"""The number of tokens from which Ulysses is quicker than tensor parallelism is measured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def alone(value: Any) -> Any:
 
 
 def test_measuring_ends_when_ulysses_has_won_twice(clock: Clock) -> None:
-    """A way whose time grows with tokens, and one that costs the same for any number."""
+    """The time of one grows with the tokens, that of the other does not."""
 
     def run(tokens: int, is_ulysses: bool) -> None:
         clock.now += 4.0 if is_ulysses else 0.25 * tokens
@@ -55,10 +55,10 @@ def test_the_most_tokens_of_a_step_and_the_budget_bound_it(clock: Clock) -> None
     assert len(measure(run, 4096, alone, budget_s=0.0)) == 1
 
 
-def test_a_rank_goes_by_what_rank_0_measured() -> None:
-    """Its own clock says the opposite."""
-    told = iter([(Trial(1, 1.0, 2.0), False), (Trial(2, 2.0, 1.0), False), (Trial(4, 2.0, 1.0), False)])
-    trials = measure(lambda _tokens, _shares: None, 64, lambda _mine: next(told))
+def test_every_rank_uses_the_times_of_rank_0() -> None:
+    """This rank's own times are the opposite."""
+    measured = iter([(Trial(1, 1.0, 2.0), False), (Trial(2, 2.0, 1.0), False), (Trial(4, 2.0, 1.0), False)])
+    trials = measure(lambda _tokens, _is_ulysses: None, 64, lambda _own: next(measured))
     assert [trial.tokens for trial in trials] == [1, 2, 4]
     assert threshold(trials) == 1
 

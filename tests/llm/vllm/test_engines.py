@@ -1,4 +1,4 @@
-"""Inside vLLM: the same tokens as transformers, whichever way a step runs, through every door."""
+"""Inside vLLM: the same tokens as transformers, whichever way a step runs, through every entry point."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[3]
 PATIENCE_S = 280.0
 COUNT = 12
 LENGTHS = 1, 7, 13, 34, 161  # of which the last ones pass in chunks of 64
-VERSION = os.environ.get("OMNI_SP_VLLM")  # the one that is to be tried; none told: the installed one
-SPECULATES = VERSION != "0.30.0"  # which fails at it on a CPU without Triton, in one process too
+VERSION = os.environ.get("OMNI_SP_VLLM")  # the one to test; None for the installed one
+SPECULATES = VERSION != "0.30.0"  # n-gram speculation of 0.30.0 fails on a CPU without Triton, in one process too
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -46,7 +46,7 @@ FLAGS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_
 
 
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """A program to its end, and nothing of it afterwards."""
+    """Run a program to its end."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
@@ -56,7 +56,7 @@ def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def engine(folder: Path, batches: list[list[list[int]]], **options: Any) -> dict[str, Any]:
-    """What an engine says to these prompts."""
+    """What an engine answers to these prompts, and what it counted."""
     case = {"options": {"model": str(folder), **SMALL, **options}, "batches": batches, "count": COUNT}
     (folder / "case.json").write_text(json.dumps(case))
     run(["-m", "tests.llm.vllm.run_vllm", "case.json", "result.json"], folder)
@@ -65,7 +65,7 @@ def engine(folder: Path, batches: list[list[list[int]]], **options: Any) -> dict
 
 
 def prompts(*lengths: int) -> list[list[int]]:
-    """Token ids without those that mean something."""
+    """Random token ids, without the special ones."""
     generator = torch.Generator().manual_seed(7)
     return [torch.randint(3, VOCABULARY_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
@@ -116,7 +116,7 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
         enable_prefix_caching=True,
     )
     assert VERSION in (None, result["version"])
-    assert result["said"] == [[greedy(model, prompt, COUNT) for prompt in batch] for batch in (first, again)]
+    assert result["tokens"] == [[greedy(model, prompt, COUNT) for prompt in batch] for batch in (first, again)]
     ulysses_steps, ulysses_tokens, tensor_steps, _, models, threshold = result["steps"]
     assert ulysses_steps
     assert tensor_steps
@@ -124,27 +124,27 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
     assert threshold == 20
     computed = sum(map(len, first)) + sum(map(len, again))
     assert ulysses_tokens < computed, "no prefix was taken from the cache"
-    # It is measured while these prompts lie in the cache, which is neither read nor written for that.
-    assert result["said_by_measure"] == result["said"][1]
+    # The threshold is measured while these prompts are in the cache, which measuring neither reads nor writes.
+    assert result["tokens_again"] == result["tokens"][1]
     assert result["measured"] >= 0
     config = model.config
     hidden, inner = config.hidden_size, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     heads = config.num_attention_heads + max(kv_heads, tensor)  # a kv head that two inner ranks need is on both
     layer = 2 * hidden * head_dim * heads + 3 * hidden * inner
-    for rank in result["held"]:
-        # Both ways of a step use these, so that shift parallelism adds nothing.
+    for rank in result["memory"]:
+        # Both kinds of steps use these matrices, so shift parallelism needs no others.
         assert rank["matrices"] == config.num_hidden_layers * layer * 4 // tensor
         # Fewer kv heads than ranks: one each, as vLLM's own tensor parallelism keeps it.
-        kept = max(1, kv_heads // (tensor * sequence))
-        assert rank["kept_per_token"] == config.num_hidden_layers * 2 * kept * head_dim * 4
+        heads_per_rank = max(1, kv_heads // (tensor * sequence))
+        assert rank["kept_per_token"] == config.num_hidden_layers * 2 * heads_per_rank * head_dim * 4
 
 
 @thorough_only
 @pytest.mark.skipif(
     not torch.cpu._is_avx512_supported(), reason="vLLM keeps keys and values in fp8 on CPUs with AVX-512 alone"
 )
-def test_keys_and_values_in_fp8_say_what_vllm_itself_says_with_them(tmp_path: Path) -> None:
+def test_keys_and_values_in_fp8_give_the_tokens_of_vllm_itself(tmp_path: Path) -> None:
     save_language_model("llama", tmp_path)
     batch = prompts(*LENGTHS)
     shared: dict[str, Any] = {"kv_cache_dtype": "fp8", "enforce_eager": True}
@@ -157,36 +157,36 @@ def test_keys_and_values_in_fp8_say_what_vllm_itself_says_with_them(tmp_path: Pa
         shift_parallel_threshold=20,
         **shared,
     )
-    assert result["said"] == alone["said"]
+    assert result["tokens"] == alone["tokens"]
 
 
 @thorough_only
-def test_without_our_flags_vllms_own_models_are_what_they_were(tmp_path: Path) -> None:
+def test_without_our_flags_vllms_models_are_unchanged(tmp_path: Path) -> None:
     """One process, as vLLM's users run it; classes for embeddings are derived as vLLM does it."""
     model = save_language_model("llama", tmp_path)
     batch = prompts(7, 34)
     result = engine(tmp_path, [batch], enforce_eager=True)
     assert VERSION in (None, result["version"])
-    assert result["said"] == [[greedy(model, prompt, COUNT) for prompt in batch]]
+    assert result["tokens"] == [[greedy(model, prompt, COUNT) for prompt in batch]]
     assert result["steps"] is None
 
 
 @contextlib.contextmanager
 def server(folder: Path, arguments: list[str]) -> Iterator[str]:
-    """A running server's address; afterwards none of its processes is there."""
+    """Start a server and yield its address; afterwards no process of it is left."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = (folder / "log").open("w")
     command = [*arguments, *FLAGS, "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
-    everybody: list[psutil.Process] = []
+    processes: list[psutil.Process] = []
     try:
         until = time.monotonic() + PATIENCE_S
         while not _answers(f"http://127.0.0.1:{port}/health"):
             assert process.poll() is None, (folder / "log").read_text()[-4000:]
             assert time.monotonic() < until, (folder / "log").read_text()[-4000:]
             time.sleep(0.5)
-        everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -196,8 +196,8 @@ def server(folder: Path, arguments: list[str]) -> Iterator[str]:
             process.kill()
             process.wait(10)
         log.close()
-        gone = becomes_true(lambda: not any(map(_runs, everybody)), 20.0)
-        for one in everybody:
+        gone = becomes_true(lambda: not any(map(_runs, processes)), 20.0)
+        for one in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
     assert gone
@@ -223,10 +223,10 @@ def chat(url: str, model: Path, words: str) -> str:
     from openai import OpenAI
 
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        pieces = client.chat.completions.create(
+        chunks = client.chat.completions.create(
             model=str(model), messages=[{"role": "user", "content": words}], max_tokens=8, temperature=0, stream=True
         )
-        return "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
 def expected(model: Any, folder: Path, words: str) -> str:
@@ -237,14 +237,14 @@ def expected(model: Any, folder: Path, words: str) -> str:
     ids = tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=True, return_dict=True)[
         "input_ids"
     ]
-    said = greedy(model, list(ids), 8)
-    if tokenizer.eos_token_id in said:
-        said = said[: said.index(tokenizer.eos_token_id)]
-    return str(tokenizer.decode(said, skip_special_tokens=True))
+    tokens = greedy(model, list(ids), 8)
+    if tokenizer.eos_token_id in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def completed(url: str, model: Path, batch: list[list[int]]) -> list[list[int]]:
-    """The token ids that the server says after each prompt; all are asked at once."""
+    """The token ids that the server generates after each prompt; all prompts are sent at once."""
     body = {"model": str(model), "prompt": batch, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
         f"{url}/v1/completions",
@@ -257,7 +257,7 @@ def completed(url: str, model: Path, batch: list[list[int]]) -> list[list[int]]:
 
 
 def metrics(url: str) -> dict[str, float]:
-    """What our part of /metrics says."""
+    """Our entries of /metrics."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("omni_sp"))}
@@ -287,17 +287,17 @@ def test_vllm_serve_with_our_flags_answers_a_chat(tmp_path: Path, shift: str) ->
         batch = prompts(*LENGTHS)
         assert completed(url, tmp_path, batch) == [greedy(model, one, COUNT) for one in batch]
         assert chat(url, tmp_path, WORDS).strip() == expected(model, tmp_path, WORDS).strip()
-        told = metrics(url)
+        counts = metrics(url)
         if shift:
-            assert told[THRESHOLD] >= 0
-            assert told[ULYSSES] + told[TENSOR]
+            assert counts[THRESHOLD] >= 0
+            assert counts[ULYSSES] + counts[TENSOR]
         else:
-            assert told[THRESHOLD] == -1
-            assert told[ULYSSES]
-            assert not told[TENSOR]
+            assert counts[THRESHOLD] == -1
+            assert counts[ULYSSES]
+            assert not counts[TENSOR]
 
 
-def test_the_api_server_at_two_by_two_says_what_transformers_says(tmp_path: Path) -> None:
+def test_the_api_server_at_two_by_two_generates_the_tokens_of_transformers(tmp_path: Path) -> None:
     """Qwen2 with biases, tensor × sequence parallel 2 × 2 and the shift between them, n-gram speculation beside it."""
     model = save_language_model("qwen2", tmp_path)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)]
@@ -309,14 +309,14 @@ def test_the_api_server_at_two_by_two_says_what_transformers_says(tmp_path: Path
         batch = prompts(*LENGTHS)
         assert completed(url, tmp_path, batch) == [greedy(model, one, COUNT) for one in batch]
         assert chat(url, tmp_path, WORDS).strip() == expected(model, tmp_path, WORDS).strip()
-        told = metrics(url)
-        assert told[ULYSSES]
-        assert told[TENSOR]
-        assert told[THRESHOLD] == 20
+        counts = metrics(url)
+        assert counts[ULYSSES]
+        assert counts[TENSOR]
+        assert counts[THRESHOLD] == 20
 
 
 @pytest.mark.parametrize("through_vllm", [False, pytest.param(True, marks=thorough_only)])
-def test_what_cannot_be_is_one_line_before_anything_starts(tmp_path: Path, through_vllm: bool) -> None:
+def test_an_unsupported_model_is_one_line_before_anything_starts(tmp_path: Path, through_vllm: bool) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"] if through_vllm else [
         str(Path(sys.executable).with_name("omni-sp")), "serve-llm"
