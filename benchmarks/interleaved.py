@@ -27,7 +27,7 @@ class Timing:
         seconds: of each round, the slowest rank's. error: relative to float64, where it was looked at.
         memory: bytes at its peak beyond what was there before, the greediest rank's.
         exchange: part of its time that exchanges take, of the rank where it is least: the others wait for that one.
-        refused: why it did not run. facts: whatever else is told of it.
+        refused: why it did not run. facts: what else was measured.
     """
 
     seconds: list[float] = field(default_factory=list)

@@ -98,7 +98,7 @@ PEERS: dict[str, Callable[[ParallelMesh, Any], None]] = {"diffusers": diffusers_
 
 
 def run(mesh: ParallelMesh, settings: Settings, peer: str | None) -> Answer:
-    """On one rank: every contender's rounds, and what else is told of them."""
+    """On one rank: every contender's rounds, and what else was measured."""
     warnings.simplefilter("ignore")  # the peers' own
     inputs = make_inputs(settings)
     alone = build(settings)

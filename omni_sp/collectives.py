@@ -33,7 +33,7 @@ class Exchange(Protocol):
     """An all-to-all of different sizes for every pair of ranks: fill ``send_buffers``, ``start``, ``wait``.
 
     Attributes:
-        send_buffers: for each rank a flat tensor, to be filled with what is sent there before :meth:`start`.
+        send_buffers: for each rank a flat tensor, to be filled with what is sent there before `start`.
     """
 
     send_buffers: tuple[torch.Tensor, ...]

@@ -59,7 +59,7 @@ class Axis:
 
     Attributes:
         name: "cfg", "ring", "ulysses", "sequence" (ring × ulysses: all that hold tokens of the same sequence), "world"
-            (all ranks of the mesh), or the name given to :meth:`of_group`.
+            (all ranks of the mesh), or the name given to `of_group`.
         ranks: the global ranks along it, in order.
         rank: this rank's index in ``ranks``.
         group: their process group; None where the axis has size 1 and nothing is ever sent.
@@ -218,7 +218,7 @@ def _local_group(ranks: Sequence[int]) -> dist.ProcessGroup:
 
 
 def _mesh_ranks(config: DiffusionParallelConfig, ranks: Sequence[int] | None) -> tuple[int, ...]:
-    """The global ranks of a mesh, in order; raises ConfigError as :class:`ParallelMesh` documents."""
+    """The global ranks of a mesh, in order; raises ConfigError as `ParallelMesh` documents."""
     initialised = dist.is_available() and dist.is_initialized()
     if config.world_size > 1 and not initialised:
         raise ConfigError(

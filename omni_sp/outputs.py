@@ -41,7 +41,7 @@ class CheckReport:
     """How exact a model is over several ranks.
 
     Attributes:
-        errors: stage -> the largest relative difference from one process, see :meth:`Omni.check`.
+        errors: stage -> the largest relative difference from one process, see `Omni.check`.
         gathers: operation of a model's code -> how often it needed the full tensor of one that is sharded.
     """
 

@@ -1,6 +1,6 @@
 """Memory that the ranks of one machine can read from each other: a CPU tensor crosses with one copy, not by a socket.
 
-Every rank has a :class:`SharedMemoryChannel`. It writes what it sends into its own memory, a small message over the
+Every rank has a `SharedMemoryChannel`. It writes what it sends into its own memory, a small message over the
 process group says where that lies, and the receiver copies it out. The messages are the only synchronisation: they have
 the group's timeout and its error when a rank dies, and nobody polls.
 
@@ -187,10 +187,10 @@ class SharedMemoryChannel:
 
 @dataclass
 class ChannelExchange:
-    """One exchange of a channel, which :meth:`SharedMemoryChannel.prepare` makes.
+    """One exchange of a channel, which `SharedMemoryChannel.prepare` makes.
 
     Attributes:
-        send_buffers: for each rank the bytes (flat, uint8) that it will read; written before :meth:`send`.
+        send_buffers: for each rank the bytes (flat, uint8) that it will read; written before `send`.
     """
 
     send_buffers: list[torch.Tensor]

@@ -148,7 +148,7 @@ def _pack(out: Tensor, lse: Tensor) -> Tensor:
 
 
 def _merge(partials: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    """The attention over all keys, from what :func:`_pack` made on each rank, merged in rank order."""
+    """The attention over all keys, from what `_pack` made on each rank, merged in rank order."""
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lse_width = lse_dtype.itemsize // dtype.itemsize
     merger = Merger()

@@ -149,8 +149,8 @@ def agree_on_layout(
     Args:
         query: (batch, q_tokens, heads, head_dim), this rank's.
         key: (batch, kv_tokens, kv_heads, head_dim), this rank's.
-        key_mask: as for :func:`sequence_parallel_attention`.
-        is_causal: as for :func:`sequence_parallel_attention`.
+        key_mask: as for `sequence_parallel_attention`.
+        is_causal: as for `sequence_parallel_attention`.
         axis: the ranks.
 
     Raises:

@@ -19,5 +19,5 @@ def pack_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, tokens: int, batch: int) -> Tensor:
-    """The inverse of :func:`pack_mask`: (batch, tokens) bool."""
+    """The inverse of `pack_mask`: (batch, tokens) bool."""
     return packed.view(torch.uint8)[: tokens * batch].view(tokens, batch).transpose(0, 1).to(torch.bool)

@@ -70,7 +70,7 @@ def shard(
         strategy: carries out attention over all ranks (``omni_sp.attention.select_strategy``).
         kernel: name of the attention kernel. With "auto" on one rank the model keeps its own attention.
         fallback_plan: takes the plan's place while the model is such that the plan does not suffice, see
-            :class:`omni_sp.sharding.hooks.ModuleHooks`.
+            `omni_sp.sharding.hooks.ModuleHooks`.
 
     Returns:
         The handle that removes all of it.

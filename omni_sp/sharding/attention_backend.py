@@ -153,7 +153,7 @@ def _attend(
     "bool replicated_keys) -> Tensor",
 )
 def _opaque_attend(*args: Any) -> torch.Tensor:
-    """:func:`_attend` as one opaque operation, so that torch.compile sees neither exchanges nor Python state."""
+    """`_attend` as one opaque operation, so that torch.compile sees neither exchanges nor Python state."""
     return _attend(*args).contiguous()
 
 

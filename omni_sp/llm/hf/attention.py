@@ -20,7 +20,7 @@ from omni_sp.llm.hf.sequence_shard import SequenceShard
 from omni_sp.mesh import ParallelMesh
 
 ATTENTION = "omni_sp"
-"""The name under which transformers finds :func:`attention`."""
+"""The name under which transformers finds `attention`."""
 
 
 class AttentionPhase(Protocol):

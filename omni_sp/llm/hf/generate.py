@@ -30,7 +30,7 @@ class Streamer(Protocol):
 
 
 class DistributedModel(Protocol):
-    """What generation needs of :class:`omni_sp.llm.hf.model.ParallelModel`, which offers it."""
+    """What generation needs of `omni_sp.llm.hf.model.ParallelModel`, which offers it."""
 
     model: Any
     base: Any
@@ -117,7 +117,7 @@ def greedy(
     prefill_chunk: int | None,
     streamer: Streamer | None,
 ) -> Tensor:
-    """Generate as :meth:`omni_sp.llm.hf.model.ParallelModel.generate` documents."""
+    """Generate as `omni_sp.llm.hf.model.ParallelModel.generate` documents."""
     _check(parallel, input_ids, max_new_tokens, prefill_chunk)
     mask = key_mask(attention_mask, input_ids)
     end_ids, padding = _end_and_padding(parallel.model, eos_token_id, pad_token_id)

@@ -59,7 +59,7 @@ class LocalTokens:
 
 
 class ParallelModel:
-    """A model whose prompts the ranks share; made by :func:`parallelize`.
+    """A model whose prompts the ranks share; made by `parallelize`.
 
     Attributes:
         model: the model of transformers.
@@ -152,7 +152,7 @@ class ParallelModel:
         return 0 if self._cache is None else self._cache.num_bytes
 
     def set_cache(self, cache: TokenCache | None) -> None:
-        """Set the cache that :meth:`cache_bytes` counts."""
+        """Set the cache that `cache_bytes` counts."""
         self._cache = cache
 
     def local_hidden_states(
@@ -290,7 +290,7 @@ class ParallelModel:
 
 
 def _split_head(model: Any) -> tuple[Any, Any]:
-    """The base model and the head; raises UnsupportedModelError as :func:`parallelize` documents."""
+    """The base model and the head; raises UnsupportedModelError as `parallelize` documents."""
     import transformers
 
     bases = {getattr(transformers, f"{name}Model") for name in _MODELS}

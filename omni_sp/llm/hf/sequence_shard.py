@@ -63,7 +63,7 @@ class SequenceShard:
         return shard.index_select(1, own.to(shard.device))
 
     def gather_selected(self, selected: Tensor, wanted: Tensor) -> Tensor:
-        """Gather what each rank computed from its :meth:`select` tokens to (batch, wanted, …) on all ranks."""
+        """Gather what each rank computed from its `select` tokens to (batch, wanted, …) on all ranks."""
         _, owners = self._find(wanted)
         counts = owners.bincount(minlength=self.axis.size).tolist()
         joined = gather(selected, counts, 1, self.axis)

@@ -182,17 +182,17 @@ async function drawPictures(work) {
 async function drawOnce(work) {
   const { width, height, ...rest } = work.settings;
   const { signal } = work.abort;
-  const wishes = { ...rest, response_format: "b64_json", output_format: "png", stream: true, progress: true, partial_images: 3 };
-  if (width) wishes.size = `${width}x${height}`;
+  const requested = { ...rest, response_format: "b64_json", output_format: "png", stream: true, progress: true, partial_images: 3 };
+  if (width) requested.size = `${width}x${height}`;
   let answer;
   if (work.sources.length) {
     const body = new FormData();
-    for (const [name, value] of Object.entries(wishes)) body.append(name, `${value}`);
+    for (const [name, value] of Object.entries(requested)) body.append(name, `${value}`);
     for (const picture of work.sources) body.append(work.sources.length > 1 ? "image[]" : "image", picture, picture.name ?? "picture.png");
     if (work.mask) body.append("mask", work.mask, "mask.png");
     answer = await call("v1/images/edits", { method: "POST", body, signal });
   } else {
-    answer = await call("v1/images/generations", { method: "POST", body: JSON.stringify(wishes), signal,
+    answer = await call("v1/images/generations", { method: "POST", body: JSON.stringify(requested), signal,
       headers: { "Content-Type": "application/json" } });
   }
   const pictures = [];

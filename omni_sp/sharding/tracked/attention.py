@@ -146,7 +146,7 @@ def _key_and_query_mask(mask: torch.Tensor, query: TokenTensor, key: TokenTensor
 
 
 def _split_mask(mask: torch.Tensor) -> tuple[Any, Any]:
-    """The two masks of :func:`_key_and_query_mask`, without a look at the numbers of queries and keys."""
+    """The two masks of `_key_and_query_mask`, without a look at the numbers of queries and keys."""
     mask = mask[(None,) * (4 - mask.ndim)]
     query_mask = None
     # All heads and queries must have the same keys, except for queries that have none.

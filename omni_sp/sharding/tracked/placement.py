@@ -92,7 +92,7 @@ class Placement:
         )
 
     def unflatten_dims(self, outer: int, size: int, inner: int) -> Placement | None:
-        """The inverse of :meth:`flatten_dims`; None where the shards do not fit these dims."""
+        """The inverse of `flatten_dims`; None where the shards do not fit these dims."""
         if outer * size * inner != self.size or any(
             bound % inner for ranges in self.ranges_per_rank for one in ranges for bound in one
         ):
