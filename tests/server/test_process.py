@@ -181,8 +181,10 @@ def test_a_drain_has_an_end(how: str) -> None:
 
 
 def test_a_start_that_fails_ends_the_server() -> None:
+    answered = threading.Event()
+    omni = FakeOmni(start_on=answered, start_error=RankFailedError("no memory", rank=0))
     with pytest.raises(RankFailedError, match="no memory"):
-        run(FakeOmni(start_s=0.2, start_error=RankFailedError("no memory", rank=0)), lambda _url: None)
+        run(omni, lambda _url: answered.set())
 
 
 def test_ranks_that_do_not_come_back_end_the_server() -> None:
