@@ -178,7 +178,7 @@ class ParallelModel:
         Args:
             phase: how attention is computed.
             position_ids: (batch or 1, tokens).
-            inputs: ``input_ids`` or ``inputs_embeds``, and options of the model.
+            **inputs: ``input_ids`` or ``inputs_embeds``, and options of the model.
         """
         self._require_applied()
         if self.model.training:

@@ -28,7 +28,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
         ulysses_sequence_parallel_size: ranks that share the tokens of a step. 1: vLLM runs unchanged.
         enable_shift_parallel: run steps of few tokens by tensor parallelism over all ranks, with the same weights.
         shift_parallel_threshold: the most tokens of such a step. None: measured at the first step, each way in turns.
-        options: all other arguments of ``vllm.LLM``.
+        **options: all other arguments of ``vllm.LLM``.
 
     Raises:
         ConfigError: the degrees are invalid, or an option does not run beside sequence parallelism.
