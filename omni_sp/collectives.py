@@ -254,7 +254,8 @@ def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **v
     for index, (name, own) in enumerate(values.items(), len(gathered)):
         held = [of_rank[index] for of_rank in per_rank]
         if len(set(held)) > 1:
-            shown = [str(_DTYPES[value]) if isinstance(own, torch.dtype) else str(value) for value in held]
+            names = dict(enumerate(_DTYPES)) if isinstance(own, torch.dtype) else {}
+            shown = [str(names.get(value, value)) for value in held]
             by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in zip(axis.ranks, shown, strict=True))
             ranks = [rank for rank, value in zip(axis.ranks, held, strict=True) if value != held[0]]
             raise ShardingError(message.format(name=name, values=by_rank, ranks=ranks))
@@ -265,7 +266,7 @@ def _comparable(value: object) -> int:
     """An integer that differs where the value does."""
     if isinstance(value, torch.dtype):
         return _DTYPES.index(value)
-    if isinstance(value, int):
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
         return int(value)
     if isinstance(value, torch.Tensor):
         content = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

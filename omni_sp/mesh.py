@@ -26,6 +26,7 @@ if dist.is_available():
 
 _AXES = ("cfg", "ring", "ulysses")
 _axes: WeakValueDictionary[int, Axis] = WeakValueDictionary()
+_released = object()
 # For each job that this process was part of.
 _num_local_groups: WeakKeyDictionary[object, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 
@@ -194,7 +195,8 @@ class ParallelMesh:
 def _release_groups() -> None:
     """Let go of all process groups at exit: one whose threads still run while the interpreter ends can abort it."""
     for axis in list(_axes.values()):
-        object.__setattr__(axis, "group", None)
+        # Not None, which torch takes for the group of all ranks: an exchange after this must fail.
+        object.__setattr__(axis, "group", _released)
         object.__setattr__(axis, "channel", None)
 
 

@@ -128,8 +128,15 @@ def test_an_axis_of_an_existing_group(ranks: RankPool) -> None:
 def compare_values(mesh: ParallelMesh, odd: str) -> str:
     """Ranks that hold the same but for one value on rank 2."""
     x = torch.arange(6.0)
-    values = {"number": 7, "name": "a", "dtype": torch.float32, "tensor": x, "nothing": None}
-    other = {"number": 8, "name": "b", "dtype": torch.bfloat16, "tensor": x.flip(0), "nothing": torch.zeros(0)}
+    values = {"number": 7, "large": 2**70, "name": "a", "dtype": torch.float32, "tensor": x, "nothing": None}
+    other = {
+        "number": 8,
+        "large": 2**70 + 1,
+        "name": "b",
+        "dtype": torch.bfloat16,
+        "tensor": x.flip(0),
+        "nothing": torch.zeros(0),
+    }
     if mesh.rank == 2 and odd:
         values[odd] = other[odd]
     try:
@@ -138,7 +145,7 @@ def compare_values(mesh: ParallelMesh, odd: str) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize("odd", ["number", "name", "dtype", "tensor", "nothing", ""])
+@pytest.mark.parametrize("odd", ["number", "large", "name", "dtype", "tensor", "nothing", ""])
 def test_what_differs_between_ranks_is_named(ranks: RankPool, odd: str) -> None:
     messages = ranks.run(compare_values, odd, ulysses=2, ring=2)
     if not odd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from omni_sp.engine.startup import WARM_UP, OnNews, Startup, warm_up_errors_name
 from omni_sp.errors import EngineClosedError
 
 _STOP_S = 5.0
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -119,7 +121,10 @@ class Engine:
         if self._closed is None:
             self._closed = reason
         self._finalizer.detach()
-        self._group.end()
+        try:
+            self._group.end()
+        except Exception:  # the caller learns of the failure that led here
+            logger.exception("ending the ranks failed")
 
 
 def open_engine(options: EngineOptions, on_news: OnNews, launcher: Launcher | None = None) -> Engine:

@@ -124,7 +124,8 @@ class TorchrunLauncher(Launcher):
 
     @override
     def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
-        if self._store is None:
+        is_first = self._store is None
+        if is_first:
             threading.Thread(target=self._accept_connections, name="omni-sp-agents", daemon=True).start()
             self._store = _rendezvous()
             self._store.set(_KEY, pickle.dumps((self._host, self._listener.address[1], self._key)))
@@ -133,6 +134,9 @@ class TorchrunLauncher(Launcher):
             if not self._changed.wait_for(lambda: len(self._agents) == len(others), GATHER_S):
                 missing = ", ".join(str(rank) for rank in others if rank not in self._agents)
                 raise ConfigError(f"no word from the processes of ranks {missing} of the job in {GATHER_S:g} s")
+        if is_first:
+            # All have read it. A second front of this job must not be looked for at this address.
+            self._store.delete_key(_KEY)
         own = placement_here(config, device, parent_pid=self._own.parent_pid())
         return [own, *(self._agents[rank].placement() for rank in others)]
 

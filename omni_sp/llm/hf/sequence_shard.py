@@ -93,6 +93,11 @@ def key_mask(attention_mask: Tensor | None, whole: Tensor) -> Tensor | None:
 
 def require_same_inputs(axis: Axis, **inputs: Any) -> None:
     """Raise ShardingError, with what differs, where the ranks were called with different numbers or tensors."""
+    # The same tokens as int32 and as int64 are the same prompt.
+    inputs = {
+        name: value.long() if isinstance(value, Tensor) and not value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
     require_equal(
         axis,
         "the ranks were called with different {name} ({name}, or its checksum: {values}): all ranks take the same, "
