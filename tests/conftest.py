@@ -1,13 +1,35 @@
 from __future__ import annotations
 
+import importlib
+import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from testing.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
+from tests.fake_cuda import FakeCuda, install_device_guard
 
 _POOL: list[RankPool] = []
+
+
+def pytest_sessionstart() -> None:
+    # Tests send these to their own process and to others. Started in the background, pytest would ignore some.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if "OMNI_SP_DIFFUSERS" in os.environ:
+        importlib.import_module("tests.library_versions")  # which refuses another version
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start programs come first: they take longest, and at the end each would run alone."""
+    items.sort(key=lambda item: not _starts_programs(item.path.relative_to(Path(__file__).parent.parent)))
+
+
+def _starts_programs(path: Path) -> bool:
+    return path.parent.as_posix() in ("tests", "tests/engine", "tests/server")
 
 
 @pytest.fixture
@@ -24,3 +46,11 @@ def _end_ranks() -> Iterator[None]:
     yield
     for pool in _POOL:
         pool.close()
+
+
+@pytest.fixture
+def fake_cuda(request: pytest.FixtureRequest) -> FakeCuda:
+    """A mode for tensors on a CUDA device that is not there; see tests/fake_cuda.py."""
+    assert request.config.cache is not None
+    install_device_guard(Path(request.config.cache.mkdir("fake_cuda")))
+    return FakeCuda()

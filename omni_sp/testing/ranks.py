@@ -62,17 +62,23 @@ class RankPool:
         *args: Any,
         ulysses: int = 1,
         ring: int = 1,
+        cfg: int = 1,
         shared_memory: bool = True,
+        vae_parallel: Any = "auto",
+        shard_weights: bool = False,
         timeout: float = 120.0,
     ) -> list[Any]:
-        """Call ``function(mesh, *args)`` on each of ulysses × ring ranks.
+        """Call ``function(mesh, *args)`` on each of cfg × ulysses × ring ranks, with torch's seed at 0.
 
         Args:
             function: a function at the top level of a module; its first argument is the rank's ParallelMesh.
             *args: further arguments, the same for all ranks.
             ulysses: the Ulysses degree.
             ring: the ring degree.
+            cfg: the groups that share branches of guidance.
             shared_memory: let tensors cross between ranks through shared memory; else they go through gloo.
+            vae_parallel: whether all ranks decode together.
+            shard_weights: whether each rank keeps its part of the weights.
             timeout: seconds to wait for an answer.
 
         Returns:
@@ -81,7 +87,13 @@ class RankPool:
         Raises:
             RankError: a rank raised, died, or did not answer in time; the processes are ended.
         """
-        config = DiffusionParallelConfig(ulysses_degree=ulysses, ring_degree=ring)
+        config = DiffusionParallelConfig(
+            ulysses_degree=ulysses,
+            ring_degree=ring,
+            cfg_parallel_size=cfg,
+            vae_parallel=vae_parallel,
+            shard_weights=shard_weights,
+        )
         job = pickle.dumps((config, shared_memory, function, args))
         pipes = self._pipes[: config.world_size]
         assert len(pipes) == config.world_size, f"{config.equation}, but the pool has {len(self._pipes)}"
@@ -149,6 +161,8 @@ def _serve(rank: int, num_ranks: int, port: int, pipe: Connection) -> None:
             if (config, shared_memory) not in meshes:
                 ranks = None if config.world_size == num_ranks else range(config.world_size)
                 meshes[config, shared_memory] = ParallelMesh(config, ranks=ranks, shared_memory=shared_memory)
+            # Whatever ran before, the ranks draw the same numbers, which jobs without seeds of their own rely on.
+            torch.manual_seed(0)
             answer = (True, function(meshes[config, shared_memory], *args))
         except BaseException:
             answer = (False, traceback.format_exc())
