@@ -8,8 +8,10 @@ bound every wait.
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -20,6 +22,9 @@ from omni_sp.mesh import Axis
 from omni_sp.shared_memory import SharedMemoryChannel
 
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
+# torch 2.13 has renamed it.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DIRECT = {"cpu": ("gloo", "mpi", "fake"), "cuda": ("nccl", "fake")}
 
 
@@ -30,22 +35,30 @@ def _needs_host_staging(device: torch.device, axis: Axis) -> bool:
 
 
 class Exchange(Protocol):
-    """An all-to-all of different sizes for every pair of ranks: fill ``send_buffers``, ``start``, ``wait``.
+    """Messages of different sizes between all ranks of an axis: `fill`, `start`, `wait`."""
 
-    Attributes:
-        send_buffers: for each rank a flat tensor, to be filled with what is sent there before `start`.
-    """
+    @property
+    def send_buffers(self) -> tuple[torch.Tensor, ...]:
+        """For each rank a flat tensor, to be filled with what is sent there, instead of `fill`."""
 
-    send_buffers: tuple[torch.Tensor, ...]
+    def fill(self, parts: Sequence[torch.Tensor], dim: int = 0, start: int = 0) -> None:
+        """Write into what is sent, which is flat: the messages to rank 0, 1, … one behind the other.
+
+        Args:
+            parts: what is written is these tensors, concatenated. They must not be touched before `wait`.
+            dim: along which they are concatenated.
+            start: the element that is written first.
+        """
 
     def start(self) -> None:
-        """Send what is in ``send_buffers``, which must not be touched afterwards."""
+        """Send what was written, which must not be touched afterwards."""
 
     def wait(self) -> torch.Tensor:
         """Wait for all ranks. On CUDA only the current stream waits, not the host.
 
         Returns:
-            What was received, flat: from rank 0, 1, … one behind the other.
+            What was received, contiguous: from rank 0, 1, … one behind the other. It is flat, or shaped like what
+            `fill` wrote.
         """
 
 
@@ -60,71 +73,166 @@ def exchange(
         axis: the ranks, more than one.
     """
     if device.type == "cpu" and axis.channel is not None:
-        return _SharedMemoryExchange(send_sizes, recv_sizes, dtype, axis, axis.channel, "exchange")
-    return _ProcessGroupExchange(send_sizes, recv_sizes, dtype, device, axis)
+        return _SharedMemoryExchange("exchange", send_sizes, recv_sizes, dtype, axis, axis.channel)
+    return _AllToAll(send_sizes, recv_sizes, dtype, device, axis)
+
+
+def all_gather(sizes: Sequence[int], dtype: torch.dtype, device: torch.device, axis: Axis) -> Exchange:
+    """Prepare to send one message to all ranks; it is written once.
+
+    Args:
+        sizes: number of elements of each rank's message; zeros are fine.
+        axis: the ranks, more than one.
+    """
+    if device.type == "cpu" and axis.channel is not None:
+        return _SharedMemoryExchange("gather", [sizes[axis.rank]] * axis.size, sizes, dtype, axis, axis.channel)
+    return _AllGather(sizes, dtype, device, axis)
+
+
+def _write(parts: Sequence[torch.Tensor], dim: int, flat: torch.Tensor, start: int) -> None:
+    """Concatenate tensors into a flat one, from ``start`` on."""
+    size = list(parts[0].shape)
+    size[dim] = sum(part.shape[dim] for part in parts)
+    stride = [math.prod(size[dim + 1 :]) for dim in range(len(size))]
+    out = flat.as_strided(size, stride, flat.storage_offset() + start)
+    if len(parts) == 1:
+        out.copy_(parts[0])
+    else:
+        torch.cat(list(parts), dim, out=out)
 
 
 class _SharedMemoryExchange:
-    """Each rank writes into its own memory, and copies what is sent to it out of the other ranks' memory."""
+    """Each rank writes into its own memory, and copies what is sent to it out of all ranks' memory.
+
+    Args:
+        kind: "gather" where all ranks get the same message, which is written once; "exchange" or "shift".
+    """
 
     def __init__(
         self,
+        kind: str,
         send_sizes: Sequence[int],
         recv_sizes: Sequence[int],
         dtype: torch.dtype,
         axis: Axis,
         channel: SharedMemoryChannel,
-        kind: str,
     ) -> None:
-        self._axis, self._kind = axis, kind
-        self._received = torch.empty(sum(recv_sizes), dtype=dtype)
-        self._recv_buffers = list(self._received.split(list(recv_sizes)))
-        num_bytes = [0 if rank == axis.rank else size * dtype.itemsize for rank, size in enumerate(send_sizes)]
-        self._pending = channel.prepare(num_bytes)
-        send_buffers = [buffer.view(dtype) for buffer in self._pending.send_buffers]
-        # What this rank keeps is written straight into what it receives, and not copied again.
-        send_buffers[axis.rank], self._recv_buffers[axis.rank] = self._recv_buffers[axis.rank], send_buffers[axis.rank]
-        self.send_buffers = tuple(send_buffers)
+        self._kind, self._axis, self._dtype = kind, axis, dtype
+        self._send_sizes, self._recv_sizes = list(send_sizes), list(recv_sizes)
+        num_bytes = [size * dtype.itemsize for size in send_sizes]
+        self._pending = channel.prepare(num_bytes, is_same_for_all=kind == "gather")
+        self._num_bytes = sum(num_bytes) - num_bytes[axis.rank]
+        self._send = self._pending.memory(dtype)
+
+    @property
+    def send_buffers(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self._send[: sum(self._send_sizes)].split(self._send_sizes))
+
+    def fill(self, parts: Sequence[torch.Tensor], dim: int = 0, start: int = 0) -> None:
+        _write(parts, dim, self._send, start)
 
     def start(self) -> None:
-        self._axis.traffic.add(self._kind, sum(buffer.nbytes for buffer in self._pending.send_buffers))
+        self._axis.traffic.add(self._kind, self._num_bytes)
         self._pending.send()
 
     def wait(self) -> torch.Tensor:
-        self._pending.receive([buffer.view(torch.uint8) for buffer in self._recv_buffers])
-        return self._received
+        return self._pending.receive(self._recv_sizes, self._dtype)
 
 
 class _ProcessGroupExchange:
+    """What `_AllToAll` and `_AllGather` share: tensors on the device, and staged ones where the library needs them."""
+
+    def __init__(self, num_sent: int, dtype: torch.dtype, device: torch.device, axis: Axis) -> None:
+        self._axis, self._dtype, self._device, self._num_sent = axis, dtype, device, num_sent
+        self._is_staged = _needs_host_staging(device, axis)
+        self._send: torch.Tensor | None = None
+        self._received: torch.Tensor
+        self._work: dist.Work | None = None
+
+    def fill(self, parts: Sequence[torch.Tensor], dim: int = 0, start: int = 0) -> None:
+        if sum(part.numel() for part in parts) == self._num_sent:
+            self._send = parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), dim)
+        elif self._num_sent:
+            _write(parts, dim, self._to_send(), start)
+
+    def _to_send(self) -> torch.Tensor:
+        """What is sent, contiguous: flat, unless `fill` wrote all of it at once."""
+        if self._send is None:
+            self._send = torch.empty(self._num_sent, dtype=self._dtype, device=self._device)
+        return self._send
+
+    def _tensors(self, shape: Sequence[int], shape_received: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the library sends, and where it writes what it receives."""
+        # Both are kept until wait(): a buffer freed earlier would be sent as garbage.
+        self._send = self._to_send().cpu() if self._is_staged else self._to_send()
+        self._received = self._send.new_empty(shape_received)
+        send = self._send if self._send.shape == shape else self._send.view(shape)
+        library = self._axis.backends.get(send.device.type)
+        if library in ("nccl", "fake") and self._dtype in _FLOATS:
+            return send, self._received
+        # As bytes, so that no library has to know the dtype (gloo does not know bfloat16 everywhere). The new last dim
+        # leaves the first one as it is.
+        return send.unsqueeze(-1).view(torch.uint8), self._received.unsqueeze(-1).view(torch.uint8)
+
+    def wait(self) -> torch.Tensor:
+        assert self._work is not None, "start() comes first"
+        self._work.wait()
+        return self._received.to(self._device) if self._is_staged else self._received
+
+
+class _AllToAll(_ProcessGroupExchange):
     """One ``all_to_all_single`` of the process group."""
 
     def __init__(
         self, send_sizes: Sequence[int], recv_sizes: Sequence[int], dtype: torch.dtype, device: torch.device, axis: Axis
     ) -> None:
-        self._axis, self._device = axis, device
-        self._send = torch.empty(sum(send_sizes), dtype=dtype, device=device)
-        self._received = torch.empty(
-            sum(recv_sizes), dtype=dtype, device="cpu" if _needs_host_staging(device, axis) else device
-        )
-        self._sizes = [[size * dtype.itemsize for size in sizes] for sizes in (send_sizes, recv_sizes)]
-        self.send_buffers = tuple(self._send.split(list(send_sizes)))
-        self._work: dist.Work | None = None
+        super().__init__(sum(send_sizes), dtype, device, axis)
+        self._send_sizes, self._recv_sizes = list(send_sizes), list(recv_sizes)
+
+    @property
+    def send_buffers(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self._to_send().split(self._send_sizes))
 
     def start(self) -> None:
-        send_sizes, recv_sizes = self._sizes
-        self._axis.traffic.add("exchange", sum(send_sizes) - send_sizes[self._axis.rank])
-        # Kept until wait(): a buffer freed earlier would be sent as garbage.
-        self._send = self._send.to(self._received.device)
-        # Sent as bytes, so that no library has to know the dtype (gloo does not know bfloat16 everywhere).
-        received, send = self._received.view(torch.uint8), self._send.view(torch.uint8)
+        num_bytes = (self._num_sent - self._send_sizes[self._axis.rank]) * self._dtype.itemsize
+        self._axis.traffic.add("exchange", num_bytes)
+        if self._send_sizes == self._recv_sizes and self._num_sent:
+            # With evenly split shares the tensors go as they are. Their first dim counts the same for all messages.
+            send, received = self._tensors(self._to_send().shape, self._to_send().shape)
+            row = self._num_sent // send.shape[0]
+            send_sizes = recv_sizes = [size // row for size in self._send_sizes]
+        else:
+            send, received = self._tensors((self._num_sent,), (sum(self._recv_sizes),))
+            send_sizes, recv_sizes = self._send_sizes, self._recv_sizes
         self._work = dist.all_to_all_single(
             received, send, recv_sizes, send_sizes, group=self._axis.group, async_op=True
         )
 
+
+class _AllGather(_ProcessGroupExchange):
+    """One ``all_gather_into_tensor`` of the process group, which takes equal sizes: shorter messages are padded."""
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device, axis: Axis) -> None:
+        super().__init__(max(sizes), dtype, device, axis)
+        self._sizes, self._is_even = list(sizes), min(sizes) == max(sizes)
+
+    @property
+    def send_buffers(self) -> tuple[torch.Tensor, ...]:
+        return (self._to_send()[: self._sizes[self._axis.rank]],) * self._axis.size
+
+    def start(self) -> None:
+        size = self._axis.size
+        self._axis.traffic.add("gather", self._num_sent * self._dtype.itemsize * (size - 1))
+        rows, *rest = self._to_send().shape if self._is_even else (self._num_sent,)
+        send, received = self._tensors((rows, *rest), (size * rows, *rest))
+        self._work = _all_gather_single(received, send, group=self._axis.group, async_op=True)
+
     def wait(self) -> torch.Tensor:
-        assert self._work is not None, "start() comes first"
-        self._work.wait()
-        return self._received.to(self._device)
+        received = super().wait()
+        if self._is_even:
+            return received
+        messages = zip(received.split(self._num_sent), self._sizes, strict=True)
+        return torch.cat([message[:size] for message, size in messages])
 
 
 class PendingShift(Protocol):
@@ -150,8 +258,8 @@ def shift(send: torch.Tensor, recv_size: int, axis: Axis) -> PendingShift:
     if send.device.type == "cpu" and axis.channel is not None:
         send_sizes, recv_sizes = [0] * axis.size, [0] * axis.size
         send_sizes[following], recv_sizes[previous] = send.numel(), recv_size
-        pending = _SharedMemoryExchange(send_sizes, recv_sizes, send.dtype, axis, axis.channel, "shift")
-        pending.send_buffers[following].copy_(send)
+        pending = _SharedMemoryExchange("shift", send_sizes, recv_sizes, send.dtype, axis, axis.channel)
+        pending.fill([send])
         pending.start()
         return pending
     return _ProcessGroupShift(send, recv_size, axis.ranks[following], axis.ranks[previous], axis)
@@ -193,17 +301,11 @@ def gather(tensor: torch.Tensor, lengths: Sequence[int], dim: int, axis: Axis) -
     if axis.size == 1:
         return tensor
     own = tensor.movedim(dim, 0)
-    # The collective takes equal shapes only; the padding is cut off again below.
-    padded = own.new_zeros((max(lengths), *own.shape[1:]))
-    padded[: own.shape[0]] = own
-    staged = _needs_host_staging(padded.device, axis)
-    source = padded.cpu() if staged else padded
-    per_rank = source.new_empty((axis.size, *source.shape))
-    axis.traffic.add("gather", source.numel() * source.element_size() * (axis.size - 1))
-    flat = source.reshape(-1).view(torch.uint8)
-    dist.all_gather([x.reshape(-1).view(torch.uint8) for x in per_rank], flat, group=axis.group)
-    joined = torch.cat([x[:length] for x, length in zip(per_rank, lengths, strict=True)])
-    return (joined.to(tensor.device) if staged else joined).movedim(0, dim)
+    row = math.prod(own.shape[1:])
+    pending = all_gather([length * row for length in lengths], tensor.dtype, tensor.device, axis)
+    pending.fill([own.reshape(-1)])
+    pending.start()
+    return pending.wait().view(sum(lengths), *own.shape[1:]).movedim(0, dim)
 
 
 def all_reduce(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -233,6 +335,14 @@ def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:
     return [tuple(values.tolist()) for values in per_rank]
 
 
+def gather_texts(text: str, axis: Axis) -> list[str]:
+    """Gather a text from each rank, in rank order; for errors, since it takes two exchanges and eight bytes a byte."""
+    data = text.encode()
+    lengths = [length for (length,) in gather_ints([len(data)], axis)]
+    per_rank = gather_ints([*data, *[0] * (max(lengths) - len(data))], axis)
+    return [bytes(codes[:length]).decode() for codes, length in zip(per_rank, lengths, strict=True)]
+
+
 def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **values: object) -> list[tuple[int, ...]]:
     """Raise where the ranks hold different values, on all ranks alike. It takes one small exchange.
 
@@ -241,8 +351,9 @@ def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **v
             rank holds) and ``{ranks}`` (those that differ from the first rank).
         gathered: further integers, which may differ; the same exchange gathers them.
         **values: the values by name, with the same names on all ranks. Integers and dtypes are compared and shown as
-            they are. Other values are compared and shown by a checksum: a tensor by that of its shape, dtype and
-            elements, everything else by that of its ``repr``.
+            they are. Other values are compared and shown by a checksum: tensors, arrays and PIL images by that of their
+            shape, dtype or mode, and elements, lists and dicts by those of their items, everything else by that of its
+            ``repr``.
 
     Returns:
         Each rank's ``gathered``, in rank order.
@@ -268,7 +379,19 @@ def _comparable(value: object) -> int:
         return _DTYPES.index(value)
     if isinstance(value, int) and -(2**63) <= value < 2**63:
         return int(value)
+    return _checksum(value, 0)
+
+
+def _checksum(value: object, before: int) -> int:
+    """A checksum of a value and of what was before it."""
     if isinstance(value, torch.Tensor):
-        content = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return zlib.crc32(content, zlib.crc32(repr((tuple(value.shape), value.dtype)).encode()))
-    return zlib.crc32(repr(value).encode())
+        content = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        return zlib.crc32(content.tobytes(), _checksum((tuple(value.shape), str(value.dtype)), before))
+    if isinstance(value, (list, tuple)):
+        return reduce(lambda sum_, item: _checksum(item, sum_), value, _checksum(len(value), before))
+    if isinstance(value, Mapping):
+        return _checksum(sorted(((str(key), item) for key, item in value.items()), key=lambda pair: pair[0]), before)
+    if hasattr(value, "tobytes"):  # an array or a PIL image
+        described = [getattr(value, name, None) for name in ("shape", "dtype", "mode", "size")]
+        return zlib.crc32(value.tobytes(), zlib.crc32(repr(described).encode(), before))
+    return zlib.crc32(repr(value).encode(), before)

@@ -2,8 +2,10 @@
 
 from omni_sp.attention.entry import agree_on_layout, local_attention, sequence_parallel_attention
 from omni_sp.attention.kernels import Capabilities, Kernel, check_kernel, kernel_names, missing_package, register_kernel
+from omni_sp.attention.key_mask import WholeKeyMask
 from omni_sp.attention.layout import SequenceLayout, split_evenly
 from omni_sp.attention.strategy import STRATEGIES, Strategy, check_strategy, select_strategy
+from omni_sp.attention.tuning import TunedShape, tuned_kernels
 
 __all__ = [
     "STRATEGIES",
@@ -11,6 +13,8 @@ __all__ = [
     "Kernel",
     "SequenceLayout",
     "Strategy",
+    "TunedShape",
+    "WholeKeyMask",
     "agree_on_layout",
     "check_kernel",
     "check_strategy",
@@ -21,4 +25,5 @@ __all__ = [
     "select_strategy",
     "sequence_parallel_attention",
     "split_evenly",
+    "tuned_kernels",
 ]

@@ -40,7 +40,9 @@ def decode_attention(
     Returns:
         (batch, q_tokens, heads, head_dim), bit for bit the same on all ranks.
     """
-    args = attention_args(query, key_mask, is_causal=False, scale=scale, kernel=kernel)
+    args = attention_args(
+        query, key_mask, is_causal=False, scale=scale, kernel=kernel, num_tokens=min(query.shape[1], key.shape[1])
+    )
     out, lse = _attend_all(query, KeyBlock(key, value, key_mask), args)
     if axis.size == 1:
         return out
@@ -88,7 +90,14 @@ class ChunkedPrefillAttention:
         lengths, axis = self._layout.query, self._axis
         # Every rank chooses both kernels, whether it needs them or not: where there is none, all ranks raise alike.
         causal, whole = (
-            attention_args(query, key_mask, is_causal=is_causal, scale=scale, kernel=kernel)
+            attention_args(
+                query,
+                key_mask,
+                is_causal=is_causal,
+                scale=scale,
+                kernel=kernel,
+                num_tokens=min(query.shape[1], key.shape[1]),
+            )
             for is_causal in (True, False)
         )
         queries = gather(query, lengths, 1, axis).index_select(1, self._order)

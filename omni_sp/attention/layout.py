@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from omni_sp.errors import UnsupportedAttentionError
 
@@ -105,8 +107,7 @@ def causal_region(front_lengths: tuple[int, ...] | None, rank: int, origin: int)
     return CausalRegion(front_lengths[rank], None, False)
 
 
-@dataclass(frozen=True)
-class HeadShare:
+class HeadShare(NamedTuple):
     """The attention heads that one Ulysses rank computes.
 
     Attributes:
@@ -163,3 +164,43 @@ def _head_share(start: int, stop: int, repeats: int) -> HeadShare:
     run = (stop - start) // (last - first)
     has_equal_runs = key_of_query == tuple(index // run for index in range(stop - start))
     return HeadShare((start, stop), (first, last), None if has_equal_runs else key_of_query)
+
+
+class HeadRun(NamedTuple):
+    """Neighbouring ranks that get equally many heads of each of some tensors, at equal distances.
+
+    So one strided view of a tensor has the heads of all of them, and evenly split heads are a single run.
+
+    Attributes:
+        start: the first rank.
+        num_ranks: number of ranks.
+        heads: for each tensor the first rank's first head, the distance to the next rank's first head, and the number
+            of heads of each rank.
+    """
+
+    start: int
+    num_ranks: int
+    heads: tuple[tuple[int, int, int], ...]
+
+
+def head_runs(per_rank: Sequence[tuple[tuple[int, int], ...]]) -> tuple[HeadRun, ...]:
+    """Join neighbouring ranks to runs.
+
+    Args:
+        per_rank: for each rank and each tensor the (start, stop) of its heads.
+    """
+    runs: list[HeadRun] = []
+    for rank, ranges in enumerate(per_rank):
+        if runs:
+            start, num_ranks, heads = runs[-1]
+            steps = tuple(first - before for (first, _), (before, _) in zip(ranges, per_rank[rank - 1], strict=True))
+            fits = all(
+                stop - first == count and (num_ranks == 1 or here == step)
+                for (first, stop), (_, step, count), here in zip(ranges, heads, steps, strict=True)
+            )
+            if fits:
+                joined = tuple((first, here, count) for (first, _, count), here in zip(heads, steps, strict=True))
+                runs[-1] = HeadRun(start, num_ranks + 1, joined)
+                continue
+        runs.append(HeadRun(rank, 1, tuple((first, 0, stop - first) for first, stop in ranges)))
+    return tuple(runs)

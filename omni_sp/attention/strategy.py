@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from omni_sp.attention.entry import sequence_parallel_attention
+from omni_sp.attention.key_mask import WholeKeyMask
 from omni_sp.attention.layout import SequenceLayout
 from omni_sp.errors import UnsupportedAttentionError
 from omni_sp.mesh import ParallelMesh
@@ -24,7 +25,7 @@ class Strategy(Protocol):
         key: Tensor,
         value: Tensor,
         *,
-        key_mask: Tensor | None,
+        key_mask: Tensor | WholeKeyMask | None,
         is_causal: bool,
         scale: float | None,
         layout: SequenceLayout,
@@ -35,7 +36,8 @@ class Strategy(Protocol):
             query: (batch, q_tokens, heads, head_dim) of this rank's tokens.
             key: (batch, kv_tokens, kv_heads, head_dim) of this rank's tokens.
             value: (batch, kv_tokens, kv_heads, head_dim) of this rank's tokens.
-            key_mask: (batch, kv_tokens) bool of this rank's keys, True = attend; None on all ranks for no mask.
+            key_mask: (batch, kv_tokens) bool of this rank's keys, True = attend, or a mask that all ranks hold whole;
+                None on all ranks for no mask.
             is_causal: each token attends to itself and to earlier tokens.
             scale: the scores are multiplied by it; None means 1/sqrt(head_dim).
             layout: how many tokens each rank holds.

@@ -1,6 +1,6 @@
 """yunchang's LongContextAttention as a strategy, for comparing. It takes few shapes, and the others are refused.
 
-Source: https://github.com/feifeibear/long-context-attention (package ``yunchang``, extra ``omni-sp[yunchang]``).
+Source: https://github.com/feifeibear/long-context-attention (package ``yunchang``, the extra ``yunchang``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from omni_sp.attention.key_mask import WholeKeyMask
 from omni_sp.attention.layout import SequenceLayout
 from omni_sp.errors import UnsupportedAttentionError
 from omni_sp.mesh import Axis, ParallelMesh
@@ -36,8 +37,7 @@ class YunchangAttention:
                 from yunchang.kernels import AttnType
         except ImportError as error:
             raise UnsupportedAttentionError(
-                f"attention_strategy='yunchang' needs its package ({error}): pip install 'omni-sp[yunchang]', or "
-                f"{_WAY_OUT}"
+                f"attention_strategy='yunchang' needs its package ({error}): pip install '.[yunchang]', or {_WAY_OUT}"
             ) from error
         self._mesh = mesh
         # Its constructor reads the groups from a global of the package, where None means "all ranks".
@@ -57,7 +57,7 @@ class YunchangAttention:
         key: Tensor,
         value: Tensor,
         *,
-        key_mask: Tensor | None,
+        key_mask: Tensor | WholeKeyMask | None,
         is_causal: bool,
         scale: float | None,
         layout: SequenceLayout,
@@ -73,7 +73,12 @@ class YunchangAttention:
         return out
 
     def _unsupported_reason(
-        self, query: Tensor, key: Tensor, key_mask: Tensor | None, is_causal: bool, layout: SequenceLayout
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_mask: Tensor | WholeKeyMask | None,
+        is_causal: bool,
+        layout: SequenceLayout,
     ) -> str | None:
         """Why yunchang cannot serve a call. Looks at what is the same on all ranks, so that all refuse alike."""
         degree, ring = self._mesh.ulysses.size, self._mesh.ring.size

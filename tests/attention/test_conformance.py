@@ -7,17 +7,18 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from omni_sp.attention import local_attention
-from testing.ranks import RankPool
-from testing.reference import attention, relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, relative_error
 from tests.attention.test_core import Case, make, run_case
 
 DEGREES = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2)]
+Drawn = tuple[Case, tuple[int, int], tuple[int | None, bool], bool]
 LENGTH = st.one_of(st.just(0), st.integers(1, 3), st.integers(1, 40))
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Case, tuple[int, int], int | None, bool]:
-    """An attention, the degrees, the number of head groups, and whether it crosses through shared memory."""
+def cases(draw: st.DrawFn) -> Drawn:
+    """An attention, the degrees, the number of head groups, how a ring brings keys, and whether memory is shared."""
     ulysses, ring = draw(st.sampled_from(DEGREES))
     num_ranks = ulysses * ring
     query = tuple(draw(st.lists(LENGTH, min_size=num_ranks, max_size=num_ranks)))
@@ -33,11 +34,13 @@ def cases(draw: st.DrawFn) -> tuple[Case, tuple[int, int], int | None, bool]:
         head_dim=draw(st.sampled_from([32, 40, 64, 128, 256])),
         batch=draw(st.integers(1, 3)),
         masked=draw(st.booleans()),
+        whole_mask=draw(st.booleans()),
         causal=causal,
         scale=draw(st.sampled_from([None, 0.05, 0.5])),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
     )
-    return case, (ulysses, ring), draw(st.sampled_from([None, None, 2, 3])), draw(st.booleans())
+    options = draw(st.sampled_from([None, None, 2, 3])), draw(st.booleans())
+    return case, (ulysses, ring), options, draw(st.booleans())
 
 
 @settings(
@@ -48,12 +51,11 @@ def cases(draw: st.DrawFn) -> tuple[Case, tuple[int, int], int | None, bool]:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(drawn=cases())
-def test_any_shape_equals_one_process(ranks: RankPool, drawn: tuple[Case, tuple[int, int], int | None, bool]) -> None:
-    case, (ulysses, ring), head_groups, shared_memory = drawn
-    degrees = {"ulysses": ulysses, "ring": ring}
+def test_any_shape_equals_one_process(ranks: RankPool, drawn: Drawn) -> None:
+    case, (ulysses, ring), options, shared_memory = drawn
     query, key, value, mask = make(case, ulysses * ring)
     wanted = attention(query, key, value, key_mask=mask, is_causal=case.causal, scale=case.scale)
-    answers = ranks.run(run_case, case, True, head_groups, **degrees, shared_memory=shared_memory)
+    answers = ranks.run(run_case, case, True, *options, ulysses=ulysses, ring=ring, shared_memory=shared_memory)
     got = torch.cat(answers, dim=1)
     assert got.shape == query.shape
     assert got.dtype == case.dtype

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from omni_sp.attention import SequenceLayout, sequence_parallel_attention
+from omni_sp.attention import SequenceLayout, WholeKeyMask, entry, sequence_parallel_attention
 from omni_sp.mesh import ParallelMesh
-from testing.ranks import RankPool
-from testing.reference import attention, relative_error, split_tokens
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, relative_error, split_tokens
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3), (4, 1), (1, 4)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: what each of four ranks holds (fewer ranks take the first lengths), and the rest."""
+    """One attention: what each of four ranks holds (fewer ranks take the first lengths), and the rest.
+
+    With ``whole_mask`` every rank passes the mask of all ranks' keys, else that of its own.
+    """
 
     query: tuple[int, ...]
     key: tuple[int, ...]
@@ -27,6 +30,7 @@ class Case:
     head_dim: int = 32
     batch: int = 1
     masked: bool = False
+    whole_mask: bool = False
     causal: bool = False
     scale: float | None = None
     dtype: torch.dtype = torch.float32
@@ -51,6 +55,8 @@ CASES = {
     "head_dim 256": Case((9, 8, 8, 7), (9, 8, 8, 7), head_dim=256),
 }
 
+CASES |= {f"{name}, whole mask": replace(case, whole_mask=True) for name, case in CASES.items() if case.masked}
+
 
 def make(case: Case, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Query, key, value and mask of the whole sequence, the same in every process."""
@@ -71,21 +77,27 @@ def make(case: Case, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return query.to(case.dtype), key.to(case.dtype), value.to(case.dtype), mask
 
 
-def run_case(mesh: ParallelMesh, case: Case, known: bool, head_groups: int | None = None) -> torch.Tensor:
+def run_case(
+    mesh: ParallelMesh, case: Case, known: bool, head_groups: int | None = None, gather_keys: bool | None = None
+) -> torch.Tensor:
     """What one rank does."""
     query, key, value, mask = make(case, mesh.world_size)
     layout = SequenceLayout(case.query[: mesh.world_size], case.key[: mesh.world_size])
     rank = mesh.sequence.rank
+    key_mask: torch.Tensor | WholeKeyMask | None = mask
+    if mask is not None:
+        key_mask = WholeKeyMask(mask, layout.key) if case.whole_mask else mask.split(list(layout.key), dim=1)[rank]
     return sequence_parallel_attention(
         split_tokens(query, layout.query)[rank],
         split_tokens(key, layout.key)[rank],
         split_tokens(value, layout.key)[rank],
         mesh=mesh,
-        key_mask=None if mask is None else mask.split(list(layout.key), dim=1)[rank],
+        key_mask=key_mask,
         is_causal=case.causal,
         scale=case.scale,
         layout=layout if known else None,
         head_groups=head_groups,
+        gather_keys=gather_keys,
     )
 
 
@@ -96,7 +108,8 @@ def test_equals_one_process(ranks: RankPool, name: str, ulysses: int, ring: int)
     query, key, value, mask = make(case, ulysses * ring)
     wanted = attention(query, key, value, key_mask=mask, is_causal=case.causal, scale=case.scale)
     for known in (True, False):
-        got = torch.cat(ranks.run(run_case, case, known, ulysses=ulysses, ring=ring), dim=1)
+        answers = ranks.run(run_case, case, known, None, not known, ulysses=ulysses, ring=ring)
+        got = torch.cat(answers, dim=1)
         assert got.shape == query.shape
         assert got.dtype == case.dtype
         assert not got.isnan().any()
@@ -104,9 +117,14 @@ def test_equals_one_process(ranks: RankPool, name: str, ulysses: int, ring: int)
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS[1:], ids=lambda degree: str(degree))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_good_as_one_process(ranks: RankPool, dtype: torch.dtype, ulysses: int, ring: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "whole_mask"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)]
+)
+def test_half_precision_is_as_good_as_one_process(
+    ranks: RankPool, dtype: torch.dtype, whole_mask: bool, ulysses: int, ring: int
+) -> None:
     case = Case((90, 80, 80, 70), (90, 80, 80, 70), heads=6, kv_heads=6, batch=2, masked=True, dtype=dtype)
+    case = replace(case, whole_mask=whole_mask)
     query, key, value, mask = make(case, ulysses * ring)
     wanted = attention(query, key, value, key_mask=mask)
     assert mask is not None
@@ -118,7 +136,7 @@ def test_half_precision_is_as_good_as_one_process(ranks: RankPool, dtype: torch.
     assert relative_error(got, wanted) <= 1.5 * relative_error(alone, wanted)
 
 
-def run_zigzag(mesh: ParallelMesh, case: Case, total: int) -> tuple[tuple[int, ...], torch.Tensor]:
+def run_zigzag(mesh: ParallelMesh, case: Case, total: int, gather_keys: bool) -> tuple[tuple[int, ...], torch.Tensor]:
     """Causal attention in the zigzag layout; returns the rank's positions and its output."""
     query, key, value, mask = make(case, 1)
     layout = SequenceLayout.zigzag(total, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
@@ -131,6 +149,7 @@ def run_zigzag(mesh: ParallelMesh, case: Case, total: int) -> tuple[tuple[int, .
         key_mask=None if mask is None else mask[:, held],
         is_causal=True,
         layout=layout,
+        gather_keys=gather_keys,
     )
     return tuple(held), out
 
@@ -143,11 +162,12 @@ def test_zigzag_equals_one_process(ranks: RankPool, total: int, masked: bool, ul
     if mask is not None:
         assert not mask[0].any()
     wanted = attention(query, key, value, key_mask=mask, is_causal=True)
-    got = torch.full_like(query, torch.nan)
-    for held, out in ranks.run(run_zigzag, case, total, ulysses=ulysses, ring=ring):
-        got[:, list(held)] = out
-    assert not got.isnan().any(), "every position is held by one rank"
-    assert relative_error(got, wanted) <= 2e-6
+    for gather_keys in (True, False):
+        got = torch.full_like(query, torch.nan)
+        for held, out in ranks.run(run_zigzag, case, total, gather_keys, ulysses=ulysses, ring=ring):
+            got[:, list(held)] = out
+        assert not got.isnan().any(), "every position is held by one rank"
+        assert relative_error(got, wanted) <= 2e-6
 
 
 @pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (3, 2), (2, 3), (4, 4)])
@@ -174,16 +194,36 @@ def test_head_groups_change_no_bit(ranks: RankPool, name: str, ulysses: int, rin
         assert all(torch.equal(one, other) for one, other in zip(plain, grouped, strict=True))
 
 
-def chosen_groups(mesh: ParallelMesh) -> list[tuple[object, ...]]:
-    """The arguments from which this rank chooses the number of head groups."""
-    with patch("omni_sp.attention.entry.choose_head_groups", return_value=2) as choose:
+def plan_of(mesh: ParallelMesh) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """From what a rank decides how an attention is exchanged, but for its own position, and what it decides."""
+    with patch("omni_sp.attention.entry._plan", wraps=entry._plan) as plan:
         run_case(mesh, CASES["uneven"], known=True)
-    return [call.args for call in choose.call_args_list]
+    (call,) = plan.call_args_list
+    layout, heads, token_bytes, device, degree, _, *options = call.args
+    decided = entry._plan(*call.args)
+    return (layout, heads, token_bytes, device, degree, *options), (
+        decided.groups,
+        decided.key_lengths,
+        decided.gathers_keys,
+    )
 
 
-def test_ulysses_groups_of_different_length_choose_the_same_head_groups(ranks: RankPool) -> None:
-    """Else ring ranks would pass each other blocks of different groups of heads."""
+def test_ulysses_groups_of_different_length_decide_alike(ranks: RankPool) -> None:
+    """Else ring ranks would pass each other blocks of different groups of heads, or wait in different exchanges."""
     assert sum(CASES["uneven"].query[:2]) != sum(CASES["uneven"].query[2:])
-    got = ranks.run(chosen_groups, ulysses=2, ring=2)
-    assert len(got[0]) == 1
-    assert all(arguments == got[0] for arguments in got)
+    got = ranks.run(plan_of, ulysses=2, ring=2)
+    assert all(of_rank == got[0] for of_rank in got)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("device", "most"), [("cpu", 16), ("cuda", 64)])
+def test_few_keys_are_gathered_and_many_pass(device: str, most: int, rank: int) -> None:
+    """Bytes count, of all ranks along the ring together; those that this rank holds do not."""
+    heads, token_bytes = 4, 128
+    tokens = (most << 20) // (2 * heads * token_bytes)
+    for lengths in ((tokens, 0), (0, tokens), (tokens // 2, tokens - tokens // 2)):
+        longer = (lengths[0] + 1, lengths[1])
+        for keys, gathers in ((lengths, True), (longer, False)):
+            layout = SequenceLayout(lengths, keys)
+            plan = entry._plan(layout, (heads, heads), token_bytes, device, 1, rank, None, None)
+            assert plan.gathers_keys is gathers

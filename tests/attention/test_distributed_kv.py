@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from omni_sp.attention import SequenceLayout
 from omni_sp.attention.distributed_kv import ChunkedPrefillAttention, decode_attention
 from omni_sp.mesh import ParallelMesh
-from testing.ranks import RankPool
-from testing.reference import attention, relative_error, split_tokens
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, relative_error, split_tokens
 
 
 @dataclass(frozen=True)

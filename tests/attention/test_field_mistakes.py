@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from omni_sp import ParallelMesh
-from testing.ranks import RankPool
-from testing.reference import attention, relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, relative_error
 from tests.attention.test_core import Case, make, run_case
 
 

@@ -13,8 +13,8 @@ import torch
 from omni_sp import DiffusionParallelConfig, ParallelMesh, UnsupportedAttentionError
 from omni_sp.attention import Capabilities, Kernel, kernel_names, register_kernel, sequence_parallel_attention
 from omni_sp.attention.kernels import AttentionArgs, KeyBlock, attend, load_kernel, registry
-from testing.ranks import RankPool
-from testing.reference import attention, relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, relative_error
 
 
 def plain(query: Any, key: Any, value: Any, key_mask: Any, is_causal: bool, scale: float) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,13 +37,20 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """What a call asks of a kernel, for choosing one."""
+    """What a call asks of a kernel, for choosing one.
+
+    Attributes:
+        num_tokens: about how many queries and keys there are, the lesser of both.
+        compute_capability: of an NVIDIA GPU; None for others, and where it is not known.
+    """
 
     device: str
     dtype: torch.dtype
     head_dim: int
     key_mask: bool
     causal: bool
+    num_tokens: int = 0
+    compute_capability: tuple[int, int] | None = None
 
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor]]
@@ -103,6 +110,25 @@ class KeyBlock(NamedTuple):
         return KeyBlock(self.key[:, start:stop], self.value[:, start:stop], mask)
 
 
+class Rows(NamedTuple):
+    """Rows of a batch, one after the other, that attend to the same keys of a block.
+
+    Attributes:
+        start: the first of them.
+        stop: the one behind the last.
+        keys: which keys these are: a slice, or an int64 tensor of their indices.
+    """
+
+    start: int
+    stop: int
+    keys: slice | Tensor
+
+
+def select_keys(tensor: Tensor, keys: slice | Tensor) -> Tensor:
+    """Some of the tokens of a tensor (batch, tokens, …); of a slice a view."""
+    return tensor[:, keys] if isinstance(keys, slice) else tensor.index_select(1, keys)
+
+
 def unsupported_reason(kernel: Kernel, call: KernelCall) -> str | None:
     """Why ``kernel`` cannot serve ``call``; None where it can."""
     can = kernel.capabilities
@@ -126,13 +152,19 @@ def _names(values: frozenset[str] | frozenset[torch.dtype]) -> str:
 
 
 def attend(
-    query: Tensor, block: KeyBlock, args: AttentionArgs, key_of_query: tuple[int, ...] | None = None
+    query: Tensor,
+    block: KeyBlock,
+    args: AttentionArgs,
+    key_of_query: tuple[int, ...] | None = None,
+    rows: Sequence[Rows] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run one kernel on one device's tensors, any of which may be empty.
 
     Args:
         query: (batch, q_tokens, heads, head_dim).
+        block: the keys; without a mask where there are ``rows``.
         key_of_query: for each query head the index of its key/value head; None where they form equal runs.
+        rows: which keys each row of the batch attends to; None where all rows attend to all keys.
 
     Returns:
         Output (batch, q_tokens, heads, head_dim) and LSE (batch, heads, q_tokens). A query that no key may attend has
@@ -145,9 +177,11 @@ def attend(
         lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = torch.full((batch, heads, num_queries), -torch.inf, dtype=lse_dtype, device=query.device)
         return query.new_zeros(batch, num_queries, heads, head_dim), lse
+    if rows is not None:
+        parts = [_attend_rows(query, block, args, key_of_query, one) for one in rows]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     if key_of_query is not None:
-        index = torch.tensor(key_of_query, device=key.device)
-        key, value = key.index_select(2, index), value.index_select(2, index)
+        key, value = _repeat_heads(key, key_of_query), _repeat_heads(value, key_of_query)
     elif key.shape[2] != heads and not args.kernel.capabilities.gqa:
         repeats = heads // key.shape[2]
         key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
@@ -164,15 +198,32 @@ def attend(
     return out, lse
 
 
+def _attend_rows(
+    query: Tensor, block: KeyBlock, args: AttentionArgs, key_of_query: tuple[int, ...] | None, rows: Rows
+) -> tuple[Tensor, Tensor]:
+    key, value = (select_keys(x[rows.start : rows.stop], rows.keys) for x in (block.key, block.value))
+    return attend(query[rows.start : rows.stop], KeyBlock(key, value, None), args, key_of_query)
+
+
+def _repeat_heads(tensor: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Some heads of (batch, tokens, heads, head_dim), with repetitions.
+
+    They are copied from views: a table of indices would cross to the device in every call.
+    """
+    per_head = tensor.unbind(2)
+    return torch.stack([per_head[head] for head in heads], 2)
+
+
 def additive_mask(key_mask: Tensor | None, is_causal: bool, num_queries: int, key: Tensor) -> Tensor:
     """A mask to be added to the scores: 0 where a query may attend a key, -inf elsewhere.
 
     It is (batch or 1, 1, q_tokens or 1, kv_tokens), with the dtype and device of the key.
     """
-    num_keys = key.shape[1]
-    allowed = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=key.device)
     if is_causal:
-        allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key.device).tril()[None, None]
-    if key_mask is not None:
-        allowed = allowed & key_mask[:, None, None, :]
+        allowed = torch.ones(num_queries, key.shape[1], dtype=torch.bool, device=key.device).tril()[None, None]
+        allowed = allowed if key_mask is None else allowed & key_mask[:, None, None]
+    elif key_mask is not None:
+        allowed = key_mask[:, None, None]
+    else:
+        allowed = torch.ones(1, 1, 1, key.shape[1], dtype=torch.bool, device=key.device)
     return torch.zeros(allowed.shape, dtype=key.dtype, device=key.device).masked_fill_(~allowed, -torch.inf)

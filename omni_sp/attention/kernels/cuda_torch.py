@@ -23,6 +23,9 @@ def _flash(
 def _cudnn(
     query: Tensor, key: Tensor, value: Tensor, _no_mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
+    if key.shape[1] == 1:
+        # Torch's own dispatcher keeps single keys from cuDNN, which does not take them.
+        return _flash(query, key, value, None, is_causal, scale)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *(x.transpose(1, 2) for x in (query, key, value)), None, True, 0.0, is_causal, False, scale=scale
     )

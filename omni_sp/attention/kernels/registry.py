@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from functools import cache, lru_cache
 
 from torch import Tensor
 
 from omni_sp.attention.kernels.base import AttentionArgs, Kernel, KernelCall, unsupported_reason
 from omni_sp.attention.kernels.optional import is_installed
+from omni_sp.attention.kernels.preference import compute_capability, preferred_kernels
 from omni_sp.errors import UnsupportedAttentionError
+
+_log = logging.getLogger(__name__)
 
 # Module and name of each kernel. A module is imported when one of its kernels is first looked at, and a package that it
 # wraps when that kernel first runs.
@@ -23,17 +28,20 @@ _LOCATIONS: dict[str, tuple[str, str]] = {
     "flash_attn_4": ("omni_sp.attention.kernels.flash_attn", "FLASH_ATTN_4"),
     "sage_lossy": ("omni_sp.attention.kernels.sage", "SAGE_LOSSY"),
 }
-_AUTO = ("cpu_flash", "cuda_flash", "cuda_cudnn", "cuda_efficient", "math")
+_CHOOSING = ("auto", "tune")
 _REGISTERED: dict[str, Kernel] = {}
 
 
 def kernel_names() -> tuple[str, ...]:
-    """The names that ``kernel=`` takes, "auto" first."""
-    return ("auto", *_LOCATIONS, *_REGISTERED)
+    """The names that ``kernel=`` takes, those that choose among the others first.
+
+    "auto" chooses by device and shape. "tune" times the exact kernels of this package once for each shape.
+    """
+    return (*_CHOOSING, *_LOCATIONS, *_REGISTERED)
 
 
 def register_kernel(kernel: Kernel) -> None:
-    """Make a kernel of your own known by its name, in this process. It runs where it is named, never by "auto".
+    """Make a kernel of your own known by its name, in this process. It runs where it is named only.
 
     Args:
         kernel: the kernel; its name must be new.
@@ -49,7 +57,7 @@ def register_kernel(kernel: Kernel) -> None:
 
 
 def load_kernel(name: str) -> Kernel:
-    """The kernel called ``name``, which is one of ``kernel_names()`` other than "auto"."""
+    """The kernel called ``name``, which is one of ``kernel_names()`` that does not choose."""
     if name in _REGISTERED:
         return _REGISTERED[name]
     module, attribute = _LOCATIONS[name]
@@ -81,7 +89,7 @@ def missing_package(name: str) -> str | None:
     Returns:
         The missing package and how to install it; None where nothing is missing.
     """
-    if name == "auto":
+    if name in _CHOOSING:
         return None
     kernel = load_kernel(name)
     if not kernel.modules or any(map(is_installed, kernel.modules)):
@@ -89,28 +97,66 @@ def missing_package(name: str) -> str | None:
     return f"{' or '.join(kernel.modules)}, which is not installed: {kernel.install}"
 
 
-def select_kernel(name: str, call: KernelCall) -> Kernel:
-    """The kernel of a name, or with "auto" the first in order of preference that can serve the call.
+@cache
+def is_usable(name: str) -> bool:
+    """Whether a kernel needs no package, or one that can be imported; a log line says why one cannot."""
+    modules = load_kernel(name).modules
+    for module in filter(is_installed, modules):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a binary for another torch or another GPU may raise anything
+            _log.warning("the attention kernel %s is passed over: %s cannot be imported (%r)", name, module, error)
+        else:
+            return True
+    return not modules
 
-    Where the named one cannot, the error says why, and which kernels can.
+
+def exact_kernels() -> list[str]:
+    """The kernels of this package that approximate nothing."""
+    return [name for name in _LOCATIONS if not load_kernel(name).lossy]
+
+
+def can_serve(name: str, call: KernelCall) -> bool:
+    """Whether a kernel can serve a call here."""
+    return unsupported_reason(load_kernel(name), call) is None and is_usable(name)
+
+
+@lru_cache(maxsize=1024)
+def _preferred_kernel(call: KernelCall) -> Kernel:
+    for name in preferred_kernels(call):
+        if can_serve(name, call):
+            return load_kernel(name)
+    raise UnsupportedAttentionError(f"no kernel can serve {call}; there are {', '.join(_LOCATIONS)}")
+
+
+def select_kernel(name: str, call: KernelCall) -> Kernel:
+    """The kernel of a name, or with "auto" the one that is preferred for the call, see ``preference``.
+
+    With "tune" too, where nobody has timed any. Where the named one cannot serve the call, the error says why, and
+    which kernels can.
     """
-    if name == "auto":
-        for candidate in map(load_kernel, _AUTO):
-            if unsupported_reason(candidate, call) is None:
-                return candidate
-        raise UnsupportedAttentionError(f"no kernel can serve {call}; there are {', '.join(_AUTO)}")
+    if name in _CHOOSING:
+        return _preferred_kernel(call)
     check_kernel(name)
     kernel = load_kernel(name)
     reason = unsupported_reason(kernel, call)
     if reason is not None:
-        able = [other for other in kernel_names()[1:] if unsupported_reason(load_kernel(other), call) is None]
+        others = (*_LOCATIONS, *_REGISTERED)
+        able = [other for other in others if unsupported_reason(load_kernel(other), call) is None]
         raise UnsupportedAttentionError(f"kernel {name!r} {reason}; able here: {', '.join(able) or 'none'}")
     return kernel
 
 
+def kernel_call(query: Tensor, key_mask: Tensor | None, *, is_causal: bool, num_tokens: int) -> KernelCall:
+    """What an attention of this query asks of a kernel; ``num_tokens`` is as in `KernelCall`."""
+    device, head_dim = query.device, query.shape[-1]
+    capability = compute_capability(device)
+    return KernelCall(device.type, query.dtype, head_dim, key_mask is not None, is_causal, num_tokens, capability)
+
+
 def attention_args(
-    query: Tensor, key_mask: Tensor | None, *, is_causal: bool, scale: float | None, kernel: str
+    query: Tensor, key_mask: Tensor | None, *, is_causal: bool, scale: float | None, kernel: str, num_tokens: int
 ) -> AttentionArgs:
     """The arguments of one attention, with its kernel chosen; ``scale`` None becomes 1/sqrt(head_dim)."""
-    call = KernelCall(query.device.type, query.dtype, query.shape[-1], key_mask is not None, is_causal)
+    call = kernel_call(query, key_mask, is_causal=is_causal, num_tokens=num_tokens)
     return AttentionArgs(select_kernel(kernel, call), query.shape[-1] ** -0.5 if scale is None else scale, is_causal)
