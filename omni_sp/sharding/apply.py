@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,42 +13,80 @@ from omni_sp.attention import Strategy
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.attention_backend import tracking_flex_attention
-from omni_sp.sharding.forward_context import LayoutCache, ShardedForward, activate, signature_of
-from omni_sp.sharding.hooks import ModuleHooks, install_stream_hooks, require_running, resolve_plan
-from omni_sp.sharding.plan import ShardingPlan, TrackedPlan
+from omni_sp.sharding.compiled import compile_blocks, is_compiled, require_not_compiled
+from omni_sp.sharding.foreign_code import has_foreign_forward, has_foreign_hooks
+from omni_sp.sharding.forward_context import ShardedForward, activate
+from omni_sp.sharding.hooks import ModuleHooks, install_stream_hook, require_running, resolve_plan
+from omni_sp.sharding.plan import Plan
+from omni_sp.sharding.replay import BlockCounts, ForwardGraphs, TapeStore
+from omni_sp.sharding.same_call import CallToken, SameCallCheck
 from omni_sp.sharding.tracked import to_full_tensors
+from omni_sp.sharding.weights import WeightShards, require_not_offloaded
 
 _MARK = "_omni_sp_handle"
 
 
 class ShardHandle:
-    """A transformer that runs sharded until ``remove()`` is called.
+    """A model that runs sharded until ``remove()`` is called.
+
+    Args:
+        compile_options: as of `shard`.
 
     Attributes:
-        model: the transformer.
+        model: a transformer, or a VAE.
         tokens: stream name -> global number of tokens, the most that one forward had since ``reset_counts()`` (with
             guidance a picture takes forwards of two texts).
         gathers: operation of the model's code -> how often it needed a full tensor since ``reset_counts()``, such as
-            ``{"aten.sort.default": 4}``; such operations are exact, and slow. A planned model has none.
+            ``{"aten.sort.default": 4}``; such operations are exact, and slow.
+        tapes: what was recorded of blocks, and how their calls were made.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, compile_options: Mapping[str, Any] | None = None) -> None:
         self.model = model
         self.tokens: dict[str, int] = {}
         self.gathers: dict[str, int] = {}
+        self.tapes = TapeStore(compile_options)
         self._undo: list[Callable[[], None]] = []
 
     def reset_counts(self) -> None:
         """Begin anew to count tokens and gathers."""
         self.tokens.clear()
         self.gathers.clear()
+        self.tapes.counts = BlockCounts()
 
     def on_remove(self, undo: Callable[[], None]) -> None:
         """Let ``remove()`` call ``undo``; the last registered is called first."""
         self._undo.append(undo)
 
+    def attach(self) -> None:
+        """Mark the model as parallelized, so that it is not parallelized twice, nor copied.
+
+        Raises:
+            ShardingError: it is parallelized already.
+        """
+        attributes = self.model.__dict__
+        if attributes.get(_MARK) is not None:
+            raise ShardingError(f"{type(self.model).__name__} is parallelized already: remove() its handle first")
+        # copy and pickle look it up on the instance, and before anything of the model is copied.
+        attributes |= {_MARK: self, "__reduce_ex__": self.__reduce_ex__}
+        for name in (_MARK, "__reduce_ex__"):
+            self.on_remove(functools.partial(attributes.pop, name))
+
+    def __reduce_ex__(self, _protocol: object) -> Any:
+        """Refuse to be copied or pickled: hooks and process groups belong to this model, in this process.
+
+        Raises:
+            ShardingError: always. The model itself, and a pipeline that holds it, are refused by it too.
+        """
+        name = type(self.model).__name__
+        raise ShardingError(
+            f"{name} is parallelized, and a copy of it would not be: call remove() of the handle that parallelize() "
+            "gave before copy.deepcopy(), pickle or torch.save(), and parallelize() again after it; its state_dict() "
+            "can be saved at any time"
+        )
+
     def remove(self) -> None:
-        """Restore the transformer. A second call does nothing."""
+        """Restore the model. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
@@ -55,81 +94,93 @@ class ShardHandle:
 def shard(
     model: torch.nn.Module,
     mesh: ParallelMesh,
-    plan: ShardingPlan | TrackedPlan,
+    plan: Plan,
     *,
     strategy: Strategy,
     kernel: str = "auto",
-    fallback_plan: TrackedPlan | None = None,
+    call_token: CallToken | None = None,
+    replay: bool = True,
+    compile_options: Mapping[str, Any] | None = None,
+    cuda_graphs: bool = False,
 ) -> ShardHandle:
     """Shard the tokens of ``model`` over ``mesh.sequence``. Instances are hooked, classes never.
 
     Args:
         model: a diffusers transformer.
         mesh: the ranks.
-        plan: where its token streams are split and gathered.
+        plan: where its token streams begin.
         strategy: carries out attention over all ranks (``omni_sp.attention.select_strategy``).
-        kernel: name of the attention kernel. With "auto" on one rank the model keeps its own attention.
-        fallback_plan: takes the plan's place while the model is such that the plan does not suffice, see
-            `omni_sp.sharding.hooks.ModuleHooks`.
+        kernel: name of the attention kernel. With "auto" on one rank the model runs as it is.
+        call_token: gives an object that is another one in every call of the pipeline, see
+            `omni_sp.sharding.same_call.SameCallCheck`.
+        replay: blocks that were followed once are replayed, see ``omni_sp.sharding.replay``.
+        compile_options: what is replayed is compiled, by ``torch.compile`` with these options; None leaves it as it is,
+            but for blocks that are compiled already.
+        cuda_graphs: forwards whose blocks are all replayed are captured as CUDA graphs, see
+            `omni_sp.sharding.replay.graphs`.
 
     Returns:
         The handle that removes all of it.
 
     Raises:
-        UnsupportedModelError: the plan names what the model does not have, or an attention cannot be reached.
+        UnsupportedModelError: the plan names what the model does not have, or more than its blocks is compiled.
         ShardingError: the model is sharded already.
     """
-    if getattr(model, _MARK, None) is not None:
-        raise ShardingError(f"{type(model).__name__} is parallelized already: remove() its handle first")
-    handle = ShardHandle(model)
-    hooks = ModuleHooks(model, mesh, plan, fallback_plan, routed=mesh.sequence.size > 1 or kernel != "auto")
-    forward_hooks = _ForwardHooks(handle, hooks, mesh, strategy, kernel)
+    handle = ShardHandle(model, compile_options)
+    tracks = mesh.sequence.size > 1 or kernel != "auto"
     try:
-        model.__dict__[_MARK] = handle
-        handle.on_remove(lambda: model.__dict__.pop(_MARK))
+        handle.attach()
+        weights = WeightShards(model, mesh.weights) if mesh.weights.size > 1 else None
+        if weights is not None:
+            require_not_offloaded(model)
+            handle.on_remove(functools.partial(_restore_weights, handle, weights))
+        hooks = ModuleHooks(model, mesh, plan, tracks=tracks, tapes=handle.tapes if replay else None, weights=weights)
+        check = SameCallCheck(model, mesh.sequence, always=mesh.check, call_token=call_token)
+        forward_hooks = _ForwardHooks(handle, hooks, mesh, strategy, check, weights)
+        if compile_options is not None and not tracks:
+            handle.on_remove(compile_blocks(model, compile_options))
+        if cuda_graphs and tracks:
+            forward_hooks.graphs = graphs = ForwardGraphs(
+                model, mesh, handle.tapes, handle.gathers, forward_hooks.before_forward
+            )
+            model._compiled_call_impl = graphs
+            handle.on_remove(functools.partial(vars(model).pop, "_compiled_call_impl", None))
         handle.on_remove(lambda: forward_hooks.end(model, None, None))
         handle.on_remove(hooks.remove)
         hooks.refresh()
         handle.on_remove(model.register_forward_pre_hook(forward_hooks.begin, with_kwargs=True).remove)
-        for chosen in (plan, fallback_plan):
-            if chosen is not None:
-                _hook_root(model, chosen, hooks, mesh, handle)
-        handle.on_remove(model.register_forward_hook(_to_full_output).remove)
-        # Registered last, so that it runs after a join at the transformer itself.
+        for path, module, inputs in resolve_plan(model, plan):
+            if not path:
+                name = type(model).__name__
+                handle.on_remove(install_stream_hook(module, name, inputs, mesh, tracks=tracks).remove)
+        if tracks:
+            handle.on_remove(model.register_forward_hook(_to_full_output).remove)
+        # Registered last, so that it runs after the outputs are gathered.
         handle.on_remove(model.register_forward_hook(forward_hooks.end, always_call=True).remove)
+        if weights is not None:
+            weights.refresh()
     except BaseException:
         handle.remove()
         raise
     return handle
 
 
-def _hook_root(
-    model: torch.nn.Module,
-    plan: ShardingPlan | TrackedPlan,
-    hooks: ModuleHooks,
-    mesh: ParallelMesh,
-    handle: ShardHandle,
-) -> None:
-    """Shard and gather at the transformer itself what a plan names there, while its modules run by that plan."""
-    name, tracked = type(model).__name__, isinstance(plan, TrackedPlan)
-    for path, module, module_plan in resolve_plan(model, plan):
-        if not path:
-            for hook in install_stream_hooks(
-                module, name, module_plan, mesh, tracked, lambda: hooks.tracked == tracked
-            ):
-                handle.on_remove(hook.remove)
+def _restore_weights(handle: ShardHandle, weights: WeightShards) -> None:
+    try:
+        weights.remove()
+    except ShardingError:
+        handle.on_remove(functools.partial(_restore_weights, handle, weights))  # another remove() tries again
+        raise
 
 
 def _to_full_output(model: torch.nn.Module, _args: Any, output: Any) -> Any:
-    """Turn what a tracked forward returns into full tensors."""
+    """Turn what a forward returns into full tensors."""
     name = type(model).__name__
-    forward = require_running(name)
-    if not forward.tracked:
-        return output
-    if not forward.has_sharded:
+    # Foreign code around the whole transformer may have answered in its place.
+    if not require_running(name).has_sharded and not (has_foreign_hooks(model) or has_foreign_forward(model)):
         raise ShardingError(
             f"no tensor of {name} was cut, so every rank would compute everything: its plan has to name a tensor of "
-            "tokens; give parallelize(..., plan=TrackedPlan(...))"
+            "tokens; give parallelize(..., plan=Plan(...))"
         )
     return to_full_tensors(output)
 
@@ -138,38 +189,43 @@ class _ForwardHooks:
     """Hooks that begin a sharded forward when the transformer is called, and end it when it returns or raises."""
 
     def __init__(
-        self, handle: ShardHandle, hooks: ModuleHooks, mesh: ParallelMesh, strategy: Strategy, kernel: str
+        self,
+        handle: ShardHandle,
+        hooks: ModuleHooks,
+        mesh: ParallelMesh,
+        strategy: Strategy,
+        check: SameCallCheck,
+        weights: WeightShards | None,
     ) -> None:
         self._handle, self._hooks, self._mesh = handle, hooks, mesh
-        self._strategy, self._kernel = strategy, kernel
-        self._layout_cache = LayoutCache()
+        self._strategy, self._check, self._weights = strategy, check, weights
         self._exit_stack = ExitStack()
+        self.graphs: ForwardGraphs | None = None
+
+    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[str]:
+        """Look at the modules and compare the ranks. Returns the modules that other people's code runs in."""
+        self._hooks.refresh()
+        self._check.before_forward(args, kwargs, self._hooks.foreign)
+        if self._weights is not None:
+            self._weights.refresh()
+        return self._hooks.foreign
 
     def begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
-        if self._mesh.sequence.size > 1 and trains:
-            raise ShardingError(
-                f"{type(module).__name__} was called with gradients enabled; sharded forwards are for inference: "
-                "run under torch.no_grad()"
-            )
+        if self._mesh.sequence.size > 1:
+            if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
+                raise ShardingError(
+                    f"{type(module).__name__} was called with gradients enabled; sharded forwards are for inference: "
+                    "run under torch.no_grad()"
+                )
+            if is_compiled(module) and (self.graphs is None or module._compiled_call_impl is not self.graphs):
+                require_not_compiled(module)
         # Ctrl-C in the middle of a forward skips torch's hooks, also those that always run: such a forward ends here.
         self._exit_stack.close()
-        if self._hooks.refresh():
-            self._layout_cache = LayoutCache()
-        signature = signature_of((args, kwargs))
-        forward = ShardedForward(
-            mesh=self._mesh,
-            strategy=self._strategy,
-            kernel=self._kernel,
-            layouts=self._layout_cache.layouts(signature),
-            exit_stack=self._exit_stack,
-            tokens=self._handle.tokens,
-            gathers=self._handle.gathers,
-            tracked=self._hooks.tracked,
-        )
-        self._exit_stack.enter_context(activate(forward, signature))
-        if forward.tracked:
-            self._exit_stack.enter_context(tracking_flex_attention())
+        if self.graphs is None or not self.graphs.is_capturing:
+            self.before_forward(args, kwargs)
+        forward = ShardedForward(self._mesh, self._strategy, self._handle.tokens, self._handle.gathers)
+        self._exit_stack.enter_context(activate(forward))
+        self._exit_stack.enter_context(tracking_flex_attention())
 
     def end(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
         self._exit_stack.close()

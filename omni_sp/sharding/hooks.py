@@ -7,33 +7,35 @@ puts its own code around blocks. So every forward begins with a look at the modu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 
 from omni_sp.errors import ShardingError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding.attention_backend import AttentionTag, backend_key
-from omni_sp.sharding.forward_context import OnShard, ShardedForward, current_forward, shard_plain
+from omni_sp.sharding.attention_backend import backend_key
+from omni_sp.sharding.foreign_code import (
+    FunctionWatch,
+    functions_among_attributes,
+    has_foreign_code,
+    has_foreign_hooks,
+    has_global_hooks,
+    num_hooks_registered,
+)
+from omni_sp.sharding.forward_context import OnShard, ShardedForward, current_forward
 from omni_sp.sharding.models import TOKENWISE
-from omni_sp.sharding.plan import Gather, ModulePlan, ShardingPlan, Split, TrackedPlan, matches
+from omni_sp.sharding.plan import Plan, Split, matches
+from omni_sp.sharding.replay import BlockPlayer, TapeStore, block_lists
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard
+from omni_sp.sharding.weights import WeightShards
 
 _LOCAL_OF = "_omni_sp_local_of"
-_TRANSPARENT_HOOKS = frozenset(
-    {
-        "GroupOffloadingHook",
-        "LazyPrefetchGroupOffloadingHook",
-        "LayerExecutionTrackerHook",
-        "LayerwiseCastingHook",
-        "PeftInputAutocastDisableHook",
-    }
-)
-"""Hooks of diffusers around a module's forward that move and cast tensors, and never look at their numbers."""
+_COMPILED_CALL = "_compiled_call_impl"  # where Module.compile() puts what is called in place of the module's own code
+_ROOT = "the transformer itself"
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class ModuleSnapshot:
     parent: Mapping[str, torch.nn.Module | None]
     name: str
     module: torch.nn.Module
+    kind: type
     forward: Any  # what its instance had in place of its class's forward, or None
     processor: Any
+    num_attributes: int
+    functions: tuple[Any, ...]
 
     def is_current(self) -> bool:
         """True while nobody has replaced the module, its forward or its processor."""
@@ -53,6 +58,9 @@ class ModuleSnapshot:
             (now is self.module or getattr(now, "_orig_mod", None) is self.module)  # torch.compile wraps
             and vars(self.module).get("forward") is self.forward
             and _processor(self.module) is self.processor
+            and type(self.module) is self.kind
+            and len(vars(self.module)) == self.num_attributes
+            and (not self.functions or all(map(operator.is_, functions_among_attributes(self.module), self.functions)))
         )
 
 
@@ -60,126 +68,141 @@ class ModuleHooks:
     """The hooks on all modules of a transformer but the transformer itself.
 
     Args:
-        fallback_plan: takes the plan's place where the plan does not suffice: an attention does not call the
-            dispatcher, or there is foreign code around the blocks (a step cache, skipped layers), which would take a
-            shard for the full tensor. None keeps the plan; an attention that the core cannot reach is then an error.
-        routed: attention goes to the core, also on one rank.
+        tracks: sharded tensors are tracked, see ``tracked``. Else there is one rank, and its streams are only counted.
+        tapes: what was recorded of blocks; None where they are followed every time.
+        weights: of the blocks, where they are sharded.
 
     Attributes:
-        tracked: sharded tensors look like full tensors, see ``tracked``.
+        foreign: the paths of the modules that other people's code runs in or around.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         mesh: ParallelMesh,
-        plan: ShardingPlan | TrackedPlan,
-        fallback_plan: TrackedPlan | None,
+        plan: Plan,
         *,
-        routed: bool,
+        tracks: bool,
+        tapes: TapeStore | None,
+        weights: WeightShards | None = None,
     ) -> None:
-        self._model, self._mesh, self._routed = model, mesh, routed
-        self._plan, self._fallback_plan = plan, fallback_plan
+        self._weights = weights
+        self._model, self._mesh, self._plan, self._tracks, self._tapes = model, mesh, plan, tracks, tapes
         self._undo = ExitStack()
         self._snapshots: list[ModuleSnapshot] = []
-        self.tracked = isinstance(plan, TrackedPlan)
+        self._players: list[tuple[torch.nn.Module, Callable[..., Any]]] = []
+        self._watch = FunctionWatch(())
+        self.foreign: tuple[str, ...] = ()
+        self._foreign_hooks: frozenset[str] = frozenset()
+        self._num_hooks = 0
 
-    def refresh(self) -> bool:
-        """Hook the modules that are there now; False where they are the same as before."""
-        if self._snapshots and all(snapshot.is_current() for snapshot in self._snapshots):
-            return False
+    def refresh(self) -> None:
+        """Hook the modules that are there now, unless they are the same as before."""
+        if self._snapshots and self._is_current():
+            return
         self.remove()
-        plan = self._choose_plan()
-        self.tracked = isinstance(plan, TrackedPlan)
+        if self._tapes is not None:
+            self._tapes.clear()
+        self._foreign_hooks = self._find_foreign_hooks()
+        owners = [*self._model.modules(), *(_processor(module) for module in self._model.modules())]
+        self._watch = FunctionWatch(type(owner) for owner in owners if owner is not None)
+        self.foreign = tuple(
+            path or _ROOT
+            for path, module in self._model.named_modules()
+            if (path or _ROOT) in self._foreign_hooks or self._is_foreign(module)
+        )
         try:
-            self._install(plan)
+            self._install()
         except BaseException:
             self.remove()
             raise
-        return True
+        # As they are with our own hooks on them.
+        self._snapshots = _snapshots(self._model)
+        self._num_hooks = num_hooks_registered()
 
     def remove(self) -> None:
         """Remove all hooks."""
         self._undo.close()
-        self._snapshots = []
+        self._snapshots, self._players = [], []
 
-    def _choose_plan(self) -> ShardingPlan | TrackedPlan:
-        if self._fallback_plan is None or isinstance(self._plan, TrackedPlan):
-            return self._plan
-        reached = all(hasattr(module.processor, "_attention_backend") for _, module in _attention_modules(self._model))
-        if reached and not any(_has_foreign_code(module) for module in self._model.modules()):
-            return self._plan
-        return self._fallback_plan
+    def _is_current(self) -> bool:
+        """True while the modules, their forwards, and other people's hooks on them are those that were hooked."""
+        if not all(snapshot.is_current() for snapshot in self._snapshots):
+            return False
+        if not all(block._compiled_call_impl is player for block, player in self._players) or not self._watch.holds():
+            return False
+        # Looking at every module's hooks takes a while, and is only needed where any may have come or gone.
+        if self._foreign_hooks or self._num_hooks != num_hooks_registered():
+            self._num_hooks = num_hooks_registered()
+            return self._find_foreign_hooks() == self._foreign_hooks
+        return True
 
-    def _install(self, plan: ShardingPlan | TrackedPlan) -> None:
-        name = type(self._model).__name__
-        resolved = resolve_plan(self._model, plan)
-        attentions = _attention_modules(self._model)
-        # Foreign code around any module sees full tensors where they are tracked, and else would see a shard.
-        hooked = [path for path, *_ in resolved] + [path for path, _ in attentions]
-        self._snapshots = _snapshots(
-            self._model, hooked if self.tracked else [path for path, _ in self._model.named_modules()]
+    def _find_foreign_hooks(self) -> frozenset[str]:
+        """The paths of the modules that other people's hooks run on."""
+        every = has_global_hooks()
+        return frozenset(
+            path or _ROOT for path, module in self._model.named_modules() if every or has_foreign_hooks(module)
         )
-        for path, module, module_plan in resolved:
-            if path:
-                for hook in install_stream_hooks(module, path, module_plan, self._mesh, self.tracked):
-                    self._undo.callback(hook.remove)
-        if isinstance(plan, TrackedPlan):
-            self._install_tracking()
-        elif self._routed:
-            if not attentions:
-                raise UnsupportedModelError(f"{name} has no attention processor, so its attention cannot be reached")
-            for path, module in attentions:
-                if not hasattr(module.processor, "_attention_backend"):
-                    raise UnsupportedModelError(
-                        f"{name}.{path}: {type(module.processor).__name__} does not call diffusers' attention "
-                        "dispatcher, so its attention cannot be reached"
-                    )
-            for path, module in attentions:
-                self._assert_routed(module, path)
-                replicated = any(matches(pattern, path) for pattern in plan.replicated_keys)
-                self._set_backend(module.processor, AttentionTag(path, replicated_keys=replicated))
 
-    def _install_tracking(self) -> None:
-        """What tracking needs besides the sharded inputs."""
+    def _is_foreign(self, module: torch.nn.Module) -> bool:
+        """Whether code of an unknown package runs in or around a module's forward."""
+        kinds = {type(module), type(_processor(module))}
+        return has_foreign_code(module) or not kinds.isdisjoint(self._watch.foreign)
+
+    def _install(self) -> None:
+        for path, module, inputs in resolve_plan(self._model, self._plan):
+            if path:
+                hook = install_stream_hook(module, path, inputs, self._mesh, tracks=self._tracks)
+                self._undo.callback(hook.remove)
+        if not self._tracks:
+            return
         for module in self._model.modules():
             # A class that names a backend keeps it.
             if getattr(type(_processor(module)), "_attention_backend", "none") is None:
-                self._set_backend(_processor(module), None)
-            if type(module).__name__ in TOKENWISE:
+                self._set_backend(_processor(module))
+            # Foreign code in such a module sees full tensors like anywhere else.
+            if type(module).__name__ in TOKENWISE and not any(map(self._is_foreign, module.modules())):
                 self._undo.callback(module.register_forward_pre_hook(_to_local).remove)
                 self._undo.callback(module.register_forward_hook(_from_local).remove)
-
-    def _assert_routed(self, module: torch.nn.Module, path: str) -> None:
-        """Raise where an attention does not pass through the core: local attention is a silent error.
-
-        Inside a compiled graph nothing is counted: there the route was fixed, and guarded, when the graph was made.
-        """
-
-        def before(_module: torch.nn.Module, _args: Any) -> None:
-            if not torch.compiler.is_compiling():
-                require_running(path).attentions.append(0)
-
-        def after(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
-            if not torch.compiler.is_compiling() and require_running(path).attentions.pop() == 0:
-                raise ShardingError(
-                    f"{path} did not pass through the parallel attention (its processor or attention backend was "
-                    "changed after parallelize?): remove() the handle and parallelize again"
+        for block in block_lists(self._model):
+            if self._tapes is not None:
+                self._install_player(block, self._tapes)
+            elif any(module._compiled_call_impl is not None for module in block.modules()):
+                raise UnsupportedModelError(
+                    f"a {type(block).__name__} of {type(self._model).__name__} is compiled, and a block that is "
+                    "followed every time cannot be: parallelize without replay=False"
                 )
+            elif self._weights is not None:
+                self._put_in_front(block, block._call_impl)
 
-        self._undo.callback(module.register_forward_pre_hook(before).remove)
-        self._undo.callback(module.register_forward_hook(after).remove)
+    def _install_player(self, block: torch.nn.Module, tapes: TapeStore) -> None:
+        """Put a player in the place of a compiled call; where there was one, what the player records is compiled."""
+        compile_options = tapes.compile_options
+        for module in block.modules():
+            compiled_call = vars(module).pop(_COMPILED_CALL, None)
+            if compiled_call is not None:
+                # The rules of sharded tensors are no part of a graph, so nothing is followed through compiled code.
+                self._undo.callback(_restore_compiled_call, module, compiled_call)
+                compile_options = compile_options or {}
+        is_foreign = any(map(self._is_foreign, block.modules()))
+        player = BlockPlayer(block, tapes, is_foreign=is_foreign, compile_options=compile_options)
+        self._put_in_front(block, player)
 
-    def _set_backend(self, processor: Any, tag: AttentionTag | None) -> None:
-        """Select our attention backend for one processor instance. Tracked tensors need no tag."""
-        for name, value in (("_attention_backend", backend_key()), ("_parallel_config", tag)):
-            if not hasattr(processor, name) or value is None:
-                continue
-            if name in vars(processor):
-                self._undo.callback(setattr, processor, name, vars(processor)[name])
-            else:
-                self._undo.callback(vars(processor).pop, name, None)
-            setattr(processor, name, value)
+    def _put_in_front(self, block: torch.nn.Module, player: Callable[..., Any]) -> None:
+        """Let a block be called by what replays it, with its weights whole where they are sharded."""
+        if self._weights is not None:
+            player = self._weights.of(block).around(player)
+        block._compiled_call_impl = player
+        self._players.append((block, player))
+        self._undo.callback(_remove_player, block, player)
+
+    def _set_backend(self, processor: Any) -> None:
+        """Select our attention backend for one processor instance."""
+        if "_attention_backend" in vars(processor):
+            self._undo.callback(setattr, processor, "_attention_backend", vars(processor)["_attention_backend"])
+        else:
+            self._undo.callback(vars(processor).pop, "_attention_backend", None)
+        processor._attention_backend = backend_key()
 
 
 def require_running(path: str) -> ShardedForward:
@@ -192,86 +215,55 @@ def require_running(path: str) -> ShardedForward:
     return forward
 
 
-def resolve_plan(
-    model: torch.nn.Module, plan: ShardingPlan | TrackedPlan
-) -> list[tuple[str, torch.nn.Module, ModulePlan]]:
+def resolve_plan(model: torch.nn.Module, plan: Plan) -> list[tuple[str, torch.nn.Module, Mapping[str, Split]]]:
     """Find the modules that the plan names, and check that their forwards take the parameters that it names."""
     name = type(model).__name__
-    if isinstance(plan, TrackedPlan):
-        modules: Mapping[str, ModulePlan] = {path: ModulePlan(inputs) for path, inputs in plan.inputs.items()}
-    else:
-        modules = plan.modules
     resolved = []
-    for pattern, module_plan in modules.items():
+    for pattern, inputs in plan.inputs.items():
         found = [(path, module) for path, module in model.named_modules() if matches(pattern, path)]
         if not found:
             raise UnsupportedModelError(f"the plan for {name} speaks of {pattern!r}, which it has not")
         for path, module in found:
-            unknown = set(module_plan.inputs) - set(_forward_parameters(module))
+            unknown = set(inputs) - {*_forward_parameters(module), ""}
             if unknown:
                 raise UnsupportedModelError(
                     f"the plan for {name} cuts {sorted(unknown)} of {(path or name)!r}, whose forward takes "
                     f"{_forward_parameters(module)}"
                 )
-            resolved.append((path, module, module_plan))
+            resolved.append((path, module, inputs))
     return resolved
 
 
-def install_stream_hooks(
-    module: torch.nn.Module,
-    path: str,
-    plan: ModulePlan,
-    mesh: ParallelMesh,
-    tracked: bool,
-    is_active: Callable[[], bool] | None = None,
-) -> list[Any]:
-    """Hook a module to shard inputs before it runs, and shard or gather outputs after it, while ``is_active()``."""
+def install_stream_hook(
+    module: torch.nn.Module, path: str, inputs: Mapping[str, Split], mesh: ParallelMesh, *, tracks: bool
+) -> Any:
+    """Hook a module to shard some of its inputs before it runs; where nothing is tracked, they are only counted."""
     names = _forward_parameters(module)
-    shard_value = shard_tracked if tracked else shard_plain
-    hooks = []
-
-    def on_shard() -> OnShard | None:
-        # A compiled graph holds the operations on tensors alone, so nothing is recorded there.
-        return None if torch.compiler.is_compiling() else require_running(path).record_shard
 
     def before(
         _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if is_active is not None and not is_active():
+        if torch.compiler.is_compiling():  # on one rank, where there is nothing to shard
             return args, kwargs
         positional = list(args)
-        for name, split in plan.inputs.items():
-            index = names.index(name)
+        on_shard = require_running(path).record_shard
+        for name, split in inputs.items():
+            index = names.index(name) if name else 0
+            if not name and not args:
+                name = next(iter(kwargs), name)
             if name in kwargs:
-                kwargs = {**kwargs, name: shard_value(kwargs[name], split, mesh, f"{path}.{name}", on_shard())}
+                kwargs = {**kwargs, name: shard_input(kwargs[name], split, mesh, f"{path}.{name}", on_shard, tracks)}
             elif index < len(positional):
-                positional[index] = shard_value(positional[index], split, mesh, f"{path}.{name}", on_shard())
+                positional[index] = shard_input(positional[index], split, mesh, f"{path}.{name}", on_shard, tracks)
         return tuple(positional), kwargs
 
-    def after(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
-        if is_active is not None and not is_active():
-            return output
-        single = isinstance(output, torch.Tensor)
-        items = [output] if single else list(output)
-        for index, step in plan.outputs.items():
-            location = f"{path} output {index}"
-            if isinstance(step, Gather):
-                items[index] = require_running(path).gather_output(items[index], step.dim, location)
-            else:
-                items[index] = shard_value(items[index], step, mesh, location, on_shard())
-        return items[0] if single else type(output)(items)
-
-    if plan.inputs:
-        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-    if plan.outputs:
-        hooks.append(module.register_forward_hook(after))
-    return hooks
+    return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def shard_tracked(value: Any, split: Split, mesh: ParallelMesh, location: str, on_shard: OnShard | None) -> Any:
+def shard_input(value: Any, split: Split, mesh: ParallelMesh, location: str, on_shard: OnShard, tracks: bool) -> Any:
     """A tensor, or each tensor of a list, as a TokenTensor. One that is sharded already stays as it is."""
     if isinstance(value, (list, tuple)):
-        return type(value)([shard_tracked(item, split, mesh, location, on_shard) for item in value])
+        return type(value)([shard_input(item, split, mesh, location, on_shard, tracks) for item in value])
     if (
         not isinstance(value, torch.Tensor)
         or isinstance(value, TokenTensor)
@@ -279,12 +271,22 @@ def shard_tracked(value: Any, split: Split, mesh: ParallelMesh, location: str, o
     ):
         return value
     axis, dim = mesh.sequence, split.dim % value.ndim
+    on_shard(location, value, value.shape[dim])
+    if not tracks:
+        return value
     placement = even_placement(value.shape[dim], axis.size)
-    if on_shard is not None:
-        on_shard(location, value, value.shape[dim], placement.lengths[axis.rank])
     # The shard is copied: the model may write to it, and the caller's tensor would then differ from rank to rank.
     local = local_shard(value, dim, placement, axis).clone(memory_format=torch.contiguous_format)
     return TokenTensor(local, dim, placement, axis)
+
+
+def _remove_player(block: torch.nn.Module, player: Callable[..., Any]) -> None:
+    if block._compiled_call_impl is player:  # else the block was compiled since
+        vars(block).pop(_COMPILED_CALL)
+
+
+def _restore_compiled_call(module: torch.nn.Module, compiled_call: Any) -> None:
+    vars(module).setdefault(_COMPILED_CALL, compiled_call)
 
 
 def _to_local(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -313,27 +315,22 @@ def _processor(module: torch.nn.Module) -> Any:
     return vars(module).get("processor") or module._modules.get("processor")
 
 
-def _attention_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    return [(path, module) for path, module in model.named_modules() if _processor(module) is not None]
-
-
-def _has_foreign_code(module: torch.nn.Module) -> bool:
-    """True where somebody put code around a module's forward that may look at the numbers of its tensors."""
-    if "forward" not in vars(module):
-        return False
-    registry = getattr(module, "_diffusers_hook", None)
-    if registry is not None:
-        return any(type(hook).__name__ not in _TRANSPARENT_HOOKS for hook in registry.hooks.values())
-    return not hasattr(module, "_hf_hook")  # accelerate's offloading
-
-
-def _snapshots(model: torch.nn.Module, paths: Iterable[str]) -> list[ModuleSnapshot]:
-    """The modules at these paths, and all modules that contain them, as they are now."""
-    prefixes = {prefix for path in paths for prefix in accumulate(path.split("."), "{}.{}".format)}
-    snapshots = [ModuleSnapshot({"": model}, "", model, vars(model).get("forward"), _processor(model))]
-    for path in sorted(prefixes - {""}):
-        parent, _, name = path.rpartition(".")
-        module = model.get_submodule(path)
-        forward, processor = vars(module).get("forward"), _processor(module)
-        snapshots.append(ModuleSnapshot(model.get_submodule(parent)._modules, name, module, forward, processor))
+def _snapshots(model: torch.nn.Module) -> list[ModuleSnapshot]:
+    """All modules as they are now."""
+    snapshots = [_snapshot({"": model}, "", model)]
+    for parent in model.modules():
+        snapshots += [_snapshot(parent._modules, name, x) for name, x in parent._modules.items() if x is not None]
     return snapshots
+
+
+def _snapshot(parent: Mapping[str, torch.nn.Module | None], name: str, module: torch.nn.Module) -> ModuleSnapshot:
+    return ModuleSnapshot(
+        parent=parent,
+        name=name,
+        module=module,
+        kind=type(module),
+        forward=vars(module).get("forward"),
+        processor=_processor(module),
+        num_attributes=len(vars(module)),
+        functions=tuple(functions_among_attributes(module)),
+    )

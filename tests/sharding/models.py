@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from testing.models import flux_transformer, wan_transformer
+from omni_sp.testing.components import transformer
 
 Inputs = dict[str, Any]
 
@@ -17,13 +17,9 @@ def _draw(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def qwen_image(heads: int = 3) -> Any:
-    from diffusers import QwenImageTransformer2DModel
-
-    return QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
+    """Qwen-Image's, with channels as FLUX has them."""
+    return transformer(
+        "QwenImageTransformer2DModel",
         attention_head_dim=16,
         num_attention_heads=heads,
         joint_attention_dim=24,
@@ -48,6 +44,10 @@ def qwen_inputs(
         "img_shapes": [[(1, height, width)]] * batch,
         "return_dict": False,
     }
+
+
+def flux() -> Any:
+    return transformer("FluxTransformer2DModel")
 
 
 def flux_inputs(*, height: int = 5, width: int = 7, text: int = 13, batch: int = 2, ids_ndim: int = 2) -> Inputs:
@@ -83,7 +83,8 @@ def qwen_controlnet_inputs() -> Inputs:
 
 
 def wan(image: bool = False) -> Any:
-    return wan_transformer(image_dim=28, added_kv_proj_dim=72) if image else wan_transformer()
+    changes = {"image_dim": 28, "added_kv_proj_dim": 72} if image else {}
+    return transformer("WanTransformer3DModel", **changes)
 
 
 def wan_inputs(*, frames: int = 3, height: int = 6, width: int = 10, text: int = 13, batch: int = 2) -> Inputs:
@@ -117,10 +118,10 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Inputs]]] = {
     "qwen, 1000x1016 pixels": (qwen_image, lambda: qwen_inputs(height=62, width=63)),
     "qwen, 5 heads": (lambda: qwen_image(heads=5), lambda: qwen_inputs(batch=2)),
     "qwen, controlnet": (qwen_image, qwen_controlnet_inputs),
-    "flux, 13 text tokens": (flux_transformer, flux_inputs),
-    "flux, 3 text tokens": (flux_transformer, lambda: flux_inputs(text=3, batch=1)),
-    "flux, ids with batch": (flux_transformer, lambda: flux_inputs(ids_ndim=3)),
-    "flux, controlnet": (flux_transformer, flux_controlnet_inputs),
+    "flux, 13 text tokens": (flux, flux_inputs),
+    "flux, 3 text tokens": (flux, lambda: flux_inputs(text=3, batch=1)),
+    "flux, ids with batch": (flux, lambda: flux_inputs(ids_ndim=3)),
+    "flux, controlnet": (flux, flux_controlnet_inputs),
     "wan": (wan, wan_inputs),
     "wan, 1 frame": (wan, lambda: wan_inputs(frames=1, height=2, width=6)),
     "wan, timestep per token": (wan, wan_ti2v_inputs),

@@ -112,6 +112,8 @@ COMPUTE: dict[str, Op] = {
     "addmm": lambda x, y, p, q: tidy(torch.addmm(torch.ones(4, dtype=x.dtype), x, weight(x, 4).T)),
     "normal": lambda x, y, p, q: tidy(normal(x, p)),
     "conv": lambda x, y, p, q: tidy(convolved(x, p, q)),
+    "resized": lambda x, y, p, q: tidy(F.interpolate(x, scale_factor=1 + p % 3, mode=["nearest", "linear"][q % 2])),
+    "shrunk": lambda x, y, p, q: tidy(F.avg_pool1d(x, 1 + p % 3, 1 + q % 2, (p % 3) // 2)),
     "item": lambda x, y, p, q: y + x.reshape(-1)[q].item(),
     "rope": lambda x, y, p, q: tidy(torch.view_as_real(as_complex(x) * (1 + 2j)).flatten(-2)),
     "attention": lambda x, y, p, q: tidy(
@@ -136,6 +138,8 @@ MOVE: dict[str, Op] = {
     "roll all": lambda x, y, p, q: x.roll(1 + q),
     "pad": lambda x, y, p, q: F.pad(x, [q % 2, 1, 0, p % 3][: 2 * x.ndim], value=p),
     "pad tokens": lambda x, y, p, q: F.pad(x, [0, 0, 0, p % 3, 0, q % 2][: 2 * x.ndim]),
+    "pad with itself": lambda x, y, p, q: F.pad(x, [p % 3, q % 3], mode=["replicate", "reflect"][q % 2]),
+    "shuffle": lambda x, y, p, q: F.pixel_shuffle(x, 2) if p % 2 else F.pixel_unshuffle(x, 2),
     "cat": lambda x, y, p, q: torch.cat([x, y], p % x.ndim),
     "cat three": lambda x, y, p, q: torch.cat([y, x, y], p % x.ndim),
     "stack": lambda x, y, p, q: torch.stack([x, y], p % (x.ndim + 1)),

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding.hooks import shard_tracked
+from omni_sp.sharding.hooks import shard_input
 from omni_sp.sharding.plan import Split
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard, to_full_tensors
 from omni_sp.sharding.tracked.placement import concatenated
-from testing.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 from tests.sharding.operations import OPS, WRITE, Op
 from tests.thorough import THOROUGH
 
@@ -225,17 +225,17 @@ def test_what_cannot_be_done_to_shards_is_refused(ranks: RankPool) -> None:
 def run_sharding(mesh: ParallelMesh) -> None:
     """How the tensors that a plan names are sharded."""
     x = integers(2, 7, 4, seed=1)
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int]] = []
 
-    def on_shard(location: str, full: Tensor, num_tokens: int, num_local: int) -> None:
-        seen.append((location, num_tokens, num_local))
+    def on_shard(location: str, full: Tensor, num_tokens: int) -> None:
+        seen.append((location, num_tokens))
 
     def shard_as(value: Any, split: Split) -> Any:
-        return shard_tracked(value, split, mesh, "here", on_shard)
+        return shard_input(value, split, mesh, "here", on_shard, tracks=True)
 
     own = even_placement(7, mesh.sequence.size).lengths[mesh.sequence.rank]
     tracked = shard_as(x, Split(dim=-2, ndim=3))
-    assert seen == [("here", 7, own)]
+    assert seen == [("here", 7)]
     assert (tracked.shard_dim, tracked.shape, tracked.local.shape) == (1, x.shape, (2, own, 4))
     assert differ(x, tracked) is None
     assert shard_as(tracked, Split(dim=0)) is tracked

@@ -18,7 +18,7 @@ from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.forward_context import ShardedForward, activate
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard, to_full_tensors, tracked_attention
 from omni_sp.sharding.tracked.placement import concatenated
-from testing.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 
 DEGREES = [(2, 1), (1, 2), (2, 2), (3, 1)]
 
@@ -156,17 +156,8 @@ def sharded(mesh: ParallelMesh, x: Tensor, dim: int | None, lengths: tuple[int, 
 
 def opened(mesh: ParallelMesh, stack: ExitStack) -> ShardedForward:
     """A forward such as one that a sharded model runs in, until ``stack`` is closed."""
-    forward = ShardedForward(
-        mesh=mesh,
-        strategy=select_strategy("omni_sp", mesh, "auto"),
-        kernel="auto",
-        layouts={},
-        exit_stack=stack,
-        tokens={},
-        gathers={},
-        tracked=True,
-    )
-    stack.enter_context(activate(forward, "test"))
+    forward = ShardedForward(mesh=mesh, strategy=select_strategy("omni_sp", mesh, "auto"), tokens={}, gathers={})
+    stack.enter_context(activate(forward))
     return forward
 
 

@@ -7,8 +7,8 @@ import torch
 
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
-from testing.ranks import RankPool
-from testing.reference import randomise, relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
 from tests.sharding.models import CASES, qwen_image, qwen_inputs
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]

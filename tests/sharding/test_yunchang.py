@@ -9,11 +9,11 @@ import torch
 
 from omni_sp import DiffusionParallelConfig, OmniSPError, ParallelMesh, UnsupportedAttentionError, parallelize
 from omni_sp.attention import SequenceLayout, select_strategy, sequence_parallel_attention
-from testing.ranks import RankPool
-from testing.reference import randomise, relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
 from tests.sharding.models import qwen_image, qwen_inputs
 
-pytest.importorskip("yunchang", reason="yunchang is not installed: pip install 'omni-sp[yunchang]'")
+pytest.importorskip("yunchang", reason="yunchang is not installed: pip install '.[yunchang]'")
 
 
 def with_yunchang(mesh: ParallelMesh, heads: int, inputs: dict[str, Any]) -> float | str:

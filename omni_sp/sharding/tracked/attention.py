@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention, noop_mask
 
-from omni_sp.attention import SequenceLayout
+from omni_sp.attention import SequenceLayout, WholeKeyMask
 from omni_sp.errors import UnsupportedAttentionError
+from omni_sp.mesh import Axis
 from omni_sp.sharding.forward_context import ShardedForward, current_forward
 from omni_sp.sharding.tracked.placement import Placement, local_shard
+from omni_sp.sharding.tracked.recording import as_one_operation, will_read
 from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, TokenTensor
 
 F = torch.nn.functional
@@ -56,20 +60,77 @@ def scaled_dot_product_attention(
         return _along_batch(query, key, value, mask, options)
     if len(tracked) < 3 or any(x.shard_dim != tokens for x in tracked) or key.placement != value.placement:
         return _local_queries(query, _full(key), _full(value), mask, options)
-    key_mask, query_mask = (None, None) if mask is None else _key_and_query_mask(mask, query, key)
-    if is_causal or key_mask is False or query.ndim != 4:
+    is_core = _require_forward().strategy is not None and not is_causal and query.ndim == 4
+    if not is_core or isinstance(mask, TokenTensor):
         return _local_queries(query, _full(key), _full(value), mask, options)
-    forward = _require_forward()
-    forward.count_attention()
-    layout = SequenceLayout(query=query.placement.lengths, key=key.placement.lengths)
-    if key_mask is not None:
-        key_mask = key.shard_like(key_mask.expand(key.shape[0], -1), 1)
-    q, k, v = (x.local.transpose(1, 2) for x in (query, key, value))
-    out = forward.strategy(q, k, v, key_mask=key_mask, is_causal=False, scale=scale, layout=layout)
-    if query_mask is not None:
-        # The output of a query that may attend to no key is 0.
-        out = out * query.shard_like(query_mask.expand(key.shape[0], -1), 1)[:, :, None, None].to(out.dtype)
+    given = None if mask is None else _Mask(mask, will_read(mask), object())
+    placements = query.placement, key.placement
+    out = as_one_operation(_under_any_mask, query.local, key.local, value.local, given, placements, query.axis, options)
     return query.wrap(out.transpose(1, 2))
+
+
+class _Mask(NamedTuple):
+    """A mask, as an attention gets it.
+
+    Attributes:
+        origins: in a recording, the tensors that decide its numbers; None where they are not known.
+        place: stands for the attention in the recording.
+    """
+
+    tensor: torch.Tensor
+    origins: list[torch.Tensor] | None
+    place: object
+
+    def name(self) -> Hashable:
+        """Equal for masks of the same numbers in one forward; None where nothing would show a change of them."""
+        if any(x.is_inference() for x in (self.tensor, *(self.origins or ()))):
+            return None
+        memory = self.tensor.untyped_storage().data_ptr()
+        if self.origins is None or any(x.untyped_storage().data_ptr() == memory for x in self.origins):
+            x = self.tensor
+            return (x.data_ptr(), tuple(x.shape), x.stride(), x._version)
+        # It is made anew in every block, of tensors that the blocks share.
+        return (self.place, *((id(x), x._version) for x in self.origins))
+
+
+def _under_any_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: _Mask | None,
+    placements: tuple[Placement, Placement],
+    axis: Axis,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Attention of this rank's tokens to those of all ranks: in the core, where the mask says no more than which keys.
+
+    It is one operation of a recording, so that what the mask says is looked at in every forward, and a recording holds
+    for all masks. The mask is the same on all ranks, so that all decide alike.
+
+    Returns:
+        (batch, this rank's queries, heads, head_dim).
+    """
+    forward, (of_queries, of_keys) = _require_forward(), placements
+    known = _KeyAndQueryMask()
+    if mask is not None:
+        looked_at = _key_and_query_mask(mask, of_queries.size, of_keys.size)
+        if looked_at is None:
+            full_key, full_value = (TokenTensor(x, 2, of_keys, axis).full_tensor("attention") for x in (key, value))
+            sharded = TokenTensor(query, 2, of_queries, axis)
+            local: torch.Tensor = _local_queries(sharded, full_key, full_value, mask.tensor, options).local
+            return local.transpose(1, 2)
+        known = looked_at
+    assert forward.strategy is not None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    layout = SequenceLayout(query=of_queries.lengths, key=of_keys.lengths)
+    out = forward.strategy(
+        q, k, v, key_mask=known.of_keys(of_keys), is_causal=False, scale=options["scale"], layout=layout
+    )
+    if known.queries is not None:
+        # The output of a query that may attend to no key is 0.
+        may_attend = local_shard(known.queries.expand(len(q), -1), 1, of_queries, axis)
+        out = out * may_attend[:, :, None, None].to(out.dtype)
+    return out
 
 
 def _mask_follows_query(mask: TokenTensor, query: Any) -> bool:
@@ -106,7 +167,6 @@ def _local_queries(
     query: TokenTensor, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]
 ) -> Any:
     """This rank's queries against the full keys, under any mask."""
-    _require_forward().count_attention()
     if options["is_causal"]:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=key.device).tril()
     if isinstance(mask, TokenTensor):
@@ -119,34 +179,58 @@ def _local_queries(
     return query.wrap(F.scaled_dot_product_attention(query.local, key, value, attn_mask=mask, **options))
 
 
-def _key_and_query_mask(mask: torch.Tensor, query: TokenTensor, key: TokenTensor) -> tuple[Any, Any]:
-    """A mask as two bool masks (batch or 1, tokens): of the keys that may be attended to, and of the queries that may.
+@dataclass(frozen=True)
+class _KeyAndQueryMask:
+    """A mask as two bool masks (batch or 1, tokens), each None where it masks nothing.
 
-    The second is None where all queries may; the first is False where the mask says more than that. The result is
-    cached for other attentions of this forward that get the same mask.
+    Attributes:
+        keys: True for keys that may be attended to.
+        queries: True for queries that may attend.
     """
-    if isinstance(mask, TokenTensor):
-        return False, None
-    if mask.is_inference():  # such tensors have no version that would show that they were changed
-        key_mask, query_mask = _split_mask(mask)
+
+    keys: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
+    _by_placement: dict[Placement, WholeKeyMask | None] = field(default_factory=dict)
+
+    def of_keys(self, placement: Placement) -> WholeKeyMask | None:
+        """The mask of keys in rank order, whose numbers are read once; None where it masks nothing."""
+        if self.keys is None:
+            return None
+        if placement not in self._by_placement:
+            mask = self.keys
+            if not placement.in_rank_order:
+                mask = torch.cat([mask[:, a:b] for ranges in placement.ranges_per_rank for a, b in ranges], dim=1)
+            whole = WholeKeyMask(mask, placement.lengths)
+            # The mask is the same on all ranks, so that all decide alike.
+            self._by_placement[placement] = None if whole.masks_nothing else whole
+        return self._by_placement[placement]
+
+
+def _key_and_query_mask(mask: _Mask, queries: int, keys: int) -> _KeyAndQueryMask | None:
+    """A mask of so many queries and keys as masks of each; None where it says more than that.
+
+    The result is cached for other attentions of this forward that get the same mask.
+    """
+    cache, name = _require_forward().masks, mask.name()
+    known: _KeyAndQueryMask | None
+    if name in cache:
+        _, known = cache[name]
     else:
-        cache = _require_forward().masks
-        name = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask._version)
-        if name not in cache:
-            while len(cache) >= _MAX_CACHED_MASKS:
-                # Models that make a mask in every block would keep all of them alive.
-                cache.pop(next(iter(cache)))
-            cache[name] = mask, _split_mask(mask)
-        key_mask, query_mask = cache[name][1]
-    if key_mask is not False and (
-        key_mask.shape[-1] != key.shape[-2] or (query_mask is not None and query_mask.shape[-1] != query.shape[-2])
-    ):
-        return False, None
-    return key_mask, query_mask
+        known = _split_mask(mask.tensor)
+        while len(cache) >= _MAX_CACHED_MASKS:
+            # Models that make a mask in every block would keep all of them alive.
+            cache.pop(next(iter(cache)))
+        if name is not None:
+            # With what it is called by, so that no other tensor gets that name.
+            cache[name] = mask, known
+    for one, tokens in () if known is None else ((known.keys, keys), (known.queries, queries)):
+        if one is not None and one.shape[-1] != tokens:
+            return None
+    return known
 
 
-def _split_mask(mask: torch.Tensor) -> tuple[Any, Any]:
-    """The two masks of `_key_and_query_mask`, without a look at the numbers of queries and keys."""
+def _split_mask(mask: torch.Tensor) -> _KeyAndQueryMask | None:
+    """What `_key_and_query_mask` gives, without a look at the numbers of queries and keys."""
     mask = mask[(None,) * (4 - mask.ndim)]
     query_mask = None
     # All heads and queries must have the same keys, except for queries that have none.
@@ -159,16 +243,16 @@ def _split_mask(mask: torch.Tensor) -> tuple[Any, Any]:
         elif dim == 2 and mask.dtype == torch.bool:
             queries, keys = mask.any(-1, keepdim=True), mask.any(-2, keepdim=True)
             if not bool((mask == (queries & keys)).all()):
-                return False, None
+                return None
             mask, query_mask = keys, queries[:, 0, :, 0]
         else:
-            return False, None
+            return None
     mask = mask[:, 0, 0]
     if mask.dtype == torch.bool:
-        return mask, query_mask
+        return _KeyAndQueryMask(mask, query_mask)
     is_open, is_masked = mask == 0, mask <= _NEGLIGIBLE
     # Where a number masks all keys, torch weighs them alike; the core would give 0.
-    return (is_open, None) if bool((is_open | is_masked).all() & is_open.any(-1).all()) else (False, None)
+    return _KeyAndQueryMask(is_open) if bool((is_open | is_masked).all() & is_open.any(-1).all()) else None
 
 
 def _dense_mask(mask: BlockMask) -> torch.Tensor:
@@ -192,7 +276,6 @@ def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, options: dict
     tables: list[Any] = [mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices]
     block_placement: Placement | None = None
     if isinstance(query, TokenTensor):
-        _require_forward().count_attention()
         blocks = tables[0].shape[-1]
         if query.shard_dim == query.ndim - 2 and blocks * mask.BLOCK_SIZE[0] == query.shape[-2]:
             block_placement = query.placement.unflatten_dims(1, blocks, mask.BLOCK_SIZE[0])
@@ -205,15 +288,22 @@ def _under_block_mask(query: Any, key: Any, value: Any, mask: Any, options: dict
         tables = [None if x is None else _local_blocks(x, block_placement, query) for x in tables]
         if q.numel() == 0:
             return query.wrap(q.new_empty((*q.shape[:-1], value.shape[-1])))
-    numbers, indices, full_numbers, full_indices = tables
-    lengths = (q.shape[-2], key.shape[-2])
-    local_mask = BlockMask.from_kv_blocks(
-        numbers, indices, full_numbers, full_indices, mask.BLOCK_SIZE, mask.mask_mod, lengths, compute_q_blocks=False
-    )
-    out = flex_attention(q, key, value, block_mask=local_mask, **options)
+    out = as_one_operation(_flex_by_tables, q, key, value, tables, mask.BLOCK_SIZE, mask.mask_mod, options)
     if not isinstance(query, TokenTensor):
         return out
     return query.wrap(out if block_placement is not None else query.shard_like(out, query.shard_dim))
+
+
+def _flex_by_tables(
+    query: Any, key: Any, value: Any, tables: Sequence[Any], block_size: Any, mask_mod: Any, options: dict[str, Any]
+) -> torch.Tensor:
+    lengths = (query.shape[-2], key.shape[-2])
+    numbers, indices, full_numbers, full_indices = tables
+    mask = BlockMask.from_kv_blocks(
+        numbers, indices, full_numbers, full_indices, block_size, mask_mod, lengths, compute_q_blocks=False
+    )
+    out: torch.Tensor = flex_attention(query, key, value, block_mask=mask, **options)
+    return out
 
 
 def _local_blocks(table: Any, placement: Placement, query: TokenTensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from omni_sp.collectives import all_reduce
 from omni_sp.mesh import Axis
+from omni_sp.sharding.tracked.recording import as_one_operation
 from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, OPERATOR_RULES, Rule, TokenTensor, require_writable
 from omni_sp.sharding.tracked.view_rules import positive_dim, rule
 
@@ -75,7 +76,7 @@ for _operator in (aten.copy_, aten.masked_fill, aten.masked_fill_, aten.where.se
     OPERATOR_RULES[_operator] = _pointwise
 
 
-@rule(aten._softmax, aten._log_softmax, aten.softmax, aten.cumsum, aten.sort, aten.topk, aten.glu)
+@rule(aten._softmax, aten._log_softmax, aten.cumsum, aten.sort, aten.topk, aten.glu)
 def _along_another_dim(func: Any, x: TokenTensor, *args: Any, **kwargs: Any) -> Any:
     """Operators along one dim, which must not be the sharded one; the result has the dims of the operand."""
     index = 1 if func.overloadpacket is aten.topk else 0
@@ -154,10 +155,10 @@ def _all_reduced_sum(func: Any, axis: Axis, *tensors: Any, **kwargs: Any) -> tor
     """
     dtype = kwargs.get("dtype") or tensors[0].dtype
     if dtype not in (torch.bfloat16, torch.float16):
-        return all_reduce(func(*tensors, **kwargs), axis)
+        return as_one_operation(all_reduce, func(*tensors, **kwargs), axis)
     kwargs.pop("dtype", None)
     wide = [x.float() if isinstance(x, torch.Tensor) else x for x in tensors]
-    return all_reduce(func(*wide, **kwargs), axis).to(dtype)
+    return as_one_operation(all_reduce, func(*wide, **kwargs), axis).to(dtype)
 
 
 @rule(aten.addmm)
@@ -171,40 +172,6 @@ def _addmm(func: Any, bias: Any, a: Any, b: Any, **kwargs: Any) -> Any:
 def _baddbmm(_func: Any, base: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     product = torch.bmm(a, b) * alpha
     return product if beta == 0 else product + base * beta
-
-
-@rule(aten.convolution)
-def _convolution(func: Any, x: Any, weight: Any, bias: Any, *args: Any) -> Any:
-    """Over shards of rows (or frames, or sound), each with the neighbours that its kernel reaches."""
-    stride, padding, dilation, transposed, output_padding, groups = args
-    if not isinstance(x, TokenTensor) or isinstance(weight, TokenTensor) or isinstance(bias, TokenTensor):
-        return NotImplemented
-    dim_from_end = x.shard_dim - 2
-    if x.shard_dim == 0:
-        # The lengths of all ranks decide, not this rank's own: ranks that gather would wait for those that do not.
-        return x.wrap(func(x.local, weight, bias, *args)) if min(x.placement.lengths) else NotImplemented
-    if (
-        dim_from_end < 0
-        or transposed
-        or stride[dim_from_end] != 1
-        or any(len(ranges) > 1 for ranges in x.placement.ranges_per_rank)
-    ):
-        return NotImplemented
-    reach = dilation[dim_from_end] * (weight.shape[x.shard_dim] - 1)
-    before = padding[dim_from_end]
-    if reach != 2 * before or min(x.placement.lengths) == 0:
-        return NotImplemented  # only where as many rows come out as go in, and every rank has some
-    wanted = [
-        [(max(a - before, 0), min(b + before, x.placement.size)) for a, b in ranges]
-        for ranges in x.placement.ranges_per_rank
-    ]
-    (start, stop), (first, last) = x.placement.ranges_per_rank[x.axis.rank][0], wanted[x.axis.rank][0]
-    rows = x.local if before == 0 else x.fetch_ranges(wanted)
-    # There is padding only at the edges of the full tensor.
-    edges = [0, 0] * (x.ndim - 1 - x.shard_dim) + [first - (start - before), (stop + before) - last]
-    inner = [0 if d == dim_from_end else amount for d, amount in enumerate(padding)]
-    rows = F.pad(rows, edges) if before else rows
-    return x.wrap(func(rows, weight, bias, stride, inner, dilation, transposed, output_padding, groups))
 
 
 def _on_last_dims(function: Any, num_dims: Callable[..., int]) -> Rule:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
 from omni_sp.attention import split_evenly
 from omni_sp.mesh import Axis
+from omni_sp.sharding.tracked.recording import as_constant
 
 Range = tuple[int, int]
 """Half open: the first index, and the index behind the last."""
@@ -41,6 +42,20 @@ class Placement:
         """True where the ranks' shards, concatenated in rank order, are the full tensor."""
         in_memory = [one for ranges in self.ranges_per_rank for one in ranges]
         return all(before[1] == after[0] for before, after in pairwise(in_memory))
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...] | None:
+        """Where each rank's shard begins, and the end; None where shards are not one range each, in rank order."""
+        if not self.in_rank_order or any(len(ranges) > 1 for ranges in self.ranges_per_rank):
+            return None
+        return (0, *accumulate(self.lengths))
+
+    def scale(self, factor: int) -> Placement:
+        """The placement of a dim that has so many indices for each index of this one."""
+        return Placement(
+            self.size * factor,
+            tuple(tuple((a * factor, b * factor) for a, b in ranges) for ranges in self.ranges_per_rank),
+        )
 
     def __hash__(self) -> int:
         return self._hash
@@ -106,11 +121,13 @@ class Placement:
 @lru_cache(maxsize=4096)
 def even_placement(size: int, num_ranks: int) -> Placement:
     """Contiguous shards in rank order, whose lengths differ by at most one."""
-    ranges, start = [], 0
-    for length in split_evenly(size, num_ranks):
-        ranges.append([(start, start + length)])
-        start += length
-    return _normalized(size, ranges)
+    return contiguous_placement(split_evenly(size, num_ranks))
+
+
+def contiguous_placement(lengths: Sequence[int]) -> Placement:
+    """Contiguous shards in rank order, of these lengths."""
+    bounds = (0, *accumulate(lengths))
+    return _normalized(bounds[-1], [[one] for one in pairwise(bounds)])
 
 
 @lru_cache(maxsize=4096)
@@ -144,7 +161,7 @@ def _normalized(size: int, ranges_per_rank: Sequence[Sequence[Range]]) -> Placem
 def gather_order(placement: Placement) -> torch.Tensor:
     """For each global index its position in the ranks' shards, concatenated in rank order."""
     indices = torch.cat([torch.arange(a, b) for ranges in placement.ranges_per_rank for a, b in ranges])
-    return torch.argsort(indices)
+    return as_constant(torch.argsort(indices))
 
 
 def intersect(some: Sequence[Range], others: Sequence[Range]) -> list[Range]:
@@ -154,7 +171,13 @@ def intersect(some: Sequence[Range], others: Sequence[Range]) -> list[Range]:
 
 
 def local_shard(value: torch.Tensor, dim: int, placement: Placement, axis: Axis) -> torch.Tensor:
-    """This rank's shard of a replicated tensor."""
+    """This rank's shard of a replicated tensor.
+
+    Raises:
+        RuntimeError: the dim has another size. One process would raise too; here some ranks could go on without it.
+    """
+    if value.shape[dim] != placement.size:
+        raise RuntimeError(f"dim {dim} of a tensor {tuple(value.shape)} must have the size {placement.size}")
     ranges = placement.ranges_per_rank[axis.rank]
     if len(ranges) == 1:
         return value.narrow(dim, ranges[0][0], ranges[0][1] - ranges[0][0])

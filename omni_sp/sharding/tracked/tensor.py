@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -21,16 +22,20 @@ from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
 from omni_sp.sharding.forward_context import current_forward
 from omni_sp.sharding.tracked.placement import Placement, Range, gather_order, intersect, local_shard
+from omni_sp.sharding.tracked.recording import as_one_operation
 
 T = TypeVar("T")
 Rule = Callable[..., Any]
 FUNCTION_RULES: dict[Any, Rule] = {}
 """Rules for torch functions, tried before torch decomposes the function into operators: ``rule(*args, **kwargs)``."""
 OPERATOR_RULES: dict[Any, Rule] = {}
-"""Rules for aten operators: ``rule(func, *args, **kwargs)``.
+"""Rules for aten operators that torch does not decompose: ``rule(func, *args, **kwargs)``.
 
 A rule returns NotImplemented for arguments that it does not handle.
 """
+
+
+_FUNCTIONS = {name: x for name, x in vars(torch.nn.functional).items() if isinstance(x, FunctionType)}
 
 
 class TokenTensor(torch.Tensor):
@@ -107,7 +112,7 @@ class TokenTensor(torch.Tensor):
         dim = self.shard_dim if dim is None else dim
         view = TokenTensor(local, dim, placement or self.placement, self.axis, strides)
         view.writes, view.is_copy, view._writes_seen = self.writes, self.is_copy, self._writes_seen
-        if not self.is_copy and local.numel() and _storage_pointer(local) != _storage_pointer(self._local):
+        if not self.is_copy and local.numel() and memory_of(local) != memory_of(self._local):
             view.mark_as_copy()
         return view
 
@@ -117,13 +122,7 @@ class TokenTensor(torch.Tensor):
 
     def full_tensor(self, operation: str | None = None) -> torch.Tensor:
         """All shards gathered, a collective call; counted in the running forward's ``gathers`` under ``operation``."""
-        forward = current_forward()
-        if forward is not None and operation is not None:
-            forward.count_gather(operation)
-        gathered = gather(self.local, self.placement.lengths, self.shard_dim, self.axis)
-        if self.placement.in_rank_order:
-            return gathered
-        return gathered.index_select(self.shard_dim, gather_order(self.placement).to(gathered.device))
+        return as_one_operation(_gather_shards, self.local, self.shard_dim, self.placement, self.axis, operation)
 
     def redistribute(self, placement: Placement) -> TokenTensor:
         """The same tensor with another placement: only what changes ranks is sent. A collective call."""
@@ -136,29 +135,7 @@ class TokenTensor(torch.Tensor):
 
         ``wanted`` holds every rank's ranges, ascending; several ranks may want the same indices.
         """
-        me, ranks = self.axis.rank, range(self.axis.size)
-        if self.axis.size == 1:
-            own = [self.local.narrow(self.shard_dim, start, stop - start) for start, stop in wanted[0]]
-            return torch.cat(own, self.shard_dim) if own else self.local.narrow(self.shard_dim, 0, 0)
-        local = self.local.movedim(self.shard_dim, 0)
-        to_send = [intersect(self.placement.ranges_per_rank[me], wanted[rank]) for rank in ranks]
-        to_receive = [intersect(self.placement.ranges_per_rank[rank], wanted[me]) for rank in ranks]
-        width = math.prod(local.shape[1:])
-        send_sizes, recv_sizes = (
-            [width * sum(b - a for a, b in ranges) for ranges in per_rank] for per_rank in (to_send, to_receive)
-        )
-        pending = exchange(send_sizes, recv_sizes, local.dtype, local.device, self.axis)
-        for buffer, ranges in zip(pending.send_buffers, to_send, strict=True):
-            if buffer.numel():
-                own = [local.narrow(0, self.placement.local_offset(me, a), b - a) for a, b in ranges]
-                torch.cat(own, out=buffer.view(-1, *local.shape[1:]))
-        pending.start()
-        received_ranges = [one for ranges in to_receive for one in ranges]
-        lengths = [b - a for a, b in received_ranges]
-        received = pending.wait().view(sum(lengths), *local.shape[1:])
-        # The ranges come rank by rank, and are sorted into ascending order.
-        order = sorted(zip(received_ranges, received.split(lengths), strict=True), key=lambda pair: pair[0])
-        return (torch.cat([values for _, values in order]) if order else received).movedim(0, self.shard_dim)
+        return as_one_operation(_fetch_ranges, self.local, self.shard_dim, self.placement, self.axis, wanted)
 
     def shard_like(self, value: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's shard of a replicated tensor, sharded along ``dim`` with the placement of this tensor."""
@@ -172,25 +149,88 @@ class TokenTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = FUNCTION_RULES.get(func)
+        rule = FUNCTION_RULES.get(func) or FUNCTION_RULES.get(_as_torch_has_it(func))
         result = NotImplemented if rule is None else rule(*args, **kwargs)
         if result is not NotImplemented:
             return result
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            return _as_torch_has_it(func)(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result, rule = NotImplemented, _rule_for(func)
-        if rule is not None:
-            result = rule(func, *args, **kwargs)
-        elif func._can_decompose():
-            # In inference mode torch does not decompose composite operators by itself.
+        if func._can_decompose():
+            # torch decomposes composite operators by itself, but not in inference mode or for a recording. What is
+            # exchanged must not depend on that, since one rank may replay what another follows.
             result = func.decompose(*args, **kwargs)
+        else:
+            rule = _rule_for(func)
+            result = NotImplemented if rule is None else rule(func, *args, **kwargs)
         return run_on_full_tensors(func, args, kwargs) if result is NotImplemented else result
+
+
+def _gather_shards(
+    shard: torch.Tensor, dim: int, placement: Placement, axis: Axis, operation: str | None
+) -> torch.Tensor:
+    """All shards gathered; ``operation`` is counted in the running forward's ``gathers``."""
+    forward = current_forward()
+    if forward is not None and operation is not None:
+        forward.count_gather(operation)
+    gathered = gather(shard, placement.lengths, dim, axis)
+    if placement.in_rank_order:
+        return gathered
+    return gathered.index_select(dim, gather_order(placement).to(gathered.device))
+
+
+def _fetch_ranges(
+    shard: torch.Tensor, dim: int, placement: Placement, axis: Axis, wanted: Sequence[Sequence[Range]]
+) -> torch.Tensor:
+    """The ranges of ``wanted`` that this rank wants, from those who hold them."""
+    me, ranks = axis.rank, range(axis.size)
+    own = intersect(placement.ranges_per_rank[me], wanted[me])
+    pieces = [(one, _local_range(shard, dim, placement, me, one)) for one in own]
+    if axis.size > 1:
+        to_send = [[] if rank == me else intersect(placement.ranges_per_rank[me], wanted[rank]) for rank in ranks]
+        to_receive = [[] if rank == me else intersect(placement.ranges_per_rank[rank], wanted[me]) for rank in ranks]
+        width = math.prod(shard.shape[:dim]) * math.prod(shard.shape[dim + 1 :])
+        send_sizes, recv_sizes = (
+            [width * sum(b - a for a, b in ranges) for ranges in per_rank] for per_rank in (to_send, to_receive)
+        )
+        pending = exchange(send_sizes, recv_sizes, shard.dtype, shard.device, axis)
+        for buffer, ranges in zip(pending.send_buffers, to_send, strict=True):
+            if buffer.numel():
+                block = buffer.unflatten(0, _shape_of(shard, dim, ranges))
+                torch.cat([_local_range(shard, dim, placement, me, one) for one in ranges], dim, out=block)
+        pending.start()
+        for part, ranges in zip(pending.wait().split(recv_sizes), to_receive, strict=True):
+            if ranges:
+                blocks = part.view(_shape_of(shard, dim, ranges)).split([b - a for a, b in ranges], dim)
+                pieces += zip(ranges, blocks, strict=True)
+    if not pieces:
+        return shard.narrow(dim, 0, 0)
+    # The ranges come rank by rank, and are sorted into ascending order.
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], dim)
+
+
+def _local_range(shard: torch.Tensor, dim: int, placement: Placement, rank: int, one: Range) -> torch.Tensor:
+    return shard.narrow(dim, placement.local_offset(rank, one[0]), one[1] - one[0])
+
+
+def _shape_of(shard: torch.Tensor, dim: int, ranges: Sequence[Range]) -> list[int]:
+    """The shape of a part of a shard."""
+    return [sum(b - a for a, b in ranges) if d == dim else size for d, size in enumerate(shard.shape)]
+
+
+def _as_torch_has_it(func: Any) -> Any:
+    """Return torch's own function where somebody put another one around it.
+
+    What torch calls here is the function that bears the name now, and that has been run already.
+    """
+    if not isinstance(func, FunctionType) or str(func.__globals__.get("__name__")).startswith("torch."):
+        return func
+    return _FUNCTIONS.get(func.__name__, func)
 
 
 @cache
@@ -312,7 +352,7 @@ class GatheredView(torch.Tensor):
 def _wrap_gathered_views(result: Any, full: torch.Tensor, base: TokenTensor, writes_seen: list[int]) -> Any:
     """The result of an operator, with a GatheredView for each tensor in it that is a view of ``full``."""
     flat, spec = tree_flatten(result)
-    is_view = [type(x) is torch.Tensor and _storage_pointer(x) == _storage_pointer(full) for x in flat]
+    is_view = [type(x) is torch.Tensor and memory_of(x) == memory_of(full) for x in flat]
     wrapped = [GatheredView(x, full, base, writes_seen) if view else x for x, view in zip(flat, is_view, strict=True)]
     return tree_unflatten(wrapped, spec)
 
@@ -340,8 +380,10 @@ def _refuse_data(*_args: Any) -> Any:
 FUNCTION_RULES[torch.Tensor.data.__set__] = _refuse_data  # type: ignore[attr-defined]
 
 
-def _storage_pointer(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def memory_of(tensor: torch.Tensor) -> int:
+    """The same for tensors that share memory, fake ones too: the identity of the storage, not its address."""
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def to_full_tensors(value: Any) -> Any:

@@ -179,12 +179,6 @@ def _narrow_sharded(x: TokenTensor, start: int, stop: int) -> TokenTensor:
     )
 
 
-@rule(aten.narrow)
-def _narrow(_func: Any, x: TokenTensor, dim: int, start: int, length: int) -> Any:
-    start += x.shape[dim] if start < 0 else 0
-    return _slice(aten.slice, x, dim, start, start + length)
-
-
 @rule(aten.select)
 def _select(_func: Any, x: TokenTensor, dim: int, index: int) -> Any:
     dim = positive_dim(dim, x.ndim)
@@ -206,14 +200,13 @@ def _without_dim(strides: Sequence[int], dim: int) -> list[int]:
     return [stride for d, stride in enumerate(strides) if d != dim]
 
 
-@rule(aten.split, aten.split_with_sizes, aten.unsafe_split, aten.chunk)
+@rule(aten.split, aten.split_with_sizes, aten.unsafe_split)
 def _split(func: Any, x: TokenTensor, size: Any, dim: int = 0) -> Any:
     dim = positive_dim(dim, x.ndim)
     if dim != x.shard_dim:
         return [x.wrap_view(local, x.stride()) for local in func(x.local, size, dim)]
     if isinstance(size, int):
-        step = -(-x.placement.size // size) if func.overloadpacket is aten.chunk else size
-        bounds = [*range(0, x.placement.size, step), x.placement.size] if x.placement.size else [0, 0]
+        bounds = [*range(0, x.placement.size, size), x.placement.size] if x.placement.size else [0, 0]
     else:
         bounds = [0]
         for length in size:
@@ -239,10 +232,10 @@ def _cat(_func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
         ]
         return first.wrap(torch.cat(shards, dim))
     # A replicated tensor (a text beside a sharded picture) is sharded: no two ranks may hold the same token.
-    return _concatenated([x if isinstance(x, TokenTensor) else _shard_evenly(x, dim, first) for x in tensors], dim)
+    return concatenate([x if isinstance(x, TokenTensor) else _shard_evenly(x, dim, first) for x in tensors], dim)
 
 
-def _concatenated(tensors: Sequence[TokenTensor], dim: int) -> TokenTensor:
+def concatenate(tensors: Sequence[TokenTensor], dim: int) -> TokenTensor:
     """Tensors concatenated along the dim in which all are sharded."""
     placement = concatenated(tuple(x.placement for x in tensors))
     return tensors[0].wrap(torch.cat([x.local for x in tensors], dim), dim, placement)
@@ -272,14 +265,6 @@ def _repeat(_func: Any, x: TokenTensor, repeats: Sequence[int]) -> Any:
     return x.wrap(x.local.repeat(repeats), dim) if repeats[dim] == 1 else NotImplemented
 
 
-@rule(aten.repeat_interleave)
-def _repeat_interleave(_func: Any, x: Any, repeats: Any, dim: Any = None, **_kwargs: Any) -> Any:
-    if not isinstance(x, TokenTensor) or dim is None or not isinstance(repeats, int):
-        return NotImplemented
-    dim = positive_dim(dim, x.ndim)
-    return NotImplemented if dim == x.shard_dim else x.wrap(x.local.repeat_interleave(repeats, dim))
-
-
 @rule(aten.flip, aten.roll)
 def _flip(func: Any, x: TokenTensor, *args: Any) -> Any:
     # roll without dims rolls the flattened tensor.
@@ -287,23 +272,6 @@ def _flip(func: Any, x: TokenTensor, *args: Any) -> Any:
     if not dims or x.shard_dim in [positive_dim(dim, x.ndim) for dim in dims]:
         return NotImplemented
     return x.wrap(func(x.local, *args))
-
-
-@rule(aten.constant_pad_nd)
-def _pad(func: Any, x: TokenTensor, pad: Sequence[int], value: Any = 0) -> Any:
-    first = 2 * (x.ndim - 1 - x.shard_dim)
-    before, behind = [*pad[first : first + 2], 0, 0][:2]
-    if before < 0 or behind < 0:
-        return NotImplemented
-    other_dims = [0 if i in (first, first + 1) else amount for i, amount in enumerate(pad)]
-    tensors = [x.wrap(func(x.local, other_dims, value))]
-    shape = list(tensors[0].local.shape)
-    # Along the sharded dim the padding is sharded too.
-    for amount, index in ((before, 0), (behind, 2)):
-        placement = even_placement(amount, x.axis.size)
-        shape[x.shard_dim] = placement.lengths[x.axis.rank]
-        tensors.insert(index, x.wrap(x.local.new_full(shape, value), placement=placement))
-    return _concatenated(tensors, x.shard_dim)
 
 
 @rule(aten.view_as_complex)

@@ -7,27 +7,15 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import TRANSFORMERS
 from tests.sharding.zoo.entry import Entry, Inputs, draw
-
-_CONFIG: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 3,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 20,
-    "freq_dim": 16,
-    "ffn_dim": 40,
-    "num_layers": 2,
-    "rope_max_seq_len": 32,
-}
 
 
 def _build(**changes: Any) -> Callable[[], Any]:
     def build() -> Any:
         from diffusers import AnyFlowTransformer3DModel
 
-        return AnyFlowTransformer3DModel(**{**_CONFIG, **changes})
+        return AnyFlowTransformer3DModel(**{**TRANSFORMERS["WanTransformer3DModel"], **changes})
 
     return build
 

@@ -6,27 +6,16 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import TRANSFORMERS
 from tests.sharding.zoo.entry import Entry, Inputs, draw
 
 
 def _build() -> Any:
     from diffusers import AnyFlowFARTransformer3DModel
 
-    return AnyFlowFARTransformer3DModel(
-        patch_size=(1, 2, 2),
-        compressed_patch_size=(1, 4, 4),
-        full_chunk_limit=2,
-        num_attention_heads=3,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=16,
-        ffn_dim=40,
-        num_layers=2,
-        rope_max_seq_len=32,
-        chunk_partition=(1, 1, 2),
-    )
+    changes = {"attention_head_dim": 16, "compressed_patch_size": (1, 4, 4), "full_chunk_limit": 2}
+    config = {**TRANSFORMERS["WanTransformer3DModel"], **changes, "chunk_partition": (1, 1, 2)}
+    return AnyFlowFARTransformer3DModel(**config)
 
 
 def _all_chunks() -> Inputs:

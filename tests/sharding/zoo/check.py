@@ -14,9 +14,8 @@ import torch
 
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding import tracked_plan_for
-from testing.ranks import RankError, RankPool
-from testing.reference import randomise, relative_error
+from omni_sp.testing.ranks import RankError, RankPool
+from omni_sp.testing.reference import randomise, relative_error
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1)]
 
@@ -60,7 +59,7 @@ def expected_output(ranks: RankPool, entry_id: str) -> torch.Tensor:
 
 
 def compare(
-    mesh: ParallelMesh, entry_id: str, expected: torch.Tensor, tracked: bool = True, run_after_removal: bool = True
+    mesh: ParallelMesh, entry_id: str, expected: torch.Tensor, run_after_removal: bool = True
 ) -> tuple[float, bool, dict[str, int], dict[str, int]]:
     """Run an entry on this mesh.
 
@@ -73,7 +72,7 @@ def compare(
     warnings.simplefilter("ignore")
     entry, model = ENTRIES[entry_id], build(entry_id)
     with torch.no_grad():
-        handle = parallelize(model, mesh, plan=tracked_plan_for(model) if tracked else None)
+        handle = parallelize(model, mesh)
         for _ in range(2):
             sharded = first_tensor(model(**entry.inputs()))
         tokens, gathers = handle.tokens, handle.gathers

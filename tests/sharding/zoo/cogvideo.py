@@ -6,21 +6,8 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import TRANSFORMERS, transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw
-
-_SMALL: dict[str, Any] = {
-    "num_attention_heads": 3,
-    "attention_head_dim": 16,
-    "out_channels": 4,
-    "time_embed_dim": 12,
-    "text_embed_dim": 20,
-    "num_layers": 2,
-    "sample_width": 10,
-    "sample_height": 6,
-    "sample_frames": 9,
-    "patch_size": 2,
-    "max_text_seq_length": 13,
-}
 
 
 def _rotary(grid: tuple[int, int], frames: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,9 +20,7 @@ def _rotary(grid: tuple[int, int], frames: int, **options: Any) -> tuple[torch.T
 
 
 def build_first() -> Any:
-    from diffusers import CogVideoXTransformer3DModel
-
-    return CogVideoXTransformer3DModel(in_channels=4, **_SMALL)
+    return transformer("CogVideoXTransformer3DModel")
 
 
 def _inputs_first() -> Inputs:
@@ -47,11 +32,12 @@ def _inputs_first() -> Inputs:
 
 
 def build_rotary() -> Any:
-    from diffusers import CogVideoXTransformer3DModel
-
     # The picture's latents lie beside the video's as further channels; positions are learned besides.
-    return CogVideoXTransformer3DModel(
-        in_channels=8, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True, **_SMALL
+    return transformer(
+        "CogVideoXTransformer3DModel",
+        in_channels=8,
+        use_rotary_positional_embeddings=True,
+        use_learned_positional_embeddings=True,
     )
 
 
@@ -65,15 +51,13 @@ def _inputs_rotary() -> Inputs:
 
 
 def build_second() -> Any:
-    from diffusers import CogVideoXTransformer3DModel
-
-    return CogVideoXTransformer3DModel(
+    return transformer(
+        "CogVideoXTransformer3DModel",
         in_channels=8,
         patch_size_t=2,
         ofs_embed_dim=12,
         patch_bias=False,
         use_rotary_positional_embeddings=True,
-        **_SMALL,
     )
 
 
@@ -91,7 +75,7 @@ def _build_consisid() -> Any:
     from diffusers import ConsisIDTransformer3DModel
 
     return ConsisIDTransformer3DModel(
-        in_channels=8,
+        **{**TRANSFORMERS["CogVideoXTransformer3DModel"], "in_channels": 8},
         use_rotary_positional_embeddings=True,
         use_learned_positional_embeddings=True,
         is_train_face=True,
@@ -109,7 +93,6 @@ def _build_consisid() -> Any:
         LFE_output_dim=32,
         LFE_ff_mult=2,
         LFE_num_scale=2,
-        **_SMALL,
     )
 
 
@@ -124,7 +107,7 @@ def _inputs_consisid() -> Inputs:
 def _build_consisid_without_face() -> Any:
     from diffusers import ConsisIDTransformer3DModel
 
-    return ConsisIDTransformer3DModel(in_channels=4, **_SMALL)
+    return ConsisIDTransformer3DModel(**TRANSFORMERS["CogVideoXTransformer3DModel"])
 
 
 ENTRIES = [

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from packaging.version import Version
+
+from tests.library_versions import DIFFUSERS, has
 
 Inputs = dict[str, Any]
 
@@ -22,6 +25,7 @@ class Entry:
         variant: distinguishes several entries of one class.
         error: the most that it may be off, relative: more than float32's rounding where the model's own code rounds to
             bfloat16 on the way, which another order of additions can tip over.
+        since: the first version of diffusers whose class can run it.
     """
 
     name: str
@@ -29,11 +33,17 @@ class Entry:
     inputs: Callable[[], Inputs]
     variant: str = ""
     error: float = 1e-5
+    since: str = "0"
 
     @property
     def id(self) -> str:
         """For people."""
         return f"{self.name}, {self.variant}" if self.variant else self.name
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the installed diffusers can run it."""
+        return has(self.name) and Version(self.since) <= DIFFUSERS
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import TRANSFORMERS, transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 HEIGHT, WIDTH, TEXT = 5, 7, 13
@@ -13,16 +14,10 @@ TOKENS = HEIGHT * WIDTH
 HIDDEN = 48
 """3 heads of 16."""
 
-_SIZES: dict[str, Any] = {
-    "patch_size": 1,
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 3,
-    "joint_attention_dim": 24,
-}
-_ROPE = (4, 6, 6)
+_FLUX = TRANSFORMERS["FluxTransformer2DModel"]
+_ROPE = _FLUX["axes_dims_rope"]
+_OWN = ("pooled_projection_dim", "guidance_embeds", "axes_dims_rope")
+_SIZES = {name: value for name, value in _FLUX.items() if name not in _OWN}
 
 
 def _img_ids(height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
@@ -50,9 +45,7 @@ def _residuals() -> Inputs:
 
 
 def _flux() -> Any:
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(**_SIZES, pooled_projection_dim=20, guidance_embeds=True, axes_dims_rope=_ROPE)
+    return transformer("FluxTransformer2DModel")
 
 
 def _flux_inputs() -> Inputs:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw
 
 HEIGHT, WIDTH, TEXT = 5, 7, 13
@@ -27,19 +28,7 @@ def _txt_ids() -> torch.Tensor:
 
 
 def _flux2() -> Any:
-    from diffusers import Flux2Transformer2DModel
-
-    return Flux2Transformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=3,
-        joint_attention_dim=24,
-        timestep_guidance_channels=20,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
+    return transformer("Flux2Transformer2DModel")
 
 
 def _flux2_kv() -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import TRANSFORMERS
 from tests.sharding.zoo.entry import Entry, Inputs, draw
 
 
@@ -14,18 +15,8 @@ def _build(**changes: Any) -> Callable[[], Any]:
     def build() -> Any:
         from diffusers import HeliosTransformer3DModel
 
-        config: dict[str, Any] = {
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 3,
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 20,
-            "freq_dim": 16,
-            "ffn_dim": 40,
-            "num_layers": 2,
-            "rope_dim": (8, 4, 4),
-        }
+        config = {**TRANSFORMERS["WanTransformer3DModel"], "attention_head_dim": 16, "rope_dim": (8, 4, 4)}
+        del config["rope_max_seq_len"]
         return HeliosTransformer3DModel(**{**config, **changes})
 
     return build

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
@@ -114,21 +115,8 @@ def _image_refiner_inputs() -> Inputs:
 
 
 def build_video(image_condition_type: str | None = None, in_channels: int = 4) -> Any:
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    return HunyuanVideoTransformer3DModel(
-        in_channels=in_channels,
-        out_channels=4,
-        num_attention_heads=3,
-        attention_head_dim=16,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        mlp_ratio=2.0,
-        text_embed_dim=20,
-        pooled_projection_dim=12,
-        rope_axes_dim=(4, 6, 6),
-        image_condition_type=image_condition_type,
+    return transformer(
+        "HunyuanVideoTransformer3DModel", in_channels=in_channels, image_condition_type=image_condition_type
     )
 
 

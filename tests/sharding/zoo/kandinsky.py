@@ -6,26 +6,12 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
 def _five() -> Any:
-    from diffusers import Kandinsky5Transformer3DModel
-
-    return Kandinsky5Transformer3DModel(
-        in_visual_dim=4,
-        in_text_dim=20,
-        in_text_dim2=12,
-        time_dim=32,
-        out_visual_dim=4,
-        patch_size=(1, 2, 2),
-        model_dim=48,
-        ff_dim=64,
-        num_text_blocks=2,
-        num_visual_blocks=2,
-        axes_dims=(4, 6, 6),
-        visual_cond=True,
-    )
+    return transformer("Kandinsky5Transformer3DModel")
 
 
 def _five_inputs() -> Inputs:

@@ -6,21 +6,12 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
-def build_ltx() -> Any:
-    from diffusers import LTXVideoTransformer3DModel
-
-    return LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=3,
-        attention_head_dim=16,
-        cross_attention_dim=48,
-        num_layers=2,
-        caption_channels=20,
-    )
+def _build() -> Any:
+    return transformer("LTXVideoTransformer3DModel")
 
 
 def _inputs() -> Inputs:
@@ -50,6 +41,6 @@ def _conditioned() -> Inputs:
 
 
 ENTRIES = [
-    Entry("LTXVideoTransformer3DModel", build_ltx, _inputs),
-    Entry("LTXVideoTransformer3DModel", build_ltx, _conditioned, "conditioned"),
+    Entry("LTXVideoTransformer3DModel", _build, _inputs),
+    Entry("LTXVideoTransformer3DModel", _build, _conditioned, "conditioned"),
 ]

@@ -110,5 +110,6 @@ ENTRIES = [
         ),
         _reference,
         "2.5 with reference",
+        since="0.41",
     ),
 ]

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from omni_sp.testing.components import transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
 def _build() -> Any:
-    from diffusers import Lumina2Transformer2DModel
-
-    return Lumina2Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=36,
-        num_layers=2,
-        num_refiner_layers=2,
-        num_attention_heads=3,
-        num_kv_heads=1,
-        multiple_of=8,
-        axes_dim_rope=(4, 4, 4),
-        axes_lens=(30, 16, 16),
-        cap_feat_dim=20,
-    )
+    return transformer("Lumina2Transformer2DModel")
 
 
 def _inputs() -> Inputs:

@@ -6,23 +6,12 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
 def build_mochi(in_channels: int = 4) -> Any:
-    from diffusers import MochiTransformer3DModel
-
-    return MochiTransformer3DModel(
-        patch_size=2,
-        num_attention_heads=3,
-        attention_head_dim=8,
-        num_layers=3,
-        pooled_projection_dim=18,
-        in_channels=in_channels,
-        text_embed_dim=16,
-        time_embed_dim=12,
-        max_sequence_length=13,
-    )
+    return transformer("MochiTransformer3DModel", in_channels=in_channels)
 
 
 def _inputs() -> Inputs:

@@ -6,31 +6,20 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
-def _build(**more: Any) -> Any:
-    from diffusers import QwenImageTransformer2DModel
-
-    return QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=12,
-        num_attention_heads=3,
-        joint_attention_dim=20,
-        axes_dims_rope=(4, 4, 4),
-        **more,
-    )
+def _build() -> Any:
+    return transformer("QwenImageTransformer2DModel")
 
 
 def _edit_plus() -> Any:
-    return _build(zero_cond_t=True)
+    return transformer("QwenImageTransformer2DModel", zero_cond_t=True)
 
 
 def _layered() -> Any:
-    return _build(use_layer3d_rope=True, use_additional_t_cond=True)
+    return transformer("QwenImageTransformer2DModel", use_layer3d_rope=True, use_additional_t_cond=True)
 
 
 def _inputs() -> Inputs:

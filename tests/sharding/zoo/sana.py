@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from omni_sp.testing.components import transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw, key_mask
 
 
 def _build(**more: Any) -> Any:
-    from diffusers import SanaTransformer2DModel
-
-    return SanaTransformer2DModel(
-        **{
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 3,
-            "attention_head_dim": 8,
-            "num_layers": 2,
-            "num_cross_attention_heads": 3,
-            "cross_attention_head_dim": 8,
-            "cross_attention_dim": 24,
-            "caption_channels": 20,
-            "sample_size": 16,
-            **more,
-        }
-    )
+    return transformer("SanaTransformer2DModel", **more)
 
 
 def _sprint() -> Any:

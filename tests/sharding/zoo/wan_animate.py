@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from omni_sp.testing.components import TRANSFORMERS
 from tests.sharding.zoo.entry import Entry, Inputs, draw
+from tests.sharding.zoo.wan import IMAGE
 
 
 def _build(**changes: Any) -> Callable[[], Any]:
@@ -15,19 +17,11 @@ def _build(**changes: Any) -> Callable[[], Any]:
         from diffusers import WanAnimateTransformer3DModel
 
         config: dict[str, Any] = {
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 3,
-            "attention_head_dim": 16,
+            **TRANSFORMERS["WanTransformer3DModel"],
+            **IMAGE,
             "in_channels": 12,
             "latent_channels": 4,
-            "out_channels": 4,
-            "text_dim": 20,
-            "freq_dim": 16,
-            "ffn_dim": 40,
             "num_layers": 4,
-            "image_dim": 28,
-            "added_kv_proj_dim": 48,
-            "rope_max_seq_len": 32,
             "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 6},
             "motion_encoder_size": 16,
             "motion_style_dim": 8,

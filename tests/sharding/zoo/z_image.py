@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from omni_sp.testing.components import transformer
 from tests.sharding.zoo.entry import Entry, Inputs, draw
 
 
-def _build(**more: Any) -> Any:
-    from diffusers import ZImageTransformer2DModel
-
-    return ZImageTransformer2DModel(
-        **{
-            "in_channels": 4,
-            "dim": 36,
-            "n_layers": 2,
-            "n_refiner_layers": 2,
-            "n_heads": 3,
-            "n_kv_heads": 3,
-            "cap_feat_dim": 20,
-            "axes_dims": [4, 4, 4],
-            "axes_lens": [256, 32, 32],
-            **more,
-        }
-    )
+def _build() -> Any:
+    return transformer("ZImageTransformer2DModel")
 
 
 def _omni() -> Any:
     # An absent picture is replaced by tokens of 64 channels, whatever the model: 16 channels in patches of 2 x 2.
-    return _build(in_channels=16, siglip_feat_dim=12)
+    return transformer("ZImageTransformer2DModel", in_channels=16, siglip_feat_dim=12)
 
 
 def _inputs() -> Inputs:

@@ -1,0 +1,327 @@
+"""Takes down the local operations of one followed block as a graph.
+
+The recorder is a dispatch mode beneath the followed tensors: the rules run as ever, and what they do to plain tensors
+passes through here. An exchange between ranks, and an attention, are one operation each. The pass that is taken down
+computes the real result, so recording costs one followed forward.
+
+What must not be frozen into the graph is found while it is made: a number that the program read decides what it does
+next, so the argument that the number came from is compared at every replay; a tensor that came from anywhere else than
+the arguments, the weights and the recording itself makes the block unfit for a replay.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from omni_sp.sharding.tracked import TokenTensor
+from omni_sp.sharding.tracked.recording import activate_recording, is_constant
+from omni_sp.sharding.tracked.tensor import GatheredView, memory_of
+
+aten = torch.ops.aten
+T = TypeVar("T")
+
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor})
+"""Of other kinds of tensors an operator may do more than compute. Fake ones have shapes and no numbers."""
+_SHAPED_BY_NUMBERS = frozenset({aten.nonzero_numpy, aten.argwhere, aten.tensor_split, aten.bincount})
+"""Composite operators, which have no tag that says so."""
+# On the CPU these never reach the dispatcher.
+_UNSEEN_READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__})
+_PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_WEIGHT, _RANDOM = -1, -2
+_NO_SOURCE: frozenset[int] = frozenset()
+
+
+class Recorder(TorchDispatchMode):
+    """Records while the block ``run`` lasts.
+
+    Args:
+        arguments: the tensors among the block's arguments; of a sharded one its shard.
+        is_sharded: for each of them, whether it is a shard.
+        weights: parameters and buffers of the block.
+
+    Attributes:
+        graph: inputs are the arguments, then the weights, then ``constants``.
+        constants: tensors of ours, and those made of plain numbers.
+        guards: index of an argument -> the content that the program read numbers of.
+        refusal: why there can be no replay; None while there can.
+        waits: why the host waits for the device in every replay; empty where it does not.
+    """
+
+    def __init__(
+        self, arguments: Sequence[torch.Tensor], is_sharded: Sequence[bool], weights: Sequence[torch.Tensor]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = fx.Graph()
+        self.constants: list[torch.Tensor] = []
+        self.guards: dict[int, torch.Tensor] = {}
+        self.refusal: str | None = None
+        self.waits = ""
+        self._arguments, self._is_sharded, self._weights = arguments, is_sharded, weights
+        self._versions = [_version(x) for x in (*arguments, *weights)]
+        # Nothing is kept alive that following would have freed.
+        self._nodes = WeakTensorKeyDictionary()
+        self._last_input: fx.Node = self.graph._root
+        self._sources: dict[fx.Node, frozenset[int]] = {}
+        self._reads_unseen = _UnseenReads(self)
+        self._inside = False
+        for index, x in enumerate(arguments):
+            self._add_input(f"argument_{index}", x, frozenset({index}))
+        for index, x in enumerate(weights):
+            self._add_input(f"weight_{index}", x, frozenset({_WEIGHT}))
+
+    def record(self, function: Callable[[], T]) -> T:
+        """Call a function, and take down what it does."""
+        with ExitStack() as stack:
+            stack.enter_context(activate_recording(self))
+            # So that composite operators arrive whole, as they are called.
+            stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+            stack.enter_context(self._reads_unseen)
+            stack.enter_context(self)
+            result = function()
+        if [_version(x) for x in (*self._arguments, *self._weights)] != self._versions:
+            self.refuse("writes to an argument or a weight")
+        return result
+
+    def refuse(self, reason: str) -> None:
+        """Note why there can be no replay; the first reason stays."""
+        self.refusal = self.refusal or reason
+
+    def node_of(self, tensor: torch.Tensor) -> fx.Node | None:
+        """The node that gives a tensor; None, and a refusal, where nothing in the recording does."""
+        node: fx.Node | None = self._nodes.get(tensor)
+        if node is None and is_constant(tensor):
+            node = self._add_constant(tensor)
+        if node is None:
+            self.refuse(f"uses a tensor {tuple(tensor.shape)} that is neither an argument nor a weight")
+        return node
+
+    def call(self, function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+        """Call a function, and take it down as one operation."""
+        was_inside, self._inside = self._inside, True
+        try:
+            with _plain_computation():
+                result = function(*args, **kwargs)
+        finally:
+            self._inside = was_inside
+        if not was_inside:
+            flat, spec = tree_flatten((args, kwargs))
+            operation = Operation(function, flat, spec, result)
+            self._add_call(operation, [flat[place] for place in operation.places], {}, result)
+        return result
+
+    def will_read(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Note that every replay looks at a tensor's numbers, and give the replicated arguments they come from."""
+        self.waits = self.waits or "looks at the numbers of a mask"
+        node = self._nodes.get(tensor)
+        sources = None if node is None else self._sources.get(node)
+        if sources is None or any(source < 0 or self._is_sharded[source] for source in sources):
+            return None
+        return [self._arguments[source] for source in sorted(sources)]
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """Note that the program looked at a tensor's numbers."""
+        if self._inside or self.refusal is not None:
+            return
+        node = self._nodes.get(tensor)
+        for source in self._sources.get(node, _NO_SOURCE) if node is not None else _NO_SOURCE:
+            if source < 0:
+                self.refuse("decides by the numbers of a weight" if source == _WEIGHT else "decides by random numbers")
+            elif self._is_sharded[source]:
+                self.refuse("decides by the numbers of a sharded tensor")
+            elif _version(self._arguments[source]) != self._versions[source]:
+                self.refuse("writes to an argument or a weight")
+            elif source not in self.guards:
+                with _plain_computation():
+                    self.guards[source] = self._arguments[source].detach().clone()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        if any(isinstance(x, (TokenTensor, GatheredView)) for x in tensors):
+            return NotImplemented  # to the rules, which call plain operations
+        result = func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:
+            return result  # fake tensors are asked by an operator
+        # What gives a number instead of a tensor, such as item() or a comparison of tensors, was read.
+        reads = not _tensors(result) and bool(func._schema.returns)
+        if not reads and _is_shaped_by_numbers(func, args):
+            self.waits = f"calls {func}, whose result's shape depends on numbers"
+        elif _crosses(func, tensors, result):
+            self.waits = f"calls {func}, which moves numbers between host and device"
+        if reads or _is_shaped_by_numbers(func, args):
+            for x in tensors:
+                self.read(x)
+        if self.refusal is None and not reads and not self._inside:
+            self._take_down(func, args, kwargs, tensors, result)
+        return result
+
+    def _take_down(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor], result: Any
+    ) -> None:
+        if any(x.is_meta for x in (*tensors, *_tensors(result))):
+            return  # arithmetic with shapes
+        if any(type(x) not in PLAIN_TENSORS for x in tensors):
+            self.refuse(f"uses a {next(type(x).__name__ for x in tensors if type(x) not in PLAIN_TENSORS)}")
+        elif func.overloadpacket in (aten.lift_fresh, aten.lift_fresh_copy) and args[0] not in self._nodes:
+            # Made of plain numbers. A replay works on a copy, since the program may write to it.
+            constant = self._add_constant(args[0].detach().clone())
+            self._nodes[args[0]] = self._nodes[result] = self.graph.call_function(aten.clone.default, (constant,))
+        elif not any(result is x for x in tensors) or func._schema.is_mutable:  # else it did nothing, as dropout here
+            self._add_call(func, args, kwargs, result)
+
+    def _add_input(self, name: str, tensor: torch.Tensor, sources: frozenset[int]) -> fx.Node:
+        with self.graph.inserting_after(self._last_input):
+            self._last_input = self.graph.placeholder(name)
+        self._sources[self._last_input] = sources
+        if tensor not in self._nodes:
+            self._nodes[tensor] = self._last_input
+        return self._last_input
+
+    def _add_constant(self, tensor: torch.Tensor) -> fx.Node:
+        self.constants.append(tensor)
+        return self._add_input(f"constant_{len(self.constants)}", tensor, _NO_SOURCE)
+
+    def _add_call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        flat = tree_flatten((list(args), kwargs))[0]
+        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+        others = [type(x).__name__ for x in flat if not isinstance(x, (torch.Tensor, *_PLAIN))]
+        if others:
+            self.refuse(f"passes a {others[0]}")
+        nodes = {id(x): self.node_of(x) for x in tensors}
+        if self.refusal is not None:
+            return
+        sources = _NO_SOURCE.union(*(self._sources.get(node, _NO_SOURCE) for node in nodes.values() if node))
+        if torch.Tag.nondeterministic_seeded in getattr(function, "tags", ()):
+            sources |= {_RANDOM}
+        mapped, options = tree_map(lambda x: nodes[id(x)] if isinstance(x, torch.Tensor) else x, (list(args), kwargs))
+        node = self.graph.call_function(function, tuple(mapped), options)
+        self._bind(node, result, sources)
+        for x in _written(function, args, kwargs):
+            self._spread(x, sources)
+
+    def _bind(self, node: fx.Node, result: Any, sources: frozenset[int]) -> None:
+        self._sources[node] = sources
+        if isinstance(result, torch.Tensor):
+            if result not in self._nodes:  # else an operator gave back one of its arguments
+                self._nodes[result] = node
+        elif isinstance(result, (list, tuple)):
+            for index, part in enumerate(result):
+                if isinstance(part, (torch.Tensor, list, tuple)):
+                    self._bind(self.graph.call_function(operator.getitem, (node, index)), part, sources)
+
+    def _spread(self, written: torch.Tensor, sources: frozenset[int]) -> None:
+        """What was written to, and all that shares its memory, depends on what was written."""
+        memory = memory_of(written)
+        for tensor, node in list(self._nodes.items()):
+            if tensor is written or memory_of(tensor) == memory:
+                self._sources[node] = self._sources.get(node, _NO_SOURCE) | sources
+
+
+@contextmanager
+def _plain_computation() -> Iterator[None]:
+    """Without the modes that watch operators; that of fake tensors stays, since it makes them."""
+    with _disable_current_modes() as modes, ExitStack() as stack:
+        for mode in modes:
+            if isinstance(mode, FakeTensorMode):
+                stack.enter_context(mode)
+        yield
+
+
+class Operation:
+    """A function with its plain arguments, to be called with its tensors alone.
+
+    Attributes:
+        places: where its tensors stand among all its arguments.
+        shape: of the tensor that it gives.
+        dtype: of the tensor that it gives.
+    """
+
+    def __init__(self, function: Callable[..., Any], flat: list[Any], spec: Any, result: Any) -> None:
+        self.shape, self.dtype = tuple(result.shape), result.dtype
+        self.places = [place for place, x in enumerate(flat) if isinstance(x, torch.Tensor)]
+        self._rest = [None if isinstance(x, torch.Tensor) else x for x in flat]
+        self._function, self._spec = function, spec
+        name = getattr(getattr(function, "func", function), "__name__", "operation").strip("_")
+        # By these names the graph's code calls it.
+        self.__name__ = self.__qualname__ = f"{name}_{id(self)}"
+        self.__module__ = __name__
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        """Call the function with these tensors in its tensors' places."""
+        flat = list(self._rest)
+        for place, x in zip(self.places, tensors, strict=True):
+            flat[place] = x
+        args, kwargs = tree_unflatten(flat, self._spec)
+        return self._function(*args, **kwargs)
+
+
+class _UnseenReads(TorchFunctionMode):
+    """Watches for functions that read numbers without an operator."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _UNSEEN_READS and not isinstance(args[0], (TokenTensor, GatheredView)):
+            self._recorder.read(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def is_impure(node: fx.Node) -> bool:
+    """Whether a node has to stay although nobody uses its result."""
+    if node.op != "call_function":
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.target is not operator.getitem
+
+
+def _is_shaped_by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of an operator's result depends on the numbers of its arguments."""
+    if func.overloadpacket is aten.index:
+        return any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    return func.overloadpacket in _SHAPED_BY_NUMBERS or torch.Tag.dynamic_output_shape in func.tags
+
+
+def _crosses(func: Any, tensors: Sequence[torch.Tensor], result: Any) -> bool:
+    """Whether an operator moves numbers between host and device. One number of the host is an argument of a kernel."""
+    copies = func.overloadpacket in (aten.to, aten._to_copy, aten.copy_)
+    moved = [x for x in (*tensors, *_tensors(result)) if copies or x.ndim or x.device.type != "cpu"]
+    return len({x.device.type for x in moved} - {"meta"}) > 1
+
+
+def _written(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    schema = getattr(function, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    found: list[torch.Tensor] = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.is_write:
+            found += _tensors(args[index] if index < len(args) else kwargs.get(argument.name))
+    return found
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [x for x in tree_flatten(value)[0] if isinstance(x, torch.Tensor)]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,173 @@
+"""What decides what a call does: the modules as they are, the modes of this thread, and the arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from omni_sp.sharding.diffusers_internals import active_attention_backend
+from omni_sp.sharding.foreign_code import has_global_hooks
+from omni_sp.sharding.replay.tape import signature_of
+
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+
+
+class ModuleState:
+    """A module's modules, attributes and weights as they were, to see whether anybody changed them.
+
+    Attributes:
+        weights: its parameters and buffers, each as often as it is there.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        modules = list(module.modules())
+        # Each as often as it is there, so that blocks which share other weights among their modules differ.
+        self.weights = [x for part in modules for x in (*part.parameters(False), *part.buffers(False))]
+        self._module = module
+        self._types = [(x.dtype, x.shape) for x in self.weights]
+        self._dicts = [vars(owner) for owner in _owners(modules)]
+        self._copies = [_copied(owned) for owned in self._dicts]
+        self._held = [x for part in modules for x in (part._parameters, part._buffers)]
+        self._tensors = [tuple(held.values()) for held in self._held]
+
+    def description(self) -> Any:
+        """A hashable value that is equal for modules that do the same, but for their weights' numbers."""
+        return (*(_describe_module(path, part) for path, part in self._module.named_modules()), aliases(self.weights))
+
+    def is_current(self) -> bool:
+        """True while nothing was replaced: not a module, an attribute, a hook, or a weight."""
+        try:
+            # Containers in containers are compared in depth, since their copies are no longer the same objects.
+            if self._dicts != self._copies:
+                return False
+        except (RuntimeError, ValueError, TypeError):  # tensors and arrays that are compared by their numbers
+            return False
+        return (
+            all(
+                now is before
+                for held, tensors in zip(self._held, self._tensors, strict=True)
+                for now, before in zip(held.values(), tensors, strict=False)
+            )
+            and [(x.dtype, x.shape) for x in self.weights] == self._types
+        )
+
+
+def _owners(modules: Sequence[torch.nn.Module]) -> list[Any]:
+    """Modules, their processors, and the plain objects among their attributes: all whose attributes count."""
+    owners: list[Any] = list(modules)
+    for owner in owners:  # it grows on the way
+        owners += [x for x in vars(owner).values() if _has_attributes(x) and not any(x is known for known in owners)]
+    return owners
+
+
+def _copied(value: Any) -> Any:
+    """A container, and the containers in it, to be compared with later."""
+    if isinstance(value, dict):
+        return {name: _copied(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return set(value) if isinstance(value, set) else value
+
+
+def _describe_module(path: str, module: torch.nn.Module) -> Any:
+    """What of a module decides which operations it does, but for its weights' numbers."""
+    weights = tuple(
+        (name, None if x is None else (x.shape, x.stride(), x.dtype, type(x)))
+        for held in (module._parameters, module._buffers)
+        for name, x in held.items()
+    )
+    # Of the names with an underscore most are torch's own, and objects of this one module; but a list of names may say
+    # which adapters are on.
+    attributes = {name: x for name, x in vars(module).items() if not name.startswith("_") or _is_plain(x)}
+    if type(module).__module__.startswith("peft.") and isinstance(attributes.get("kwargs"), dict):
+        # How a LoRA layer was made, which says where in the model it is. Its forward does not look at it.
+        attributes["kwargs"] = {name: x for name, x in attributes["kwargs"].items() if name != "target_name"}
+    return path, type(module), _plain(attributes), weights
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a plain value, or a list of such alone."""
+    return isinstance(value, _PLAIN) or (isinstance(value, (list, tuple)) and all(map(_is_plain, value)))
+
+
+def _plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """A hashable value that is equal where objects do the same; of unknown objects their identity."""
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
+    if id(value) in inside:
+        return _Identity(value)
+    inside = (*inside, id(value))
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(x, inside) for x in value)
+    if isinstance(value, dict):
+        return tuple((str(name), _plain(x, inside)) for name, x in value.items())
+    if _has_attributes(value):
+        return type(value), _plain(vars(value), inside)
+    return _Identity(value)
+
+
+class _Identity:
+    """Equal to itself alone. It keeps its object, since the address of one that is gone may become another's."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other._value is self._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
+def _has_attributes(value: Any) -> bool:
+    """Whether an attribute of a module is an object whose own attributes count."""
+    if isinstance(value, (type, torch.nn.Module, torch.Tensor)) or not hasattr(value, "__dict__"):
+        return False
+    if type(value).__module__.startswith("omni_sp."):  # our handle
+        return False
+    return not callable(value) or "Processor" in type(value).__name__
+
+
+def modes() -> tuple[Any, ...]:
+    """The state of this thread that decides what operators do.
+
+    Raises:
+        ValueError: somebody watches or changes operators.
+    """
+    if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
+        raise ValueError("autocast is on")
+    if has_global_hooks():
+        raise ValueError("there is foreign code around every forward")
+    watchers = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
+    # Fake tensors are computed like others.
+    if torch._C._len_torch_function_stack() or not all(isinstance(mode, FakeTensorMode) for mode in watchers):
+        raise ValueError("a mode of torch is active")
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), active_attention_backend()
+
+
+def describe(value: Any, arguments: list[torch.Tensor]) -> Any:
+    """A hashable description of arguments, whose tensors are added to ``arguments``.
+
+    Raises:
+        ValueError: an argument is of a kind that may do anything.
+    """
+    if isinstance(value, torch.Tensor):
+        arguments.append(value)
+        return signature_of(value)
+    if isinstance(value, (list, tuple)):
+        return (type(value), *[describe(x, arguments) for x in value])
+    if isinstance(value, dict):
+        return tuple([(name, describe(x, arguments)) for name, x in value.items()])
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
+    raise ValueError(f"an argument is a {type(value).__name__}")
+
+
+def aliases(arguments: Sequence[torch.Tensor]) -> tuple[int, ...] | None:
+    """Which arguments are one tensor; None where all are different ones."""
+    ids = [id(x) for x in arguments]
+    return None if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
