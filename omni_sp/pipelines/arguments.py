@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import reprlib
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from omni_sp.config import OmniDiffusionSamplingParams
-from omni_sp.errors import SamplingParamsError
+from omni_sp.errors import InvalidInputError, SamplingParamsError
 from omni_sp.pipelines import quirks
 from omni_sp.pipelines.capabilities import PipelineCapabilities, our_name
-from omni_sp.validation import suggestion
+from omni_sp.pipelines.images import standard_images
+from omni_sp.validation import require_int, shown, suggestion
 
 DEFAULT_FPS = 16.0
 """Frames a second of a video whose pipeline says nothing about it."""
@@ -27,11 +29,17 @@ _WARM_UP_FRAMES = 17  # one more than a multiple of the frames that any video's 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt in full: what to draw, what to avoid, and a PIL image, or a list of them, to start from."""
+    """A prompt in full: what to draw, what to avoid, and what to start from.
+
+    Attributes:
+        image: a PIL image, or a list of them.
+        tensors: arguments of the pipeline that stand for the texts, or for the noise: embeddings, their masks, latents.
+    """
 
     text: str | None = None
     negative_text: str | None = None
     image: Any = None
+    tensors: Mapping[str, Any] = field(default_factory=dict)
 
 
 def call_arguments(
@@ -46,7 +54,9 @@ def call_arguments(
         SamplingParamsError: the pipeline cannot take a parameter, would ignore it, or needs one that is missing; or a
             size does not fit its VAE. ``param`` names the parameter.
     """
-    negative = prompt.negative_text if prompt.negative_text is not None else params.negative_prompt
+    negative = prompt.negative_text
+    if negative is None and "negative_prompt_embeds" not in prompt.tensors:
+        negative = params.negative_prompt
     wanted = {"prompt": prompt.text, "image": prompt.image, "negative_prompt": negative}
     wanted |= {name: getattr(params, name) for name in _FORWARDED}
     arguments: dict[str, Any] = {}
@@ -59,17 +69,14 @@ def call_arguments(
         if argument_name is None:
             raise _refusal(capabilities, name, value)
         arguments[argument_name] = _adapt_value(capabilities, argument_name, value)
-    if params.seed is not None and capabilities.argument_name("generator") is None:
-        raise _refusal(capabilities, "seed", params.seed)
+    capabilities.require_adapters(name for name, _ in params.adapters)
+    _apply_seeds(capabilities, arguments, params)
+    _add_tensors(capabilities, arguments, prompt)
     _add_extra_args(capabilities, arguments, params.extra_args)
-    for name, value in capabilities.sampling_defaults.items():
-        argument_name = capabilities.argument_name(name)
-        if argument_name is not None and value is not None:
-            arguments.setdefault(argument_name, value)
-    if "output_type" in capabilities.parameters and capabilities.makes != "sound":
-        arguments.setdefault("output_type", "pil")
+    _add_defaults(capabilities, arguments)
+    _standardise_images(capabilities, arguments)
     _apply_guidance_rules(capabilities, arguments, user_negative=negative)
-    _apply_image_rules(capabilities, arguments, params.extra_args)
+    _apply_image_rules(capabilities, arguments, {**prompt.tensors, **params.extra_args})
     _check_sizes(capabilities, arguments)
     _add_area(capabilities, arguments)
     _require_all(capabilities, arguments)
@@ -91,6 +98,10 @@ def small_arguments(
         "output_type": "np",
     }
     small = dict(arguments)
+    if any(name.endswith("latents") for name in arguments):
+        wanted = {
+            name: wanted[name] for name in ("num_inference_steps", "output_type")
+        }  # they have a size of their own
     for name, value in wanted.items():
         argument_name = capabilities.argument_name(name)
         is_given = getattr(params, name) is not None or argument_name in params.extra_args
@@ -160,14 +171,84 @@ def _adapt_value(capabilities: PipelineCapabilities, name: str, value: Any) -> A
     return int(value) if takes_int and float(value).is_integer() else value
 
 
+def _is_tensor(value: Any) -> bool:
+    """Whether it is a tensor of torch, which need not be imported here: whoever has one has imported it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _copied(value: Any) -> Any:
+    """Copies of tensors on the CPU; anything else as it is.
+
+    A request may wait, its tensors go to other processes, and a view would take along all that it is a view of.
+    """
+    if isinstance(value, (list, tuple)) and value and all(map(_is_tensor, value)):
+        return [_copied(tensor) for tensor in value]
+    return value.detach().cpu().clone() if _is_tensor(value) else value
+
+
 def _refusal(capabilities: PipelineCapabilities, name: str, value: Any) -> SamplingParamsError:
     taken = [ours for ours in ("prompt", "negative_prompt", "image", *_FORWARDED) if capabilities.argument_name(ours)]
     if "generator" in capabilities.parameters:
         taken.append("seed")
     return SamplingParamsError(
-        f"{capabilities.name} does not take {name} (given: {reprlib.repr(value)}); it takes {', '.join(taken)}",
+        f"{capabilities.name} does not take {name} (given: {shown(value)}); it takes {', '.join(taken)}",
         param=name,
     )
+
+
+def _apply_seeds(
+    capabilities: PipelineCapabilities, arguments: dict[str, Any], params: OmniDiffusionSamplingParams
+) -> None:
+    """Refuse seeds that the pipeline has no use for; a list of them says how many outputs there are."""
+    if not params.seeds:
+        return
+    if capabilities.argument_name("generator") is None:
+        raise _refusal(capabilities, "seed", params.seed)
+    if len(params.seeds) == 1:
+        return
+    argument_name = capabilities.argument_name("num_outputs_per_prompt")
+    if not capabilities.takes_generators or argument_name is None:
+        raise SamplingParamsError(
+            f"{capabilities.name} takes one seed a call, and {len(params.seeds)} are given: make a call for each",
+            param="seed",
+        )
+    arguments[argument_name] = len(params.seeds)
+
+
+def _add_tensors(capabilities: PipelineCapabilities, arguments: dict[str, Any], prompt: Prompt) -> None:
+    """Add the tensors of a prompt, which stand for its texts."""
+    for name, value in prompt.tensors.items():
+        if name not in capabilities.parameters and not capabilities.takes_anything:
+            taken = [one for one in capabilities.parameters if quirks.PROMPT_TENSORS.fullmatch(one)]
+            hint = suggestion(name, taken, "it takes {known}" if taken else "it takes no such tensors")
+            raise SamplingParamsError(
+                f"{capabilities.name} does not take {shown(name)} in a prompt; {hint}", param=name
+            )
+        held = value if isinstance(value, (list, tuple)) else [value]
+        if not held or not all(map(_is_tensor, held)):
+            kind = type(next((one for one in held if not _is_tensor(one)), value)).__name__
+            raise SamplingParamsError(f"{name} holds a {kind}: give a torch tensor, or a list of them", param=name)
+        arguments[name] = _copied(value)
+    for text in ("prompt", "negative_prompt"):
+        embeddings = f"{text}_embeds"
+        if embeddings not in prompt.tensors:
+            continue
+        if arguments.get(text) is not None:
+            raise SamplingParamsError(f"{text} and {embeddings} say the same: give one of them", param=embeddings)
+        if text in capabilities.required:
+            arguments[text] = None
+
+
+def _add_defaults(capabilities: PipelineCapabilities, arguments: dict[str, Any]) -> None:
+    """Add what belongs to the model, or to every call, where nothing is given."""
+    for name, value in capabilities.sampling_defaults.items():
+        argument_name = capabilities.argument_name(name)
+        stands_for_it = f"{name}_embeds" in arguments
+        if argument_name is not None and value is not None and not stands_for_it:
+            arguments.setdefault(argument_name, value)
+    if "output_type" in capabilities.parameters and capabilities.makes != "sound":
+        arguments.setdefault("output_type", "pil")
 
 
 def _add_extra_args(
@@ -176,15 +257,15 @@ def _add_extra_args(
     for name, value in extra_args.items():
         reason = None
         if name in _RESERVED:
-            reason = f"extra_args cannot set {name!r}: the prompt and the seed decide it"
+            reason = f"extra_args cannot set {shown(name)}: the prompt and the seed decide it"
         elif name in arguments:
-            reason = f"{name} is given twice: {arguments[name]!r}, and {value!r} in extra_args"
+            reason = f"{name} is given twice: {shown(arguments[name])}, and {shown(value)} in extra_args"
         elif name not in capabilities.parameters and not capabilities.takes_anything:
             hint = suggestion(str(name), capabilities.parameters)
-            reason = f"{capabilities.name} does not take {name!r} from extra_args; {hint}"
+            reason = f"{capabilities.name} does not take {shown(name)} from extra_args; {hint}"
         if reason is not None:
             raise SamplingParamsError(reason, param=our_name(str(name)))
-        arguments[name] = value
+        arguments[name] = _copied(value)
 
 
 def _apply_guidance_rules(
@@ -193,8 +274,8 @@ def _apply_guidance_rules(
     """Refuse guidance that the pipeline would leave out, with a warning or without one."""
     if capabilities.ignores_guidance_scale and arguments.get("guidance_scale") is not None:
         raise SamplingParamsError(
-            f"{capabilities.name} would ignore guidance_scale={arguments['guidance_scale']}: its transformer is not "
-            "guidance-distilled; use true_cfg_scale",
+            f"{capabilities.name} would ignore guidance_scale={shown(arguments['guidance_scale'])}: its transformer is "
+            "not guidance-distilled; use true_cfg_scale",
             param="guidance_scale",
         )
     if not {"true_cfg_scale", "negative_prompt"} <= capabilities.parameters.keys():
@@ -202,9 +283,10 @@ def _apply_guidance_rules(
     given = arguments.get("true_cfg_scale")
     scale = capabilities.parameters["true_cfg_scale"] if given is None else given
     if scale is not None and scale <= 1:
-        if user_negative is not None:
+        if user_negative is not None or arguments.get("negative_prompt_embeds") is not None:
             raise SamplingParamsError(
-                f"{capabilities.name} would ignore the negative prompt at true_cfg_scale={scale}: give one above 1",
+                f"{capabilities.name} would ignore the negative prompt at true_cfg_scale={shown(scale)}: give one "
+                "above 1",
                 param="true_cfg_scale",
             )
         arguments.pop("negative_prompt", None)
@@ -212,8 +294,18 @@ def _apply_guidance_rules(
         arguments.setdefault("negative_prompt", " ")
 
 
+def _standardise_images(capabilities: PipelineCapabilities, arguments: dict[str, Any]) -> None:
+    """Convert every PIL image, whoever gave it, as decode_image() would have read it, and to the pipeline's mode."""
+    for name, value in arguments.items():
+        mode = None if quirks.MASK in name else capabilities.image_mode
+        try:
+            arguments[name] = standard_images(value, mode)
+        except (InvalidInputError, OSError) as error:
+            raise SamplingParamsError(f"{our_name(name)}: {error}", param=our_name(name)) from error
+
+
 def _apply_image_rules(
-    capabilities: PipelineCapabilities, arguments: dict[str, Any], extra_args: Mapping[str, Any]
+    capabilities: PipelineCapabilities, arguments: dict[str, Any], others: Mapping[str, Any]
 ) -> None:
     """Refuse a missing image, and several where one is meant: some pipelines would go on with the first."""
     name = capabilities.argument_name("image")
@@ -227,7 +319,7 @@ def _apply_image_rules(
             )
         arguments[name] = images[0]
     if images is None and capabilities.needs_image:
-        if not any(word in extra for extra in extra_args for word in quirks.REPLACES_IMAGE):
+        if not any(word in other for other in others for word in quirks.REPLACES_IMAGE):
             raise SamplingParamsError(
                 f"{capabilities.name} needs a picture to start from: give image in the prompt, or --image on the "
                 "command line",
@@ -253,12 +345,18 @@ def _add_area(capabilities: PipelineCapabilities, arguments: dict[str, Any]) -> 
         arguments.setdefault(quirks.AREA, height * width)
 
 
+def _require_countable(name: str, value: int) -> None:
+    """Refuse a size of any number of digits, which extra_args may hold, before it is computed with."""
+    require_int(name, value, minimum=1, error=partial(SamplingParamsError, param=name))
+
+
 def _check_sizes(capabilities: PipelineCapabilities, arguments: Mapping[str, Any]) -> None:
     """Refuse sizes that the VAE cannot make, and those of less than one token."""
     for name, multiple in (("height", capabilities.height_multiple), ("width", capabilities.width_multiple)):
         value = arguments.get(name)
         if not isinstance(value, int):
             continue
+        _require_countable(name, value)
         if value % capabilities.vae_multiple:
             below = value // multiple * multiple
             nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
@@ -270,6 +368,8 @@ def _check_sizes(capabilities: PipelineCapabilities, arguments: Mapping[str, Any
         if value < multiple:
             raise SamplingParamsError(f"{name}={value}: {capabilities.name} draws {multiple} pixels or more", name)
     frames = arguments.get(capabilities.argument_name("num_frames") or "")
+    if isinstance(frames, int):
+        _require_countable("num_frames", frames)
     if isinstance(frames, int) and (frames - 1) % capabilities.frames_multiple:
         below = (frames - 1) // capabilities.frames_multiple * capabilities.frames_multiple + 1
         raise SamplingParamsError(

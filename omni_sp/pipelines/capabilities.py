@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from omni_sp.errors import SamplingParamsError
 from omni_sp.pipelines import quirks
+from omni_sp.validation import shown, suggestion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,10 @@ class PipelineCapabilities:
         vae_multiple: pixels along a side that the VAE shrinks to one; a size that is no multiple of it is refused.
         height_multiple: pixels of one token along the height; diffusers rounds a height down to a multiple of it.
         frames_multiple: num_frames - 1 must be a multiple of this, or diffusers would round it; 1 for no such rule.
+        takes_generators: whether it takes a list of generators, one for each output.
         ignores_guidance_scale: whether it takes guidance_scale only for distilled transformers, and has none.
         sampling_defaults: what to use where the user gives nothing, named as in OmniDiffusionSamplingParams.
+        adapters: names of the LoRA adapters that a request may ask for.
     """
 
     name: str
@@ -46,8 +50,17 @@ class PipelineCapabilities:
     height_multiple: int = 1
     width_multiple: int = 1
     frames_multiple: int = 1
+    takes_generators: bool = False
     ignores_guidance_scale: bool = False
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+
+    def require_adapters(self, names: Iterable[str]) -> None:
+        """Refuse LoRA adapters that are not loaded: SamplingParamsError."""
+        for name in names:
+            if name not in self.adapters:
+                hint = suggestion(name, self.adapters, "there are {known}" if self.adapters else "none is loaded")
+                raise SamplingParamsError(f"there is no LoRA adapter {shown(name)}; {hint}", param="lora")
 
     def argument_name(self, name: str) -> str | None:
         """Return the pipeline's own name for an argument of ours; None where it has nothing of the kind."""
@@ -73,7 +86,8 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
     parameters: dict[str, Any] = {}
     required = []
     takes_anything = False
-    for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
+    signature = inspect.signature(type(pipe).__call__).parameters
+    for name, parameter in signature.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             takes_anything = True
         elif name != "self" and parameter.kind is not parameter.VAR_POSITIONAL:
@@ -106,6 +120,7 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
         height_multiple=height_multiple,
         width_multiple=width_multiple,
         frames_multiple=_frames_multiple(pipe, parameters),
+        takes_generators="generator" in signature and "list[" in str(signature["generator"].annotation).lower(),
         ignores_guidance_scale="true_cfg_scale" in parameters and _transformer_config(pipe, "guidance_embeds") is False,
         sampling_defaults=dict(sampling_defaults or {}),
     )

@@ -34,7 +34,7 @@ def require_video_writer() -> None:
     """Make sure that videos can be written, before one is generated."""
     missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ConfigError(f"writing a video needs {' and '.join(missing)}: pip install 'omni-sp[video]'")
+        raise ConfigError(f"writing a video needs {' and '.join(missing)}: pip install '.[video]'")
     import imageio_ffmpeg
 
     try:

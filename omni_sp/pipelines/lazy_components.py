@@ -1,8 +1,8 @@
 """Components of a pipeline whose weights are read only when something uses them.
 
-Ranks that stop at the latent never decode. Their VAE is built from its config, so that everything that follows from the
-config is right, and its weights stay in the file. Whatever does use them (an image to encode, or a check, which decodes
-on every rank) has them read first: that costs time late, and is never wrong.
+Ranks that stop at the latent do not decode. Their VAE is built from its config, so that everything that follows from
+the config is right, and its weights stay in the file. Whatever does use them (an image to encode, a picture that all
+ranks decode, or a check) has them read first: that costs time late, and is never wrong.
 """
 
 from __future__ import annotations
@@ -58,12 +58,18 @@ def has_unread_weights(component: Any) -> bool:
     return isinstance(component, _LazyWeights)
 
 
+def read_weights(component: Any) -> None:
+    """Read what a lazy component has left unread; nothing to do for any other."""
+    if isinstance(component, _LazyWeights):
+        component.read()
+
+
 class _LazyWeights:
     """A base put before a component's class: torch's modules look up in ``__getattr__`` whatever holds weights."""
 
     def __getattr__(self, name: str) -> Any:
         if any(name in vars(self)[store] for store in _STORES):
-            self._read()
+            self.read()
             return getattr(self, name)
         return super().__getattr__(name)  # type: ignore[misc]  # a torch module's
 
@@ -77,11 +83,12 @@ class _LazyWeights:
         """Do nothing for the device where the weights belong already; read them for anything else."""
         targets = [torch.device(one) if isinstance(one, str) else one for one in (*args, *kwargs.values())]
         if any(one not in (None, self.device) for one in targets):
-            self._read()
+            self.read()
             return self.to(*args, **kwargs)
         return self
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Take the weights out of the file."""
         component_class, name, read, _ = vars(self)[_KEY]
         try:
             component = read()

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omni_sp.errors import ModelNotFoundError
+from omni_sp.errors import ConfigError, ModelNotFoundError
 from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL, shapes_folder
+from omni_sp.pipelines.single_file import hub_file, is_single_file, local_file, pipeline_of, read_pipeline
+from omni_sp.validation import shown
 
 _INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WAY_OUT = (
-    f"give a hub id such as Qwen/Qwen-Image, a folder that a diffusers pipeline was saved to, or {SHAPES_MODEL} "
-    "(the embedded demo model)"
+    "give a hub id such as Qwen/Qwen-Image, a folder that a diffusers pipeline was saved to, a .safetensors or .gguf "
+    f"file, or {SHAPES_MODEL} (the embedded demo model)"
 )
 
 OnComponent = Callable[[str, int, int], None]
@@ -28,9 +30,10 @@ OnComponent = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where a model comes from: its name as the user gave it, and the folder or hub id that diffusers loads.
+    """Where a model comes from: its name as the user gave it, and the folder, file or hub id that diffusers loads.
 
     Attributes:
+        single_file_config: of a file, the folder or hub id of the pipeline that it belongs to; None to find it out.
         sampling_defaults: what to use where the user gives nothing, named as in OmniDiffusionSamplingParams. Empty for
             all models but the demo model, whose class has defaults for larger ones.
     """
@@ -38,27 +41,53 @@ class ModelSource:
     name: str
     location: str
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    single_file_config: str | None = None
 
 
-def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
-    """Find a model before anything is started for it: the embedded demo model, a local folder, or a hub id.
+def resolve_model(
+    model: str | os.PathLike[str], single_file_config: str | os.PathLike[str] | None = None
+) -> ModelSource:
+    """Find a model before anything is started for it: the embedded demo model, a local folder or file, or a hub id.
 
-    Of a hub id only ``model_index.json`` is looked up here (in the cache, else on the hub).
+    Of a hub id only ``model_index.json`` is looked up here (in the cache, else on the hub), or that there is such a
+    file.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or no such pipeline for a single file.
+        ConfigError: single_file_config is given for a model that is no single file.
     """
+    source = _resolved(model)
+    if single_file_config is None:
+        return source
+    if not is_single_file(source.location):
+        raise ConfigError(
+            f"single_file_config is for a model that is one file, and {source.name} is none: leave it out"
+        )
+    pipeline = _resolved(single_file_config)
+    return replace(source, single_file_config=pipeline.location, sampling_defaults=pipeline.sampling_defaults)
+
+
+def _resolved(model: str | os.PathLike[str]) -> ModelSource:
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
-        raise ModelNotFoundError(f"model={model!r} is no model name: {_WAY_OUT}")
+        raise ModelNotFoundError(f"model={shown(model)} is no model name: {_WAY_OUT}")
     name = os.fspath(model)
     if name == SHAPES_MODEL:
         return replace(_local_source(name, shapes_folder()), sampling_defaults=dict(SHAPES_CALL))
     path = Path(name).expanduser()
+    if path.is_file() and is_single_file(name):
+        return ModelSource(name=name, location=str(path))
     if path.exists():
         return _local_source(name, path)
+    on_hub = None if isinstance(model, os.PathLike) else hub_file(name)
+    if on_hub is not None:
+        _require_on_hub(*on_hub)
+        return ModelSource(name=name, location=name)
     if isinstance(model, os.PathLike) or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise ModelNotFoundError(f"no folder {name!r}: {_WAY_OUT}")
+        raise ModelNotFoundError(f"no folder {shown(name)}: {_WAY_OUT}")
     if difflib.get_close_matches(name, [SHAPES_MODEL], cutoff=0.8):
-        raise ModelNotFoundError(f"unknown model {name!r}: did you mean {SHAPES_MODEL}?")
+        raise ModelNotFoundError(f"unknown model {shown(name)}: did you mean {SHAPES_MODEL}?")
     if not _HUB_ID.fullmatch(name):
-        raise ModelNotFoundError(f"unknown model {name!r}: {_WAY_OUT}")
+        raise ModelNotFoundError(f"unknown model {shown(name)}: {_WAY_OUT}")
     _require_on_hub(name)
     return ModelSource(name=name, location=name)
 
@@ -90,6 +119,8 @@ def load_pipeline(
     torch_dtype = getattr(torch, dtype or default_dtype(device))
     with quiet_libraries():
         try:
+            if is_single_file(source.location):
+                return _load_single_file(source, torch_dtype, on_component).to(device)
             pipeline_class, classes = _classes(source.location)
             on_component("", 0, len(classes))
             lazy_names = [] if decodes else lazy_component_names(pipeline_class, classes)
@@ -97,10 +128,31 @@ def load_pipeline(
             lazy = {name: lazy_component(classes[name], source.location, name, **options) for name in lazy_names}
             with _loading_reported(on_component):
                 pipe = DiffusionPipeline.from_pretrained(source.location, dtype=torch_dtype, **lazy)
+        except ModelNotFoundError:
+            raise
         except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ModelNotFoundError(f"{source.name} cannot be loaded ({type(error).__name__}): {reason}") from error
         return pipe.to(device)
+
+
+def import_classes(source: ModelSource) -> None:
+    """Import the classes that load_pipeline() will use; of a single file, what all pipelines need."""
+    import diffusers.loaders
+    import diffusers.pipelines.pipeline_utils  # noqa: F401
+
+    if not is_single_file(source.location):
+        with quiet_libraries():
+            _classes(source.location)
+
+
+def _load_single_file(source: ModelSource, dtype: Any, on_component: OnComponent) -> Any:
+    file = local_file(source.location)
+    location = source.single_file_config or pipeline_of(file)
+    pipeline_class, classes = _classes(location)
+    on_component("", 0, len(classes))
+    with _loading_reported(on_component):
+        return read_pipeline(file, location, pipeline_class, classes, dtype)
 
 
 def default_dtype(device: str) -> str:
@@ -113,6 +165,13 @@ def silence_libraries() -> None:
     for library in _library_logs():
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+def silence_downloads() -> None:
+    """Show no progress of what is downloaded from the hub."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
 
 
 @contextmanager
@@ -189,7 +248,7 @@ def _local_source(name: str, folder: Path) -> ModelSource:
     if not folder.is_dir():
         if name == SHAPES_MODEL:
             raise ModelNotFoundError(f"the weights of {name} are not part of this installation: reinstall omni-sp")
-        raise ModelNotFoundError(f"{name!r} is a file, not a folder: {_WAY_OUT}")
+        raise ModelNotFoundError(f"{name!r} is a file of another kind: {_WAY_OUT}")
     index = folder / _INDEX
     if not index.is_file():
         single = (folder / "config.json").is_file()
@@ -210,13 +269,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _require_on_hub(repo: str) -> None:
-    """Refuse a hub id that does not exist, is closed to the user, or is no pipeline. One request, without retries."""
+def _require_on_hub(repo: str, file: str = _INDEX) -> None:
+    """Refuse a hub id that does not exist, is closed to the user, or lacks the file. One request, without retries."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     try:
-        if not isinstance(try_to_load_from_cache(repo, _INDEX), str):
-            get_hf_file_metadata(hf_hub_url(repo, _INDEX), timeout=10)
+        if not isinstance(try_to_load_from_cache(repo, file), str):
+            get_hf_file_metadata(hf_hub_url(repo, file), timeout=10)
     except Exception as error:
         if isinstance(error, errors.HFValidationError):
             reason = f"unknown model {repo!r}: {_WAY_OUT}"
@@ -227,7 +286,9 @@ def _require_on_hub(repo: str) -> None:
         elif isinstance(error, errors.RepositoryNotFoundError):
             reason = f"no model {repo!r} on the hub (or it is private: log in with `hf auth login`): {_WAY_OUT}"
         elif isinstance(error, errors.EntryNotFoundError):
-            reason = f"{repo} on the hub is no diffusers pipeline (no {_INDEX}): {_WAY_OUT}"
+            is_index = file == _INDEX
+            reason = f"{repo} on the hub " + (f"is no diffusers pipeline (no {file})" if is_index else f"has no {file}")
+            reason += f": {_WAY_OUT}"
         else:  # which class says "no network" depends on the hub client's version
             reason = f"unknown model {repo!r}: no folder here, not in the hub's cache, and the hub cannot be reached "
             reason += f"({' '.join(str(error).split())}); {_WAY_OUT}"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from omni_sp.attention import check_kernel, check_strategy, select_strategy
-from omni_sp.errors import UnsupportedModelError
+from omni_sp.attention import TunedShape, check_kernel, check_strategy, select_strategy, tuned_kernels
+from omni_sp.errors import ConfigError, ShardingError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.sharding import ShardHandle, ShardingPlan, TrackedPlan, plan_for, shard, tracked_plan_for
+from omni_sp.pipelines.branches import Branches
+from omni_sp.pipelines.shared_vaes import SharedVaes
+from omni_sp.sharding import BlockCounts, Plan, ShardHandle, VaeHandle, plan_for, shard
+from omni_sp.sharding.compiled import compile_options, require_no_graphs, require_not_compiled
+from omni_sp.sharding.weights import held_bytes
+from omni_sp.tested_versions import warn_if_untested
 
 _TRANSFORMERS_PACKAGE, _CONTROLNETS_PACKAGE = "diffusers.models.transformers.", "diffusers.models.controlnets."
 
@@ -20,11 +26,15 @@ class ParallelHandle:
 
     Attributes:
         mesh: the ranks.
+        vaes: its autoencoders.
+        branches: what shares the calls of its transformers among the groups of ``cfg_parallel_size``; None with one.
     """
 
-    def __init__(self, mesh: ParallelMesh, handles: list[ShardHandle]) -> None:
-        self.mesh = mesh
-        self._handles = handles
+    def __init__(
+        self, mesh: ParallelMesh, handles: list[ShardHandle], vaes: SharedVaes, branches: Branches | None = None
+    ) -> None:
+        self.mesh, self.vaes, self.branches = mesh, vaes, branches
+        self._handles = [*handles, *vaes.handles]
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -43,13 +53,50 @@ class ParallelHandle:
             gathers.update(handle.gathers)
         return dict(gathers)
 
+    @property
+    def blocks(self) -> BlockCounts:
+        """How the calls of blocks were made since reset_counts()."""
+        counts = BlockCounts()
+        for handle in self._handles:
+            counts.add(handle.tapes.counts)
+        return counts
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of the transformers' weights that this rank holds now."""
+        return sum(held_bytes(handle.model) for handle in self._handles if not isinstance(handle, VaeHandle))
+
+    @property
+    def tuned_kernels(self) -> dict[TunedShape, str]:
+        """With ``attention_backend="tune"``: the kernel that was fastest, by the shape of attention on one rank."""
+        return tuned_kernels(self.mesh)
+
+    def on_compile(self, say: Callable[[str], None]) -> None:
+        """Let ``say`` be called with a text whenever a block is about to be compiled, which takes long."""
+        for handle in self._handles:
+            handle.tapes.on_compile = say
+
     def reset_counts(self) -> None:
         """Begin anew to count tokens and gathers."""
         for handle in self._handles:
             handle.reset_counts()
+        if self.branches is not None:
+            self.branches.reset_counts()
+
+    def __reduce_ex__(self, _protocol: object) -> Any:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            ShardingError: always.
+        """
+        raise ShardingError(
+            "the handle of parallelize() belongs to this process and its process groups: parallelize() a copy instead"
+        )
 
     def remove(self) -> None:
         """Restore the pipeline. A second call does nothing."""
+        if self.branches is not None:
+            self.branches.remove()
         for handle in reversed(self._handles):
             handle.remove()
 
@@ -60,57 +107,116 @@ def parallelize(
     *,
     attention_backend: str = "auto",
     attention_strategy: str = "omni_sp",
-    plan: ShardingPlan | TrackedPlan | None = None,
+    plan: Plan | None = None,
+    replay: bool = True,
+    compile: bool | str | Mapping[str, Any] = False,
+    cuda_graphs: bool = False,
 ) -> ParallelHandle:
     """Shard the tokens of a pipeline's transformers (or of one transformer) over the ranks of ``mesh``.
 
-    The tokens of its ControlNets are sharded as well. LoRA, IP-Adapters and diffusers' step caches may be added before
-    or after. Every rank calls this, and then runs the same, unmodified calls on the same inputs.
+    With ``cfg_parallel_size`` groups the calls of a denoising step are shared among them.
+    The tokens of its ControlNets are sharded as well. The mesh's configuration says whether its autoencoders run over
+    the ranks (``vae_parallel``), and whether each rank keeps only its part of the transformers' weights
+    (``shard_weights``; reading such weights, and ``remove()``, are then for all ranks together). LoRA, IP-Adapters and
+    diffusers' step caches may be added before or after. Every rank calls this, and then runs the same, unmodified calls
+    on the same inputs.
 
     Args:
         pipe_or_transformer: a diffusers pipeline, or a transformer alone.
         mesh: the ranks. On one rank nothing is sharded, and any pipeline is taken.
-        attention_backend: name of the attention kernel, one of ``omni_sp.attention.kernel_names()``.
+        attention_backend: name of the attention kernel, one of ``omni_sp.attention.kernel_names()``. "auto" chooses by
+            device and shape; "tune" times the exact ones at the first attention of each shape.
         attention_strategy: "omni_sp", or "yunchang" to have that library carry out the attention (for comparing; it
             refuses most shapes).
-        plan: replaces the plan of the transformer, or is for one whose token streams cannot be found.
+        plan: says where the token streams of the transformer begin, where they cannot be found or begin elsewhere.
+        replay: blocks are followed once, and then replayed: the same operations and the same exchanges, without the
+            cost of following on the host.
+        compile: what is replayed is compiled by ``torch.compile``, one compilation for each kind of block and each
+            shape; a mode of it ("max-autotune-no-cudagraphs"), or a dict of its "mode", "backend" and "options". On one
+            rank the model's blocks are compiled as diffusers does it. Blocks that are compiled already, or later, are
+            compiled anyway.
+        cuda_graphs: forwards whose blocks are all replayed are captured as CUDA graphs, one for each shape; others run
+            as ever, and ``blocks`` of the handle says why.
 
     Returns:
         The handle that restores the pipeline.
 
     Raises:
-        UnsupportedModelError: there is no transformer, or one whose token streams cannot be found.
+        UnsupportedModelError: there is no transformer, or one whose token streams cannot be found, or that is compiled
+            as a whole, or whose weights are both sharded and offloaded.
         UnsupportedAttentionError: no kernel or strategy has that name, or its package is missing.
+        ConfigError: torch.compile has no such mode or option, what is never replayed cannot be compiled, or weights
+            that move with ``shard_weights`` cannot be captured in CUDA graphs.
         ShardingError: the pipeline is parallelized already.
     """
+    if mesh.rank == 0:  # the others would say the same
+        warn_if_untested("diffusers")
+        warn_if_untested("transformers")
     check_kernel(attention_backend)
     check_strategy(attention_strategy)
+    options = compile_options(compile, replay=replay)
+    if mesh.weights.size > 1:
+        require_no_graphs(options, cuda_graphs=cuda_graphs)
     models = [model for _, model in transformers_of(pipe_or_transformer)]
-    if not models and mesh.sequence.size > 1:
+    if not models and mesh.world_size > 1:
         raise UnsupportedModelError(
             f"{type(pipe_or_transformer).__name__} has no transformer, so there are no tokens to split over "
-            f"{mesh.sequence.size} ranks: run it with degrees 1 x 1"
+            f"{mesh.world_size} ranks: run it with degrees 1 x 1"
         )
+    if mesh.cfg.size > 1:
+        _require_shareable(pipe_or_transformer, mesh, cuda_graphs=cuda_graphs)
+
+    def call_token() -> object:
+        return getattr(getattr(pipe_or_transformer, "scheduler", None), "timesteps", None)
+
     strategy = select_strategy(attention_strategy, mesh, attention_backend)
     handles: list[ShardHandle] = []
     try:
         for model in models:
+            if mesh.sequence.size > 1:
+                require_not_compiled(model)
             try:
-                chosen = plan if plan is not None else plan_for(model)
-                # Where people changed the model so that its plan does not suffice, it is tracked; a plan that the
-                # caller gives is obeyed.
-                fallback = tracked_plan_for(model) if plan is None and isinstance(chosen, ShardingPlan) else None
-                handle = shard(model, mesh, chosen, strategy=strategy, kernel=attention_backend, fallback_plan=fallback)
+                handle = shard(
+                    model,
+                    mesh,
+                    plan if plan is not None else plan_for(model),
+                    strategy=strategy,
+                    kernel=attention_backend,
+                    call_token=call_token,
+                    replay=replay,
+                    compile_options=options,
+                    cuda_graphs=cuda_graphs,
+                )
                 handles.append(handle)
             except UnsupportedModelError:
                 # One rank runs any model; only sharding needs a plan.
                 if mesh.sequence.size > 1 or plan is not None or attention_backend != "auto":
                     raise
+        vaes = SharedVaes(pipe_or_transformer, mesh)
     except BaseException:
         for handle in handles:
             handle.remove()
         raise
-    return ParallelHandle(mesh, handles)
+    if mesh.cfg.size == 1:
+        return ParallelHandle(mesh, handles, vaes)
+    # A ControlNet's results are arguments of the next call, which another group may compute.
+    shared = [model for model in models if not type(model).__module__.startswith(_CONTROLNETS_PACKAGE)]
+    return ParallelHandle(mesh, handles, vaes, Branches(pipe_or_transformer, shared, mesh, call_token))
+
+
+def _require_shareable(pipe: Any, mesh: ParallelMesh, *, cuda_graphs: bool) -> None:
+    """Refuse what has no branches that groups of ranks could share."""
+    option = f"cfg_parallel_size {mesh.cfg.size}"
+    if isinstance(pipe, torch.nn.Module):
+        raise UnsupportedModelError(
+            f"{option} shares the calls that a pipeline makes in a denoising step: give parallelize() the pipeline, "
+            "or leave cfg_parallel_size at 1"
+        )
+    if cuda_graphs:
+        raise ConfigError(
+            f"cuda_graphs=True captures calls that run on every rank, and {option} skips calls on some: "
+            "leave one of them out"
+        )
 
 
 def transformers_of(pipe_or_transformer: Any) -> list[tuple[str, torch.nn.Module]]:

@@ -12,7 +12,7 @@ _MAX_SIDE = 32
 
 
 class Previews:
-    """Keeps the latest latent of a pipeline's scheduler while the block lasts. No class is changed.
+    """Keeps the latest latent of a pipeline's scheduler.
 
     The height and width of the image, in pixels, are for latents that come as sequences of patches.
     """
@@ -20,23 +20,10 @@ class Previews:
     def __init__(self, pipe: Any, height: int | None, width: int | None) -> None:
         self._pipe, self._height, self._width = pipe, height, width
         self._latent: torch.Tensor | None = None
-        self._scheduler: Any = getattr(pipe, "scheduler", None)
 
-    def __enter__(self) -> Previews:
-        if callable(getattr(self._scheduler, "step", None)):
-            original = self._scheduler.step
-
-            def step(*args: Any, **kwargs: Any) -> Any:
-                result = original(*args, **kwargs)
-                latent = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
-                self._latent = latent if isinstance(latent, torch.Tensor) else None
-                return result
-
-            self._scheduler.step = step
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        vars(self._scheduler or self).pop("step", None)
+    def keep(self, latent: torch.Tensor) -> None:
+        """Take the latent that a step has made."""
+        self._latent = latent
 
     def images(self, count: int = 1) -> tuple[Image.Image, ...]:
         """Return the first ``count`` images (or first frames of videos) as they are now; none of an unknown latent."""

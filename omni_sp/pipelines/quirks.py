@@ -5,6 +5,8 @@ Where an entry is part of a class's name, it holds for every class whose name co
 
 from __future__ import annotations
 
+import re
+
 ARGUMENT_NAMES: dict[str, tuple[str, ...]] = {
     "num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"),
     "fps": ("fps", "frame_rate"),
@@ -12,6 +14,12 @@ ARGUMENT_NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "images", "input_images", "cond_image"),
 }
 """Our name of an argument -> the names that pipelines have for it, in order of preference."""
+
+PROMPT_TENSORS = re.compile(r".*_embeds.*|.*_mask(_\d)?|(.*_)?latents")
+"""Names of arguments that hold a prompt, or the noise to start from, as tensors."""
+
+EMBEDDINGS = "_embeds"
+"""Part of the names of those of them that are in the dtype of the model."""
 
 IMAGE_FIELDS, VIDEO_FIELDS, SOUND_FIELDS = ("images", "image"), ("frames", "video"), ("audios", "audio", "sound")
 """Fields of a pipeline's output, in order of preference."""
@@ -48,6 +56,9 @@ SEVERAL_CONDITIONS = "conditions"
 REPLACES_IMAGE = ("image", "video", "latents", "conditions")
 """Words in the names of arguments that a pipeline may start from instead of its image."""
 
+MASK = "mask"
+"""Part of the names of arguments whose images say where, and not what: pipelines take them in grey."""
+
 PLACEHOLDER_IMAGES = {"mask_image": ("L", "white"), "control_image": ("RGB", "grey")}
 """Arguments without which a pipeline fails, with the mode and the colour of an image that will do."""
 
@@ -82,6 +93,11 @@ SAMPLING_RATES = (
 """Where the samples a second of a sound stand, the first that holds: component and entry of its config; "" for an
 attribute of the pipeline itself."""
 
+# Prompts
+
+TEMPLATE_PREFIX = "prompt_template_encode_start_idx"
+"""An attribute of pipelines: tokens of their template that they drop from the beginning of the embeddings."""
+
 # Decoding
 
 DECODERS = ("vae", "audio_vae", "vocoder")
@@ -95,6 +111,17 @@ NOT_ENCODED = "ip_adapter"
 
 NO_LATENT_OUTPUT = ("QwenImageLayeredPipeline",)
 """Classes whose own branch for ``output_type="latent"`` fails after all the denoising (diffusers 0.42.1)."""
+
+# Schedulers
+
+FLOW_SCHEDULERS = (
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+)  # fmt: skip
+"""Schedulers that step along a flow, for a hint; diffusers says of none that they are compatible."""
+
+SHIFTS = ("shift", "flow_shift")
+"""Names that schedulers have for the shift of a flow's steps."""
 
 OPTIONAL_PACKAGES = {"ftfy": "ftfy", "BeautifulSoup": "beautifulsoup4"}
 """Names that diffusers imports only where they are installed, and pipelines use unchecked -> the package."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omni_sp.errors import UnsupportedModelError
+from omni_sp.errors import NonFiniteResultError, UnsupportedModelError
 from omni_sp.pipelines import quirks
 from omni_sp.pipelines.arguments import rounded_size
 from omni_sp.pipelines.capabilities import PipelineCapabilities
@@ -21,12 +21,16 @@ class CallResult:
         videos: lists of PIL images, or what the output type makes of them.
         timings: seconds of the stages; see OmniRequestOutput.
         audios: float32 arrays of shape (channels, samples).
+        not_finite: the first stage that gave NaN or infinite numbers, for people; None where the result is finite.
+        dropped_tokens: for each prompt, tokenizer -> tokens of it that the text encoder did not get.
     """
 
     images: list[Any]
     videos: list[Any]
     timings: dict[str, Any]
     audios: list[Any] = field(default_factory=list)
+    not_finite: str | None = None
+    dropped_tokens: list[dict[str, int]] = field(default_factory=list)
 
 
 def result_of(name: str, output: Any, *, output_type: str | None, timings: dict[str, Any]) -> CallResult:
@@ -49,6 +53,25 @@ def result_of(name: str, output: Any, *, output_type: str | None, timings: dict[
             "sounds"
         )
     return result
+
+
+def require_finite(result: CallResult | None, capabilities: PipelineCapabilities, dtype: str) -> None:
+    """Refuse a result that holds NaN or infinite numbers, or was made of them.
+
+    Args:
+        dtype: of the pipeline's weights.
+
+    Raises:
+        NonFiniteResultError: it names the stage where they first appeared.
+    """
+    if result is None or result.not_finite is None:
+        return
+    other = " or bfloat16 or float32 as dtype" if dtype == "float16" else ""
+    raise NonFiniteResultError(
+        f"{capabilities.name} made NaN or infinite numbers in {dtype}, first in {result.not_finite}: "
+        f"try a lower guidance{other}",
+        stage=result.not_finite,
+    )
 
 
 def output_deviation(

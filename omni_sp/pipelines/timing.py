@@ -1,24 +1,36 @@
-"""How long the stages of a pipeline call take, and how far its denoising is, for any diffusers pipeline."""
+"""The stages of a pipeline call: how long they take, what they give, and how far the denoising is, for any pipeline."""
 
 from __future__ import annotations
 
+import functools
 import time
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from omni_sp.pipelines.schedulers import step_function
+
 OnStep = Callable[[int, int], None]
 """Called with (steps done, steps in all) when denoising starts and after every step."""
+OnOutput = Callable[[str, Any], None]
+"""Called with the name of a stage for people and what it has given."""
+OnLatent = Callable[[torch.Tensor], None]
+"""Called with the latent of the pipeline's own scheduler after each of its steps."""
+TEXT = "the text encoder's output"
+# Methods whose output is passed on -> its name for people.
+_OUTPUTS = {"encode_prompt": TEXT, "forward": TEXT, "decode": "what the VAE decoded"}
 
 
 class StageClock:
-    """Times one call of a pipeline, stage by stage, while the block lasts.
+    """Times one call of a pipeline, stage by stage, and passes on what stages give, while the block lasts.
 
     Instance attributes of the pipeline and its components are replaced for that long: ``progress_bar`` (every diffusers
     pipeline steps it in its denoising loop), ``encode_prompt`` (or, where there is none, the text encoders' forward),
-    and the VAE's ``encode`` and ``decode``. No class is changed, and leaving the block restores every attribute.
+    the VAE's ``encode`` and ``decode``, and the schedulers' ``step``. No class is changed, and leaving the block
+    restores every attribute.
     A CUDA device is synchronised at the borders of stages, and nowhere else, so that timing costs nothing.
 
     Attributes:
@@ -26,9 +38,19 @@ class StageClock:
         denoising_began: whether the pipeline has accepted its arguments and entered its denoising loop.
     """
 
-    def __init__(self, pipe: Any, device: torch.device, on_step: OnStep | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        device: torch.device,
+        on_step: OnStep | None = None,
+        *,
+        on_output: OnOutput | None = None,
+        on_latent: OnLatent | None = None,
+    ) -> None:
         self._pipe, self._device = pipe, device
         self._on_step = on_step or (lambda done, total: None)
+        self._on_output = on_output or (lambda stage, output: None)
+        self._on_latent = on_latent or (lambda latent: None)
         self._undo = ExitStack()
         self._inside: set[str] = set()
         self.seconds = {"text_encoder": 0.0, "denoise": 0.0, "vae": 0.0}
@@ -46,6 +68,9 @@ class StageClock:
         for method in ("encode", "decode"):
             if callable(getattr(vae, method, None)):
                 self._time_method(vae, method, "vae")
+        for component in getattr(self._pipe, "components", {}).values():
+            if callable(getattr(component, "step", None)) and not isinstance(component, torch.nn.Module):
+                self._watch_steps(component)
         self._replace(self._pipe, "progress_bar", self._steps)
         return self
 
@@ -62,18 +87,46 @@ class StageClock:
         """Add the seconds of a method to a stage. A stage that is entered within itself is counted once."""
         original = getattr(owner, method)
 
+        @functools.wraps(original)
         def timed(*args: Any, **kwargs: Any) -> Any:
             if stage in self._inside:
                 return original(*args, **kwargs)
             self._inside.add(stage)
             began = self.now()
             try:
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
+                if method in _OUTPUTS:
+                    self._on_output(_OUTPUTS[method], output)
+                return output
             finally:
                 self._inside.discard(stage)
                 self.seconds[stage] += self.now() - began
 
         self._replace(owner, method, timed)
+
+    def _watch_steps(self, scheduler: Any) -> None:
+        """Pass on the latents that a scheduler makes, and those of copies that the pipeline makes of it."""
+        original = step_function(scheduler)
+
+        @functools.wraps(original)  # pipelines look into the signature for what step() takes
+        def step(this: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(this, *args, **kwargs)
+            latent = output[0] if isinstance(output, tuple) else getattr(output, "prev_sample", None)
+            self._on_output(f"the latents after step {self.num_steps + 1}", latent)
+            if this is getattr(self._pipe, "scheduler", None) and isinstance(latent, torch.Tensor):
+                self._on_latent(latent)
+            return output
+
+        # A method, and no function: a deep copy of the scheduler then steps itself.
+        self._replace(scheduler, "step", types.MethodType(step, scheduler))
+
+    def _report(self, done: int, total: int) -> None:
+        """Call on_step. What that runs of the pipeline, such as a preview, is no stage of the call."""
+        inside, self._inside = self._inside, set(self.seconds)
+        try:
+            self._on_step(done, total)
+        finally:
+            self._inside = inside
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute on this instance until the block ends."""
@@ -88,7 +141,7 @@ class StageClock:
         self.denoising_began = True
         if total is None:
             total = len(iterable) if hasattr(iterable, "__len__") else 0
-        return _StepBar(self, iterable, total, self._on_step)
+        return _StepBar(self, iterable, total, self._report)
 
 
 class _StepBar:

@@ -26,7 +26,7 @@ from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.results import CallResult, output_deviation, result_of
 from omni_sp.pipelines.run import run_call
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from testing.models import save_flux_kontext, save_wan, save_wan_i2v
+from omni_sp.testing.models import save_flux_kontext, save_wan, save_wan_i2v
 
 IMAGE = PipelineCapabilities(
     name="ImagePipeline",
@@ -166,6 +166,12 @@ def test_sampling_defaults_fill_what_is_not_given() -> None:
     assert "negative_prompt" not in given
 
 
+def test_extra_args_of_any_length_are_refused_in_a_few_words() -> None:
+    for extra in ({"width": 10**5000}, {"height": -(10**5000)}, {"true_cfg_scale": -(10**5000)}, {"x" * 10**5: 1}):
+        assert len(refusal(IMAGE, negative_prompt="a dog", extra_args=extra)) < 2001
+    assert len(refusal(IMAGE, height=64, extra_args={"height": 10**5000})) < 200
+
+
 def test_extra_args_are_the_pipelines_own() -> None:
     assert call_arguments(IMAGE, CAT, params(extra_args={"sigmas": [1.0]}))["sigmas"] == [1.0]
     assert "did you mean sigmas?" in refusal(IMAGE, extra_args={"sigma": [1.0]})
@@ -173,6 +179,77 @@ def test_extra_args_are_the_pipelines_own() -> None:
     assert "cannot set 'generator'" in refusal(IMAGE, extra_args={"generator": None})
     anything = PipelineCapabilities(name="Anything", parameters={"prompt": None}, takes_anything=True)
     assert call_arguments(anything, CAT, params(extra_args={"odd": 1})) == {"prompt": "a cat", "odd": 1}
+
+
+EMBEDDED = PipelineCapabilities(
+    name="EmbeddedPipeline",
+    parameters=dict.fromkeys(
+        ("prompt", "negative_prompt", "true_cfg_scale", "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds",
+         "pooled_prompt_embeds", "latents", "num_images_per_prompt", "generator")
+    ) | {"true_cfg_scale": 1.0},
+    required=("prompt",),
+    takes_generators=True,
+    sampling_defaults={"negative_prompt": "blurred", "true_cfg_scale": 2.0},
+)  # fmt: skip
+
+
+def test_tensors_stand_for_the_texts_of_a_prompt() -> None:
+    embeds, negative, mask = torch.randn(1, 7, 4), torch.randn(1, 5, 4), torch.ones(1, 7, dtype=torch.bool)
+    tensors = {"prompt_embeds": embeds, "prompt_embeds_mask": mask, "negative_prompt_embeds": negative}
+    made = call_arguments(EMBEDDED, Prompt(tensors=tensors), params(negative_prompt="for all others"))
+    assert made.keys() == {"prompt", "true_cfg_scale", *tensors}
+    assert made["prompt"] is None
+    assert all(torch.equal(made[name], tensor) for name, tensor in tensors.items())
+    # The user's may change while the request waits, and a view would travel with all that it is a view of.
+    assert not any(made[name] is tensor for name, tensor in tensors.items())
+    part = call_arguments(EMBEDDED, Prompt(tensors={"prompt_embeds": torch.randn(100, 7, 4)[:1]}), params())
+    assert part["prompt_embeds"].untyped_storage().nbytes() == 7 * 4 * 4
+    assert part["negative_prompt"] == "blurred"
+    several = call_arguments(EMBEDDED, Prompt(tensors={"prompt_embeds": [embeds, embeds]}), params())
+    assert [tensor.shape for tensor in several["prompt_embeds"]] == [(1, 7, 4)] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"text": "a cat", "tensors": {"prompt_embeds": torch.ones(1)}}, "prompt and prompt_embeds say the same"),
+        (
+            {
+                "negative_text": "a",
+                "tensors": {"prompt_embeds": torch.ones(1), "negative_prompt_embeds": torch.ones(1)},
+            },
+            "negative_prompt and negative_prompt_embeds say the same",
+        ),
+        ({"tensors": {"prompt_embed_mask": torch.ones(1)}}, "did you mean prompt_embeds_mask?"),
+        ({"tensors": {"prompt_embeds": np.ones(3)}}, "prompt_embeds holds a ndarray: give a torch tensor"),
+        ({"tensors": {"prompt_embeds": [torch.ones(1), "a"]}}, "prompt_embeds holds a str"),
+        ({"tensors": {"latents": []}}, "latents holds a list"),
+    ],
+)
+def test_tensors_that_cannot_be(prompt: dict[str, Any], message: str) -> None:
+    assert message in refusal(EMBEDDED, Prompt(**prompt))
+
+
+def test_negative_embeddings_that_would_be_ignored_are_refused() -> None:
+    both = {"prompt_embeds": torch.ones(1), "negative_prompt_embeds": torch.ones(1)}
+    assert "would ignore the negative prompt" in refusal(EMBEDDED, Prompt(tensors=both), true_cfg_scale=1.0)
+    assert "takes no such tensors" in refusal(VIDEO, Prompt(tensors={"prompt_embeds": torch.ones(1)}))
+
+
+def test_a_list_of_seeds_is_one_for_each_output() -> None:
+    assert call_arguments(EMBEDDED, CAT, params(seed=[1, 2, 3]))["num_images_per_prompt"] == 3
+    assert call_arguments(EMBEDDED, CAT, params(seed=(1, 2), num_outputs_per_prompt=2))["num_images_per_prompt"] == 2
+    assert "num_images_per_prompt" not in call_arguments(EMBEDDED, CAT, params(seed=[4]))
+    assert "ImagePipeline takes one seed a call, and 2 are given" in refusal(IMAGE, seed=[1, 2])
+    bare = PipelineCapabilities(name="Bare", parameters={"generator": None, "prompt": None}, takes_generators=True)
+    assert "takes one seed a call" in refusal(bare, seed=[1, 2])
+
+
+def test_a_check_keeps_the_size_of_given_latents() -> None:
+    asked = params()
+    given = call_arguments(IMAGE, CAT, asked) | {"latents": torch.ones(1)}
+    assert "height" not in small_arguments(IMAGE, given, asked)
+    assert small_arguments(IMAGE, given, asked)["num_inference_steps"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +282,32 @@ def test_the_result_is_the_plain_pipelines(shapes: Any) -> None:
         assert np.array_equal(np.asarray(one), np.asarray(other))
     assert not np.array_equal(np.asarray(ours.images[0]), np.asarray(ours.images[1]))
     assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_pictures_of_a_list_of_seeds_are_those_of_each_seed(shapes: Any) -> None:
+    assert inspect_pipeline(shapes).takes_generators
+    together = run_call(shapes, SMALL | {"num_images_per_prompt": 3}, seed=(5, 7, 2**40), device="cpu").images
+    for seed, image in zip((5, 7, 2**40), together, strict=True):
+        alone = run_call(shapes, SMALL, seed=seed, device="cpu").images[0]
+        assert np.abs(np.asarray(alone, dtype=np.int16) - np.asarray(image, dtype=np.int16)).max() <= 1
+
+
+def test_tensors_are_brought_to_the_model(shapes: Any) -> None:
+    given: dict[str, Any] = {}
+
+    class Recorder(types.SimpleNamespace):
+        def __call__(self, **call: Any) -> Any:
+            given.update(call)
+            return types.SimpleNamespace(images=[Image.new("RGB", (8, 8))])
+
+    pipe = Recorder(components={"transformer": torch.nn.Linear(2, 2, dtype=torch.bfloat16)})
+    pipe.components["transformer"].dtype = torch.bfloat16
+    mask, noise = torch.ones(1, dtype=torch.int64), torch.ones(1)
+    call = {"prompt_embeds": [torch.ones(1)], "prompt_embeds_mask": mask, "latents": noise, "sigmas": noise}
+    run_call(pipe, call, seed=None, device="cpu")
+    assert given["prompt_embeds"][0].dtype == torch.bfloat16
+    assert (given["prompt_embeds_mask"].dtype, given["latents"].dtype) == (torch.int64, torch.float32)
+    assert given["sigmas"] is noise
 
 
 def test_seconds_of_every_stage(shapes: Any) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from omni_sp import ParallelMesh, parallelize
-from testing.ranks import RankPool
-from testing.reference import relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import relative_error
+from tests.library_versions import caches_after_a_call
 from tests.pipelines.zoo.check import draw
 
 
@@ -102,6 +103,7 @@ def with_step_cache(mesh: ParallelMesh, before: bool) -> tuple[float, float, lis
     return relative_error(results["ranks"], wanted), relative_error(plain, wanted), runs["ranks"], runs["alone"]
 
 
+@caches_after_a_call
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_a_step_cache_under_guidance(ranks: RankPool, before: bool) -> None:
     for error, effect, runs, wanted in ranks.run(with_step_cache, before, ulysses=3):

@@ -18,7 +18,7 @@ from omni_sp import ModelNotFoundError
 from omni_sp.pipelines.lazy_components import has_unread_weights
 from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.shapes import SHAPES_MODEL, shapes_folder
-from testing.models import save_flux_kontext, save_wan
+from omni_sp.testing.models import save_flux_kontext, save_wan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,7 @@ def test_folders_that_are_no_pipeline(tmp_path: Path) -> None:
     assert "cannot be read as JSON" in refusal(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     assert "names no pipeline class" in refusal(tmp_path)
-    assert "is a file, not a folder" in refusal(tmp_path / "config.json")
+    assert "is a file of another kind" in refusal(tmp_path / "config.json")
     assert "no folder" in refusal(tmp_path / "nowhere")
 
 

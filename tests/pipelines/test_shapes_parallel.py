@@ -11,7 +11,7 @@ import torch
 
 from omni_sp import ParallelMesh, parallelize
 from omni_sp.pipelines.shapes import SHAPES_CALL, shapes_folder
-from testing.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 
 PROMPTS = ["a red circle on a blue background", "a large green star at the top right of a black background"]
 CALLS: dict[str, dict[str, Any]] = {

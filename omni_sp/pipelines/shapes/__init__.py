@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["SHAPES_CALL", "SHAPES_MODEL", "shapes_folder"]
+__all__ = ["SHAPES_CALL", "SHAPES_MODEL", "SHAPES_PROMPTS", "shapes_folder"]
 
 SHAPES_MODEL = "omni-sp/shapes"
 
@@ -25,6 +25,13 @@ SHAPES_MODEL = "omni-sp/shapes"
 SHAPES_CALL: Mapping[str, Any] = MappingProxyType(
     {"height": 256, "width": 256, "num_inference_steps": 12, "true_cfg_scale": 2.0, "negative_prompt": " "}
 )
+
+SHAPES_PROMPTS = (
+    "a red circle on a blue background",
+    "a large green star on a black background",
+    "a small yellow square on a green background",
+)
+"""What it draws well."""
 
 
 def shapes_folder() -> Path:

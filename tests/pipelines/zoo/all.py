@@ -8,7 +8,7 @@ import pkgutil
 import tests.pipelines.zoo
 from tests.pipelines.zoo.entry import PipelineEntry
 
-_OTHERS = ("all", "check", "entry", "parts")
+_OTHERS = ("all", "branches", "check", "entry", "parts")
 
 
 def _all() -> dict[str, PipelineEntry]:

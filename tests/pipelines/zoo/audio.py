@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from testing.reference import randomise
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.sharding.zoo.ace_step import build_ace_step
 from tests.sharding.zoo.audio import build_stable_audio

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from omni_sp import ParallelMesh, parallelize
-from testing.ranks import RankError, RankPool
-from testing.reference import relative_error
+from omni_sp.testing.ranks import RankError, RankPool
+from omni_sp.testing.reference import relative_error
 
 LAYOUTS = [(2, 2), (3, 1)]
 

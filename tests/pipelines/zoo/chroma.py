@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from testing.models import image_vae
+from omni_sp.testing.components import image_vae
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.parts import transformer
 from tests.sharding.zoo.entry import draw, key_mask

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from testing.models import image_vae
-from testing.reference import randomise
+from omni_sp.testing.components import image_vae
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.flux import flux_parts, flux_prompts
 from tests.pipelines.zoo.parts import clear_qwen_vae, resized, transformer

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from packaging.version import Version
+
+from tests.library_versions import TRANSFORMERS, has
+
 
 @dataclass(frozen=True)
 class PipelineEntry:
@@ -18,6 +22,7 @@ class PipelineEntry:
             num_inference_steps (it is 3 unless given).
         error: the most that the finished picture may be off, relative. Later steps and the VAE amplify the rounding of
             the first step; where that needs more than the default, the reason stands beside it.
+        transformers: the first version of transformers that has what the pipeline imports.
     """
 
     name: str
@@ -25,8 +30,14 @@ class PipelineEntry:
     arguments: Callable[[], dict[str, Any]]
     variant: str = ""
     error: float = 1e-5
+    transformers: str = "0"
 
     @property
     def id(self) -> str:
         """For people."""
         return f"{self.name}, {self.variant}" if self.variant else self.name
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the installed diffusers and transformers can run it."""
+        return has(self.name) and Version(self.transformers) <= TRANSFORMERS

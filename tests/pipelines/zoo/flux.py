@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from testing.models import image_vae
+from omni_sp.testing.components import clip_text_encoder, image_vae, t5_text_encoder
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.parts import (
-    clip_with_projection,
     letter_tokenizer,
     pil_picture,
     resized,
-    t5_text_encoder,
     transformer,
 )
 from tests.sharding.zoo.entry import draw
@@ -48,9 +46,9 @@ def encoded_pipeline() -> Any:
     from diffusers import FluxPipeline
 
     encoders = {
-        "text_encoder": clip_with_projection(20, 5).text_model,
+        "text_encoder": clip_text_encoder(letter_tokenizer(32), 20),
         "tokenizer": letter_tokenizer(13),
-        "text_encoder_2": t5_text_encoder(),
+        "text_encoder_2": t5_text_encoder(letter_tokenizer(13), 24),
         "tokenizer_2": letter_tokenizer(13),
     }
     return FluxPipeline(**{**flux_parts(), **encoders})

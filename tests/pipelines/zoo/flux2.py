@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from testing.reference import randomise
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.parts import pil_picture, resized, transformer
 from tests.sharding.zoo.entry import draw

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from testing.models import image_vae
+from omni_sp.testing.components import image_vae
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.parts import transformer
 from tests.sharding.zoo.entry import draw

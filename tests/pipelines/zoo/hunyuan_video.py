@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from testing.reference import randomise
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.parts import PictureProcessor, picture, pil_picture
 from tests.sharding.zoo.entry import draw, key_mask

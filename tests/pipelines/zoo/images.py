@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import torch
 
-from testing.models import image_vae
-from testing.reference import randomise
+from omni_sp.testing.components import image_vae, qwen_image_vae
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
-from tests.pipelines.zoo.parts import pil_picture, qwen_vae, resized, transformer
+from tests.pipelines.zoo.parts import pil_picture, resized, transformer
 from tests.sharding.zoo.entry import draw, key_mask
 
 
@@ -423,7 +423,7 @@ def _ideogram_arguments() -> dict[str, Any]:
 def _krea() -> Any:
     from diffusers import Krea2Pipeline
 
-    return Krea2Pipeline(**{**_components("Krea2Transformer2DModel"), "vae": qwen_vae()})
+    return Krea2Pipeline(**{**_components("Krea2Transformer2DModel"), "vae": qwen_image_vae()})
 
 
 def _krea_arguments() -> dict[str, Any]:
@@ -442,7 +442,7 @@ def _krea_arguments() -> dict[str, Any]:
 def _nucleus() -> Any:
     from diffusers import NucleusMoEImagePipeline
 
-    components = {**_components("NucleusMoEImageTransformer2DModel"), "vae": qwen_vae(), "processor": None}
+    components = {**_components("NucleusMoEImageTransformer2DModel"), "vae": qwen_image_vae(), "processor": None}
     del components["tokenizer"]
     return NucleusMoEImagePipeline(**components)
 

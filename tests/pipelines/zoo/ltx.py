@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from testing.reference import randomise
+from omni_sp.testing.components import LTX_VAE, ltx_vae, transformer
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.parts import picture
 from tests.sharding.zoo.entry import draw, key_mask
-from tests.sharding.zoo.ltx import build_ltx
 from tests.sharding.zoo.ltx2 import SECOND, build_ltx2
-
-# One down- and one upsampling and patches of 16 pixels: sides to a 32nd, frames to a half.
-_VAE: dict[str, Any] = {
-    "latent_channels": 8,
-    "block_out_channels": (8,),
-    "decoder_block_out_channels": (8,),
-    "layers_per_block": (1, 1),
-    "decoder_layers_per_block": (1, 1),
-    "spatio_temporal_scaling": (True,),
-    "decoder_spatio_temporal_scaling": (True,),
-    "decoder_inject_noise": (False, False),
-    "upsample_residual": (False,),
-    "upsample_factor": (1,),
-    "patch_size": 16,
-}
 
 
 def _scheduler() -> Any:
@@ -36,16 +21,13 @@ def _scheduler() -> Any:
 def _ltx(name: str) -> Any:
     import diffusers
 
-    vae = diffusers.AutoencoderKLLTXVideo(
-        **_VAE, down_block_types=("LTXVideoDownBlock3D",), downsample_type=("conv",), timestep_conditioning=True
-    )
     scheduler = _scheduler() if name == "LTXPipeline" else diffusers.FlowMatchEulerDiscreteScheduler()
     return getattr(diffusers, name)(
         scheduler=scheduler,
-        vae=randomise(vae),
+        vae=ltx_vae(),
         text_encoder=None,
         tokenizer=None,
-        transformer=randomise(build_ltx()),
+        transformer=randomise(transformer("LTXVideoTransformer3DModel")),
     )
 
 
@@ -88,7 +70,7 @@ def _ltx2(transformer: dict[str, Any], connectors: dict[str, Any]) -> Any:
     from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2Pipeline
     from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
-    vae = AutoencoderKLLTX2Video(**_VAE, down_block_types=("LTX2VideoDownBlock3D",), downsample_type=("spatial",))
+    vae = AutoencoderKLLTX2Video(**LTX_VAE, down_block_types=("LTX2VideoDownBlock3D",), downsample_type=("spatial",))
     # 3 channels of 2 frequencies are the 6 numbers of a token of sound.
     audio_vae = AutoencoderKLLTX2Audio(
         base_channels=6, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=3, mel_bins=8
@@ -180,6 +162,6 @@ ENTRIES = [
     PipelineEntry("LTXPipeline", lambda: _ltx("LTXPipeline"), _arguments),
     PipelineEntry("LTXConditionPipeline", lambda: _ltx("LTXConditionPipeline"), _condition_arguments),
     PipelineEntry("LTXImageToVideoPipeline", lambda: _ltx("LTXImageToVideoPipeline"), _from_picture_arguments),
-    PipelineEntry("LTX2Pipeline", _ltx2_first, _ltx2_arguments),
-    PipelineEntry("LTX2Pipeline", _ltx2_second, _ltx2_second_arguments, "2.3"),
+    PipelineEntry("LTX2Pipeline", _ltx2_first, _ltx2_arguments, transformers="5.5"),
+    PipelineEntry("LTX2Pipeline", _ltx2_second, _ltx2_second_arguments, "2.3", transformers="5.5"),
 ]

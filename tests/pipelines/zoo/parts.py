@@ -7,24 +7,9 @@ from typing import Any
 
 import torch
 
-from testing.reference import randomise
+from omni_sp.testing.components import clip_text_encoder, qwen_image_vae
+from omni_sp.testing.reference import randomise
 from tests.sharding.zoo.entry import draw
-
-
-def qwen_vae() -> Any:
-    """Qwen-Image's VAE; it shrinks a side to an eighth."""
-    from diffusers import AutoencoderKLQwenImage
-
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, False, False],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    return randomise(vae)
 
 
 def transformer(entry_id: str, seed: int = 0) -> Any:
@@ -61,38 +46,7 @@ def letter_tokenizer(max_length: int) -> Any:
 
 def clip_with_projection(hidden_size: int, projection_dim: int, seed: int = 0) -> Any:
     """For ``letter_tokenizer``, with a pooled embedding of ``projection_dim``."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=99,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        projection_dim=projection_dim,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=3,
-    )
-    return randomise(CLIPTextModelWithProjection(config), seed)
-
-
-def t5_text_encoder(channels: int = 24) -> Any:
-    """For ``letter_tokenizer``."""
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(
-        vocab_size=99,
-        d_model=channels,
-        d_kv=8,
-        d_ff=2 * channels,
-        num_layers=1,
-        num_heads=3,
-        pad_token_id=0,
-        eos_token_id=3,
-    )
-    return randomise(T5EncoderModel(config))
+    return clip_text_encoder(letter_tokenizer(32), hidden_size, projection_dim, seed=seed)
 
 
 def picture(seed: int, batch: int, height: int, width: int) -> torch.Tensor:
@@ -136,8 +90,8 @@ def resized(model: Any, kind: Any = None, seed: int = 0, **config: Any) -> Any:
 
 
 def clear_qwen_vae() -> Any:
-    """The same as ``qwen_vae``, but a change of the latent changes the picture four times as much."""
-    vae = qwen_vae()
+    """The same as ``qwen_image_vae``, but a change of the latent changes the picture four times as much."""
+    vae = qwen_image_vae()
     with torch.no_grad():
         vae.post_quant_conv.weight.mul_(8.0)
     return vae

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from testing.models import flux_transformer, image_vae, wan_vae
-from testing.reference import randomise
+from omni_sp.testing.components import image_vae, qwen_image_vae, transformer, wan_vae
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
-from tests.pipelines.zoo.parts import qwen_vae
 from tests.sharding.models import qwen_image, wan
 from tests.sharding.zoo.entry import draw, key_mask
 
@@ -17,7 +16,7 @@ def qwen_pipeline() -> Any:
 
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=qwen_vae(),
+        vae=qwen_image_vae(),
         text_encoder=None,
         tokenizer=None,
         transformer=randomise(qwen_image()),
@@ -47,7 +46,7 @@ def flux_pipeline() -> Any:
         tokenizer=None,
         text_encoder_2=None,
         tokenizer_2=None,
-        transformer=randomise(flux_transformer()),
+        transformer=randomise(transformer("FluxTransformer2DModel")),
     )
 
 

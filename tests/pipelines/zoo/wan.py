@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from testing.models import wan_vae
-from testing.reference import randomise
+from omni_sp.testing.components import wan_vae
+from omni_sp.testing.reference import randomise
 from tests.pipelines.zoo.entry import PipelineEntry
 from tests.pipelines.zoo.parts import PictureProcessor, picture, pil_picture
 from tests.sharding.zoo.entry import draw

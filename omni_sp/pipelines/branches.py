@@ -1,0 +1,353 @@
+"""The transformer calls of a denoising step, shared among the groups of a mesh's cfg axis.
+
+With guidance a pipeline calls its transformer once for each branch. A call runs at once, on the group whose turn it is.
+The other groups skip it and get lazy tensors; when every group had its turn, or somebody needs a number, all results
+cross in one exchange. So nothing of the model is moved in time: its modules, hooks and contexts are, when a call runs,
+what they are in one process.
+
+Ranks cannot part: all run the same program on the same shapes, so all count the same calls, and whether a call is
+shared follows from what all of them see, or from one exchange at the first call of its shape, which all compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from omni_sp.collectives import gather_ints
+from omni_sp.mesh import ParallelMesh
+from omni_sp.pipelines.branch_results import Output, Result, Shape, exchange_results
+from omni_sp.pipelines.schedulers import step_function
+from omni_sp.sharding.call_state import CallState, call_state, changes_while
+from omni_sp.sharding.lazy import LazyRound, full_tensors
+from omni_sp.sharding.same_call import CallToken, SameCallCheck
+
+_ATTEMPTS = 3
+_MARK = "_omni_sp_exchanges"
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclass
+class BranchCounts:
+    """What the groups of the cfg axis shared.
+
+    Attributes:
+        steps: steps of schedulers that came after calls of a transformer.
+        units: calls of transformers.
+        rounds: how many of them came one after the other; the others ran at the same time.
+        reasons: why calls were computed by every group -> how many.
+    """
+
+    steps: int = 0
+    units: int = 0
+    rounds: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def as_dict(self, size: int) -> dict[str, Any]:
+        """The counts as plain values, with a "note" that says why ``size`` groups shared nothing, or None."""
+        note = None
+        if self.units and self.rounds == self.units:
+            reason = "; ".join(self.reasons) or "a step calls the transformer once"
+            note = f"cfg_parallel_size {size} found nothing to share: {reason}"
+        return {**vars(self), "reasons": dict(self.reasons), "note": note}
+
+
+class Branches:
+    """Shares the calls of a pipeline's transformers until ``remove()`` is called.
+
+    Args:
+        pipe: a pipeline.
+        models: its transformers. They share one count of turns, since a step may call several.
+        mesh: the ranks, with more than one group on the cfg axis.
+        call_token: as of `SameCallCheck`.
+
+    Attributes:
+        counts: since ``reset_counts()``.
+    """
+
+    def __init__(self, pipe: Any, models: Sequence[torch.nn.Module], mesh: ParallelMesh, call_token: CallToken) -> None:
+        self._pipe, self._mesh, self._axis, self._call_token = pipe, mesh, mesh.cfg, call_token
+        self.counts = BranchCounts()
+        self._token: object = None
+        self._begin_round()
+        self._called_since_step = False
+        self._known: dict[Any, Output | str] = {}
+        self._attempts: Counter[Any] = Counter()
+        self._owners: dict[tuple[int, str], int] = {}
+        self._watched: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._undo: list[Callable[[], None]] = []
+        for index, model in enumerate(models):
+            check = SameCallCheck(model, mesh.cfg, always=mesh.check, call_token=call_token)
+            self._attach(model, index, check)
+        self._watch_end()
+
+    def reset_counts(self) -> None:
+        """Begin anew to count."""
+        self.counts = BranchCounts()
+
+    def complete(self, reason: str) -> None:
+        """Exchange what is still to be exchanged, after which no lazy tensor needs other ranks. A collective call."""
+        if self._results:
+            self._round.complete(reason)
+
+    def drop(self) -> None:
+        """Forget what is still to be exchanged, because the call that it belongs to was left."""
+        self._results.clear()
+        self._begin_round()
+
+    def _begin_round(self) -> None:
+        self._results: list[Result] = []
+        self._round = LazyRound(functools.partial(self._exchange, self._results))
+
+    def remove(self) -> None:
+        """Restore the models and the schedulers. A second call does nothing."""
+        for scheduler in list(self._watched):
+            own = vars(scheduler).pop("step", None)
+            if getattr(own, _MARK, None) is not None:
+                scheduler.step = getattr(own, _MARK)
+        self._watched.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def _attach(self, model: torch.nn.Module, index: int, check: SameCallCheck) -> None:
+        """Take the model's calls, in the place that torch has for a compiled call: a skipped call runs no hook."""
+        call = _SharedCalls(self, model, index, check, vars(model).get("_compiled_call_impl"))
+        model._compiled_call_impl = call
+
+        def undo() -> None:
+            if vars(model).get("_compiled_call_impl") is call:
+                model._compiled_call_impl = call.compiled
+
+        self._undo.append(undo)
+
+    def _watch_end(self) -> None:
+        """Complete what is left when the pipeline returns: it may give lazy tensors to code of one rank."""
+        pipe, name = self._pipe, "maybe_free_model_hooks"
+        original = getattr(pipe, name, None)
+        if original is None or name in vars(pipe):
+            return
+
+        @functools.wraps(original)
+        def end() -> Any:
+            self.complete("the end of the pipeline")
+            return original()
+
+        setattr(pipe, name, end)
+        self._undo.append(lambda: vars(pipe).pop(name, None))
+
+    def _watch_steps(self) -> bool:
+        """See that every scheduler of the pipeline gets plain tensors; False where it has none.
+
+        After a step anything may be done on one rank alone: previews, callbacks.
+        """
+        schedulers = [
+            x
+            for x in self._pipe.components.values()
+            if callable(getattr(x, "step", None)) and not isinstance(x, torch.nn.Module)
+        ]
+        for scheduler in schedulers:
+            if not hasattr(scheduler.step, _MARK):
+                self._watch(scheduler)
+        return bool(schedulers)
+
+    def _watch(self, scheduler: Any) -> None:
+        own, original = vars(scheduler).get("step"), step_function(scheduler)
+        branches = weakref.ref(self)
+
+        @functools.wraps(original)  # pipelines look into the signature for what step() takes
+        def step(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if (shared := branches()) is not None:
+                shared._end_step()
+            return original(this, *full_tensors(args, "the scheduler"), **full_tensors(kwargs, "the scheduler"))
+
+        setattr(step, _MARK, own)
+        # A method, and no function: a deep copy of the scheduler then steps itself.
+        scheduler.step = types.MethodType(step, scheduler)
+        self._watched.add(scheduler)
+
+    def _end_step(self) -> None:
+        self.complete("the scheduler")
+        self.counts.steps += self._called_since_step
+        self._called_since_step = False
+
+    def call(
+        self,
+        model: torch.nn.Module,
+        index: int,
+        check: SameCallCheck,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a call of a transformer, or skip it, where it is another group's turn."""
+        token = self._call_token()
+        if token is not self._token:
+            self._token = token
+            self.drop()  # what an earlier call of the pipeline has left behind
+        self._called_since_step = True
+        args, kwargs = full_tensors((args, kwargs), "the input of the next call")
+        state, has_steps = call_state(model), self._watch_steps()
+        reason = self._reason_for_all(state, args, kwargs) if has_steps else "the pipeline has no scheduler"
+        if reason is not None:
+            return self._computed_by_all(reason, run(*args, **kwargs))
+        if not self._results:  # the groups are in step, and wait for each other as little as between two rounds
+            check.before_forward(args, kwargs, None if state.context else ())
+        key = (index, *_key(args, kwargs))
+        output = self._known.get(key)
+        if isinstance(output, str):
+            return self._computed_by_all(output, run(*args, **kwargs))
+        if output is None or output.modules != state.modules:
+            return self._first_call(model, index, key, state, run, args, kwargs)
+        return self._shared_call(output, self._owner(index, state), run, args, kwargs)
+
+    def _reason_for_all(self, state: CallState, args: Any, kwargs: Any) -> str | None:
+        """Why every group has to compute a call; None where one can for all."""
+        if state.reason is not None:
+            return state.reason
+        if torch.is_grad_enabled():
+            return "gradients are enabled"
+        for leaf in tree_flatten((args, kwargs))[0]:
+            if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
+                return f"a call gets an object that it may write to, {type(leaf).__name__}"
+        return None
+
+    def _computed_by_all(self, reason: str, output: Any) -> Any:
+        self.counts.units += 1
+        self.counts.rounds += 1
+        self.counts.reasons[reason] += 1
+        return output
+
+    def _owner(self, index: int, state: CallState) -> int:
+        """The group that computes a call: who keeps its context, or the first of those that had the fewest turns."""
+        if state.context is not None:
+            same_model = sum(1 for of_model, _ in self._owners if of_model == index)
+            return self._owners.setdefault((index, state.context), same_model % self._axis.size)
+        turns = Counter(result.owner for result in self._results)
+        return min(range(self._axis.size), key=lambda group: (turns[group], group))
+
+    def _first_call(
+        self,
+        model: torch.nn.Module,
+        index: int,
+        key: Any,
+        state: CallState,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call of new shapes: every group computes it, and sees whether one may for all."""
+        self.complete("a call of new shapes")
+        given = tree_flatten((args, kwargs))[0]
+        structure = tree_flatten((args, kwargs))[1]
+        before = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+        result, changes = changes_while(model, lambda: run(*args, **kwargs))
+        leaves, spec = tree_flatten(result)
+        reason = _reason_against(leaves, given, before, structure == tree_flatten((args, kwargs))[1])
+        if reason is None and changes and state.context is None:
+            reason = "the model keeps something from call to call"
+        described = tuple(Shape.of(x) if isinstance(x, torch.Tensor) else x for x in leaves)
+        output = Output(described, spec, state.modules)
+        checksum = zlib.crc32(repr((described, spec)).encode())
+        answers = gather_ints([reason is None, checksum], self._mesh.world)
+        if len(set(answers)) > 1 or reason is not None:
+            reason = reason or "another rank saw that it cannot be shared"
+            self._attempts[key] += 1
+            if self._attempts[key] == _ATTEMPTS:  # what a model sets up at its first call is no state
+                self._known[key] = reason
+            return self._computed_by_all(reason, result)
+        self._known[key] = output
+        owner = self._owner(index, state)
+        if state.context is None:
+            return self._computed_by_all("the first call of its shapes", result)
+        # The other groups may have missed what this context has seen before.
+        return full_tensors(self._shared_call(output, owner, lambda: result, (), {}), "the first call of its shapes")
+
+    def _shared_call(
+        self,
+        output: Output,
+        owner: int,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        shapes = [leaf for leaf in output.leaves if isinstance(leaf, Shape)]
+        lazies = [self._round.tensor(shape.size, shape.strides, shape.dtype, shape.device) for shape in shapes]
+        result = Result(owner, lazies)
+        if owner == self._axis.rank:
+            try:
+                leaves = tree_flatten(run(*args, **kwargs))[0]
+                result.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+            except Exception as error:  # the other groups hear of it in the exchange that they wait in
+                result.error = error
+        self._results.append(result)
+        found = iter(lazies)
+        returned = tree_unflatten([next(found) if isinstance(x, Shape) else x for x in output.leaves], output.spec)
+        if len({one.owner for one in self._results}) < self._axis.size:
+            return returned
+        return full_tensors(returned, "all groups had their turn")
+
+    def _exchange(self, results: list[Result], _reason: str) -> None:
+        """Bring every result of a round to all groups."""
+        if not results:
+            return  # they were dropped
+        self._begin_round()
+        self.counts.units += len(results)
+        self.counts.rounds += max(Counter(result.owner for result in results).values())
+        exchange_results(results, self._axis)
+
+
+class _SharedCalls:
+    """Stands in the place of a model's compiled call.
+
+    Attributes:
+        compiled: what was there before.
+    """
+
+    def __init__(
+        self, branches: Branches, model: torch.nn.Module, index: int, check: SameCallCheck, compiled: Any
+    ) -> None:
+        self.compiled = compiled
+        self._branches, self._model, self._index, self._check = branches, model, index, check
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the transformer."""
+        run = self.compiled or self._model._call_impl
+        return self._branches.call(self._model, self._index, self._check, run, args, kwargs)
+
+
+def _key(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the shapes of a call's results follow from. Numbers with a point are no sizes."""
+    leaves, spec = tree_flatten((args, kwargs))
+    described = tuple(Shape.of(x) if isinstance(x, torch.Tensor) else _value(x) for x in leaves)
+    return described, spec, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
+
+
+def _value(x: Any) -> Any:
+    return type(x) if isinstance(x, (float, complex)) else (type(x), x)
+
+
+def _reason_against(leaves: Sequence[Any], given: Sequence[Any], before: Sequence[Any], is_same: bool) -> str | None:
+    """Why the results of a call, and what it did to its arguments, forbid that another group makes it."""
+    if not all(isinstance(x, _PLAIN) or type(x) is torch.Tensor for x in leaves):
+        return "a call returns an object"
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    if not tensors or len({x.device for x in tensors}) > 1 or any(x.layout != torch.strided for x in tensors):
+        return "a call returns no tensors on one device"
+    arguments = [x for x in given if isinstance(x, torch.Tensor)]
+    memory = {x.untyped_storage().data_ptr() for x in arguments if x.numel()}
+    if any(x.untyped_storage().data_ptr() in memory for x in tensors if x.numel()):
+        return "a call returns an argument"
+    copies = [x for x in before if isinstance(x, torch.Tensor)]
+    if not is_same or not all(map(torch.equal, arguments, copies)):
+        return "a call writes to an argument"
+    return None

@@ -1,0 +1,261 @@
+"""The branches of guidance on groups of ranks: the result of one process to the bit, and how much is shared."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from omni_sp import DiffusionParallelConfig, ParallelMesh, parallelize
+from omni_sp.errors import ConfigError, ShardingError, UnsupportedModelError
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import relative_error
+from tests.pipelines.zoo.all import ENTRIES
+from tests.pipelines.zoo.branches import COUNTS, PAGE, draw_twice, page
+from tests.pipelines.zoo.check import build, draw, expected_output
+from tests.thorough import THOROUGH
+
+# Two transformers, three branches, guidance that ends early, a guider, one call, and a cache object;
+# OMNI_SP_THOROUGH=1 tries every pipeline.
+SOME = (
+    "WanPipeline",
+    "StableDiffusion3Pipeline, skip layer guidance",
+    "Lumina2Pipeline, guidance cut short",
+    "HunyuanVideo15Pipeline",
+    "FluxPipeline",
+    "Flux2KleinKVPipeline",
+)
+NAMES = [name for name, entry in ENTRIES.items() if entry.runs_here and (THOROUGH or name in SOME)]
+QWEN = "QwenImagePipeline"
+Counts = dict[str, Any]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_groups_draw_the_bits_of_one_process(ranks: RankPool, name: str) -> None:
+    expected = expected_output(ranks, name)
+    for results, counts, restored in ranks.run(draw_twice, name, cfg=2, vae_parallel=False):
+        assert all(torch.equal(result, expected) for result in results)
+        assert [counts["units"], counts["rounds"]] == COUNTS[name]
+        assert restored
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg", "ulysses"),
+    [
+        (QWEN, 2, 2),
+        ("StableDiffusion3Pipeline, skip layer guidance", 2, 2),
+        ("LTX2Pipeline, 2.3", 3, 1),
+    ],
+)
+def test_with_tokens_split_and_on_three_groups(ranks: RankPool, name: str, cfg: int, ulysses: int) -> None:
+    expected = expected_output(ranks, name)
+    for results, counts, restored in ranks.run(draw_twice, name, cfg=cfg, ulysses=ulysses, vae_parallel=False):
+        for result in results:
+            assert relative_error(result, expected) <= (ENTRIES[name].error if ulysses > 1 else 0.0)
+        units, rounds = COUNTS[name]
+        assert counts["units"] == units
+        assert counts["rounds"] == (3 if cfg == 3 else rounds)  # three steps
+        assert restored
+
+
+def qwen(steps: int = 4) -> tuple[Any, dict[str, Any]]:
+    return build(QWEN, torch.float32), {**ENTRIES[QWEN].arguments(), "num_inference_steps": steps}
+
+
+def drawn_with(mesh: ParallelMesh, arguments: dict[str, Any], pipe: Any) -> tuple[bool, Counts]:
+    """Whether two groups draw the bits of one process, and the counts of the second time."""
+    expected = draw(pipe, arguments)
+    handle = parallelize(pipe, mesh)
+    assert handle.branches is not None
+    try:
+        equal = torch.equal(draw(pipe, arguments), expected)
+        handle.reset_counts()
+        equal &= torch.equal(draw(pipe, arguments), expected)
+    finally:
+        handle.remove()
+    return equal, handle.branches.counts.as_dict(mesh.cfg.size)
+
+
+def with_callbacks(mesh: ParallelMesh) -> tuple[bool, Counts]:
+    """A callback reads on rank 0 alone what it gets, and returns latents of its own."""
+    pipe, arguments = qwen()
+    seen = []
+
+    def callback(_pipe: Any, _step: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if mesh.rank == 0:
+            seen.append(float(given["latents"].abs().sum()))
+        return {"latents": given["latents"] * 0.9}
+
+    found = drawn_with(mesh, {**arguments, "callback_on_step_end": callback, "output_type": "latent"}, pipe)
+    assert len(seen) == (12 if mesh.rank == 0 else 0)
+    return found
+
+
+def with_a_step_cache(mesh: ParallelMesh, has_context: bool) -> tuple[bool, Counts]:
+    from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+
+    pipe, arguments = qwen(8)
+    # Results that are kept from one text to another must be of one length.
+    arguments |= {f"negative_{name}": arguments[name].flip(0) for name in ("prompt_embeds", "prompt_embeds_mask")}
+    plain = draw(pipe, arguments)
+    config: Any = FirstBlockCacheConfig(threshold=5.0)
+    if not has_context:
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 2000),
+            current_timestep_callback=lambda: 500,
+        )
+    pipe.transformer.enable_cache(config)
+    try:
+        found = drawn_with(mesh, arguments, pipe)
+        assert not torch.equal(draw(pipe, arguments), plain), "the cache does nothing"
+    finally:
+        pipe.transformer.disable_cache()
+    return found
+
+
+def with_a_hook_of_others(mesh: ParallelMesh) -> tuple[bool, Counts]:
+    pipe, arguments = qwen()
+    outputs: list[Any] = []
+    hook = pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *given: outputs.append(given))
+    try:
+        return drawn_with(mesh, arguments, pipe)
+    finally:
+        hook.remove()
+
+
+def with_a_copied_scheduler(mesh: ParallelMesh) -> tuple[bool, Counts]:
+    """A scheduler that was copied while it was watched steps itself, and ends the round as well."""
+    pipe, arguments = qwen()
+    handle = parallelize(pipe, mesh)
+    draw(pipe, arguments)
+    copied = copy.deepcopy(pipe.scheduler)
+    assert copied.step.__self__ is copied
+    handle.remove()
+    return drawn_with(mesh, arguments, pipe)
+
+
+@pytest.mark.parametrize(
+    ("case", "args", "units", "rounds", "note"),
+    [
+        (with_callbacks, (), 8, 4, None),
+        (with_a_copied_scheduler, (), 8, 4, None),
+        (with_a_step_cache, (True,), 16, 8, None),
+        (with_a_step_cache, (False,), 16, 16, "found nothing to share: a step cache keeps results without a context"),
+        (with_a_hook_of_others, (), 8, 8, "found nothing to share: code of others runs around a QwenImageTransformer"),
+    ],
+    ids=["callbacks", "copied scheduler", "step cache with context", "without context", "hook"],
+)
+def test_what_people_add(ranks: RankPool, case: Any, args: Any, units: int, rounds: int, note: str | None) -> None:
+    for equal, counts in ranks.run(case, *args, cfg=2, vae_parallel=False):
+        assert equal
+        assert (counts["units"], counts["rounds"]) == (units, rounds)
+        assert (counts["note"] or "").find(note or "") >= 0
+        assert (counts["note"] is None) == (note is None)
+
+
+def failing(mesh: ParallelMesh, kind: str) -> tuple[str, bool]:
+    """One group's call raises, or gives other shapes than before; then all draw the next picture."""
+    pipe, arguments = qwen()
+    expected = draw(pipe, arguments)
+    handle = parallelize(pipe, mesh)
+    draw(pipe, arguments)
+    block, calls = pipe.transformer.norm_out, []
+    plain = type(block).forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if mesh.rank == 1 and len(calls) == 2:
+            if kind == "raises":
+                raise ValueError("there is no such branch")
+            return plain(*args, **kwargs)[:, :-1]
+        return plain(*args, **kwargs)
+
+    forward.__globals__["__name__"], name = plain.__globals__["__name__"], __name__
+    type(block).forward = forward
+    text = ""
+    try:
+        draw(pipe, arguments)
+    except (ValueError, ShardingError) as error:
+        text = f"{type(error).__name__}: {error}"
+    finally:
+        type(block).forward = plain
+        forward.__globals__["__name__"] = name
+    again = torch.equal(draw(pipe, arguments), expected)
+    handle.remove()
+    return text, again
+
+
+@pytest.mark.parametrize("kind", ["raises", "other shapes"])
+def test_an_error_of_one_group_is_one_of_all(ranks: RankPool, kind: str) -> None:
+    answers = ranks.run(failing, kind, cfg=2, vae_parallel=False)
+    words = "raised an error in" if kind == "raises" else "got results of other shapes from"
+    shared = f"ShardingError: ranks [1] {words} a transformer call that they compute for all"
+    assert [text for text, _ in answers] == [
+        shared,
+        "ValueError: there is no such branch" if kind == "raises" else shared,
+    ]
+    assert all(again for _, again in answers)
+
+
+def differing(mesh: ParallelMesh) -> str:
+    pipe, arguments = qwen()
+    handle = parallelize(pipe, mesh)
+    arguments["prompt_embeds"] = arguments["prompt_embeds"] * (1 + mesh.rank)
+    try:
+        with pytest.raises(ShardingError) as error:
+            draw(pipe, arguments)
+    finally:
+        handle.remove()
+    return str(error.value)
+
+
+def test_groups_that_draw_something_else_are_found(ranks: RankPool) -> None:
+    for text in ranks.run(differing, cfg=2):
+        assert "the ranks call QwenImageTransformer2DModel with different numbers" in text
+
+
+def refused(mesh: ParallelMesh) -> list[str]:
+    pipe, _ = qwen()
+    texts = []
+    for target, captures in ((pipe.transformer, False), (pipe, True), (object(), False)):
+        with pytest.raises((ConfigError, UnsupportedModelError)) as error:
+            parallelize(target, mesh, cuda_graphs=captures)
+        texts.append(str(error.value))
+    return texts
+
+
+def test_what_has_no_branches_is_refused(ranks: RankPool) -> None:
+    for texts in ranks.run(refused, cfg=2):
+        assert "give parallelize() the pipeline" in texts[0]
+        assert "skips calls on some" in texts[1]
+        assert "has no transformer" in texts[2]
+
+
+def test_the_page_is_current() -> None:
+    """`python -m tests.pipelines.zoo.branches --write` writes it, and what it is made of."""
+    assert PAGE.read_text() == page()
+    assert {name for name, entry in ENTRIES.items() if entry.runs_here} <= COUNTS.keys()
+
+
+def test_the_equation_has_all_degrees() -> None:
+    config = DiffusionParallelConfig(cfg_parallel_size=2, ulysses_degree=3)
+    assert config.world_size == 6
+    assert config.equation == "cfg_parallel_size 2 × ulysses_degree 3 × ring_degree 1 = 6 ranks"
+
+
+def layout(mesh: ParallelMesh) -> Any:
+    return mesh.cfg.ranks, mesh.sequence.ranks, mesh.describe()
+
+
+def test_cfg_is_the_outermost_axis(ranks: RankPool) -> None:
+    answers = ranks.run(layout, cfg=2, ulysses=2)
+    assert [answer[:2] for answer in answers] == [
+        ((0, 2), (0, 1)),
+        ((1, 3), (0, 1)),
+        ((0, 2), (2, 3)),
+        ((1, 3), (2, 3)),
+    ]
+    assert answers[0][2].endswith("= 4 ranks; ring of [0 1], [2 3]")
