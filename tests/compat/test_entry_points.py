@@ -18,7 +18,17 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 assert Omni is ByItsPath is omni_sp.Omni
 assert OmniRequestOutput is omni_sp.OmniRequestOutput
-assert DiffusionParallelConfig is omni_sp.DiffusionParallelConfig
+assert issubclass(DiffusionParallelConfig, omni_sp.DiffusionParallelConfig)
+assert DiffusionParallelConfig(ulysses_degree=2).vae_parallel == "auto"
+assert DiffusionParallelConfig(ulysses_degree=2, vae_patch_parallel_size=2).vae_parallel is True
+assert DiffusionParallelConfig(cfg_parallel_size=2, ring_degree=2).world_size == 4
+assert DiffusionParallelConfig(vae_patch_parallel_size=1).vae_parallel is False
+for wrong in ({"vae_patch_parallel_size": 0}, {"vae_patch_parallel_size": 2, "vae_parallel": True}, {"usp": 2}):
+    try:
+        DiffusionParallelConfig(**wrong)
+    except omni_sp.ConfigError:
+        continue
+    raise AssertionError(wrong)
 assert OmniDiffusionSamplingParams is omni_sp.OmniDiffusionSamplingParams
 """
 

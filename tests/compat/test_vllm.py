@@ -113,11 +113,11 @@ def test_serve_with_omni_draws(started: Started, tmp_path: Path) -> None:
 
 
 def test_sigterm_ends_it_with_all_its_processes(started: Started) -> None:
-    ranks = psutil.Process(started.process.pid).children(recursive=True)
-    assert len(ranks) == 2
+    processes = psutil.Process(started.process.pid).children(recursive=True)
+    assert len(processes) == 3  # two ranks, and the one that they were forked from
     started.process.send_signal(signal.SIGTERM)
     assert started.process.wait(PATIENCE_S) == 0
-    until(lambda: not any(rank.is_running() for rank in ranks))
+    until(lambda: not any(process.is_running() for process in processes))
     with socket.create_server(("127.0.0.1", int(started.url.rpartition(":")[2]))):
         pass  # its port is free again
 

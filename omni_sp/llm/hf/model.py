@@ -16,6 +16,7 @@ from omni_sp.llm.hf.generate import Streamer, greedy
 from omni_sp.llm.hf.kv_cache import TokenCache
 from omni_sp.llm.hf.sequence_shard import SequenceShard, key_mask, prompt_layout, require_same_inputs
 from omni_sp.mesh import ParallelMesh
+from omni_sp.tested_versions import warn_if_untested
 
 _MODELS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _GROWING_ROPE = ("dynamic", "longrope")
@@ -42,6 +43,8 @@ def parallelize(model: Any, mesh: ParallelMesh, *, kernel: str = "auto") -> Para
         UnsupportedModelError: another class, a model that is parallelized already, or positions that would grow
             differently on the ranks.
     """
+    if mesh.rank == 0:  # the others would say the same
+        warn_if_untested("transformers")
     return ParallelModel(model, mesh, kernel)
 
 

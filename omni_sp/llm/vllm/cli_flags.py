@@ -11,6 +11,7 @@ from typing import Any
 
 from omni_sp.command_line import CommandLine
 from omni_sp.errors import ConfigError
+from omni_sp.llm.speculation.settings import WORKER, SpeculationSettings
 from omni_sp.llm.vllm.config import CONFIG_KEY, LlmParallelConfig
 from omni_sp.llm.vllm.model_support import require_supported_model, speculation_method
 from omni_sp.llm.vllm.step_metrics import start_step_counter
@@ -20,6 +21,7 @@ _SHIFT, _THRESHOLD = "--enable-shift-parallel", "--shift-parallel-threshold"
 _TENSOR = ("--tensor-parallel-size", "-tp")
 _MEMORY = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 _ADDITIONAL_CONFIG, _EAGER = "--additional-config", "--enforce-eager"
+_SPECULATION, _WORKER = ("--speculative-config", "-sc"), "--worker-cls"
 
 
 def is_vllm_command() -> bool:
@@ -42,37 +44,35 @@ def for_vllm(arguments: Sequence[str], *, count_steps: bool = False) -> list[str
     sequence = line.take_number(*_SEQUENCE)
     threshold = line.take_number(_THRESHOLD)
     shift = line.take_switch(_SHIFT)
-    if sequence is None:
-        if shift or threshold is not None:
-            raise ConfigError(f"{_SHIFT} and {_THRESHOLD} need {_SEQUENCE[0]} N: the ranks that share a prompt")
+    if sequence is None and (shift or threshold is not None):
+        raise ConfigError(f"{_SHIFT} and {_THRESHOLD} need {_SEQUENCE[0]} N: the ranks that share a prompt")
+    speculation = _take_speculation(line)
+    if sequence is None and speculation is None:
         return list(arguments)
     settings = LlmParallelConfig(
-        sequence_parallel_size=sequence,
+        sequence_parallel_size=1 if sequence is None else sequence,
         tensor_parallel_size=line.take_number(*_TENSOR) or 1,
         enable_shift_parallel=shift,
         shift_parallel_threshold=threshold,
+        speculation=speculation,
     )
     user_config = line.take_value(_ADDITIONAL_CONFIG)
     if any(flag.startswith(f"{_ADDITIONAL_CONFIG}.") for flag in line.flags()):
-        raise ConfigError(f"give {_ADDITIONAL_CONFIG} as one JSON object beside {_SEQUENCE[0]}")
+        raise ConfigError(f"give {_ADDITIONAL_CONFIG} as one JSON object beside our flags")
     if not settings.is_enabled:
         unchanged = [_ADDITIONAL_CONFIG, user_config] if user_config is not None else []
         return [*line.rest, *unchanged, _TENSOR[0], str(settings.world_size)]
-    require_supported_model(
-        line.value_of("--model") or line.positional_after("serve"),
-        settings,
-        enable_lora="--enable-lora" in line.flags(),
-        pipeline_parallel_size=line.number_of("--pipeline-parallel-size", "-pp") or 1,
-        data_parallel_size=line.number_of("--data-parallel-size", "-dp") or 1,
-        quantization=line.value_of("--quantization", "-q"),
-        speculation=speculation_method(line.value_of("--speculative-config", "-sc")),
-    )
+    if settings.is_sharded:
+        _require_supported(line, settings)
     user_entries = _parse_json(user_config) if user_config is not None else None
     if count_steps:
         settings = replace(settings, step_counts_file=str(start_step_counter().path))
     merged = json.dumps(settings.additional_config(user_entries))
-    eager = [] if _EAGER in line.flags() else [_EAGER]
-    return [*line.rest, *eager, _TENSOR[0], str(settings.world_size), _ADDITIONAL_CONFIG, merged]
+    eager = [_EAGER] if settings.is_sharded and _EAGER not in line.flags() else []
+    ours = [_TENSOR[0], str(settings.world_size), _ADDITIONAL_CONFIG, merged]
+    if speculation is not None:
+        ours += [_SPECULATION[0], json.dumps(speculation.for_vllm()), _WORKER, WORKER]
+    return [*line.rest, *eager, *ours]
 
 
 def world_size(rewritten: Sequence[str]) -> int:
@@ -83,6 +83,31 @@ def world_size(rewritten: Sequence[str]) -> int:
 def sets_memory(rewritten: Sequence[str]) -> bool:
     """Whether the arguments give the memory of the cache."""
     return not set(CommandLine(rewritten).flags()).isdisjoint(_MEMORY)
+
+
+def _require_supported(line: CommandLine, settings: LlmParallelConfig) -> None:
+    require_supported_model(
+        line.value_of("--model") or line.positional_after("serve"),
+        settings,
+        enable_lora="--enable-lora" in line.flags(),
+        pipeline_parallel_size=line.number_of("--pipeline-parallel-size", "-pp") or 1,
+        data_parallel_size=line.number_of("--data-parallel-size", "-dp") or 1,
+        quantization=line.value_of("--quantization", "-q"),
+        speculation=speculation_method(line.value_of(*_SPECULATION)),
+    )
+
+
+def _take_speculation(line: CommandLine) -> SpeculationSettings | None:
+    """Take the flag of speculation where it is ours: what vLLM does itself stays."""
+    dotted = f"{_SPECULATION[0]}.method"
+    if SpeculationSettings.from_config({"method": line.value_of(dotted)}) is not None:
+        raise ConfigError(f"{dotted}: give {_SPECULATION[0]} as one JSON object")
+    settings = SpeculationSettings.from_config(line.value_of(*_SPECULATION))
+    if settings is not None:
+        line.take_value(*_SPECULATION)
+        if line.value_of(_WORKER) is not None:
+            raise ConfigError(f"suffix decoding brings a worker class of its own: leave {_WORKER}")
+    return settings
 
 
 def _parse_json(text: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from omni_sp.errors import ConfigError
+from omni_sp.llm.speculation.settings import SpeculationSettings
 from omni_sp.validation import require_int
 
 _SPECULATION_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")
@@ -25,6 +26,7 @@ class LlmParallelConfig:
         shift_parallel_threshold: the most tokens of such a step. None: measured at the first step, each way in turns.
         step_counts_file: where rank 0 counts the steps. vLLM hashes it with the rest of ``additional_config`` into the
             key of its compile cache, so that no start finds another's entries. Steps run eagerly, nothing is compiled.
+        speculation: our suffix decoding; None: none, or vLLM's own speculation.
     """
 
     sequence_parallel_size: int = 1
@@ -32,6 +34,7 @@ class LlmParallelConfig:
     enable_shift_parallel: bool = False
     shift_parallel_threshold: int | None = None
     step_counts_file: str | None = None
+    speculation: SpeculationSettings | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel_size", "tensor_parallel_size"):
@@ -52,9 +55,14 @@ class LlmParallelConfig:
         return self.sequence_parallel_size * self.tensor_parallel_size
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether ranks share the tokens of a step; else the model is vLLM's own."""
+        return self.sequence_parallel_size > 1
+
+    @property
     def is_enabled(self) -> bool:
         """False where vLLM runs as it does without us."""
-        return self.sequence_parallel_size > 1
+        return self.is_sharded or self.speculation is not None
 
     def additional_config(self, user_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The ``additional_config`` for vLLM: these settings beside the user's own entries."""
@@ -70,6 +78,9 @@ class LlmParallelConfig:
         if entry is None:
             return None
         try:
+            speculation = entry.get("speculation")
+            if speculation is not None:
+                entry = entry | {"speculation": SpeculationSettings(**speculation)}
             settings = cls(**entry)
         except TypeError as error:
             raise ConfigError(f"additional_config[{CONFIG_KEY!r}]={entry!r}: {error}") from error
@@ -118,10 +129,11 @@ class EngineFeatures:
             raise ConfigError(
                 "models with multimodal rotary embeddings (mrope) are not handled: use tensor parallelism alone"
             )
-        if self.speculation is not None and self.speculation not in _SPECULATION_WITHOUT_A_MODEL:
+        is_ours = settings.speculation is not None and self.speculation == "custom_class"
+        if self.speculation is not None and not is_ours and self.speculation not in _SPECULATION_WITHOUT_A_MODEL:
             raise ConfigError(
                 f"speculation by {self.speculation!r} runs a model of its own, which is not handled: use n-gram "
-                "speculation, or none"
+                "speculation or suffix decoding, or none"
             )
         if self.attention_heads is not None and self.attention_heads % settings.world_size:
             raise ConfigError(

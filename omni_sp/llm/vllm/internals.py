@@ -239,6 +239,35 @@ def max_step_tokens(vllm_config: Any) -> int:
     return int(_read_config(vllm_config, "scheduler_config.max_num_batched_tokens"))
 
 
+def max_model_length(vllm_config: Any) -> int:
+    """The most tokens of a request, prompt and answer together."""
+    return int(_read_config(vllm_config, "model_config.max_model_len"))
+
+
+def stock_worker_class() -> type[Any]:
+    """The class of vLLM's own workers on this platform."""
+    module, name = ("cpu_worker", "CPUWorker") if runs_on_cpu() else ("gpu_worker", "Worker")
+    try:
+        stock: type[Any] = getattr(importlib.import_module(f"vllm.v1.worker.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise _unknown(f"has no {name} in vllm.v1.worker.{module}") from error
+    _require(stock, ("load_model",), name)
+    return stock
+
+
+def proposer_of(runner: Any) -> Any:
+    """The proposer of a worker's runner."""
+    _require(runner, ("drafter",), "its runner")
+    return runner.drafter
+
+
+def request_batch(runner: Any) -> Any:
+    """A runner's requests: ``req_ids`` by row, and ``req_id_to_index``."""
+    _require(runner, ("input_batch",), "its runner")
+    _require(runner.input_batch, ("req_ids", "req_id_to_index"), "its runner's input_batch")
+    return runner.input_batch
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a device has finished its work."""
     if device.type != "cpu":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import vllm
 
 from omni_sp.errors import ConfigError
+from omni_sp.llm.speculation.settings import WORKER, SpeculationSettings
 from omni_sp.llm.vllm import cpu_env, internals
 from omni_sp.llm.vllm.config import LlmParallelConfig
 from omni_sp.llm.vllm.model_support import require_supported_model, speculation_method
@@ -28,6 +30,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
         ulysses_sequence_parallel_size: ranks that share the tokens of a step. 1: vLLM runs unchanged.
         enable_shift_parallel: run steps of few tokens by tensor parallelism over all ranks, with the same weights.
         shift_parallel_threshold: the most tokens of such a step. None: measured at the first step, each way in turns.
+        speculative_config: vLLM's; the methods "suffix" and "arctic" are ours, see docs/llm.md.
         **options: all other arguments of ``vllm.LLM``.
 
     Raises:
@@ -43,30 +46,40 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
         ulysses_sequence_parallel_size: int = 1,
         enable_shift_parallel: bool = False,
         shift_parallel_threshold: int | None = None,
+        speculative_config: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        speculation = SpeculationSettings.from_config(speculative_config)
         settings = LlmParallelConfig(
             sequence_parallel_size=ulysses_sequence_parallel_size,
             tensor_parallel_size=tensor_parallel_size,
             enable_shift_parallel=enable_shift_parallel,
             shift_parallel_threshold=shift_parallel_threshold,
+            speculation=speculation,
         )
+        if speculation is not None:
+            if options.setdefault("worker_cls", WORKER) != WORKER:
+                raise ConfigError("suffix decoding brings a worker class of its own: leave worker_cls")
+            speculative_config = speculation.for_vllm()
         self._counter = None
-        if settings.is_enabled:
+        if settings.is_sharded:
             require_supported_model(
                 model,
                 settings,
-                speculation=speculation_method(options.get("speculative_config")),
+                speculation=None if speculation is not None else speculation_method(speculative_config),
                 **{name: options[name] for name in _FEATURES if name in options},
             )
             if internals.runs_on_cpu():
                 cpu_env.set_defaults(settings.world_size, memory_is_set=not _MEMORY.isdisjoint(options))
+            options.setdefault("enforce_eager", True)
+        if settings.is_enabled:
             self._counter = start_step_counter()
             settings = replace(settings, step_counts_file=str(self._counter.path))
             options["additional_config"] = settings.additional_config(options.get("additional_config"))
-            options.setdefault("enforce_eager", True)
+        if speculative_config is not None:
+            options["speculative_config"] = dict(speculative_config)
         super().__init__(model=model, tensor_parallel_size=settings.world_size, **options)
-        if self._counter is not None and not self._counter.read().models:
+        if settings.is_sharded and self._counter is not None and not self._counter.read().models:
             raise ConfigError(
                 "vLLM's processes did not load the plugin omni_sp: install omni-sp where they run, and name it in "
                 "VLLM_PLUGINS if you set that"
@@ -74,5 +87,5 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
 
     @property
     def steps(self) -> StepCounts | None:
-        """Counts of the steps so far, by how they ran, and the threshold; None without sequence parallelism."""
+        """Counts of steps and drafts so far, and the threshold; None where vLLM runs as without us."""
         return None if self._counter is None else self._counter.read()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_sp.errors import UnsupportedModelError
+from omni_sp.llm.speculation.settings import parse
 from omni_sp.llm.vllm.config import EngineFeatures, LlmParallelConfig
 from omni_sp.llm.vllm.internals import ARCHITECTURES
 
@@ -40,12 +41,7 @@ def require_supported_model(model: str | os.PathLike[str] | None, settings: LlmP
 
 def speculation_method(speculation: str | Mapping[str, Any] | None) -> str | None:
     """The method in a ``speculative_config``; None where vLLM chooses it."""
-    if isinstance(speculation, str):
-        try:
-            speculation = json.loads(speculation)
-        except ValueError:  # vLLM has a message for it
-            return None
-    return speculation.get("method") if isinstance(speculation, Mapping) else None
+    return parse(speculation).get("method")
 
 
 def _mapping(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

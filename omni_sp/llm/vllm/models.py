@@ -20,6 +20,7 @@ def sequence_parallel_class(architecture: str) -> Any:
 
         def __init__(self, *, vllm_config: Any, prefix: str = "", **more: Any) -> None:
             settings = internals.settings_of(vllm_config)
+            settings = settings if settings is not None and settings.is_sharded else None
             if settings is not None:
                 internals.require_known_vllm()
                 internals.require_supported_config(vllm_config, settings)

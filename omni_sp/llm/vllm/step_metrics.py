@@ -1,4 +1,4 @@
-"""Counts of the steps that ran each way: rank 0 writes them to a small file, the main process reads them."""
+"""Counts of steps, by how they ran, and of drafts: rank 0 writes them to a small file, the main process reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_FORMAT = struct.Struct("<6q")
+_DRAFTS = {
+    "drafts": "Drafts of next tokens, by what made them",
+    "draft_tokens": "Tokens of these drafts",
+    "accepted_tokens": "Tokens of these drafts that the model accepted",
+}
+_FORMAT = struct.Struct("<9q")
 
 
 class StepCounts(NamedTuple):
@@ -26,6 +31,9 @@ class StepCounts(NamedTuple):
         models: models that count here; 0 where vLLM's processes did not load the plugin.
         threshold: the most tokens of a step that runs by tensor parallelism; -1 where that is not measured yet, or
             shift parallelism is off.
+        drafts: drafts that suffix decoding made.
+        draft_tokens: tokens of these drafts.
+        accepted_tokens: those that the model would have generated itself.
     """
 
     ulysses_steps: int
@@ -34,10 +42,13 @@ class StepCounts(NamedTuple):
     tensor_tokens: int
     models: int
     threshold: int
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class StepCounter:
-    """Six numbers in a small file that processes of one machine map into memory.
+    """Numbers in a small file that processes of one machine map into memory.
 
     Attributes:
         path: the file.
@@ -53,7 +64,7 @@ class StepCounter:
         """A counter with a new file, for the main process."""
         handle, name = tempfile.mkstemp(prefix="omni-sp-steps-")
         with os.fdopen(handle, "wb") as file:
-            file.write(bytes(_FORMAT.size))
+            file.write(_FORMAT.pack(*StepCounts(0, 0, 0, 0, models=0, threshold=-1)))
         return cls(Path(name))
 
     @classmethod
@@ -63,11 +74,18 @@ class StepCounter:
 
     def add_step(self, tokens: int, *, is_ulysses: bool) -> None:
         """Count a step."""
-        counts = list(self.read())
-        offset = 0 if is_ulysses else 2
-        counts[offset] += 1
-        counts[offset + 1] += tokens
-        self._memory[:] = _FORMAT.pack(*counts)
+        mode = "ulysses" if is_ulysses else "tensor"
+        self._add(**{f"{mode}_steps": 1, f"{mode}_tokens": tokens})
+
+    def add_drafts(self, drafts: int, tokens: int, accepted: int) -> None:
+        """Count drafts, their tokens, and the accepted tokens of those before them."""
+        self._add(drafts=drafts, draft_tokens=tokens, accepted_tokens=accepted)
+
+    def _add(self, **increments: int) -> None:
+        counts = self.read()._asdict()
+        for name, increment in increments.items():
+            counts[name] += increment
+        self._memory[:] = _FORMAT.pack(*counts.values())
 
     def add_model(self) -> None:
         """Count a model that will count its steps here."""
@@ -93,7 +111,7 @@ class _Collector:
     counter: StepCounter | None = None
 
     def collect(self) -> Iterator[Any]:
-        """Two counters with a label for how a step ran, and the threshold."""
+        """Counters with a label for how a step ran or who drafted, and the threshold."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         assert self.counter is not None, "it is registered with a counter"
@@ -105,6 +123,10 @@ class _Collector:
             tokens.add_metric([mode], getattr(counts, f"{mode}_tokens"))
         yield steps
         yield tokens
+        for name, text in _DRAFTS.items():
+            counter = CounterMetricFamily(f"omni_sp_llm_{name}", text, labels=["by"])
+            counter.add_metric(["suffix"], getattr(counts, name))
+            yield counter
         text = "The most tokens of a step that runs by tensor parallelism; -1: not known yet, or not asked for"
         yield GaugeMetricFamily("omni_sp_llm_shift_threshold_tokens", text, value=counts.threshold)
 

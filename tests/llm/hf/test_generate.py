@@ -10,7 +10,7 @@ import torch
 
 from omni_sp.llm.hf.model import parallelize
 from omni_sp.mesh import ParallelMesh
-from testing.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 from tests.llm.hf import tiny
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]

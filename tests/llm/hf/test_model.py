@@ -12,8 +12,8 @@ import torch
 from omni_sp.errors import ShardingError
 from omni_sp.llm.hf.model import parallelize
 from omni_sp.mesh import ParallelMesh
-from testing.ranks import RankPool
-from testing.reference import relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import relative_error
 from tests.llm.hf import tiny
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]

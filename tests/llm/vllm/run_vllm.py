@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from testing.models import memory_of_rank
+from omni_sp.testing.models import memory_of_rank
 
 
 def measure_again(model: Any) -> None:
@@ -35,7 +35,15 @@ def main() -> None:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], sampling, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    result = {"version": vllm.__version__.partition("+")[0], "tokens": [answers(batch) for batch in case["batches"]]}
+    result: dict[str, Any] = {"version": vllm.__version__.partition("+")[0], "tokens": [], "steps_after": []}
+    for batch in case["batches"]:
+        result["tokens"].append(answers(batch))
+        result["steps_after"].append(llm.steps)
+        if case["aborts"]:  # a request that ends early, of which nothing may be left
+            llm.llm_engine.add_request("aborted", {"prompt_token_ids": batch[0]}, sampling)
+            for _ in range(4):
+                llm.llm_engine.step()
+            llm.llm_engine.abort_request(["aborted"])
     result |= {"steps": llm.steps, "memory": llm.apply_model(memory_of_rank)}
     if llm.steps is not None and llm.steps.threshold >= 0:
         llm.apply_model(measure_again)

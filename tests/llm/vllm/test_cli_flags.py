@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from omni_sp.errors import ConfigError, UnsupportedModelError
+from omni_sp.llm.speculation.settings import SpeculationSettings
 from omni_sp.llm.vllm.cli_flags import for_vllm
 from omni_sp.llm.vllm.config import LlmParallelConfig
 from omni_sp.llm.vllm.step_metrics import StepCounter, StepCounts, start_step_counter
@@ -68,9 +69,31 @@ def test_the_users_own_additional_config_stays() -> None:
     assert rewritten.count("--additional-config") == 1
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_suffix_decoding_becomes_vllms_custom_class_on_one_rank_and_on_several(sharded: bool) -> None:
+    line = ["serve", "M", "-sc", '{"method":"suffix","num_speculative_tokens":8,"suffix_max_spec_offset":1}']
+    rewritten = for_vllm(line + ["--sequence-parallel-size", "2"] * sharded)
+    assert json.loads(rewritten[rewritten.index("--speculative-config") + 1]) == {
+        "method": "custom_class",
+        "model": "omni_sp.llm.speculation.proposer.SuffixProposer",
+        "num_speculative_tokens": 8,
+    }
+    assert "-sc" not in rewritten
+    assert rewritten[rewritten.index("--worker-cls") + 1] == "omni_sp.llm.speculation.worker.Worker"
+    assert ("--enforce-eager" in rewritten) == sharded
+    settings = LlmParallelConfig.from_additional_config({"omni_sp": settings_in(rewritten)})
+    assert settings is not None
+    assert settings.speculation == SpeculationSettings(num_speculative_tokens=8, max_spec_offset=1)
+    assert settings.is_sharded == sharded
+    assert for_vllm(rewritten) == rewritten  # a child process reads the line again
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ('--speculative-config {"method":"suffix"} --worker-cls mine.Worker', "--worker-cls"),
+        ("--speculative-config.method suffix", "one JSON object"),
+        ('--speculative-config {"method":"suffix","num_speculative_token":3}', "'num_speculative_tokens'"),
         ("--enable-shift-parallel", "--ulysses-sequence-parallel-size"),
         ("--sequence-parallel-size 2 --shift-parallel-threshold 9", "--enable-shift-parallel"),
         ("--sequence-parallel-size two", "whole number"),
@@ -141,6 +164,12 @@ def test_steps_are_counted_in_a_file_that_the_settings_name() -> None:
     assert main.read() == StepCounts(1, 9, 2, 3, 1, 64)
     main.remove()
     main.remove()
+    main = start_step_counter()
+    main.add_drafts(2, 9, 4)
+    main.add_step(3, is_ulysses=True)
+    main.add_drafts(1, 1, 1)
+    assert main.read() == StepCounts(1, 3, 0, 0, 0, -1, 3, 10, 5)
+    assert REGISTRY.get_sample_value("omni_sp_llm_accepted_tokens_total", {"by": "suffix"}) == 5
     assert StepCounter.open(path) is None
     assert StepCounter.open(None) is None
 

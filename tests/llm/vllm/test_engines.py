@@ -19,7 +19,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from testing.models import VOCABULARY_SIZE, save_language_model
+from omni_sp.testing.components import VOCABULARY_SIZE
+from omni_sp.testing.models import save_language_model
 from tests.engine.processes import becomes_true
 from tests.thorough import thorough_only
 
@@ -55,9 +56,13 @@ def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def engine(folder: Path, batches: list[list[list[int]]], **options: Any) -> dict[str, Any]:
-    """What an engine answers to these prompts, and what it counted."""
-    case = {"options": {"model": str(folder), **SMALL, **options}, "batches": batches, "count": COUNT}
+def engine(
+    folder: Path, batches: list[list[list[int]]], *, count: int = COUNT, aborts: bool = False, **options: Any
+) -> dict[str, Any]:
+    """What an engine answers to these prompts, and what it counted; ``aborts``: also abort a request after each."""
+    case = {
+        "options": {"model": str(folder), **SMALL, **options}, "batches": batches, "count": count, "aborts": aborts
+    }  # fmt: skip
     (folder / "case.json").write_text(json.dumps(case))
     run(["-m", "tests.llm.vllm.run_vllm", "case.json", "result.json"], folder)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
@@ -117,7 +122,7 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
     )
     assert VERSION in (None, result["version"])
     assert result["tokens"] == [[greedy(model, prompt, COUNT) for prompt in batch] for batch in (first, again)]
-    ulysses_steps, ulysses_tokens, tensor_steps, _, models, threshold = result["steps"]
+    ulysses_steps, ulysses_tokens, tensor_steps, _, models, threshold = result["steps"][:6]
     assert ulysses_steps
     assert tensor_steps
     assert models == 1
@@ -138,6 +143,34 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
         # Fewer kv heads than ranks: one each, as vLLM's own tensor parallelism keeps it.
         heads_per_rank = max(1, kv_heads // (tensor * sequence))
         assert rank["kept_per_token"] == config.num_hidden_layers * 2 * heads_per_rank * head_dim * 4
+
+
+@pytest.mark.skipif(not SPECULATES, reason="this version's verification of drafts needs Triton")
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_suffix_decoding_gives_the_tokens_of_transformers_in_fewer_steps(tmp_path: Path, sequence: int) -> None:
+    """With chunks, the shift, a cached prefix, and a request that is aborted after each batch."""
+    model = save_language_model("qwen2", tmp_path)
+    first = [*prompts(*LENGTHS), prompts(9)[0] * 6]
+    again = [first[4] + [5, 6, 7], [*first[4][:100], 9, 9]]
+    shift = {"enable_shift_parallel": True, "shift_parallel_threshold": 20} if sequence > 1 else {}
+    result = engine(
+        tmp_path,
+        [first, again, first],
+        count=48,
+        aborts=True,
+        ulysses_sequence_parallel_size=sequence,
+        enable_prefix_caching=True,
+        enforce_eager=True,
+        speculative_config={"method": "suffix", "num_speculative_tokens": 24},
+        **shift,
+    )
+    assert result["tokens"] == [[greedy(model, prompt, 48) for prompt in batch] for batch in (first, again, first)]
+    ulysses_steps, _, tensor_steps, _, models, _, drafts, draft_tokens, accepted = result["steps"]
+    assert bool(ulysses_steps) == bool(tensor_steps) == bool(models) == (sequence > 1)
+    assert 0 < drafts < accepted < draft_tokens
+    # The same prompts once more: nearly all comes from drafts. Some of it is the work of the aborted request.
+    before, after = (steps[-1] for steps in result["steps_after"][1:])
+    assert after - before >= 0.8 * 48 * len(first), result["steps_after"]
 
 
 @thorough_only
@@ -282,12 +315,14 @@ def test_vllm_serve_with_our_flags_answers_a_chat(tmp_path: Path, shift: str) ->
     model = save_language_model("llama", tmp_path)
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tmp_path)]
     flags = f"--ulysses-sequence-parallel-size 2 {shift}"
-    with server(tmp_path, [*command, *flags.split()]) as url:
+    speculation = ["--speculative-config", '{"method": "suffix"}'] if SPECULATES else []
+    with server(tmp_path, [*command, *flags.split(), *speculation]) as url:
         assert VERSION in (None, version(url))
         batch = prompts(*LENGTHS)
         assert completed(url, tmp_path, batch) == [greedy(model, one, COUNT) for one in batch]
         assert chat(url, tmp_path, WORDS).strip() == expected(model, tmp_path, WORDS).strip()
         counts = metrics(url)
+        assert bool(counts['omni_sp_llm_drafts_total{by="suffix"}']) == SPECULATES
         if shift:
             assert counts[THRESHOLD] >= 0
             assert counts[ULYSSES] + counts[TENSOR]

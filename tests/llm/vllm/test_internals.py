@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from omni_sp.errors import ConfigError, UnsupportedModelError
+from omni_sp.llm.speculation.settings import SpeculationSettings
 from omni_sp.llm.vllm import internals
 from omni_sp.llm.vllm.config import LlmParallelConfig
 
@@ -49,6 +51,25 @@ def test_a_plain_engine_is_handled_and_so_is_n_gram_speculation() -> None:
     internals.require_supported_config(config(HANDLED), SETTINGS)
     ngram = {"speculative_config": SimpleNamespace(method="ngram")}
     internals.require_supported_config(config(HANDLED | ngram), SETTINGS)
+
+
+def test_a_custom_class_is_handled_where_it_is_ours() -> None:
+    custom = config(HANDLED | {"speculative_config": SimpleNamespace(method="custom_class")})
+    internals.require_supported_config(custom, replace(SETTINGS, speculation=SpeculationSettings()))
+    with pytest.raises(ConfigError, match="'custom_class'"):
+        internals.require_supported_config(custom, SETTINGS)
+
+
+def test_a_runner_without_what_the_proposer_needs_is_named() -> None:
+    batch = SimpleNamespace(req_ids=[], req_id_to_index={})
+    runner = SimpleNamespace(drafter="ours", input_batch=batch)
+    assert internals.proposer_of(runner) == "ours"
+    assert internals.request_batch(runner) is batch
+    for missing in (SimpleNamespace(), SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]))):
+        with pytest.raises(UnsupportedModelError, match=r"runner"):
+            internals.request_batch(missing)
+    with pytest.raises(UnsupportedModelError, match="drafter"):
+        internals.proposer_of(SimpleNamespace())
 
 
 @pytest.mark.parametrize(

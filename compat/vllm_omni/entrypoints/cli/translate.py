@@ -10,20 +10,22 @@ from omni_sp.command_line import split_flag, with_dashes
 from omni_sp.errors import ConfigError
 
 _SEVERAL_VALUES = ("--served-model-name", "--api-key")
+_OURS = ("--model", "--dtype", "--allowed-origins", "--vae-patch-parallel-size")
+"""Options that have another name here, or other values."""
 _DTYPES = {"half": "float16", "float": "float32"}
 _WHY_NOT = {
-    "--usp and --ring say how many processes or GPUs share a picture; leave it out": (
-        "--tensor-parallel-size -tp --pipeline-parallel-size -pp --data-parallel-size -dp --cfg-parallel-size "
-        "--vae-patch-parallel-size --enable-expert-parallel -ep --num-gpus"
+    "--cfg, --usp and --ring say how many processes or GPUs share a picture; leave it out": (
+        "--tensor-parallel-size -tp --pipeline-parallel-size -pp --data-parallel-size -dp "
+        "--enable-expert-parallel -ep --num-gpus"
     ),
     "it is for vLLM's text engine, which does not run here; leave it out": (
         "--gpu-memory-utilization --max-model-len --max-num-seqs --max-num-batched-tokens --kv-cache-dtype "
         "--kv-cache-memory-bytes --block-size --swap-space --enforce-eager --enable-prefix-caching "
         "--enable-chunked-prefill --compilation-config -cc --chat-template --tokenizer --generation-config"
     ),
-    "this server keeps no log of requests, and /metrics counts them; leave it out": (
+    "--log-level says what is logged, a line for each request, and /metrics counts them; leave it out": (
         "--uvicorn-log-level --disable-uvicorn-access-log --disable-access-log-for-endpoints --enable-log-requests "
-        "--disable-log-requests --disable-log-stats --log-stats --log-level --logging-config --log-config-file"
+        "--disable-log-requests --disable-log-stats --log-stats --logging-config --log-config-file"
     ),
     "every request has its own seed, steps and guidance; name them there": "--seed --default-sampling-params",
     "weights run as they are, in --dtype; leave it out": "--quantization -q --load-format",
@@ -31,16 +33,16 @@ _WHY_NOT = {
     "the cache of the hub is used (HF_HOME moves it); download another revision and name its folder": (
         "--revision --download-dir"
     ),
-    "a proxy in front does that; leave it out, and keep --host at this machine": (
-        "--ssl-keyfile --ssl-certfile --ssl-ca-certs --root-path --middleware"
-    ),
+    "a proxy in front does that; leave it out, and keep --host at this machine": ("--ssl-ca-certs --middleware"),
     "options come from the command line alone; write them there": "--config",
     "one process listens, and one set of ranks draws; leave it out": "--api-server-count --headless",
     "one diffusers pipeline is served, from its own folder; leave it out": "--stage-configs-path --deploy-config",
     "token and head counts that nothing divides are always taken; leave it out": "--ulysses-mode",
     "results are exact, and nothing is kept from step to step; leave it out": "--cache-backend --cache-config",
     "weights stay on their GPU; leave it out": "--enable-cpu-offload --enable-layerwise-offload",
-    "the VAE decodes a picture whole; leave it out": "--vae-use-slicing --vae-use-tiling",
+    "--vae-parallel on lets all ranks decode a picture together, exactly and without tiles; leave it out": (
+        "--vae-use-slicing --vae-use-tiling"
+    ),
 }
 REFUSED = {option: why for why, options in _WHY_NOT.items() for option in options.split()}
 """Options of vLLM and vLLM-Omni that mean nothing here, and what to do instead."""
@@ -85,7 +87,7 @@ def _translate(words: Sequence[str]) -> Iterator[str]:
             if len(values) > 1 and not is_model_known:
                 raise ConfigError(f"{name} takes every word after it: name the model first, vllm serve MODEL --omni")
             yield from (f"{name}={one}" for one in values) if values else [name]
-        elif name in ("--model", "--dtype", "--allowed-origins"):
+        elif name in _OURS:
             if not values and not rest:
                 raise ConfigError(f"{name} needs a value")
             yield from _with_our_name(name, values[0] if values else rest.pop(0))
@@ -98,6 +100,10 @@ def _with_our_name(name: str, value: str) -> Iterator[str]:
         yield value
     elif name == "--dtype":
         yield f"{name}={_DTYPES.get(value, value)}"
+    elif name == "--vae-patch-parallel-size":
+        if not re.fullmatch("[1-9][0-9]*", value):
+            raise ConfigError(f"{name} {value}: give a whole number of at least 1")
+        yield f"--vae-parallel={'off' if value == '1' else 'on'}"
     else:
         try:
             origins = json.loads(value)

@@ -1,0 +1,130 @@
+"""Options of speculation, by the names of vLLM and of Arctic Inference."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omni_sp.errors import ConfigError
+from omni_sp.validation import require_int
+
+PROPOSER = "omni_sp.llm.speculation.proposer.SuffixProposer"
+WORKER = "omni_sp.llm.speculation.worker.Worker"
+_METHODS = ("suffix", "arctic")
+# Our field -> vLLM's name and Arctic's. What vLLM's own suffix decoding does not know is Arctic's alone.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "num_speculative_tokens": ("num_speculative_tokens",),
+    "max_depth": ("suffix_decoding_max_tree_depth", "suffix_cache_max_depth"),
+    "max_requests": ("suffix_decoding_max_cached_requests", "suffix_cache_max_requests"),
+    "max_spec_factor": ("suffix_decoding_max_spec_factor", "suffix_max_spec_factor"),
+    "max_spec_offset": ("suffix_max_spec_offset",),
+    "min_token_prob": ("suffix_decoding_min_token_prob", "suffix_min_token_prob"),
+    "disable_by_batch_size": ("disable_by_batch_size",),
+}
+_VLLM_NAMES = {"num_speculative_tokens", *(names[0] for names in _NAMES.values() if names[0].startswith("suffix_d"))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationSettings:
+    """How drafts are made.
+
+    Attributes:
+        num_speculative_tokens: the most tokens of a draft.
+        max_depth: up to how many of the last tokens are compared.
+        max_requests: answers of so many of the latest requests are kept for others; 0 keeps none.
+        max_spec_factor: a draft has at most ``max_spec_factor * match + max_spec_offset`` tokens, where ``match``
+            tokens agreed.
+        max_spec_offset: see ``max_spec_factor``.
+        min_token_prob: a draft ends before a token whose estimated probability, of it and all before it, is lower.
+        disable_by_batch_size: no drafts in a step of more requests; None: no such limit.
+    """
+
+    num_speculative_tokens: int = 32
+    max_depth: int = 64
+    max_requests: int = 10_000
+    max_spec_factor: float = 1.0
+    max_spec_offset: float = 0.0
+    min_token_prob: float = 0.1
+    disable_by_batch_size: int | None = 64
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("num_speculative_tokens", 1), ("max_depth", 1), ("max_requests", 0)):
+            hint = f"give a whole number from {minimum} on"
+            require_int(name, getattr(self, name), minimum=minimum, error=ConfigError, hint=hint)
+        if self.disable_by_batch_size is not None:
+            hint = "give a number of requests from 1 on, or null for no limit"
+            require_int("disable_by_batch_size", self.disable_by_batch_size, minimum=1, error=ConfigError, hint=hint)
+        for name in ("max_spec_factor", "max_spec_offset", "min_token_prob"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name}={value!r}: give a number")
+        if not self.max_spec_factor >= 0:
+            raise ConfigError(f"max_spec_factor={self.max_spec_factor}: give a number from 0 on")
+        if not 0 <= self.min_token_prob <= 1:
+            raise ConfigError(f"min_token_prob={self.min_token_prob}: give a number from 0 to 1")
+
+    @classmethod
+    def from_config(cls, speculative_config: str | Mapping[str, Any] | None) -> SpeculationSettings | None:
+        """The settings in a ``speculative_config``; None where it is vLLM's own matter.
+
+        That is every method but "suffix" and "arctic", and "suffix" where vLLM has the arctic_inference that its own
+        suffix decoding needs, unless an option is given that only we know.
+
+        Raises:
+            ConfigError: an option is unknown, is given twice or has an invalid value.
+        """
+        options = parse(speculative_config)
+        method = options.pop("method", None)
+        if method not in _METHODS:
+            return None
+        if method == "suffix" and _VLLM_NAMES.issuperset(options) and importlib.util.find_spec("arctic_inference"):
+            return None
+        if method == "arctic":
+            _require_suffix_alone(options)
+        options.pop("enable_suffix_decoding", None)
+        fields = {name: field for field, names in _NAMES.items() for name in names}
+        values: dict[str, Any] = {}
+        for name, value in options.items():
+            if name not in fields:
+                near = difflib.get_close_matches(name, [*fields, "enable_suffix_decoding", "method"], n=1, cutoff=0.0)
+                raise ConfigError(
+                    f"speculative_config has no option {name!r} for suffix decoding; the nearest is {near[0]!r}"
+                )
+            if fields[name] in values:
+                raise ConfigError(f"speculative_config gives {' and '.join(_NAMES[fields[name]])}: give one of them")
+            values[fields[name]] = value
+        return cls(**values)
+
+    def for_vllm(self) -> dict[str, Any]:
+        """The ``speculative_config`` by which stock vLLM makes our proposer."""
+        return {
+            "method": "custom_class",
+            "model": PROPOSER,
+            "num_speculative_tokens": self.num_speculative_tokens,
+        }
+
+
+def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """A ``speculative_config`` as a dict; empty where it is none, for which vLLM has a message."""
+    if isinstance(speculative_config, str):
+        try:
+            speculative_config = json.loads(speculative_config)
+        except ValueError:
+            return {}
+    return dict(speculative_config) if isinstance(speculative_config, Mapping) else {}
+
+
+def _require_suffix_alone(options: Mapping[str, Any]) -> None:
+    if options.get("model") is not None:
+        raise ConfigError(
+            f"speculation by the trained heads of {options['model']!r} is not handled: leave 'model' and give "
+            "'enable_suffix_decoding': true, for suffix decoding alone"
+        )
+    if options.get("enable_suffix_decoding") is not True:
+        raise ConfigError(
+            "speculative_config with the method 'arctic' and no 'enable_suffix_decoding': true drafts nothing: add it"
+        )

@@ -1,0 +1,100 @@
+"""Options of speculation by both vocabularies, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+
+from omni_sp.errors import ConfigError
+from omni_sp.llm.speculation.settings import SpeculationSettings
+
+
+@pytest.fixture(autouse=True)
+def has_arctic(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The packages that are importable, as far as the settings look."""
+    packages: list[str] = []
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in packages if "arctic" in name else find(name))
+    return packages
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"method": "suffix"}, {}),
+        ({"method": "arctic", "enable_suffix_decoding": True}, {}),
+        ({"method": "suffix", "num_speculative_tokens": 8}, {"num_speculative_tokens": 8}),
+        (
+            {
+                "method": "suffix",
+                "suffix_decoding_max_tree_depth": 24,
+                "suffix_decoding_max_cached_requests": 9,
+                "suffix_decoding_max_spec_factor": 2,
+                "suffix_decoding_min_token_prob": 0.2,
+            },
+            {"max_depth": 24, "max_requests": 9, "max_spec_factor": 2, "min_token_prob": 0.2},
+        ),
+        (
+            {
+                "method": "arctic",
+                "enable_suffix_decoding": True,
+                "suffix_cache_max_depth": 24,
+                "suffix_cache_max_requests": 0,
+                "suffix_max_spec_factor": 2.0,
+                "suffix_max_spec_offset": -1,
+                "suffix_min_token_prob": 0.2,
+                "disable_by_batch_size": None,
+            },
+            {
+                "max_depth": 24,
+                "max_requests": 0,
+                "max_spec_factor": 2.0,
+                "max_spec_offset": -1,
+                "min_token_prob": 0.2,
+                "disable_by_batch_size": None,
+            },
+        ),
+    ],
+)
+def test_both_vocabularies(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert SpeculationSettings.from_config(options) == SpeculationSettings(**expected)
+    assert SpeculationSettings.from_config(json.dumps(options)) == SpeculationSettings(**expected)
+
+
+@pytest.mark.parametrize("options", [None, "{", "[]", {}, {"method": "ngram"}, {"method": "eagle3", "model": "x"}])
+def test_other_methods_are_vllms(options: Any) -> None:
+    assert SpeculationSettings.from_config(options) is None
+
+
+def test_suffix_decoding_is_vllms_own_where_its_package_is_installed_and_no_option_is_ours(
+    has_arctic: list[str],
+) -> None:
+    has_arctic.append("arctic_inference")
+    stock = {"method": "suffix", "suffix_decoding_max_tree_depth": 24}
+    assert SpeculationSettings.from_config(stock) is None
+    assert SpeculationSettings.from_config(stock | {"disable_by_batch_size": 8}) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "suffix", "suffix_max_depth": 3}, "nearest is 'suffix_cache_max_depth'"),
+        ({"method": "suffix", "max_tree": 3}, "'max_tree'"),
+        ({"suffix_min_token_prob": 0.1, "suffix_decoding_min_token_prob": 0.1}, "give one of them"),
+        ({"num_speculative_tokens": 0}, "from 1 on"),
+        ({"suffix_cache_max_depth": "3"}, "whole number"),
+        ({"suffix_cache_max_requests": -1}, "from 0 on"),
+        ({"disable_by_batch_size": 0}, "no limit"),
+        ({"suffix_max_spec_factor": -1.0}, "from 0 on"),
+        ({"suffix_max_spec_factor": "1"}, "give a number"),
+        ({"suffix_min_token_prob": 1.5}, "from 0 to 1"),
+        ({"method": "arctic", "model": "x"}, "trained heads of 'x'"),
+        ({"method": "arctic"}, "drafts nothing"),
+    ],
+)
+def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SpeculationSettings.from_config({"method": "suffix"} | options)
