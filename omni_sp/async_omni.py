@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,11 @@ from omni_sp.engine.dispatcher import STARTING, Dispatcher
 from omni_sp.engine.jobs import EngineStats, Job
 from omni_sp.engine.messages import Call, Done, Progress, Ready, new_seed
 from omni_sp.engine.ranks import Launcher
-from omni_sp.engine.ranks.spawn import SpawnLauncher
-from omni_sp.engine.ranks.torchrun import inside_distributed_program
-from omni_sp.engine.ranks.torchrun_supervised import TorchrunLauncher, job_rank, require_job_of, supervise_rank
+from omni_sp.engine.ranks.fork import local_launcher
+from omni_sp.engine.ranks.torchrun import inside_distributed_program, job_rank
+from omni_sp.engine.ranks.torchrun_supervised import TorchrunLauncher, require_supervised_job_of, supervise_rank
 from omni_sp.engine.startup import warm_up_errors_named
-from omni_sp.errors import ConfigError, EngineClosedError, OmniSPError
+from omni_sp.errors import ConfigError, EngineClosedError, OmniSPError, SamplingParamsError
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
 from omni_sp.pipelines.arguments import call_arguments, warm_up_arguments
 from omni_sp.requests import Model, PromptInput, engine_options, output_of, parse_prompt, require_known, require_params
@@ -39,21 +39,31 @@ class AsyncOmni:
     """A diffusers pipeline on rank processes, for many requests at once, drawn one by one or a few together.
 
     ``async with AsyncOmni(model, ...) as omni`` starts and ends it; ``start()`` and ``close()`` do so by hand. When a
-    rank dies, raises or falls silent, all ranks are ended and started again; requests in the queue stay there. A
-    request whose ranks died during it is tried once more; one whose ranks raised fails with that error.
+    rank dies (also while nothing runs), raises by itself or falls silent, all ranks are ended and started again;
+    requests in the queue stay there. A request whose ranks died during it is tried once more; one whose ranks raised
+    fails with that error.
 
     Under torchrun, on one machine or several, requests are made in the process of rank 0, where ``is_main`` is True. In
     each of the others the program calls ``await omni.supervise_rank()`` instead of starting it: that runs the process's
     rank, which can die and be started again there, and returns when rank 0's AsyncOmni is over.
 
     Args:
-        model: a hub id, a folder that a diffusers pipeline was saved to, or "omni-sp/shapes", the embedded demo model.
+        model: a hub id, a folder that a diffusers pipeline was saved to, a .safetensors or .gguf file (its path, or
+            OWNER/REPOSITORY/FILE on the hub), or "omni-sp/shapes", the embedded demo model.
         parallel_config: the degrees; None for one rank, which is a process of its own too.
         device: "cpu"; "cuda" for one GPU per rank; "cuda:N" to let all ranks share that GPU; None for "cuda" where
             there is a GPU, else "cpu".
         dtype: "float32", "bfloat16", "float16" or the torch dtype; None for bfloat16 on CUDA and float32 on the CPU.
-        attention_backend: name of the attention kernel, or "auto".
+        single_file_config: of a model that is one file, the folder or hub id of the pipeline that it belongs to, from
+            which comes what the file lacks; None where diffusers can tell it by the file.
+        attention_backend: name of the attention kernel, "auto", or "tune" to time them for each shape.
         attention_strategy: "omni_sp", or "yunchang" to have that library carry out the attention, for comparing.
+        replay: blocks of a transformer are followed once and then replayed, which is the same and quicker.
+        compile: what is replayed is compiled by torch.compile, once for each kind of block and each shape; a text is a
+            mode of it, such as "max-autotune-no-cudagraphs". The first picture takes minutes, the others are quicker.
+        cuda_graphs: on GPUs, forwards whose blocks are all replayed are captured as CUDA graphs, one for each shape.
+        lora: LoRA adapters by name, each a folder, a file or a hub id, which requests may name: they are read at the
+            start, and no weight of the model changes when a request puts them on. Needs peft.
         rank_timeout_s: the longest silence of ranks between two steps, in seconds, before they count as failed.
         startup_timeout_s: the longest silence of ranks while they load the model, in seconds.
         max_queue_length: requests that may wait; None for any number.
@@ -82,8 +92,13 @@ class AsyncOmni:
         *,
         device: str | None = None,
         dtype: Any = None,
+        single_file_config: Model | None = None,
         attention_backend: str = "auto",
         attention_strategy: str = "omni_sp",
+        replay: bool = True,
+        compile: bool | str = False,
+        cuda_graphs: bool = False,
+        lora: Mapping[str, Model] | None = None,
         rank_timeout_s: float = 600.0,
         startup_timeout_s: float = 3600.0,
         max_queue_length: int | None = None,
@@ -102,19 +117,24 @@ class AsyncOmni:
             parallel_config,
             device=device,
             dtype=dtype,
+            single_file_config=single_file_config,
             attention_backend=attention_backend,
             attention_strategy=attention_strategy,
+            replay=replay,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+            lora=lora,
             rank_timeout_s=rank_timeout_s,
             startup_timeout_s=startup_timeout_s,
         )
         self.is_main = True
         if launcher is None and inside_distributed_program():
-            require_job_of(self._options.config)
+            require_supervised_job_of(self._options.config)
             self.is_main = job_rank() == 0
             launcher = TorchrunLauncher() if self.is_main else None
         self._dispatcher = Dispatcher(
             self._options,
-            launcher or SpawnLauncher(thread_stays=True),
+            launcher or local_launcher(self._options.source, thread_stays=True),
             warm_up=self._warm_up_calls,
             max_queue_length=max_queue_length,
             on_news=on_news or (lambda _news: None),
@@ -229,8 +249,9 @@ class AsyncOmni:
         Leaving the iteration early (``aclose()``) aborts the request.
 
         Args:
-            prompt: a string, or a dict with ``prompt``, ``negative_prompt``, ``image``, as for Omni.generate.
-            sampling_params: what is None is the model's own default.
+            prompt: a string or a dict, as for Omni.generate.
+            sampling_params: what is None is the model's own default. The pipeline runs in other processes, so
+                ``extra_args`` has no place for its callbacks: the events are in place of them, and ``abort()``.
             request_id: a name of your own for the request; None for a random one.
             priority: higher ones come first, equal ones in the order of arrival.
             previews: yield small pictures of the intermediate result along with some of the steps.
@@ -241,6 +262,7 @@ class AsyncOmni:
             EngineClosedError: it is draining, closed or has failed, or has not started yet.
         """
         params, parsed, capabilities = require_params(sampling_params), parse_prompt(prompt), self.info.capabilities
+        _refuse_callbacks(params)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[RequestEvent] = asyncio.Queue()
         name = request_id or f"request-{uuid.uuid4().hex}"
@@ -252,7 +274,11 @@ class AsyncOmni:
         def on_progress(progress: Progress) -> None:
             previews, done, total = progress.previews, progress.done, progress.total
             first = next(iter(previews), None)
-            send(RequestProgress(request_id=name, done=done, total=total, preview=first, previews=previews))
+            send(
+                RequestProgress(
+                    request_id=name, done=done, total=total, preview=first, previews=previews, note=progress.note
+                )
+            )
 
         def on_end(result: Done | OmniSPError) -> None:
             if isinstance(result, Done):
@@ -266,7 +292,9 @@ class AsyncOmni:
             call=Call(
                 request_id=name,
                 arguments=call_arguments(capabilities, parsed, params),
-                seeds=(new_seed() if params.seed is None else params.seed,),
+                seeds=params.seeds or (new_seed(),),
+                scheduler=params.scheduler,
+                adapters=params.adapters,
                 can_be_aborted=True,
                 previews=previews,
             ),
@@ -307,6 +335,17 @@ class AsyncOmni:
                 arguments = warm_up_arguments(ready.capabilities, height, width)
             calls.append(Call(request_id=name, arguments=arguments, seeds=(0,)))
         return calls
+
+
+def _refuse_callbacks(params: OmniDiffusionSamplingParams) -> None:
+    """Refuse functions that a pipeline would call at its steps: it runs in processes that are not the caller's."""
+    for name, value in params.extra_args.items():
+        if str(name).startswith("callback") or callable(value):
+            raise SamplingParamsError(
+                f"AsyncOmni takes no {name}: the pipeline runs in other processes. Read the events of generate() "
+                "instead: RequestProgress at every step, with pictures where previews=True; abort(request_id) stops it",
+                param=str(name),
+            )
 
 
 def _batching(max_size: int, wait_ms: float) -> Batching:

@@ -13,7 +13,7 @@ from typing import Any
 
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.engine.messages import Call, Done
-from omni_sp.errors import InvalidInputError
+from omni_sp.errors import CallFailedError, InvalidInputError
 from omni_sp.pipelines.arguments import Prompt, call_arguments, small_arguments
 from omni_sp.pipelines.capabilities import PipelineCapabilities
 
@@ -21,7 +21,7 @@ BATCH, ROUNDING, SMALLEST = "batch", "rounding", "smallest"
 """Names of the errors that a batch's check answers with."""
 
 _PROMPTS = ("prompt", "negative_prompt")
-_PER_PROMPT = ("images", "videos", "audios")
+_PER_PROMPT = ("images", "videos", "audios", "dropped_tokens")
 _SHORT, _LONG = "a star", "a small red circle on a blue background in the snow, seen from far away by a sleepy cat"
 # A batch may round otherwise than one prompt does. What visible padding or a wrong seed changes is far more than this.
 _TIMES = 4.0
@@ -35,11 +35,13 @@ class Batching:
         max_size: prompts of one call, at most.
         wait_s: seconds that a request waits for others once the ranks are free.
         proven: the kinds of calls that prove() found exact: True for those with negative prompts.
+        refused: keys of calls that the pipeline would not draw together.
     """
 
     max_size: int = 1
     wait_s: float = 0.0
     proven: set[bool] = field(default_factory=set)
+    refused: set[Hashable] = field(default_factory=set)
 
     def key(self, capabilities: PipelineCapabilities, call: Call) -> Hashable | None:
         """What calls must have in common to share one call of the pipeline; None for a call that is made alone."""
@@ -55,7 +57,9 @@ class Batching:
             name == "output_type" or value is None or isinstance(value, (bool, int, float))
             for name, value in rest.items()
         )
-        return (is_guided, *sorted(rest.items())) if is_plain and count in (None, 1) else None
+        is_alone = count not in (None, 1) or len(call.seeds) != 1 or call.scheduler is not None
+        key = (is_guided, call.adapters, *sorted(rest.items())) if is_plain and not is_alone else None
+        return None if key in self.refused else key
 
     def prove(
         self, capabilities: PipelineCapabilities, run: Callable[[Call], Done], report: Callable[[str], None]
@@ -73,7 +77,7 @@ class Batching:
                 if call is None:
                     continue
                 errors = run(call).errors
-            except InvalidInputError as error:
+            except (InvalidInputError, CallFailedError) as error:
                 report(f"{what} are drawn one by one: {error}")
                 continue
             batch, rounding, smallest = errors[BATCH], errors[ROUNDING], errors[SMALLEST]

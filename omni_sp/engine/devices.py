@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
 from omni_sp.machine import num_cores
+from omni_sp.validation import shown
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _ON_CPU = 'run on the CPU with device="cpu" (--device cpu)'
@@ -17,7 +18,7 @@ _ON_CPU = 'run on the CPU with device="cpu" (--device cpu)'
 def check_device_name(device: str | None) -> None:
     """Refuse what is no device, before torch is imported."""
     if device is not None and not (isinstance(device, str) and _DEVICE.fullmatch(device)):
-        raise ConfigError(f'device={device!r}: give "cpu", "cuda", "cuda:0" and so on, or None to choose')
+        raise ConfigError(f'device={shown(device)}: give "cpu", "cuda", "cuda:0" and so on, or None to choose')
 
 
 def rank_devices(device: str | None, config: DiffusionParallelConfig) -> list[str]:

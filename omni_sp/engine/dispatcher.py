@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from omni_sp.engine.batching import Batching, merge_calls, split_result
-from omni_sp.engine.engine import Engine
+from omni_sp.engine.engine import Engine, require_owner
 from omni_sp.engine.jobs import EngineStats, Job
 from omni_sp.engine.messages import Call, Done, EngineOptions, Progress, Ready
 from omni_sp.engine.ranks import Launcher
@@ -23,7 +24,9 @@ from omni_sp.errors import (
     RankFailedError,
     RequestAbortedError,
     SamplingParamsError,
+    UnsupportedModelError,
 )
+from omni_sp.pipelines.results import require_finite
 
 STARTING, READY, RESTARTING = "starting", "ready", "restarting"
 DRAINING, CLOSED, FAILED = "draining", "closed", "failed"
@@ -31,14 +34,18 @@ _OVER = (DRAINING, CLOSED, FAILED)
 RESTART_AFTER_S = (0.0, 1.0, 5.0, 15.0)
 """Pauses before the first, second, … attempt in a row to start the ranks again; after the last one it is over."""
 _JOIN_S = 30.0
+_IDLE_S = 0.5
+"""While no job comes, so often it is looked whether the ranks are there."""
+_STABLE_S = 30.0
 
 
 class Dispatcher:
     """Owns rank processes, and gives them one job after the other, or a few at once where that is proven exact.
 
-    When a rank dies, raises or falls silent, all are ended and started again; waiting jobs keep waiting. A job whose
-    ranks died during its call is tried once more, since it need not be the cause; one whose ranks raised fails. Of a
-    batch that failed, each job is tried alone: the cause may be one of them, or their number.
+    When a rank dies (also while nothing runs), raises by itself or falls silent, all are ended and started again;
+    waiting jobs keep waiting. A job whose ranks died during its call is tried once more, since it need not be the
+    cause; one whose ranks raised fails. Of a batch that failed, each job is tried alone: the cause may be one of them,
+    or their number.
 
     Args:
         warm_up: gives the calls to run before the first job.
@@ -61,6 +68,7 @@ class Dispatcher:
         on_news: Callable[[str], None],
         batching: Batching | None = None,
     ) -> None:
+        self._owner = os.getpid()
         self._options, self._launcher = options, launcher
         self._warm_up, self._max_queue_length, self._on_news = warm_up, max_queue_length, on_news
         self._batching = batching or Batching()
@@ -72,6 +80,7 @@ class Dispatcher:
         self._engine: Engine | None = None
         self._error: BaseException | None = None
         self._stats = EngineStats()
+        self._started = 0.0
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
         self.status = STARTING
@@ -111,8 +120,9 @@ class Dispatcher:
         Raises:
             QueueFullError: too many wait.
             SamplingParamsError: its request_id is in use.
-            EngineClosedError: it is draining, closed, or has failed.
+            EngineClosedError: it is draining, closed, or has failed, or this is a forked copy of its process.
         """
+        require_owner(self._owner)
         with self._lock:
             if self.status in _OVER:
                 reason = f": {self._error}" if self._error is not None else ""
@@ -187,18 +197,25 @@ class Dispatcher:
             on_started(error)
             return
         on_started(None)
-        while jobs := self._next():
-            self._run(jobs)
+        while (jobs := self._next()) is not None:
+            if jobs:
+                self._run(jobs)
+            else:
+                self._look_for_lost_ranks()
         if self._engine is not None:
             self._engine.close()
 
-    def _next(self) -> list[Job]:
-        """The jobs to run now, in one call; none when it is over."""
+    def _next(self) -> list[Job] | None:
+        """The jobs to run now, in one call; none where none has come for a while, and None when it is over."""
         with self._lock:
+            until = time.monotonic() + _IDLE_S
             while self.status not in _OVER and (wait_s := self._wait_s()) != 0:
-                self._lock.wait(wait_s)
+                idle_s = until - time.monotonic()
+                if idle_s <= 0:
+                    return []
+                self._lock.wait(idle_s if wait_s is None else min(wait_s, idle_s))
             if not self._queue or self.status in (CLOSED, FAILED):
-                return []
+                return None
             jobs = self._first()
             self._queue = [job for job in self._queue if job not in jobs]
             heapq.heapify(self._queue)
@@ -238,6 +255,8 @@ class Dispatcher:
             self._running = []
             if isinstance(results[0], Done):
                 self._note_call(results[0])
+            elif isinstance(results[0], UnsupportedModelError) and len(jobs) > 1:
+                self._batching.refused.add(jobs[0].key)
             for job, result in zip(jobs, results, strict=True):
                 if self._deserves_another_try(job, result, batch=len(jobs) > 1):
                     heapq.heappush(self._queue, job)
@@ -246,13 +265,27 @@ class Dispatcher:
             self._notify_positions()
         if not engine.is_open and self.status not in _OVER:
             self._on_news(f"the ranks start again: {results[0]}")
-            self._restart()
+            self._restart(RESTART_AFTER_S)
+
+    def _look_for_lost_ranks(self) -> None:
+        """Start the ranks again where one of them has ended while nothing ran."""
+        assert self._engine is not None
+        try:
+            self._engine.require_alive()
+        except RankFailedError as error:
+            if self.status in _OVER:  # close() in another thread has ended it
+                return
+            self._on_news(f"the ranks start again: {error}")
+            # One that ends soon after every start must not be started all the time.
+            is_stable = time.monotonic() - self._started > _STABLE_S
+            self._restart(RESTART_AFTER_S if is_stable else RESTART_AFTER_S[1:])
 
     def _answers(self, engine: Engine, jobs: list[Job]) -> list[Done]:
-        """One call for all of them; what Engine.run raises is raised."""
+        """One call for all of them; what Engine.run raises is raised, and NonFiniteResultError."""
         calls = [job.call for job in jobs]
         call = calls[0] if len(jobs) == 1 else merge_calls(self._running_as, calls)
         done = engine.run(call, lambda news: self._note(jobs, news))
+        require_finite(done.result, engine.ready.capabilities, engine.ready.dtype)
         return [done] if len(jobs) == 1 else split_result(done, calls)
 
     def _deserves_another_try(self, job: Job, result: Done | OmniSPError, *, batch: bool) -> bool:
@@ -267,7 +300,7 @@ class Dispatcher:
 
     def _note(self, jobs: list[Job], news: Progress) -> None:
         with self._lock:
-            self._stats.steps += news.done > 0
+            self._stats.steps += news.done > 0 and not news.note
             each = len(news.previews) // len(jobs)
             for place, job in enumerate(jobs):
                 if not job.is_over:
@@ -311,6 +344,7 @@ class Dispatcher:
             raise
         engine.start.finish()
         with self._lock:
+            self._started = time.monotonic()
             self.ready, self._stats.start_s = engine.ready, dict(engine.start.seconds)
             if self.status in (STARTING, RESTARTING):
                 self.status = READY
@@ -318,14 +352,16 @@ class Dispatcher:
         if over:  # closed while it loaded
             engine.close()
 
-    def _restart(self) -> None:
+    def _restart(self, pauses: Sequence[float]) -> None:
         """Start the ranks again, with longer and longer pauses."""
         last: BaseException = EngineClosedError("no attempt was made")
-        for pause in RESTART_AFTER_S:
+        for pause in pauses:
             with self._lock:
-                if self._lock.wait_for(lambda: self.status in _OVER, pause) or self.status in _OVER:
+                if self.status in _OVER:
                     return
                 self.status = RESTARTING
+                if self._lock.wait_for(lambda: self.status in _OVER, pause):
+                    return
                 self._stats.restarts += 1
             try:
                 self._start_ranks()
@@ -353,12 +389,7 @@ class Dispatcher:
             return
         job.is_over = True
         self._jobs.pop(job.call.request_id, None)
-        if isinstance(result, Done):
-            self._stats.done += 1
-        elif isinstance(result, RequestAbortedError):
-            self._stats.aborted += 1
-        else:
-            self._stats.failed += 1
+        self._stats.count(result)
         job.on_end(result)
 
     def _notify_positions(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,7 +12,6 @@ from dataclasses import replace
 from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Ready, new_seed
 from omni_sp.engine.ranks import Launcher, RankGroup
 from omni_sp.engine.ranks.remote import RemoteRanks
-from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.engine.ranks.torchrun import inside_distributed_program
 from omni_sp.engine.startup import WARM_UP, OnNews, Startup, warm_up_errors_named
 from omni_sp.errors import EngineClosedError
@@ -35,7 +35,9 @@ class Engine:
 
     def __init__(self, group: RankGroup, start: Startup, is_cancelled: Callable[[], bool] = lambda: False) -> None:
         self._group = group
+        self._owner = os.getpid()
         self._closed: str | None = None
+        self._has_failed = False
         self._lock = threading.Lock()
         self.start = start
         # An abandoned engine, and the end of the interpreter, end the ranks too.
@@ -61,25 +63,50 @@ class Engine:
         """False once it was closed, or a failure closed it."""
         return self._closed is None
 
+    @property
+    def can_start_again(self) -> bool:
+        """True after a failure that closed it, where a new engine can take its place."""
+        return self._has_failed and self._group.can_start_again
+
+    def require_alive(self) -> None:
+        """Between two calls, look whether the ranks are still there.
+
+        Raises:
+            RankFailedError: one of them has ended. The engine is closed then.
+        """
+        require_owner(self._owner)
+        with self._lock:
+            if self._closed is None:
+                try:
+                    self._group.require_alive()
+                except BaseException as error:
+                    self._shut_down(f"between two calls, {error}")
+                    raise
+
     def new_seed(self) -> int:
         """A seed at random, the same on every rank of the program."""
         self._require_open()
         return self._group.broadcast(new_seed())
 
-    def run(self, call: Call, on_progress: OnProgress | None) -> Done:
+    def run(self, call: Call, on_progress: OnProgress | None, is_aborted: Callable[[], bool] = lambda: False) -> Done:
         """Run one call on all ranks.
+
+        Args:
+            is_aborted: asked now and then, whether to abort() it.
 
         Raises:
             InvalidInputError: the pipeline refused the call on every rank alike; the engine goes on.
-            RequestAbortedError: abort() was called; the engine goes on.
+            RequestAbortedError: the call was aborted; the engine goes on.
+            CallFailedError: the ranks raised something else alike; the engine goes on.
             ShardingError: the ranks of the program around make different calls.
-            RankFailedError: a rank raised, died, or fell silent. The engine is closed, unless its one rank is alone.
+            RankFailedError: a rank raised by itself, died, or fell silent. The engine is closed.
             EngineClosedError: it had been closed before, or was closed meanwhile.
         """
+        require_owner(self._owner)
         with self._lock:
             self._require_open()
             try:
-                return self._group.run(call, on_progress)
+                return self._group.run(call, on_progress, is_aborted)
             except BaseException as error:
                 if self._closed is not None:  # close() in another thread
                     raise EngineClosedError(f"the engine was closed during a call: {self._closed}") from error
@@ -106,6 +133,7 @@ class Engine:
 
     def close(self) -> None:
         """End the ranks and give memory back. Idempotent."""
+        self._has_failed = False  # whatever came before, nobody wants another one
         if self._closed is None:
             self._closed = "close() was called"
             self._finalizer.detach()
@@ -113,13 +141,14 @@ class Engine:
             self._group.end(0.0 if self._lock.locked() else _STOP_S)
 
     def _require_open(self) -> None:
+        require_owner(self._owner)
         if self._closed is not None:
             raise EngineClosedError(f"this Omni is closed: {self._closed}; make a new one")
 
     def _shut_down(self, reason: str) -> None:
         """End the ranks at once: they may stand anywhere."""
         if self._closed is None:
-            self._closed = reason
+            self._closed, self._has_failed = reason, True
         self._finalizer.detach()
         try:
             self._group.end()
@@ -127,11 +156,24 @@ class Engine:
             logger.exception("ending the ranks failed")
 
 
+def require_owner(pid: int) -> None:
+    """Refuse to work in a forked copy of the process that started the ranks: both would read the same pipes.
+
+    Raises:
+        EngineClosedError: this is not the process of this number.
+    """
+    if os.getpid() != pid:
+        raise EngineClosedError(
+            f"this Omni belongs to process {pid}, and this is a forked copy of it, process {os.getpid()}: make an Omni "
+            'in the process that uses it, and start processes with multiprocessing.get_context("spawn")'
+        )
+
+
 def open_engine(options: EngineOptions, on_news: OnNews, launcher: Launcher | None = None) -> Engine:
     """Join the ranks of the program around; else run one rank in this process; else start processes."""
     joined, start = inside_distributed_program(), Startup(on_news)
     if options.config.world_size > 1 and not joined:
-        return Engine(RemoteRanks(options, launcher or SpawnLauncher()), start)
+        return Engine(RemoteRanks(options, launcher), start)
     # It imports diffusers, which a front of other processes never needs.
     from omni_sp.engine.ranks.local import LocalRank
 

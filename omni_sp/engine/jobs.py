@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from omni_sp.engine.messages import Call, Done, OnProgress
-from omni_sp.errors import OmniSPError
+from omni_sp.errors import OmniSPError, RequestAbortedError
 
 
 @dataclass
@@ -38,6 +38,15 @@ class EngineStats:
     denoise_s: float = 0.0
     steps_done: int = 0
     start_s: dict[str, float] = field(default_factory=dict)
+
+    def count(self, result: Done | OmniSPError) -> None:
+        """Count a request by how it ended."""
+        if isinstance(result, Done):
+            self.done += 1
+        elif isinstance(result, RequestAbortedError):
+            self.aborted += 1
+        else:
+            self.failed += 1
 
 
 @dataclass(eq=False, kw_only=True)

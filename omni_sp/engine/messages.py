@@ -22,8 +22,12 @@ class EngineOptions:
         dtype: a torch dtype's name, or None for the device's default.
         attention_backend: a kernel's name, or "auto".
         attention_strategy: whose sequence-parallel attention it is.
+        replay: blocks that were followed once are replayed.
+        compile: what is replayed is compiled; a text is a mode of torch.compile.
+        cuda_graphs: forwards whose blocks are all replayed are captured.
         rank_timeout_s: the longest silence of ranks during a call, in seconds.
         startup_timeout_s: the longest silence of ranks while they load, in seconds.
+        lora: name -> where the LoRA adapter is.
     """
 
     source: ModelSource
@@ -32,8 +36,12 @@ class EngineOptions:
     dtype: str | None
     attention_backend: str
     attention_strategy: str
+    replay: bool
+    compile: bool | str
+    cuda_graphs: bool
     rank_timeout_s: float
     startup_timeout_s: float
+    lora: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +88,10 @@ class Call:
 
     Attributes:
         arguments: of the pipeline's own ``__call__``, without the generator.
-        seeds: one; or one for each prompt where the arguments hold lists of prompts (see batching.merge_calls).
+        seeds: one; or one for each prompt where the arguments hold lists of prompts (see batching.merge_calls); or one
+            for each output of the one prompt.
+        scheduler: takes the loaded one's place, see OmniDiffusionSamplingParams.
+        adapters: the LoRA adapters that are on, (name, scale).
         check: "ranks" also runs it on each rank alone, "batch" also runs each prompt alone; both answer how far apart
             the results are.
         can_be_aborted: before every step the ranks agree whether an Abort has come.
@@ -90,6 +101,8 @@ class Call:
     request_id: str
     arguments: Mapping[str, Any]
     seeds: tuple[int, ...]
+    scheduler: str | tuple[str, Mapping[str, Any]] | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
     check: Literal["ranks", "batch"] | None = None
     can_be_aborted: bool = False
     previews: bool = False
@@ -150,6 +163,7 @@ class Ready:
         load_s: seconds to load and parallelize.
         rings: the ranks, a row for each Ulysses group; the ring goes from row to row.
         start_s: seconds of each part of the start so far, by the front's clock (see startup.CAPTIONS).
+        model: its name for people, without the folders that it lies in.
     """
 
     rank: int
@@ -161,6 +175,7 @@ class Ready:
     load_s: float
     rings: tuple[tuple[int, ...], ...] = ((0,),)
     start_s: Mapping[str, float] = field(default_factory=dict)
+    model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +184,13 @@ class Progress:
 
     Attributes:
         previews: small pictures of the intermediate result, one for each picture of the call, prompt by prompt.
+        note: what takes long just now, such as a compilation.
     """
 
     done: int
     total: int
     previews: tuple[Any, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +201,12 @@ class Done:
         result: what the pipeline made; from rank 0 alone, and None of a check.
         tokens: stream name -> the most tokens that one forward had.
         errors: of a check, from every rank: stage -> relative difference.
+        gathers: of a check: operation -> how often it needed a full tensor.
+        blocks: how the calls of blocks were made, see `omni_sp.sharding.BlockCounts`.
+        kernels: shape of attention -> the kernel that was timed to be the fastest, with attention_backend="tune".
+        vae_ranks: ranks that decoded together, or 1.
+        branches: with ``cfg_parallel_size`` above 1, what its groups shared, see `omni_sp.pipelines.branches`.
+        exchanges: of what the rank has sent so far (see ParallelMesh.exchanges_so_far).
     """
 
     request_id: str
@@ -191,6 +214,11 @@ class Done:
     tokens: Mapping[str, int]
     errors: Mapping[str, float] = field(default_factory=dict)
     gathers: Mapping[str, int] = field(default_factory=dict)
+    blocks: Mapping[str, Any] = field(default_factory=dict)
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    vae_ranks: int = 1
+    branches: Mapping[str, Any] = field(default_factory=dict)
+    exchanges: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +227,14 @@ class Failed:
 
     Attributes:
         kind: the class of the error.
-        is_shared: all ranks raise it alike at the same point, and stand ready for the next call: one of our own
-            InvalidInputErrors, or an abort.
+        is_shared: where one rank raises it, all do: one of our own InvalidInputErrors, or an abort.
         is_peer_loss: the error follows from another rank's end (a broken connection), and has no cause of its own.
         is_out_of_memory: it was raised for want of memory.
+        is_device_error: the device is in error, and what runs on it next would fail too.
         param: of a SamplingParamsError.
+        place: the file and line that raised it.
+        kernels: shape of attention -> the kernel that was timed to be the fastest, with attention_backend="tune".
+        exchanges: of what the rank has sent so far (see ParallelMesh.exchanges_so_far).
     """
 
     kind: str
@@ -212,7 +243,10 @@ class Failed:
     is_shared: bool
     is_peer_loss: bool
     is_out_of_memory: bool = False
+    is_device_error: bool = False
     param: str | None = None
+    place: str = ""
+    exchanges: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,16 @@ from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, call_for, merge_c
 from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Progress, Ready
 from omni_sp.errors import OmniSPError, RequestAbortedError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
+from omni_sp.pipelines.adapters import LoraAdapters
 from omni_sp.pipelines.capabilities import inspect_pipeline
 from omni_sp.pipelines.check import difference, stage_errors
 from omni_sp.pipelines.load import OnComponent, default_dtype, load_pipeline
+from omni_sp.pipelines.metadata import model_name
 from omni_sp.pipelines.parallelize import ParallelHandle, parallelize
 from omni_sp.pipelines.preview import Previews
 from omni_sp.pipelines.quirks import NO_LATENT_OUTPUT
 from omni_sp.pipelines.run import run_call
+from omni_sp.pipelines.schedulers import scheduler_replaced
 
 _MAX_PREVIEWS = 8  # previews of one call, at most
 
@@ -60,7 +63,10 @@ class PipelineRunner:
         capabilities = inspect_pipeline(self._pipe, self._options.source.sampling_defaults)
         self._takes_generator = capabilities.argument_name("generator") is not None
         self._several_as = capabilities.argument_name("num_outputs_per_prompt") or ""
+        self._adapters = LoraAdapters(self._pipe, self._options.lora, mesh)
+        capabilities = replace(capabilities, adapters=tuple(self._options.lora))
         self._handle = self._parallelized(mesh)
+        self._handle.vaes.read_weights()
         self._load_s += time.perf_counter() - began
         return Ready(
             rank=mesh.rank,
@@ -71,6 +77,7 @@ class PipelineRunner:
             device=str(self._device),
             dtype=self._dtype,
             load_s=self._load_s,
+            model=model_name(self._options.source.name),
         )
 
     def run(
@@ -80,50 +87,93 @@ class PipelineRunner:
         *,
         answers: bool = True,
         is_aborted: Callable[[], bool] = lambda: False,
+        latents: bool = False,
     ) -> Done:
         """Call the pipeline. Every rank runs the same calls in the same order.
 
         Args:
             answers: False where nobody will look at this rank's pictures: it stops at the latent, which all ranks
-                share, and leaves the VAE to the rank that answers. On a CPU they would only take each other's cores.
+                share, and leaves the VAE to the rank that answers, unless the VAE is shared too. On a CPU they would
+                only take each other's cores.
             is_aborted: whether this rank heard that the call is to be left; if any rank has, all leave it before the
                 same step.
+            latents: every rank stops at the latent.
         """
         assert self._handle is not None, "parallelize() comes before run()"
         self._handle.reset_counts()
+        self._adapters.apply(call.adapters)
         mesh = self._handle.mesh
-        arguments = dict(call.arguments)
-        if not answers and "output_type" in arguments and type(self._pipe).__name__ not in NO_LATENT_OUTPUT:
+        arguments, vaes = dict(call.arguments), self._handle.vaes
+        is_shared = vaes.are_expected(arguments)
+        stops = latents or not (answers or is_shared)
+        if stops and "output_type" in arguments and type(self._pipe).__name__ not in NO_LATENT_OUTPUT:
             arguments["output_type"] = "latent"
         with ExitStack() as stack:
-            if mesh.world_size > 1:
-                # A pipeline may also draw from the global generators; ranks must not diverge there.
-                devices = [self._device.index] if self._device.type == "cuda" else []
-                stack.enter_context(torch.random.fork_rng(devices=devices))
-                torch.manual_seed(call.seeds[0])
-            previews, num_outputs = None, len(call.seeds) * (arguments.get(self._several_as) or 1)
+            if not is_shared:
+                stack.enter_context(vaes.alone())  # other ranks may stop before it
+            stack.enter_context(scheduler_replaced(self._pipe, call.scheduler))
+            # A pipeline or its scheduler may also draw from the global generators: the seed speaks there too.
+            stack.enter_context(torch.random.fork_rng(devices=self._generator_devices))
+            torch.manual_seed(call.seeds[0])
+            states = self._generator_states()
+            # Of a batch there is a seed for each prompt; otherwise one for all outputs, or for each.
+            previews, num_outputs = None, max(len(call.seeds), arguments.get(self._several_as) or 1)
             if call.previews and on_progress is not None:
-                previews = stack.enter_context(Previews(self._pipe, arguments.get("height"), arguments.get("width")))
+                previews = Previews(self._pipe, arguments.get("height"), arguments.get("width"))
+
+            steps = (0, 0)
+
+            def on_compile(text: str) -> None:
+                if on_progress is not None:
+                    on_progress(Progress(done=steps[0], total=steps[1], note=text))
 
             def on_step(done: int, total: int) -> None:
+                nonlocal steps
+                steps = (done, total)
                 if on_progress is not None:
                     shows = previews is not None and 0 < done < total and _is_preview_step(done, total)
-                    pictures = previews.images(num_outputs) if previews is not None and shows else ()
+                    with vaes.alone():  # other ranks make none
+                        pictures = previews.images(num_outputs) if previews is not None and shows else ()
                     on_progress(Progress(done=done, total=total, previews=pictures))
                 if call.can_be_aborted and done < total and any_rank(is_aborted(), mesh):
                     raise RequestAbortedError(f"{call.request_id} was aborted after {done} of {total} steps")
 
+            self._handle.on_compile(on_compile)
             try:
-                result = run_call(self._pipe, arguments, seed=self._seed(call), device=self._device, on_step=on_step)
+                result = run_call(
+                    self._pipe,
+                    arguments,
+                    seed=self._seed(call),
+                    device=self._device,
+                    on_step=on_step,
+                    on_latent=None if previews is None else previews.keep,
+                )
             except BaseException:
+                if self._handle.branches is not None:
+                    self._handle.branches.drop()
                 # What a pipeline does at its end: offloaded parts go back, step caches forget.
                 getattr(self._pipe, "maybe_free_model_hooks", lambda: None)()
                 raise
-        return Done(request_id=call.request_id, result=result, tokens=dict(self._handle.tokens))
+            if len(call.seeds) > 1 and any_rank(states != self._generator_states(), mesh):
+                raise UnsupportedModelError(
+                    f"{type(self._pipe).__name__} drew random numbers from torch's global generator, which is one for "
+                    "all prompts of a call: each seed needs a call of its own"
+                )
+        return Done(
+            request_id=call.request_id,
+            result=result,
+            tokens=dict(self._handle.tokens),
+            blocks=self._handle.blocks.as_dict(),
+            kernels={str(shape): name for shape, name in self._handle.tuned_kernels.items()},
+            vae_ranks=vaes.num_ranks,
+            branches={} if (branches := self._handle.branches) is None else branches.counts.as_dict(mesh.cfg.size),
+        )
 
     def check(self, call: Call) -> Done:
         """Run a call in two ways, as its ``check`` says, and answer how far apart they are. All ranks do it."""
-        return self._check_batch(call) if call.check == "batch" else self._check_ranks(call)
+        self._adapters.apply(call.adapters)
+        with scheduler_replaced(self._pipe, call.scheduler):
+            return self._check_batch(call) if call.check == "batch" else self._check_ranks(call)
 
     def _check_ranks(self, call: Call) -> Done:
         """On this rank alone, and over all ranks."""
@@ -139,7 +189,7 @@ class PipelineRunner:
             assert self._handle is not None
             self._handle.remove()
 
-        with torch.random.fork_rng(devices=[self._device.index] if self._device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=self._generator_devices):
             errors = stage_errors(
                 self._pipe,
                 call.arguments,
@@ -148,8 +198,14 @@ class PipelineRunner:
                 on_one_rank=on_one_rank,
                 on_all_ranks=on_all_ranks,
             )
-        tokens, gathers = self._handle.tokens, self._handle.gathers
-        return Done(request_id=call.request_id, result=None, tokens=tokens, errors=errors, gathers=gathers)
+        return Done(
+            request_id=call.request_id,
+            result=None,
+            tokens=self._handle.tokens,
+            errors=errors,
+            gathers=self._handle.gathers,
+            blocks=self._handle.blocks.as_dict(),
+        )
 
     def _check_batch(self, call: Call) -> Done:
         """Each prompt alone, all in a batch, and each in a batch of its own kind, for what a batch itself rounds away.
@@ -180,7 +236,7 @@ class PipelineRunner:
 
     def _outcome(self, call: Call, count: int) -> list[torch.Tensor]:
         """The latents of so many prompts; decoded where the pipeline gives no latents."""
-        done = self.run(replace(call, previews=False), answers=False)
+        done = self.run(replace(call, previews=False), latents=True)
         assert done.result is not None
         rows = [torch.as_tensor(row).float() for row in (*done.result.images, *done.result.videos)]
         rows = rows or [torch.as_tensor(row).float() for row in done.result.audios]
@@ -200,11 +256,25 @@ class PipelineRunner:
             mesh,
             attention_backend=self._options.attention_backend,
             attention_strategy=self._options.attention_strategy,
+            replay=self._options.replay,
+            compile=self._options.compile,
+            cuda_graphs=self._options.cuda_graphs,
         )
+
+    @property
+    def _generator_devices(self) -> list[int]:
+        """The GPUs whose global generator a call may draw from; the CPU's it always may."""
+        return [self._device.index] if self._device.type == "cuda" else []
+
+    def _generator_states(self) -> list[bytes]:
+        """What tells whether random numbers were drawn from the global generators. It costs no synchronisation."""
+        states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._generator_devices)]
+        return [state.numpy().tobytes() for state in states]
 
     def close(self) -> None:
         """Give the pipeline's memory back."""
-        if self._handle is not None:
+        # Sharded weights would be restored by all ranks together, and this one may be the last.
+        if self._handle is not None and self._handle.mesh.weights.size == 1:
             self._handle.remove()
         self._handle, self._pipe = None, None
         if self._device.type == "cuda":

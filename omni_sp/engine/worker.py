@@ -20,6 +20,7 @@ from omni_sp.engine.messages import Abort, Alive, Call, Loaded, Loading, Ping, R
 from omni_sp.engine.ranks import LOOPBACK
 from omni_sp.engine.ranks.failures import as_message
 from omni_sp.errors import SamplingParamsError
+from omni_sp.pipelines.load import silence_downloads, silence_libraries
 
 if TYPE_CHECKING:
     from omni_sp.engine.pipeline_runner import PipelineRunner
@@ -91,26 +92,27 @@ def _serve(settings: RankSettings, inbox: Inbox, aborted: Aborted, report: Repor
                 answer = done if settings.rank == 0 else replace(done, result=None)
         except Exception as error:
             answer = as_message(error)
+        answer = replace(answer, exchanges=mesh.exchanges_so_far())
         # Before the answer: after it, an abort may already be of the next call.
         aborted.clear()
         report(answer)
 
 
 def _load(settings: RankSettings, report: Report) -> PipelineRunner:
-    """Import torch and diffusers and load the pipeline. Rank 0 alone warns people, and alone decodes."""
+    """Import torch and diffusers and load the pipeline. Rank 0 alone warns people, and decodes in every call."""
     if settings.rank > 0:
         warnings.simplefilter("ignore")
+        silence_downloads()  # all wait for the same one; one bar is enough
     import torch
 
     from omni_sp.engine.pipeline_runner import PipelineRunner
-    from omni_sp.pipelines.load import silence_libraries
 
     if settings.placement.num_threads:
         torch.set_num_threads(settings.placement.num_threads)
     runner = PipelineRunner(
         settings.options,
         settings.placement.device,
-        decodes=settings.rank == 0,
+        decodes=settings.rank == 0 or settings.options.config.vae_parallel is True,
         on_component=lambda part, done, total: report(Loading(part=part, done=done, total=total)),
     )
     if settings.rank > 0:

@@ -23,6 +23,16 @@ class RaiseOnRank:
 
 
 @dataclass(frozen=True)
+class RaiseOnAllRanks:
+    """Raises after the first step, on every rank."""
+
+    error: type[Exception] = IndexError
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        raise self.error("an accident of all")
+
+
+@dataclass(frozen=True)
 class KillRank:
     """Kills the process of one rank after the first step."""
 

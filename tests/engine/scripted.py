@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,17 @@ def refuses_on_demand(front: Connection) -> None:
             _answer(front, rank, call)
 
 
+def fails_on_demand(front: Connection) -> None:
+    """Each rank raises what the call's ``fail`` has for it, fields of a Failed; None answers the call."""
+    rank = _start(front)
+    for call in _calls(front):
+        fail = call.arguments.get("fail", (None, None))[rank]
+        if fail is None:
+            _answer(front, rank, call)
+        else:
+            _tell(front, replace(_failed("IndexError", "out of range"), **fail))
+
+
 def is_killed_on_rank_1(front: Connection) -> None:
     """Rank 1 is killed in a call, as by the kernel when memory runs out."""
     rank = _start(front)
@@ -86,8 +98,9 @@ def falls_silent(front: Connection) -> None:
 def draws_in_steps(front: Connection) -> None:
     """Makes ``steps`` steps, hears aborts between them, and does what ``do`` says after the first one.
 
-    "die", "raise" and "hang", also as prompts, happen on rank 1; with ``once``, a file's name, only where that file is
-    not there yet.
+    A prompt "overflow" makes the result of its call not finite. "die", "raise" and "hang", also as prompts, happen on
+    rank 1; with ``once``, a file's name, only where that file is not there yet. "raise on all" is an error that
+    all ranks raise alike.
     """
     rank = _start(front)
     for call in _calls(front):
@@ -100,6 +113,9 @@ def draws_in_steps(front: Connection) -> None:
             if rank == 0:
                 _tell(front, Progress(done=done, total=steps))
             time.sleep(0.02)
+            if done == 1 and call.arguments.get("do") == "raise on all":
+                _tell(front, _failed("RuntimeError", "boom"))
+                break
             if done == 1:
                 _mishap(front, rank, call.arguments)
             if front.poll() and isinstance(message := _receive(front), Abort) and message.request_id == call.request_id:
@@ -107,7 +123,8 @@ def draws_in_steps(front: Connection) -> None:
                 break
         else:
             pictures = [dict(call_for(call, index).arguments) for index in range(len(call.seeds))]
-            result = CallResult(images=pictures, videos=[], timings={}) if rank == 0 else None
+            not_finite = "a stage" if any(picture.get("prompt") == "overflow" for picture in pictures) else None
+            result = CallResult(images=pictures, videos=[], timings={}, not_finite=not_finite) if rank == 0 else None
             _tell(front, Done(request_id=call.request_id, result=result, tokens={}))
 
 
@@ -164,7 +181,10 @@ def _start(front: Connection) -> int:
     _tell(front, Loaded())
     assert isinstance(_receive(front), Join)
     capabilities = PipelineCapabilities(
-        name="ScriptedPipeline", parameters={"prompt": None, "generator": None}, takes_anything=True
+        name="ScriptedPipeline",
+        parameters={"prompt": None, "generator": None},
+        takes_anything=True,
+        takes_generators=True,
     )
     rank = settings.rank
     _tell(

@@ -17,6 +17,8 @@ import omni_sp.attention.kernels.optional
 import omni_sp.engine.dispatcher
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
+from omni_sp.engine.jobs import Job
+from omni_sp.engine.messages import Call
 from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.errors import (
     ConfigError,
@@ -28,7 +30,7 @@ from omni_sp.errors import (
     SamplingParamsError,
 )
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
-from tests.engine.processes import alive, becomes_true
+from tests.engine.processes import alive, becomes_true, said_by_forked_copy
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
@@ -84,6 +86,36 @@ def test_a_request_is_told_step_by_step() -> None:
         assert omni.status == "closed"
         with pytest.raises(EngineClosedError):
             await draw(omni, "b")
+
+    bounded(program)
+
+
+def test_seeds_and_a_scheduler_reach_the_ranks_and_callbacks_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    submit = omni_sp.engine.dispatcher.Dispatcher.submit
+
+    def note(self: Any, job: Any) -> None:
+        calls.append(job.call)
+        submit(self, job)
+
+    monkeypatch.setattr(omni_sp.engine.dispatcher.Dispatcher, "submit", note)
+
+    async def program() -> None:
+        async with scripted() as omni:
+            chosen = ("UniPCMultistepScheduler", {"solver_order": 1})
+            params = OmniDiffusionSamplingParams(seed=[3, 4], scheduler=chosen)
+            last = [event async for event in omni.generate("a", params)][-1]
+            assert isinstance(last, RequestDone)
+            assert (last.output.metrics["seed"], len(last.output.images)) == ([3, 4], 2)
+            assert (calls[0].seeds, calls[0].scheduler) == ((3, 4), chosen)
+            for name in ("callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "anything"):
+                value: Any = print if name == "anything" else ["latents"]
+                with pytest.raises(
+                    SamplingParamsError, match=f"takes no {name}: .* RequestProgress .* abort"
+                ) as caught:
+                    await draw(omni, "b", **{name: value})
+                assert caught.value.param == name
+            assert len(calls) == 1
 
     bounded(program)
 
@@ -162,6 +194,42 @@ def test_a_death_is_tried_once_more_and_the_queue_survives(tmp_path: Path) -> No
             assert omni.stats.restarts >= 2
             assert is_done(await draw(omni, "after"))
             assert omni.status == "ready"
+
+    bounded(program)
+
+
+def test_a_rank_that_dies_while_nothing_runs_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(omni_sp.engine.dispatcher, "RESTART_AFTER_S", (0.0, 0.3))
+
+    async def program() -> None:
+        news: list[str] = []
+        async with scripted(on_news=news.append) as omni:
+            for attempt in (1, 2):
+                pids = ranks_of(omni)
+                os.kill(pids[1], signal.SIGKILL)
+                states = set()
+                while omni.stats.restarts < attempt or omni.status != "ready":
+                    states.add(omni.status)
+                    await asyncio.sleep(0.01)
+                assert states == {"ready", "restarting"}
+                assert not any(alive(pid) for pid in pids)
+            told = [line for line in news if line.startswith("the ranks start again: rank 1 of 2 was killed by signal")]
+            assert len(told) == 2
+            assert is_done(await draw(omni, "after"))
+            assert omni.stats.failed == 0
+
+    bounded(program)
+
+
+def test_an_error_of_all_ranks_fails_its_request_and_keeps_them() -> None:
+    async def program() -> None:
+        async with scripted() as omni:
+            pids = ranks_of(omni)
+            error = error_of(await draw(omni, "failing", do="raise on all"))
+            assert str(error) == "all 2 ranks raised RuntimeError: boom; the model stays loaded"
+            assert is_done(await draw(omni, "after"))
+            assert ranks_of(omni) == pids
+            assert omni.stats.restarts == 0
 
     bounded(program)
 
@@ -247,7 +315,7 @@ def test_draining_is_bounded_and_so_is_closing() -> None:
 def test_what_is_refused_before_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="did you mean device"):
         scripted(devise="cpu")
-    with pytest.raises(ConfigError, match=r"no attention kernel is called 'flsh'; choose from auto, cpu_flash, "):
+    with pytest.raises(ConfigError, match=r"no attention kernel is called 'flsh'; choose from auto, tune, cpu_flash, "):
         AsyncOmni("no/such-model", attention_backend="flsh")  # before anybody looks for the model
     monkeypatch.setattr(omni_sp.attention.kernels.optional, "find_spec", lambda _package: None)
     for name, told in (
@@ -277,6 +345,23 @@ def test_what_is_refused_before_it_waits(monkeypatch: pytest.MonkeyPatch) -> Non
     bounded(program)
 
 
+def test_a_forked_copy_is_refused() -> None:
+    async def program() -> None:
+        async with scripted() as omni:
+            job = Job(
+                call=Call(request_id="copy", arguments={}, seeds=(0,)),
+                priority=0,
+                on_position=lambda _position: None,
+                on_progress=lambda _news: None,
+                on_end=lambda _result: None,
+            )
+            said = said_by_forked_copy(lambda: omni._dispatcher.submit(job))
+            assert said.startswith("EngineClosedError: this Omni belongs to process")
+            assert is_done(await draw(omni, "after"))
+
+    bounded(program)
+
+
 def test_a_start_that_fails_is_told() -> None:
     async def program() -> None:
         with pytest.raises(RankFailedError, match="exit code 3"):
@@ -286,8 +371,12 @@ def test_a_start_that_fails_is_told() -> None:
     bounded(program)
 
 
-def test_the_real_thing(tmp_path: Path) -> None:
-    """Two ranks of the demo model: the same picture as ever, an abort at a step, a rank killed, and the same again."""
+@pytest.mark.parametrize("degrees", [{"ring_degree": 2}, {"cfg_parallel_size": 2}], ids=lambda given: next(iter(given)))
+def test_the_real_thing(tmp_path: Path, degrees: dict[str, Any]) -> None:
+    """Two ranks of the demo model: the same picture as ever, an abort at a step, a rank killed, and the same again.
+
+    Both decode the picture together, and rank 0 alone the previews.
+    """
 
     async def pictures(omni: AsyncOmni, name: str, steps: int = 3, act: Any = None) -> list[RequestEvent]:
         events: list[RequestEvent] = []
@@ -302,10 +391,11 @@ def test_the_real_thing(tmp_path: Path) -> None:
         return events
 
     async def program() -> None:
-        config = DiffusionParallelConfig(ring_degree=2)
+        config = DiffusionParallelConfig(**degrees, vae_parallel=True)
         async with AsyncOmni("omni-sp/shapes", config, device="cpu", warmup=[(64, 64)]) as omni:
             before = await pictures(omni, "a")
             assert isinstance(before[-1], RequestDone)
+            assert before[-1].output.metrics["vae_ranks"] == 2
             shown = [event for event in before if isinstance(event, RequestProgress) and event.preview]
             assert shown
             for event in shown:
@@ -368,4 +458,4 @@ def ranks_of(omni: AsyncOmni) -> list[int]:
     """Process numbers of the ranks."""
     engine = omni._dispatcher._engine
     assert engine is not None
-    return [process._process.pid for process in engine._group._processes._ranks]  # type: ignore[attr-defined]
+    return [process.pid for process in engine._group._processes._ranks]  # type: ignore[attr-defined]

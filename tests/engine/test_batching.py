@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from omni_sp.engine.engine import Engine
 from omni_sp.engine.messages import Call, Done
 from omni_sp.engine.ranks.local import LocalRank
 from omni_sp.engine.startup import Startup
-from omni_sp.errors import ConfigError, RankFailedError, RequestAbortedError
+from omni_sp.errors import ConfigError, NonFiniteResultError, RankFailedError, RequestAbortedError
 from omni_sp.events import RequestDone, RequestEvent, RequestProgress
 from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.pipelines.results import CallResult
 from omni_sp.requests import engine_options
-from testing.models import save_flux_kontext, save_wan
+from omni_sp.testing.models import save_flux_kontext, save_wan
 from tests.engine.test_async_omni import bounded, draw, error_of, is_done, scripted
 from tests.thorough import THOROUGH
 
@@ -54,6 +55,10 @@ def test_requests_that_differ_in_prompt_and_seed_share_a_call() -> None:
         call(height=64, output_type="pil", negative_prompt="red"),
     ):
         assert batching.key(FACTS, other) not in (None, first)
+    styled = replace(call(height=64, output_type="pil"), adapters=(("style", 0.5),))
+    assert batching.key(FACTS, styled) not in (None, first)
+    assert batching.key(FACTS, styled) == batching.key(FACTS, replace(styled, seeds=(3,)))
+    assert batching.key(FACTS, styled) != batching.key(FACTS, replace(styled, adapters=(("style", 1.0),)))
     guided = call(negative_prompt="red", true_cfg_scale=4.0)
     assert batching.key(FACTS, guided) == batching.key(FACTS, call("b", negative_prompt="", true_cfg_scale=4.0))
 
@@ -71,8 +76,27 @@ def test_requests_that_differ_in_prompt_and_seed_share_a_call() -> None:
         (proven(False), call(prompt_2="another text")),
         (proven(False), call(image=object())),
         (proven(False), call(sigmas=[1.0, 0.5])),
+        (proven(False), call(latents=torch.ones(1))),
+        (proven(False), call(None, prompt_embeds=torch.ones(1))),
+        (proven(False), replace(call(), seeds=(1, 2))),
+        (proven(False), replace(call(), scheduler="EulerDiscreteScheduler")),
     ],
-    ids=["off", "nothing proven", "guidance", "no guidance", "lists", "no prompt", "n", "text", "picture", "list"],
+    ids=[
+        "off",
+        "nothing proven",
+        "guidance",
+        "no guidance",
+        "lists",
+        "no prompt",
+        "n",
+        "text",
+        "picture",
+        "list",
+        "latents",
+        "embeddings",
+        "seeds",
+        "scheduler",
+    ],
 )
 def test_what_may_not_be_shared_is_drawn_alone(batching: Batching, alone: Call) -> None:
     assert batching.key(FACTS, alone) is None
@@ -206,6 +230,18 @@ def test_of_a_batch_that_failed_each_is_tried_alone(fault: str) -> None:
             assert is_done(await tasks["a"])
             assert is_done(await tasks["c"])
             assert (omni.stats.done, omni.stats.failed, omni.stats.restarts) == (2, 1, 2)
+
+    bounded(program)
+
+
+def test_of_a_batch_that_is_not_finite_only_the_one_fails() -> None:
+    async def program() -> None:
+        async with scripted(max_batch_size=3, batch_wait_ms=500) as omni:
+            tasks = {name: asyncio.create_task(draw(omni, name, steps=3)) for name in ("a", "overflow", "c")}
+            assert isinstance(error_of(await tasks["overflow"]), NonFiniteResultError)
+            assert is_done(await tasks["a"])
+            assert is_done(await tasks["c"])
+            assert (omni.stats.done, omni.stats.failed, omni.stats.restarts) == (2, 1, 0)
 
     bounded(program)
 

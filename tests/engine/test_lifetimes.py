@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from omni_sp import Omni, OmniDiffusionSamplingParams
-from tests.engine.processes import alive, becomes_true, children
+from tests.engine.processes import alive, becomes_true, children, descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,8 +41,9 @@ omni = Omni("omni-sp/shapes", DiffusionParallelConfig(ulysses_degree=2), device=
 asked = OmniDiffusionSamplingParams(width=16, height=16, num_inference_steps=1)
 print(omni.generate("a red circle", asked)[0].images[0].size)
 
-from tests.engine.processes import children
-print(*children())
+from tests.engine.processes import descendants, rank_processes
+assert len(descendants()) == 3  # the ranks, and the process that they are forks of
+print(*rank_processes())
 """
 
 BUSY = """
@@ -101,8 +102,8 @@ def test_a_front_that_is_killed_takes_busy_ranks_with_it(program: tuple[Path, di
     with subprocess.Popen([sys.executable, str(path)], env=environment, stdout=subprocess.PIPE, text=True) as front:
         assert front.stdout is not None
         assert front.stdout.readline() == "ready\n"
-        ranks = children(front.pid)
-        assert len(ranks) == 2
+        ranks = descendants(front.pid)
+        assert len(ranks) == 3
         front.send_signal(signal.SIGKILL)
         front.wait(10)
     assert becomes_true(lambda: not any(alive(rank) for rank in ranks), 10.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,17 +17,19 @@ import pytest
 from omni_sp import DiffusionParallelConfig
 from omni_sp.engine.engine import Engine
 from omni_sp.engine.messages import Call, EngineOptions, Progress
+from omni_sp.engine.ranks.failures import as_message
 from omni_sp.engine.ranks.remote import RemoteRanks
 from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.engine.startup import Startup
 from omni_sp.errors import (
+    CallFailedError,
     EngineClosedError,
     RankFailedError,
     SamplingParamsError,
     UnsupportedModelError,
 )
 from omni_sp.pipelines.load import ModelSource
-from tests.engine.processes import alive, becomes_true, children
+from tests.engine.processes import alive, becomes_true, children, said_by_forked_copy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +51,9 @@ def start(script: str, *, silence_s: float = 60.0) -> Engine:
         dtype=None,
         attention_backend="auto",
         attention_strategy="omni_sp",
+        replay=True,
+        compile=False,
+        cuda_graphs=False,
         rank_timeout_s=silence_s,
         startup_timeout_s=30.0,
     )
@@ -103,6 +110,52 @@ def test_a_refusal_by_one_rank_is_a_failure() -> None:
     engine = start("refuses_on_demand")
     with pytest.raises(RankFailedError, match="rank 0 of 2 raised SamplingParamsError: not this"):
         engine.run(call(refuse="rank 0"), None)
+    engine.close()
+
+
+ALIKE = {"place": "a.py:1", "exchanges": 7}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (ALIKE, ALIKE, "all 2 ranks raised IndexError: out of range; the model stays loaded"),
+        (ALIKE, ALIKE | {"message": "0 of 3"}, "all 2 ranks raised IndexError: out of range; the model stays loaded"),
+        (ALIKE, ALIKE | {"place": "b.py:2"}, "all 2 ranks raised IndexError: out of range; the model stays loaded"),
+        (ALIKE | {"exchanges": 0}, None, "rank 0 of 2 raised IndexError: out of range; the model stays loaded"),
+        (ALIKE, None, "rank 0 of 2 raised IndexError: out of range"),
+        (ALIKE, ALIKE | {"exchanges": 8}, "rank 0 of 2 raised IndexError: out of range"),
+        (ALIKE, ALIKE | {"kind": "KeyError"}, "rank 0 of 2 raised IndexError: out of range"),
+        (ALIKE, ALIKE | {"place": "b.py:2", "message": "0"}, "rank 0 of 2 raised IndexError: out of range"),
+        (ALIKE | {"is_device_error": True}, ALIKE | {"is_device_error": True}, r"rank \d of 2 raised IndexError"),
+        (ALIKE | {"is_peer_loss": True}, ALIKE | {"is_peer_loss": True}, "rank 0 of 2 raised IndexError: out of range"),
+    ],
+)
+def test_ranks_that_are_in_step_after_an_error_go_on(first: object, second: object, told: str) -> None:
+    engine = start("fails_on_demand")
+    goes_on = told.endswith("the model stays loaded")
+    with pytest.raises(CallFailedError if goes_on else RankFailedError) as caught:
+        engine.run(call(fail=(first, second)), None)
+    assert re.match(told, str(caught.value))
+    assert isinstance(caught.value, CallFailedError) == goes_on == engine.is_open
+    if goes_on:
+        assert caught.value.rank_traceback == "Traceback of IndexError"
+        assert engine.run(call(), None).result is not None
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_device_error", "is_out_of_memory"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True, False),
+        (type("AcceleratorError", (RuntimeError,), {})("unspecified launch failure"), True, False),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GiB"), False, True),
+        (RuntimeError("shape '[3]' is invalid"), False, False),
+    ],
+)
+def test_which_errors_leave_a_device_unusable(error: Exception, is_device_error: bool, is_out_of_memory: bool) -> None:
+    failure = as_message(error)
+    assert (failure.is_device_error, failure.is_out_of_memory) == (is_device_error, is_out_of_memory)
 
 
 def test_what_cannot_be_pickled_is_refused_and_nothing_is_lost() -> None:
@@ -129,6 +182,21 @@ def test_a_rank_killed_between_calls_is_noticed_at_the_next() -> None:
     subprocess.run(["kill", "-9", str(victim)], check=True)
     with pytest.raises(RankFailedError, match="rank 0 of 2 was killed by signal 9"):
         engine.run(call(), None)
+
+
+def test_a_rank_that_ends_between_calls_can_be_looked_for() -> None:
+    before = children()
+    engine = start("obeys")
+    engine.require_alive()
+    assert engine.run(call(), None).result is not None
+    victim = min(children() - before)
+    subprocess.run(["kill", "-9", str(victim)], check=True)
+    assert becomes_true(lambda: not alive(victim), 5.0)
+    with pytest.raises(RankFailedError, match="rank 0 of 2 was killed by signal 9"):
+        engine.require_alive()
+    assert (engine.is_open, engine.can_start_again) == (False, True)
+    engine.close()
+    assert not engine.can_start_again
 
 
 def test_silence_is_bounded() -> None:
@@ -173,6 +241,18 @@ def test_an_error_in_the_callers_progress_ends_the_ranks() -> None:
         engine.run(call(), interrupt)
     with pytest.raises(EngineClosedError, match="KeyboardInterrupt"):
         engine.run(call(), None)
+
+
+def test_a_forked_copy_is_refused_and_harms_nothing() -> None:
+    engine = start("obeys")
+    for act in (lambda: engine.run(call(), None), engine.require_alive, engine.new_seed):
+        said = said_by_forked_copy(act)
+        assert said.startswith(
+            f"EngineClosedError: this Omni belongs to process {os.getpid()}, and this is a forked copy"
+        )
+    assert said_by_forked_copy(engine.close) == ""
+    assert engine.run(call(number=1), None).result is not None
+    engine.close()
 
 
 def test_close_from_another_thread_ends_a_call() -> None:

@@ -55,6 +55,9 @@ def scripted(script: str, news: list[str]) -> Engine:
         dtype=None,
         attention_backend="auto",
         attention_strategy="omni_sp",
+        replay=True,
+        compile=False,
+        cuda_graphs=False,
         rank_timeout_s=30.0,
         startup_timeout_s=30.0,
     )

@@ -27,21 +27,29 @@ class RankGroup(Protocol):
     def start(self, startup: Startup, is_cancelled: Callable[[], bool]) -> Ready:
         """Load the model on the ranks, reporting to ``startup``; ``is_cancelled`` says whether to give up meanwhile."""
 
-    def run(self, call: Call, on_progress: OnProgress | None) -> Done:
-        """Run one call on all ranks.
+    def run(self, call: Call, on_progress: OnProgress | None, is_aborted: Callable[[], bool]) -> Done:
+        """Run one call on all ranks; ``is_aborted``, asked now and then, says whether to abort() it.
 
         Raises:
             InvalidInputError: the pipeline refused the call, on all ranks alike.
-            RequestAbortedError: abort() was called.
+            RequestAbortedError: the call was aborted.
             ShardingError: the ranks make different calls.
-            RankFailedError: a rank raised, died, or fell silent.
+            CallFailedError: all ranks raised alike, and stand ready for the next call.
+            RankFailedError: a rank raised by itself, died, or fell silent.
         """
 
     def abort(self, request_id: str) -> None:
         """Have the ranks leave a call before its next step; run() then raises RequestAbortedError."""
 
+    def require_alive(self) -> None:
+        """Between two calls, raise RankFailedError where a rank has ended."""
+
     def broadcast(self, number: int) -> int:
         """The number that the first rank gives, on every rank of the program."""
+
+    @property
+    def can_start_again(self) -> bool:
+        """Whether other ranks can take the place of ranks that have failed, without a new program."""
 
     def survives(self, error: BaseException) -> bool:
         """Whether the ranks stand ready for the next call after run() raised this error."""

@@ -8,18 +8,26 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from omni_sp import errors
-from omni_sp.engine.messages import Failed, RankExited
-from omni_sp.errors import InvalidInputError, RankFailedError, RequestAbortedError, SamplingParamsError
+from omni_sp.engine.messages import Done, Failed, RankExited
+from omni_sp.errors import (
+    CallFailedError,
+    FailureKind,
+    InvalidInputError,
+    RankFailedError,
+    RequestAbortedError,
+    SamplingParamsError,
+)
 
 Failures = Mapping[int, Failed | RankExited]
 
-# After a failure, how long to wait for what the other ranks say. An error that all ranks raise alike is expected of all
-# of them; a lost peer has a cause elsewhere; a rank that raised by itself needs no witness, and the others may be
-# waiting for it in an exchange.
+# After a failure, how long to wait for what the other ranks say. An error of ours is expected of all of them; a lost
+# peer has a cause elsewhere; any other error may be raised by all ranks alike, or by one that the others wait for in an
+# exchange.
 _SHARED_ERROR_S = 10.0
-_PEER_LOSS_S = 3.0
+_OTHERS_S = 3.0
 _EXIT_S = 0.3
 _PEER_LOSS_MESSAGES = ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl", "broken pipe")
+_DEVICE_MESSAGES = ("cuda error", "device-side assert", "cudnn_status", "hip error")
 
 
 class RankTraceback(Exception):  # noqa: N818  (a text that Python prints above the error it caused)
@@ -31,6 +39,7 @@ class RankTraceback(Exception):  # noqa: N818  (a text that Python prints above 
 
 def as_message(error: BaseException) -> Failed:
     """An error as a message; the traceback goes along as text."""
+    frames = traceback.extract_tb(error.__traceback__)
     return Failed(
         kind=type(error).__name__,
         message=str(error),
@@ -38,39 +47,78 @@ def as_message(error: BaseException) -> Failed:
         is_shared=isinstance(error, (InvalidInputError, RequestAbortedError)),
         is_peer_loss=_is_peer_loss(error),
         is_out_of_memory=_is_out_of_memory(error),
+        is_device_error=_is_device_error(error),
         param=error.param if isinstance(error, SamplingParamsError) else None,
+        place=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "",
     )
 
 
 def rank_failed(rank: int, size: int, failure: Failed) -> RankFailedError:
     """The error for a rank that raised."""
     return RankFailedError(
-        f"rank {rank} of {size} raised {failure.kind}: {failure.message.strip() or 'no message'}",
+        f"rank {rank} of {size} raised {failure.kind}: {_text_of(failure)}",
         rank=rank,
-        kind="out_of_memory" if failure.is_out_of_memory else "raised",
+        kind=_kind_of(failure),
         rank_traceback=failure.traceback,
     )
 
 
-def raise_for(failures: Failures, size: int, *, independent: bool = False) -> NoReturn:
+def call_failed(failed: Mapping[int, Failed], size: int) -> CallFailedError:
+    """The error for ranks that raised alike and are in step."""
+    rank, failure = min(failed.items())
+    who = f"all {size} ranks" if len(failed) == size > 1 else f"rank {rank} of {size}"
+    return CallFailedError(
+        f"{who} raised {failure.kind}: {_text_of(failure)}; the model stays loaded",
+        rank=rank,
+        kind=_kind_of(failure),
+        rank_traceback=failure.traceback,
+    )
+
+
+def are_in_step(reports: Mapping[int, Done | Failed | RankExited], size: int) -> bool:
+    """Whether the ranks can make the next call after these ends of one.
+
+    All have reported, so none waits in an exchange; all have made the same exchanges, so none of them lacks a partner;
+    and those that raised did so alike. A device in error cannot go on, nor can ranks whose connections broke.
+    """
+    failed = [report for report in reports.values() if isinstance(report, Failed)]
+    if len(reports) < size or any(isinstance(report, RankExited) for report in reports.values()):
+        return False
+    if any(failure.is_device_error or failure.is_peer_loss for failure in failed):
+        return False
+    exchanges = {report.exchanges for report in reports.values() if not isinstance(report, RankExited)}
+    texts, places = ({(one.kind, one.message) for one in failed}, {(one.kind, one.place) for one in failed})
+    return len(exchanges) == 1 and min(len(texts), len(places)) <= 1
+
+
+def raise_for(
+    failures: Failures, size: int, *, independent: bool = False, done: Mapping[int, Done] | None = None
+) -> NoReturn:
     """Raise the error that the failures of ``size`` ranks amount to.
 
-    Where all ranks raised one of our own errors alike, it is that error, of its own class. Otherwise it is the root
-    cause: a rank that raised by itself comes before one that died, and that before one that only lost its peers.
+    Where all ranks raised one of our own errors alike, it is that error, of its own class; CallFailedError where a call
+    failed otherwise and the ranks are in step. Otherwise it is the root cause: a rank that raised by itself comes
+    before one that died, and that before one that only lost its peers.
 
     Args:
         independent: each rank was doing work of its own, such as reading files that only rank 0 needs: one rank's error
             of ours needs no other.
+        done: of a call, the answers of the ranks that finished it.
     """
     failed = {rank: message for rank, message in failures.items() if isinstance(message, Failed)}
     shared = {(message.kind, message.message) for message in failed.values() if message.is_shared}
+    in_step = done is not None and are_in_step({**done, **failures}, size)
     is_everybodys = len(failed) == size or (independent and len(failed) == len(failures))
-    if is_everybodys and len(shared) == 1 and all(message.is_shared for message in failed.values()):
+    is_ours = len(shared) == 1 and all(message.is_shared for message in failed.values())
+    if is_everybodys and is_ours and (done is None or in_step):
         rank, message = min(failed.items())
-        error = getattr(errors, message.kind, InvalidInputError)(message.message)
-        if isinstance(error, SamplingParamsError):
-            error.param = message.param
-        raise error from RankTraceback(rank, message.traceback)
+        ours = getattr(errors, message.kind, InvalidInputError)(message.message)
+        if isinstance(ours, SamplingParamsError):
+            ours.param = message.param
+        raise ours from RankTraceback(rank, message.traceback)
+    if in_step:
+        error = call_failed(failed, size)
+        raise error from RankTraceback(error.rank, error.rank_traceback)
     rank, cause = min(failures.items(), key=lambda item: (_cause_order(item[1]), item[0]))
     if isinstance(cause, RankExited):
         raise RankFailedError(f"rank {rank} of {size} {_describe_exit(cause.exitcode)}", rank=rank, kind="died")
@@ -83,7 +131,15 @@ def wait_after_failure_s(failure: Failed | RankExited) -> float:
         return _EXIT_S
     if failure.is_shared:
         return _SHARED_ERROR_S
-    return _PEER_LOSS_S if failure.is_peer_loss else 0.0
+    return 0.0 if failure.is_device_error else _OTHERS_S
+
+
+def _text_of(failure: Failed) -> str:
+    return failure.message.strip() or "no message"
+
+
+def _kind_of(failure: Failed) -> FailureKind:
+    return "out_of_memory" if failure.is_out_of_memory else "raised"
 
 
 def _cause_order(failure: Failed | RankExited) -> int:
@@ -106,6 +162,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
         return True
     # torch has no class of its own for a CPU without memory.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _is_device_error(error: BaseException) -> bool:
+    """True for what leaves a device unusable for this process. torch reports some of it by the text alone."""
+    if type(error).__name__ == "AcceleratorError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _DEVICE_MESSAGES)
 
 
 def _is_peer_loss(error: BaseException) -> bool:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import pickle
+import secrets
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
 
+import torch.distributed as dist
 from typing_extensions import override
 
 from omni_sp.collectives import gather_ints, require_equal
 from omni_sp.engine.devices import rank_devices
-from omni_sp.engine.messages import Call, Done, EngineOptions, OnProgress, Ready
+from omni_sp.engine.messages import Call, Done, EngineOptions, Failed, OnProgress, Ready
 from omni_sp.engine.pipeline_runner import PipelineRunner
 from omni_sp.engine.ranks import RankGroup
-from omni_sp.engine.ranks.failures import as_message, rank_failed
+from omni_sp.engine.ranks.failures import are_in_step, as_message, call_failed, rank_failed, wait_after_failure_s
 from omni_sp.engine.ranks.torchrun import join
 from omni_sp.engine.startup import IMPORTS, JOINING, WEIGHTS, Startup, reading_text
-from omni_sp.errors import InvalidInputError, OmniSPError
+from omni_sp.errors import CallFailedError, InvalidInputError, OmniSPError, RankFailedError, RequestAbortedError
 from omni_sp.mesh import ParallelMesh
+
+_SHARED = (InvalidInputError, RequestAbortedError)
 
 
 class LocalRank(RankGroup):
@@ -36,9 +45,15 @@ class LocalRank(RankGroup):
             self._device = join(options.config, options.device, options.rank_timeout_s)
         else:
             self._device = rank_devices(options.device, options.config)[0]
-        self._mesh = ParallelMesh(options.config)
         self._runner: PipelineRunner | None = None
         self._aborted: set[str] = set()
+        self._use(ParallelMesh(options.config))
+
+    def _use(self, mesh: ParallelMesh) -> None:
+        self._mesh = mesh
+        self._num_calls = 0
+        # Where its ranks note their failures: a name that no other engine of the program has.
+        self._failures = f"omni_sp/failures/{self.broadcast(secrets.randbits(62))}"
 
     @property
     @override
@@ -60,17 +75,21 @@ class LocalRank(RankGroup):
         return self._runner.parallelize(self._mesh)
 
     @override
-    def run(self, call: Call, on_progress: OnProgress | None) -> Done:
+    def run(self, call: Call, on_progress: OnProgress | None, is_aborted: Callable[[], bool]) -> Done:
         assert self._runner is not None, "start() comes before run()"
+        self._num_calls += 1
+        self._require_same(call)
         try:
-            self._require_same(call)
             if call.check:
                 return self._runner.check(call)
-            return self._runner.run(call, on_progress, is_aborted=lambda: call.request_id in self._aborted)
-        except OmniSPError:
-            raise
+            return self._runner.run(
+                call, on_progress, is_aborted=lambda: call.request_id in self._aborted or is_aborted()
+            )
         except Exception as error:
-            raise rank_failed(self._mesh.rank, self._mesh.world_size, as_message(error)) from error
+            shown = self._call_error(error)
+            if shown is error:
+                raise
+            raise shown from error
         finally:
             self._aborted.clear()
 
@@ -79,14 +98,25 @@ class LocalRank(RankGroup):
         self._aborted.add(request_id)
 
     @override
+    def require_alive(self) -> None:
+        """There is nothing to ask: this process is the rank, and others are heard of in exchanges alone."""
+
+    @override
     def broadcast(self, number: int) -> int:
         return gather_ints([number], self._mesh.world)[0][0]
 
+    @property
+    @override
+    def can_start_again(self) -> bool:
+        return False
+
     @override
     def survives(self, error: BaseException) -> bool:
-        # Ranks that stopped in the middle may stand at different points, and another call could hang. Bad input is
-        # refused before any exchange, on all ranks alike.
-        return self._mesh.world_size == 1 or isinstance(error, InvalidInputError)
+        # run() raises these only where the ranks are in step. Others may have stopped anywhere, and another call could
+        # hang; alone, only a device in error cannot go on.
+        if isinstance(error, (*_SHARED, CallFailedError)):
+            return True
+        return self._mesh.world_size == 1 and not isinstance(error, RankFailedError)
 
     @override
     def end(self, patience_s: float = 0.0) -> None:
@@ -95,12 +125,49 @@ class LocalRank(RankGroup):
             self._runner.close()
             self._runner = None
 
+    def _call_error(self, error: Exception) -> Exception:
+        """What to raise for an error of the pipeline."""
+        rank, size = self._mesh.rank, self._mesh.world_size
+        failure = replace(as_message(error), exchanges=self._mesh.exchanges_so_far())
+        in_step = are_in_step({0: failure}, 1) if size == 1 else self._all_failed_alike(failure)
+        is_ours = isinstance(error, OmniSPError) if size == 1 else isinstance(error, _SHARED)
+        if is_ours and in_step:
+            return error
+        return call_failed(dict.fromkeys(range(size), failure), size) if in_step else rank_failed(rank, size, failure)
+
+    def _all_failed_alike(self, failure: Failed) -> bool:
+        """Whether all ranks are in step after a failed call; every rank that has failed gets the same answer.
+
+        They compare notes at the store where the program's ranks have met: others may wait in an exchange, which an
+        exchange for this would disturb. Who has waited long enough decides for all, since the first verdict stands.
+        """
+        name, ranks = f"{self._failures}/{self._num_calls}", range(self._mesh.world_size)
+        keys = [f"{name}/{rank}" for rank in ranks]
+        verdict = b"apart"
+        try:
+            store: Any = dist.distributed_c10d._get_default_store()
+            store.set(keys[self._mesh.rank], pickle.dumps(failure))
+            with suppress(dist.DistError):  # another rank has not failed in time
+                store.wait(keys, timedelta(seconds=max(0.1, wait_after_failure_s(failure))))
+                reports = {rank: pickle.loads(store.get(key)) for rank, key in zip(ranks, keys, strict=True)}
+                verdict = b"in step" if are_in_step(reports, len(ranks)) else verdict
+            return bool(store.compare_set(f"{name}/verdict", "", verdict.decode()) == b"in step")
+        except Exception:  # the store is gone, and its rank with it
+            return False
+
     def _require_same(self, call: Call) -> None:
-        """Refuse calls that differ between ranks, in what can be compared cheaply, on all ranks alike."""
-        plain = {name: value for name, value in call.arguments.items() if isinstance(value, (int, float, str))}
-        require_equal(
-            self._mesh.world,
-            "ranks {ranks} were asked for something else than rank 0: every rank of the program makes the same calls "
-            "in the same order",
-            call=(sorted(plain.items()), call.seeds),
+        """Refuse calls that differ between ranks in seeds, names or values, pictures included, on all ranks alike."""
+        message = (
+            "ranks {ranks} were asked for something else than rank 0, by {name}: every rank of the program makes the "
+            "same calls, with the same arguments, in the same order"
         )
+        names = sorted(call.arguments)
+        values: dict[str, Any] = {
+            "the names of the arguments": names,
+            "the seed": (call.seeds, call.check),
+            "the scheduler": call.scheduler,
+            "the LoRA adapters": call.adapters,
+        }
+        require_equal(self._mesh.world, message, **values)
+        values = {f"the argument {name!r}": call.arguments[name] for name in names}
+        require_equal(self._mesh.world, message, **values)

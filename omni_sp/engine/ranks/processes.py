@@ -94,7 +94,7 @@ class RankProcesses:
 
     def _note_exit(self, rank: int) -> tuple[int, RankExited]:
         self._exited.add(rank)
-        return rank, RankExited(exitcode=self._ranks[rank].wait(1.0))
+        return rank, RankExited(exitcode=self._ranks[rank].wait(_DIE_S))
 
 
 def _store(host: str) -> tuple[Any, int]:

@@ -28,9 +28,11 @@ from omni_sp.engine.messages import (
 )
 from omni_sp.engine.ranks import Launcher, RankGroup
 from omni_sp.engine.ranks.failures import raise_for, wait_after_failure_s
+from omni_sp.engine.ranks.fork import local_launcher
 from omni_sp.engine.ranks.processes import RankProcesses
 from omni_sp.engine.startup import IMPORTS, JOINING, WEIGHTS, Startup, reading_text
 from omni_sp.errors import (
+    CallFailedError,
     EngineClosedError,
     InvalidInputError,
     RankFailedError,
@@ -43,7 +45,7 @@ _PING_S = 2.0  # for the answer to a Ping
 
 
 class RemoteRanks(RankGroup):
-    """A RankGroup of processes.
+    """A RankGroup of processes. Without a launcher, it has one of its own, on this machine.
 
     Idle ranks wait for their pipe, never inside an exchange. Every wait for them has a bound, and a process that ends
     is noticed at once.
@@ -51,8 +53,10 @@ class RemoteRanks(RankGroup):
 
     is_main = True
 
-    def __init__(self, options: EngineOptions, launcher: Launcher) -> None:
-        self._options, self._launcher = options, launcher
+    def __init__(self, options: EngineOptions, launcher: Launcher | None = None) -> None:
+        self._options = options
+        self._owns_launcher = launcher is None
+        self._launcher = launcher or local_launcher(options.source)
         self._processes: RankProcesses | None = None
 
     @override
@@ -61,25 +65,37 @@ class RemoteRanks(RankGroup):
         startup.report(IMPORTS, f"starting {self._options.config.world_size} ranks")
         self._processes = RankProcesses(self._options, self._launcher)
 
+        def raise_if_cancelled() -> None:
+            if is_cancelled():
+                raise EngineClosedError("it was closed")
+
         def on_loading(states: Mapping[int, Loading | None]) -> None:
             _report_loading(startup, states, self._size)
 
         silence = self._options.startup_timeout_s
-        self._collect(Loaded, silence, on_loading=on_loading, is_cancelled=is_cancelled)
+        self._collect(Loaded, silence, on_loading=on_loading, on_wait=raise_if_cancelled)
         self._send(Join())
         startup.report(JOINING, "joining the ranks")
-        ready: Ready = self._collect(Ready, silence, is_cancelled=is_cancelled)[0]
+        ready: Ready = self._collect(Ready, silence, on_wait=raise_if_cancelled)[0]
         return ready
 
     @override
-    def run(self, call: Call, on_progress: OnProgress | None) -> Done:
+    def run(self, call: Call, on_progress: OnProgress | None, is_aborted: Callable[[], bool]) -> Done:
         try:
             payload = pickle.dumps(call, pickle.HIGHEST_PROTOCOL)
         except Exception as error:
             raise SamplingParamsError(f"an argument cannot be sent to the rank processes: {error}") from error
         assert self._processes is not None, "start() comes before run()"
         self._processes.send(payload)
-        answers = self._collect(Done, self._options.rank_timeout_s, on_progress=on_progress)
+        has_sent_abort = False
+
+        def abort_once() -> None:
+            nonlocal has_sent_abort
+            if not has_sent_abort and is_aborted():
+                has_sent_abort = True
+                self.abort(call.request_id)
+
+        answers = self._collect(Done, self._options.rank_timeout_s, on_progress=on_progress, on_wait=abort_once)
         done: Done = answers[0]
         worst = {stage: max(answer.errors[stage] for answer in answers.values()) for stage in done.errors}
         return replace(done, errors=worst)
@@ -89,18 +105,33 @@ class RemoteRanks(RankGroup):
         self._send(Abort(request_id=request_id))
 
     @override
+    def require_alive(self) -> None:
+        assert self._processes is not None, "start() comes first"
+        heard = dict(self._processes.listen(time.monotonic()))
+        failures = {rank: message for rank, message in heard.items() if isinstance(message, (Failed, RankExited))}
+        if failures:
+            raise_for(failures, self._size)
+
+    @override
     def broadcast(self, number: int) -> int:
         return number
 
+    @property
+    @override
+    def can_start_again(self) -> bool:
+        return True
+
     @override
     def survives(self, error: BaseException) -> bool:
-        # These errors are raised by all ranks alike.
-        return isinstance(error, (InvalidInputError, RequestAbortedError))
+        # raise_for() raises these only where the ranks are in step.
+        return isinstance(error, (InvalidInputError, RequestAbortedError, CallFailedError))
 
     @override
     def end(self, patience_s: float = 0.0) -> None:
         if self._processes is not None:
             self._processes.end(patience_s)
+        if self._owns_launcher:
+            self._launcher.close()
 
     @property
     def _size(self) -> int:
@@ -117,9 +148,12 @@ class RemoteRanks(RankGroup):
         *,
         on_progress: OnProgress | None = None,
         on_loading: Callable[[Mapping[int, Loading | None]], None] | None = None,
-        is_cancelled: Callable[[], bool] = lambda: False,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> dict[int, Any]:
-        """One answer of this kind from every rank, or the error that their failures amount to."""
+        """One answer of this kind from every rank, or the error that their failures amount to.
+
+        ``on_wait`` is called twice a second at least.
+        """
         assert self._processes is not None, "start() comes first"
         answers: dict[int, Any] = {}
         failures: dict[int, Failed | RankExited] = {}
@@ -127,8 +161,7 @@ class RemoteRanks(RankGroup):
         until = time.monotonic() + silence_s
         while len(answers) + len(failures) < self._size:
             received = self._processes.listen(min(until, time.monotonic() + _POLL_S))
-            if is_cancelled():
-                raise EngineClosedError("it was closed")
+            on_wait()
             if not received and time.monotonic() < until:
                 continue
             if not received:
@@ -148,7 +181,8 @@ class RemoteRanks(RankGroup):
                 elif isinstance(message, Progress) and on_progress is not None:
                     on_progress(message)
         if failures:
-            raise_for(failures, self._size, independent=on_loading is not None)
+            done = answers if kind is Done else None
+            raise_for(failures, self._size, independent=on_loading is not None, done=done)
         if len(answers) < self._size:
             raise self._silence_error(self._processes, {*range(self._size)} - set(answers), silence_s)
         return answers

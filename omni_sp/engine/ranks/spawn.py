@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
 
 from typing_extensions import override
@@ -30,8 +31,10 @@ getattr(importlib.import_module(module), function)(Connection(int(sys.argv[1])))
 """
 # The front reports that a rank ended; torch's C++ warnings about them would flood the terminal.
 _EVERY_RANK = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-# All ranks wait for the same download; one bar is enough.
-_ALL_BUT_RANK_0 = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+RANK_MAIN = "omni_sp.engine.worker", "rank_main"
+"""What a rank runs: a module, and a function that is called with the rank's end of the pipe."""
 
 
 class SpawnedRank(RankProcess):
@@ -40,6 +43,7 @@ class SpawnedRank(RankProcess):
     def __init__(self, process: subprocess.Popen[bytes], connection: Connection) -> None:
         self._process = process
         self._connection = connection
+        self.pid = process.pid
 
     @property
     @override
@@ -75,9 +79,7 @@ class SpawnLauncher(Launcher):
         thread_stays: the thread that starts the ranks lives until they have ended.
     """
 
-    def __init__(
-        self, module: str = "omni_sp.engine.worker", function: str = "rank_main", *, thread_stays: bool = False
-    ) -> None:
+    def __init__(self, module: str = RANK_MAIN[0], function: str = RANK_MAIN[1], *, thread_stays: bool = False) -> None:
         self._target = (module, function)
         self._thread_stays = thread_stays
 
@@ -98,28 +100,20 @@ class SpawnLauncher(Launcher):
     @override
     def start(self, rank: int) -> SpawnedRank:
         here, there = Pipe()
-        process = self.start_on(there, rank)
+        process = self.start_on(there, rank_title(rank))
         there.close()
         return SpawnedRank(process, here)
 
-    def start_on(self, connection: Connection, rank: int) -> subprocess.Popen[bytes]:
-        """Start one rank on its end of a pipe, which stays open here."""
+    def start_on(self, connection: Connection, title: str) -> subprocess.Popen[bytes]:
+        """Start one process on its end of a pipe, which stays open here; ``title`` is its command's last word."""
         if os.name != "posix" or not sys.executable:
             raise ConfigError("rank processes need Linux or macOS, and a Python program to start: use degrees 1 × 1")
-        path = [entry or os.getcwd() for entry in sys.path]
         return subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                _BOOTSTRAP,
-                str(connection.fileno()),
-                json.dumps([path, *self._target]),
-                f"omni_sp-rank-{rank}",
-            ],
+            command_of(self._target, connection, [entry or os.getcwd() for entry in sys.path], title),
             stdin=subprocess.DEVNULL,
             stdout=_standard_error(),
             pass_fds=(connection.fileno(),),
-            env=_EVERY_RANK | (_ALL_BUT_RANK_0 if rank else {}) | os.environ,
+            env=_EVERY_RANK | os.environ,
             # A session of their own: Ctrl-C reaches the front alone, which then ends the ranks.
             start_new_session=True,
         )
@@ -135,6 +129,16 @@ class SpawnLauncher(Launcher):
         """
         stays = self._thread_stays or threading.current_thread() is threading.main_thread()
         return os.getpid() if stays else 0
+
+
+def rank_title(rank: int) -> str:
+    """The last word of a rank's command."""
+    return f"omni_sp-rank-{rank}"
+
+
+def command_of(target: tuple[str, str], connection: Connection, path: Sequence[str], title: str) -> list[str]:
+    """The command that calls a function, given by module and name, with an inherited connection."""
+    return [sys.executable, "-c", _BOOTSTRAP, str(connection.fileno()), json.dumps([list(path), *target]), title]
 
 
 def _standard_error() -> int:

@@ -28,7 +28,8 @@ from omni_sp.config import DiffusionParallelConfig
 from omni_sp.engine.devices import joined_device, threads_per_rank
 from omni_sp.engine.messages import RankPlacement
 from omni_sp.engine.ranks import LOOPBACK, Launcher, RankProcess
-from omni_sp.engine.ranks.spawn import SpawnLauncher
+from omni_sp.engine.ranks.spawn import SpawnLauncher, rank_title
+from omni_sp.engine.ranks.torchrun import job_around, job_rank, rendezvous, require_job_of
 from omni_sp.errors import ConfigError, RankFailedError
 
 GATHER_S = 300.0
@@ -78,13 +79,8 @@ class _Exited:
     exitcode: int
 
 
-def job_rank() -> int:
-    """This process's rank in the job that torchrun started."""
-    return int(os.environ["RANK"])
-
-
-def require_job_of(config: DiffusionParallelConfig) -> None:
-    """Refuse a job of another size, on each of its processes alike.
+def require_supervised_job_of(config: DiffusionParallelConfig) -> None:
+    """Refuse a job of another size, or one that has process groups of its own, on each of its processes alike.
 
     Raises:
         ConfigError: the job has another number of processes than the degrees need, or the program uses
@@ -97,11 +93,7 @@ def require_job_of(config: DiffusionParallelConfig) -> None:
             "torch.distributed is initialised in this program already, and AsyncOmni starts ranks of its own: leave "
             "that to it, or use Omni, which joins this program's ranks"
         )
-    size = int(os.environ["WORLD_SIZE"])
-    if size != config.world_size:
-        raise ConfigError(
-            f"{config.equation}, but torchrun started {size} processes: the product of the degrees must be their number"
-        )
+    require_job_of(config)
 
 
 class TorchrunLauncher(Launcher):
@@ -127,7 +119,7 @@ class TorchrunLauncher(Launcher):
         is_first = self._store is None
         if is_first:
             threading.Thread(target=self._accept_connections, name="omni-sp-agents", daemon=True).start()
-            self._store = _rendezvous()
+            self._store = rendezvous(GATHER_S)
             self._store.set(_KEY, pickle.dumps((self._host, self._listener.address[1], self._key)))
         others = range(1, config.world_size)
         with self._changed:
@@ -195,7 +187,7 @@ def supervise_rank(config: DiffusionParallelConfig, device: str | None) -> None:
     Raises:
         ConfigError: no front was found in time.
     """
-    store = _rendezvous()
+    store = rendezvous(GATHER_S)
     try:
         store.wait([_KEY], timedelta(seconds=GATHER_S))
     except Exception as error:
@@ -325,7 +317,7 @@ class _AgentLoop:
         if isinstance(order, _Start):
             with Client(self._address, authkey=self._key) as connection:
                 connection.send_bytes(pickle.dumps(_Started(job_rank(), order.number)))
-                self._children[order.number] = self._launcher.start_on(connection, job_rank())
+                self._children[order.number] = self._launcher.start_on(connection, rank_title(job_rank()))
         elif isinstance(order, _Signal) and order.number in self._children:
             self._children[order.number].send_signal(order.signal)
 
@@ -347,14 +339,6 @@ def _placement_or_error(config: DiffusionParallelConfig, device: str | None) -> 
         return error
 
 
-def _rendezvous() -> Any:
-    """The store at which the job's processes meet."""
-    import torch.distributed as dist
-
-    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=GATHER_S))))  # type: ignore[attr-defined]
-    return store
-
-
 def _addresses() -> tuple[str, str]:
     """The name at which the job's other processes reach this machine, and the address to listen on.
 
@@ -363,11 +347,15 @@ def _addresses() -> tuple[str, str]:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         return LOOPBACK, LOOPBACK
     master = os.environ["MASTER_ADDR"]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Sends nothing; asks the kernel which of its addresses would be the sender's.
-        probe.connect((master, int(os.environ["MASTER_PORT"])))
-        own = str(probe.getsockname()[0])
-    return (master if own == socket.gethostbyname(master) or own.startswith("127.") else own), "0.0.0.0"
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            # Sends nothing; asks the kernel which of its addresses would be the sender's.
+            probe.connect((master, int(os.environ["MASTER_PORT"])))
+            own = str(probe.getsockname()[0])
+        is_master = own == socket.gethostbyname(master) or own.startswith("127.")
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(f"no such address as MASTER_ADDR and MASTER_PORT say ({error}): {job_around()}") from error
+    return (master if is_master else own), "0.0.0.0"
 
 
 @contextlib.contextmanager
@@ -379,7 +367,10 @@ def _ignoring_signals() -> Iterator[None]:
 
     before: list[tuple[int, Callable[..., Any] | int | None]] = []
     if threading.current_thread() is threading.main_thread():
-        before = [(number, signal.signal(number, ignore)) for number in (signal.SIGTERM, signal.SIGINT)]
+        asked = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = [
+            (number, signal.signal(number, ignore)) for number in asked if signal.getsignal(number) != signal.SIG_IGN
+        ]
     try:
         yield
     finally:
