@@ -27,9 +27,11 @@ from omni_sp.server.errors import RETRY_AFTER_S, ApiError, add_error_handlers
 from omni_sp.server.metrics import Metrics
 from omni_sp.server.page import create_page_router
 from omni_sp.server.pictures import MEDIA_TYPES
+from omni_sp.server.proxies import Forwarded, RootPath
 from omni_sp.server.security import BodyLimit, Guard, RequestIds
 from omni_sp.server.settings import ServerSettings
 from omni_sp.server.storage.file_store import FileStore
+from omni_sp.server.uploads import Uploads
 
 _HEALTH: dict[int | str, dict[str, Any]] = {
     503: {"description": "Not yet, or no longer: ``status`` says which.", "content": {"application/json": {}}}
@@ -45,7 +47,7 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
     folder = settings.data_dir or Path(tempfile.mkdtemp(prefix="omni-sp-"))
     settings = dataclasses.replace(settings, data_dir=folder)
     files = FileStore(folder, max_age_s=settings.file_max_age_s, max_total_bytes=settings.file_max_total_bytes)
-    metrics = Metrics(omni)
+    metrics, uploads = Metrics(omni), Uploads(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,6 +59,7 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
         finally:
             await omni.drain(settings.drain_timeout_s)
             app.state.starting.cancel()
+            uploads.close()
             await asyncio.to_thread(files.close)
             if is_temporary:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -70,13 +73,14 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
     )
     app.state.omni, app.state.settings = omni, settings
     app.include_router(_server_router(omni, settings, files, metrics))
-    app.include_router(create_image_router(omni, settings, files))
-    app.include_router(create_chat_router(omni, settings))
-    app.include_router(create_video_router(omni, settings, files))
+    app.include_router(create_image_router(omni, settings, files, uploads))
+    app.include_router(create_chat_router(omni, settings, uploads))
+    app.include_router(create_video_router(omni, settings, files, uploads))
     app.include_router(create_page_router(omni, settings))
     add_reference(app, needs_key=bool(settings.api_keys))
     add_error_handlers(app)
     # The last one added is the first to see a request.
+    app.add_middleware(Forwarded, allow_ips=settings.forwarded_allow_ips)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     app.add_middleware(Guard, settings=settings)
     if settings.allow_origins:
@@ -88,6 +92,7 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
             expose_headers=["X-Request-ID"],
         )
     app.add_middleware(RequestIds, on_answer=metrics.on_answer)
+    app.add_middleware(RootPath, root_path=settings.root_path)
     return app
 
 
@@ -111,6 +116,10 @@ def _server_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore, 
     @router.get("/v1/models", summary="The model that is served")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(name, created) for name in settings.names]}
+
+    @router.get("/v1/loras", summary="The LoRA adapters that requests may name")
+    async def loras() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "lora"} for name in omni.info.capabilities.adapters]}
 
     @router.get("/v1/models/{name:path}", summary="The model that is served")
     async def model(name: str) -> dict[str, Any]:

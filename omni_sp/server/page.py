@@ -18,6 +18,7 @@ from omni_sp.config import MAX_SEED
 from omni_sp.errors import EngineClosedError
 from omni_sp.pipelines.arguments import frames_per_second
 from omni_sp.pipelines.capabilities import PipelineCapabilities
+from omni_sp.pipelines.shapes import SHAPES_MODEL, SHAPES_PROMPTS
 from omni_sp.server.settings import ServerSettings
 
 # Fields of the page's form, named as in OmniDiffusionSamplingParams.
@@ -26,7 +27,7 @@ _FORM_FIELDS = (
 )  # fmt: skip
 _COUNTS = ("queued", "running", "done", "failed", "aborted", "restarts", "steps")
 # The page's scripts share one scope, so that no file of it needs an address of its own.
-_SCRIPTS = ("page.js", "works.js", "gallery.js", "mask.js")
+_SCRIPTS = ("page.js", "works.js", "gallery.js", "mask.js", "metadata.js")
 _POLICY = (
     "connect-src 'self'; img-src blob: data:; media-src blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -57,11 +58,11 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
     Returns:
         ``status`` (of the AsyncOmni), ``model``, counts (``queued``, ``running``, ``done``, ``failed``, ``aborted``,
         ``restarts``, ``steps``), ``steps_per_second`` (denoising steps, on average since the start; None before the
-        first) and ``limits`` always. Once it is loaded also ``pipeline`` (a class; None until then), ``makes``
-        ("picture", "video", "sound"), ``makes_videos``, ``takes_image``, ``takes_many_images``, ``takes_mask``,
-        ``needs_image``, ``parameters`` (name -> ``default``, and where they are known ``multiple``, ``minimum``,
-        ``maximum``), ``layout`` (for people), ``rings`` (ranks: a list for each Ulysses group), ``ranks``,
-        ``device``, ``dtype``, ``load_s``.
+        first) and ``limits`` always. Once it is loaded also ``pipeline`` (a class; None until then), ``examples``
+        (prompts for the demo model), ``makes`` ("picture", "video", "sound"), ``makes_videos``, ``takes_image``,
+        ``takes_many_images``, ``takes_mask``, ``needs_image``, ``parameters`` (name -> ``default``, and where they are
+        known ``multiple``, ``minimum``, ``maximum``), ``layout`` (for people), ``rings`` (ranks: a list for each
+        Ulysses group), ``ranks``, ``device``, ``dtype``, ``load_s``.
     """
     stats = omni.stats
     state: dict[str, Any] = {
@@ -89,6 +90,7 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
     return {
         **state,
         "pipeline": capabilities.name,
+        "examples": list(SHAPES_PROMPTS) if settings.model == SHAPES_MODEL else [],
         "makes": capabilities.makes,
         "makes_videos": capabilities.makes_videos,
         "takes_image": takes_image,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,25 +22,49 @@ from omni_sp.async_omni import AsyncOmni
 from omni_sp.command_line import FAILED, INTERRUPTED
 from omni_sp.errors import ConfigError, EngineClosedError
 from omni_sp.server.app import create_app
+from omni_sp.server.connections import http_protocol
+from omni_sp.server.logs import logging_to_stderr
 from omni_sp.server.settings import ServerSettings
 
 _FLUSH_S = 10
 """Seconds that finished answers may take to reach their clients once the server ends."""
 _POLL_S = 0.2
+_LOG = logging.getLogger(__name__)
 
 
 def serve(omni: AsyncOmni, settings: ServerSettings) -> int:
     """Serve until a signal; ``omni`` is not started yet.
 
     Returns:
-        The exit code: 0 after SIGTERM, and in the other processes of torchrun; 130 after Ctrl-C; 1 where uvicorn ended
-        by itself.
+        The exit code: 0 after SIGTERM or SIGHUP, and in the other processes of torchrun; 130 after Ctrl-C; 1 where
+        uvicorn ended by itself.
     """
     if not omni.is_main:  # a process of torchrun above rank 0
         asyncio.run(omni.supervise_rank())
         return 0
-    with listening(settings.host, settings.port) as listener:
+    require_certificate(settings)
+    with (
+        listening(settings.host, settings.port) as listener,
+        logging_to_stderr(settings.log_level, settings.log_format),
+    ):
         return asyncio.run(run_server(omni, settings, listener))
+
+
+def require_certificate(settings: ServerSettings) -> None:
+    """Refuse (ConfigError) a certificate that cannot be served: before the model is loaded for it."""
+    if settings.ssl_certfile is None:
+        return
+    try:
+        # A key with a password would be asked for on the terminal, each time.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, lambda: "")
+    except (OSError, ValueError) as error:
+        names = " and ".join(str(path) for path in (settings.ssl_certfile, settings.ssl_keyfile) if path is not None)
+        raise ConfigError(f"{names}: no certificate with its key, in PEM and without a password: {error}") from error
+
+
+def log_news(news: str) -> None:
+    """Log what a start is doing."""
+    _LOG.info("%s", news)
 
 
 @contextlib.contextmanager
@@ -59,22 +86,29 @@ async def run_server(omni: AsyncOmni, settings: ServerSettings, listener: socket
     return await ServerProcess(create_app(omni, settings), omni, settings, listener).run()
 
 
+def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=http_protocol(settings.header_timeout_s),
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        proxy_headers=False,  # ours come after the guard: see Forwarded
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        ws="none",
+        timeout_graceful_shutdown=_FLUSH_S,
+    )
+
+
 class ServerProcess:
     """One run of the server: listen, load, serve, drain."""
 
     def __init__(self, app: FastAPI, omni: AsyncOmni, settings: ServerSettings, listener: socket.socket) -> None:
         self._app, self._omni, self._settings, self._listener = app, omni, settings, listener
-        self._server = _Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="on",
-                ws="none",
-                timeout_graceful_shutdown=_FLUSH_S,
-            )
-        )
+        self._server = _Server(uvicorn_config(app, settings))
         self._signals: list[int] = []
         self._is_to_end = asyncio.Event()
         self._hurrying: asyncio.Task[None] | None = None
@@ -82,8 +116,9 @@ class ServerProcess:
     async def run(self) -> int:
         """Serve until a signal or the engine's end. Returns the exit code."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+                loop.add_signal_handler(number, self._on_signal, number)
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
         watching = asyncio.create_task(self._watch())
         ending = asyncio.create_task(self._is_to_end.wait())
@@ -106,8 +141,9 @@ class ServerProcess:
 
     def _on_signal(self, number: int) -> None:
         self._signals.append(number)
-        if len(self._signals) > 1 and self._hurrying is None:
-            _print_status("again: ending at once")
+        # A terminal that is closed may say so twice.
+        if len(self._signals) > 1 and number != signal.SIGHUP and self._hurrying is None:
+            self._say("again: ending at once")
             self._server.force_exit = True
             self._hurrying = asyncio.create_task(self._omni.close())
         self._is_to_end.set()
@@ -117,28 +153,36 @@ class ServerProcess:
         while not self._server.started:
             await asyncio.sleep(0.01)
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
-        address = f"http://{host}:{self._listener.getsockname()[1]}"
-        print(f"omni-sp: listening on {address} (a page to try it on; the API at {address}/v1)", flush=True)
+        scheme = "http" if self._settings.ssl_certfile is None else "https"
+        address = f"{scheme}://{host}:{self._listener.getsockname()[1]}"
+        self._say(f"listening on {address} (a page to try it on; the API at {address}/v1)", sys.stdout)
         if not self._settings.api_keys and not _is_loopback(self._listener.getsockname()[0]):
-            _print_status("note: whoever reaches this address may draw; --api-key KEY lets in only who has it")
+            self._say("note: whoever reaches this address may draw; --api-key KEY lets in only who has it")
         began = time.monotonic()
         await asyncio.shield(self._app.state.starting)
         if self._omni.status == "ready":
             info = self._omni.info
             took = time.monotonic() - began
-            print(f"omni-sp: {self._settings.names[0]} is ready after {took:.1f} s: {info.layout}", flush=True)
+            self._say(f"{self._settings.names[0]} is ready after {took:.1f} s: {info.layout}", sys.stdout)
         while self._omni.status != "failed":
             await asyncio.sleep(_POLL_S)
         raise EngineClosedError("the ranks failed, and did not start again")
 
     async def _drain(self) -> None:
         """Let the running request finish; new and waiting ones get 503."""
-        stats = self._omni.stats
-        if stats.running:
-            _print_status(
-                f"finishing what runs, for up to {self._settings.drain_timeout_s:g} s; once more ends at once"
-            )
+        running = self._omni.stats.running
+        requests = f"{running} request" if running == 1 else f"{running} requests"
+        seconds = f"{self._settings.drain_timeout_s:g} s"
+        self._say(f"stopping: {requests} may finish, for up to {seconds}; a second signal ends at once")
         await self._omni.drain(self._settings.drain_timeout_s)
+
+    def _say(self, message: str, stream: TextIO | None = None) -> None:
+        """Print a line for people, on stderr by default; where the log is for programs, it goes there."""
+        if self._settings.log_format == "json":
+            _LOG.info("%s", message)
+        else:
+            with contextlib.suppress(OSError):  # the terminal is gone
+                print(f"omni-sp: {message}", file=stream or sys.stderr, flush=True)
 
 
 class _Server(uvicorn.Server):
@@ -152,7 +196,3 @@ class _Server(uvicorn.Server):
 
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-
-
-def _print_status(message: str) -> None:
-    print(f"omni-sp: {message}", file=sys.stderr, flush=True)

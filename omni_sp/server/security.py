@@ -16,10 +16,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omni_sp.server.errors import ApiError
+from omni_sp.server.logs import log_request
 from omni_sp.server.settings import ServerSettings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _DISCARD_S = 1.0
+_MIN_BYTES_PER_S = 1024
+_METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # The id in a finished picture's URL cannot be guessed, so whoever has the URL may fetch the picture without a key.
 _OPEN = re.compile(r"/v1/files/[^/]+/content")
@@ -29,7 +32,10 @@ OnAnswer = Callable[[str, str, int], None]
 
 
 class RequestIds:
-    """Gives every answer an ``X-Request-ID``, the client's own where it sends a valid one, and counts answers."""
+    """Gives every answer an ``X-Request-ID``, the client's own where it sends a valid one; counts and logs answers.
+
+    What is noted in the scope's state, ``queue_s`` and ``steps``, comes into the line of the log.
+    """
 
     def __init__(self, app: ASGIApp, on_answer: OnAnswer) -> None:
         self._app, self._on_answer = app, on_answer
@@ -41,18 +47,27 @@ class RequestIds:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         name = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
-        scope.setdefault("state", {})["request_id"] = name
+        state = scope.setdefault("state", {})
+        state["request_id"] = name
+        began, status = time.monotonic(), None
 
         async def send_named(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = name
                 headers.setdefault("X-Content-Type-Options", "nosniff")
-                route = getattr(scope.get("route"), "path", "other")
-                self._on_answer(scope["method"], route, message["status"])
+                self._on_answer(_method(scope), _route(scope), message["status"])
             await send(message)
 
-        await self._app(scope, receive, send_named)
+        try:
+            await self._app(scope, receive, send_named)
+        except Exception:
+            status = status or 500  # which whoever catches it answers
+            raise
+        finally:
+            log_request(name, _method(scope), _route(scope), status, time.monotonic() - began, state)
 
 
 class Guard:
@@ -78,7 +93,8 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        path, method, headers = scope["path"], scope["method"], Headers(scope=scope)
+        method, headers = scope["method"], Headers(scope=scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # every path begins with it: see RootPath
         if not (path == "/v1" or path.startswith("/v1/")) or is_open(method, path):
             return None
         if self._keys:
@@ -113,7 +129,7 @@ class Guard:
 
 
 class BodyLimit:
-    """Ends requests whose body is too large, or stops coming: reading such a body raises an ApiError, 413 or 408.
+    """Ends requests whose body is too large, or comes too slowly: reading such a body raises an ApiError, 413 or 408.
 
     An answer that is ready before the body has come waits a moment for it, and throws it away: a client that is still
     sending when the connection closes may lose the answer.
@@ -129,22 +145,26 @@ class BodyLimit:
             return
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > self._max_bytes:
+        # Longer numbers than these are more than any limit, and than Python's int() reads.
+        if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > self._max_bytes):
             if "expect" not in headers:  # a client that waits for "100 Continue" has sent nothing yet
                 await self._discard(receive)
             await self._too_large().response()(scope, receive, send)
             return
         received, is_whole = 0, False
+        began = time.monotonic()
 
         async def receive_some() -> Message:
             nonlocal received, is_whole
             if is_whole:  # the next message is that the client has left, for which there is no limit of time
                 return await receive()
+            # A byte now and then would keep a request for ever: the whole body has a bound too, which grows with it.
+            left_s = began + self._timeout_s + received / _MIN_BYTES_PER_S - time.monotonic()
+            if left_s <= 0:
+                raise self._too_slow()
             try:
-                message = await asyncio.wait_for(receive(), self._timeout_s)
-            except TimeoutError as error:
-                raise self._too_slow() from error
-            except asyncio.TimeoutError as error:  # another class in Python 3.10
+                message = await asyncio.wait_for(receive(), min(self._timeout_s, left_s))
+            except (TimeoutError, asyncio.TimeoutError) as error:  # two classes in Python 3.10
                 raise self._too_slow() from error
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
@@ -185,10 +205,22 @@ class BodyLimit:
     def _too_slow(self) -> ApiError:
         return ApiError(
             408,
-            f"no more of the request's body came for {self._timeout_s:g} s",
+            f"the request's body came too slowly: it may pause for {self._timeout_s:g} s, and take in all as much, and "
+            "a second for each KiB",
             code="timeout",
             headers={"Connection": "close"},
         )
+
+
+def _route(scope: Scope) -> str:
+    """The pattern of a request's route; "other" where there is none."""
+    return str(getattr(scope.get("route"), "path", "other"))
+
+
+def _method(scope: Scope) -> str:
+    """The method of a request; "other" for one that no route here has."""
+    method = str(scope["method"])
+    return method if method in _METHODS else "other"
 
 
 def is_open(method: str, path: str) -> bool:

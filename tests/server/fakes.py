@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import pickle
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProg
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt, call_arguments, frames_per_second
 from omni_sp.pipelines.capabilities import PipelineCapabilities
+from omni_sp.pipelines.metadata import drawing_settings
 from omni_sp.requests import PromptInput, parse_prompt, require_params
 
 _COMMON: dict[str, Any] = {
@@ -67,7 +69,7 @@ class FakeRequest:
     """One request that a FakeOmni was asked for; kept in ``FakeOmni.requests`` in the order of arrival.
 
     Attributes:
-        arguments: what the pipeline would have been called with.
+        arguments: what the pipeline would have been called with; pickled once it runs, as for rank processes.
         outcome: "waiting", "running", "done", "failed" or "aborted".
     """
 
@@ -99,6 +101,7 @@ class FakeOmni(AsyncOmni):
         errors: of the first, second, … request, after its first step; None for a good one, and for all further ones.
         hold_at: done steps after which every request waits for ``go_on.set()``.
         max_queue_length: requests that may wait.
+        dropped: tokens that every prompt loses, by tokenizer.
 
     Attributes:
         requests: all so far. go_on: see hold_at. restarts, force_status: set them to pretend ("restarting").
@@ -116,6 +119,7 @@ class FakeOmni(AsyncOmni):
         errors: Sequence[OmniSPError | None] = (),
         hold_at: int | None = None,
         max_queue_length: int | None = None,
+        dropped: Mapping[str, int] | None = None,
     ) -> None:
         self.requests: list[FakeRequest] = []
         self.go_on = threading.Event()
@@ -124,6 +128,7 @@ class FakeOmni(AsyncOmni):
         self._capabilities, self._steps, self._step_s, self._hold_at = capabilities, steps, step_s, hold_at
         self._start_s, self._start_error, self._errors = start_s, start_error, list(errors)
         self._most, self._start_on = max_queue_length, start_on
+        self._dropped = dict(dropped or {})
         self._line: list[FakeRequest] = []
         self._is_started, self._state = False, "starting"
         self._numbers = itertools.count()
@@ -222,6 +227,9 @@ class FakeOmni(AsyncOmni):
                 yield RequestQueued(request_id=request.id, position=0)
             self._raise_if_over(request)
             request.outcome = "running"
+            request.arguments = pickle.loads(pickle.dumps(request.arguments))
+            taken_as = self._capabilities.argument_name("image")
+            request.prompt = replace(request.prompt, image=request.arguments.get(taken_as or ""))
             async for event in self._run_fake(request):
                 yield event
             output = self._fake_output(request)
@@ -288,7 +296,7 @@ class FakeOmni(AsyncOmni):
 
     def _fake_output(self, request: FakeRequest) -> OmniRequestOutput:
         height, width = (request.arguments.get(side) or _COMMON[side] for side in ("height", "width"))
-        seed = 12345 if request.params.seed is None else request.params.seed
+        seed = next(iter(request.params.seeds), 12345)
         count = request.params.num_outputs_per_prompt or 1
         pictures = [
             Image.new("RGB", (width, height), ((seed + place) % 256, len(request.prompt.text or "") % 256, 200))
@@ -298,9 +306,12 @@ class FakeOmni(AsyncOmni):
         metrics: dict[str, Any] = {
             "startup_s": 1.0, "load_s": 0.5, "text_encoder_s": 0.01, "denoise_s": 0.1 * steps, "denoise_step_s": 0.1,
             "vae_s": 0.02, "total_s": 0.03 + 0.1 * steps, "num_steps": steps, "ranks": 4, "seed": seed,
-            "tokens": {"hidden_states": 24, "encoder_hidden_states": 7},
+            "tokens": {"hidden_states": 24, "encoder_hidden_states": 7}, "dropped_tokens": self._dropped,
         }  # fmt: skip
         output = OmniRequestOutput(request_id=request.id, prompt=request.prompt.text or "", metrics=metrics)
+        output.settings = drawing_settings(
+            self._capabilities, request.arguments, model="shapes", layout="4 ranks", prompt=output.prompt, seed=seed
+        )
         if self._capabilities.makes_videos:
             frames = request.params.num_frames or 9
             output.videos = [[picture.copy() for _ in range(frames)] for picture in pictures]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from omni_sp.pipelines.images import EncodedImage
 from omni_sp.server.storage.file_store import FileStore
 from omni_sp.server.storage.job_store import VideoJob
 from omni_sp.server.storage.video_jobs import VideoJobs
@@ -41,8 +42,9 @@ def a_picture(colour: tuple[int, int, int] = (1, 2, 3)) -> bytes:
     return file.getvalue()
 
 
-def read_picture(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
+async def read_picture(data: bytes) -> EncodedImage:
+    Image.open(io.BytesIO(data)).load()
+    return EncodedImage(data)
 
 
 def opened(folder: Path, **limits: Any) -> FileStore:

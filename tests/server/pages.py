@@ -26,7 +26,8 @@ from tests.server.browser import Browser, Page, find_browser
 from tests.server.fakes import FakeOmni
 from tests.server.serving import serving
 
-READY = "!document.querySelector('#draw').disabled"
+READY = "!document.querySelector('#draw').disabled && !state.works.length"
+"""The page can draw, and nothing is under way."""
 STEP = "document.querySelector('#step').textContent"
 CARDS = "document.querySelectorAll('#items li').length"
 FOCUS = "document.activeElement.id || document.activeElement.tagName"
@@ -58,6 +59,11 @@ def opened(browser: Browser, url: str, *, is_ready: bool = True, **look: Any) ->
 
 def text_of(page: Page, selector: str) -> str:
     return str(page.run(f"document.querySelector({json.dumps(selector)}).textContent"))
+
+
+def wait_for_focus(page: Page, name: str) -> None:
+    """Wait until the element of an id, or of a tag where it has none, has the focus, which often follows a moment later."""
+    page.wait_for(f"({FOCUS}) === {json.dumps(name)}")
 
 
 def fetch(url: str) -> Any:

@@ -23,8 +23,9 @@ import uvicorn
 
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.server.app import create_app
+from omni_sp.server.process import uvicorn_config
 from omni_sp.server.settings import ServerSettings
-from tests.engine.processes import alive, becomes_true, children
+from tests.engine.processes import alive, becomes_true, descendants, rank_processes
 
 PATIENCE_S = 60.0
 START_S = 180.0
@@ -60,9 +61,8 @@ class Served:
 def serving(omni: AsyncOmni, *, ready: bool = True, **settings: Any) -> Iterator[Served]:
     """Serve this AsyncOmni with these settings; ``ready``: wait until it draws."""
     listener = socket.create_server(("127.0.0.1", 0))
-    app = create_app(omni, ServerSettings(**{"drain_timeout_s": 5.0, **settings}))
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, lifespan="on")
-    server = uvicorn.Server(config)
+    chosen = ServerSettings(**{"drain_timeout_s": 5.0, **settings})
+    server = uvicorn.Server(uvicorn_config(create_app(omni, chosen), chosen))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     served = Served(listener.getsockname()[1])
@@ -89,13 +89,7 @@ class Program(Served):
 
     def ranks(self) -> list[int]:
         """Process numbers of the ranks that run, in their order."""
-        found: dict[int, int] = {}
-        for pid in children(self.process.pid):
-            with contextlib.suppress(OSError):  # it has just ended
-                name = re.search(rb"omni_sp-rank-(\d+)", Path(f"/proc/{pid}/cmdline").read_bytes())
-                if name is not None:
-                    found[int(name[1])] = pid
-        return [found[rank] for rank in sorted(found)]
+        return rank_processes(self.process.pid)
 
     def listening_ports(self) -> set[int]:
         """Ports on which the front listens: for clients, and for its ranks to meet."""
@@ -184,7 +178,7 @@ def running(errors: Path, *words: str, ready: bool = True) -> Iterator[Program]:
                 assert process.poll() is None, errors.read_text()
             yield program
         finally:
-            ranks = children(process.pid)
+            ranks = descendants(process.pid)
             program.client.close()
     finally:
         if process.poll() is None:

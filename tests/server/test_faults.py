@@ -71,6 +71,16 @@ def test_a_rank_that_is_killed_costs_time_and_no_picture(
     assert not any(alive(pid) for pid in before)
 
 
+def test_a_rank_that_is_killed_while_nothing_runs_is_replaced_before_anybody_asks(server: Program) -> None:
+    before = server.ranks()
+    os.kill(before[1], signal.SIGKILL)
+    until(lambda: server.get("/health").status_code == 503)
+    assert server.get("/health").json() == {"status": "restarting"}
+    until(lambda: server.get("/health").status_code == 200)
+    assert "the ranks start again: rank 1 of 2 was killed by signal 9" in server.errors.read_text()
+    assert not any(alive(pid) for pid in before)
+
+
 def test_a_rank_that_is_stopped_is_named_and_replaced(server: Program, expected: dict[int, bytes]) -> None:
     before = server.ranks()
     disturbed, waiting = server.draw(**asked()), server.draw(**asked(4))
@@ -91,6 +101,8 @@ def test_a_rank_without_memory_says_so_and_what_to_do(server: Program) -> None:
     error = server.draw(**asked(steps=2) | {"size": "512x512"}).error()
     assert error["code"] == "out_of_memory"
     assert "out of memory: ask for a smaller size, fewer frames or a smaller n (rank 0 of 2" in error["message"]
+    assert server.ranks()[0] == rank  # the others had finished, and none waits for it: the model stays
+    resource.prlimit(rank, resource.RLIMIT_AS, (most, most))
 
 
 @pytest.mark.parametrize(

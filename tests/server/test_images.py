@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from omni_sp.errors import EngineClosedError, QueueFullError, RankFailedError, ShardingError
+from omni_sp import __version__
+from omni_sp.errors import (
+    CallFailedError,
+    EngineClosedError,
+    InvalidInputError,
+    NonFiniteResultError,
+    QueueFullError,
+    RankFailedError,
+    ShardingError,
+)
+from omni_sp.pipelines.metadata import read_settings
 from tests.server.fakes import EDITS, INPAINTS, PICTURES, VIDEOS, FakeOmni, held
 from tests.server.serving import Served, error_of, serving, until
 
@@ -72,8 +82,8 @@ def test_formats_and_compression(served: Served, kind: str, quality: int | None)
         ({"prompt": "x" * 32_001}, "prompt", "32000"),
         ({"prompt": ["x"]}, "prompt", "string"),
         ({"prompt": "x", "sede": 1}, "sede", "did you mean seed?"),
-        ({"prompt": "x", "seed": -1}, "seed", "greater than or equal to 0"),
-        ({"prompt": "x", "seed": "1"}, "seed", "integer"),
+        ({"prompt": "x", "seed": -2}, "seed", "greater than or equal to -1"),
+        ({"prompt": "x", "seed": "one"}, "seed", "integer"),
         ({"prompt": "x", "seed": True}, "seed", "integer"),
         ({"prompt": "x", "seed": 2**63}, "seed", "less than"),
         ({"prompt": "x", "n": 0}, "n", "greater"),
@@ -86,10 +96,9 @@ def test_formats_and_compression(served: Served, kind: str, quality: int | None)
         ({"prompt": "x", "guidance_scale": "high"}, "guidance_scale", "number"),
         ({"prompt": "x", "true_cfg_scale": 2.0}, "true_cfg_scale", "does not take"),
         ({"prompt": "x", "strength": 0.5}, "strength", "does not take"),
-        ({"prompt": "x", "quality": "hd"}, "quality", "'auto'"),
-        ({"prompt": "x", "background": "transparent"}, "background", "'auto'"),
+        ({"prompt": "x", "quality": "best"}, "quality", "'auto'"),
+        ({"prompt": "x", "background": "transparent"}, "background", "auto or opaque"),
         ({"prompt": "x", "output_format": "gif"}, "output_format", "'png'"),
-        ({"prompt": "x", "output_compression": 50}, "output_compression", "PNG loses nothing"),
         ({"prompt": "x", "output_compression": 101}, "output_compression", "less than"),
         ({"prompt": "x", "partial_images": 1}, "partial_images", "stream=true"),
         ({"prompt": "x", "progress": True}, "progress", "stream=true"),
@@ -158,9 +167,11 @@ def test_a_video_model_says_where_to_go() -> None:
     ("error", "status", "code"),
     [
         (RankFailedError("rank 1 died\nwith details", rank=1, rank_traceback="Traceback: secret"), 500, "rank_failed"),
+        (CallFailedError("all 2 raised KeyError", rank=0, rank_traceback="Traceback: secret"), 500, "call_failed"),
         (EngineClosedError("AsyncOmni was closed"), 503, "unavailable"),
         (QueueFullError("full"), 429, "queue_full"),
         (ShardingError("ranks disagree"), 500, "engine_error"),
+        (NonFiniteResultError("NaN, first in the latents", stage="the latents"), 422, "not_finite"),
     ],
 )
 def test_failures_have_their_status(error: Any, status: int, code: str) -> None:
@@ -282,6 +293,47 @@ def open_request(served: Served, body: dict[str, Any]) -> socket.socket:
     return connection
 
 
+def test_dropped_tokens_are_reported() -> None:
+    note = (
+        "the prompt is longer than the model reads: tokenizer dropped 7 tokens, tokenizer_2 dropped 1 token at its end"
+    )
+    with serving(FakeOmni(dropped={"tokenizer": 7, "tokenizer_2": 1})) as served:
+        for answer in (
+            served.post(GENERATIONS, {"prompt": "x"}).json(),
+            served.stream(GENERATIONS, {"prompt": "x", "stream": True})[-1],
+        ):
+            assert answer["metrics"]["dropped_tokens"] == {"tokenizer": 7, "tokenizer_2": 1}
+            assert answer["note"] == note
+        chat = served.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}).json()
+        assert (chat["dropped_tokens"], chat["note"]) == ({"tokenizer": 7, "tokenizer_2": 1}, note)
+    with serving(FakeOmni()) as served:
+        answer = served.post(GENERATIONS, {"prompt": "x"}).json()
+        assert (answer["metrics"]["dropped_tokens"], answer["note"]) == ({}, None)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_files_keep_what_they_were_drawn_with(kind: str) -> None:
+    body = {"prompt": "ein Käse, 日本", "negative_prompt": "x", "seed": 7, "size": "64x32", "output_format": kind}
+    wanted = {
+        "prompt": "ein Käse, 日本", "negative_prompt": "x", "seed": 7, "width": 64, "height": 32,
+        "num_inference_steps": 4, "guidance_scale": 4.0, "model": "model-folder", "layout": "4 ranks",
+        "version": f"Omni-SP {__version__}",
+    }  # fmt: skip
+    chat = {"messages": [{"role": "user", "content": "a cat"}], "output_format": kind}
+    with serving(FakeOmni(), model="/secret/model-folder") as served:
+        files = [served.post(GENERATIONS, body).json()["data"][0]["b64_json"]]
+        files.append(served.stream(GENERATIONS, {**body, "stream": True})[-1]["b64_json"])
+        for file in files:
+            assert read_settings(io.BytesIO(base64.b64decode(file))) == wanted
+        url = served.post("/v1/chat/completions", chat).json()["choices"][0]["message"]["images"][0]["image_url"]["url"]
+        assert read_settings(io.BytesIO(base64.b64decode(url.partition(",")[2])))["prompt"] == "a cat"
+    with serving(FakeOmni(), metadata=False) as served:
+        bare = served.post(GENERATIONS, body).json()["data"][0]["b64_json"]
+        with pytest.raises(InvalidInputError, match="keeps nothing about how it was drawn"):
+            read_settings(io.BytesIO(base64.b64decode(bare)))
+    assert picture(bare).tobytes() == picture(files[0]).tobytes()
+
+
 # Edits
 
 
@@ -299,7 +351,7 @@ def test_an_edit_takes_pictures_as_the_pipeline_wants_them() -> None:
         assert "event: image_edit.completed" in two.text
     assert omni.requests[0].prompt.image.getpixel((0, 0)) == (10, 20, 30)
     assert (omni.requests[0].params.seed, omni.requests[0].params.guidance_scale) == (5, 1.5)
-    assert [image.mode for image in omni.requests[1].prompt.image] == ["RGB", "RGB"]
+    assert [image.mode for image in omni.requests[1].arguments["image"]] == ["RGB", "RGB"]
 
 
 def test_a_mask_is_refused_or_turned_into_the_pipelines_own() -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
+from omni_sp import Omni, OmniDiffusionSamplingParams
 from omni_sp.errors import RankFailedError
+from tests.pipelines.test_adapters import save_lora
 from tests.server.fakes import EDITS, FakeOmni
 from tests.server.serving import PATIENCE_S, Served, serving, until
 from tests.server.test_images import png
@@ -33,6 +36,7 @@ START_S = 120.0
 @dataclass
 class Real:
     process: subprocess.Popen[str]
+    lora: dict[str, str]
     served: Served
     errors: Path
 
@@ -44,10 +48,12 @@ def client_for(url: str, key: str = "a-key") -> openai.OpenAI:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
     errors = tmp_path_factory.mktemp("server") / "stderr"
+    lora_path = str(save_lora(errors.parent / "style", seed=0))
+    adapter = f"style={lora_path}"
     command = [sys.executable, "-m", "omni_sp.server", MODEL, "--usp", "2", "--port", "0", "--device", "cpu"]
     with errors.open("w") as file:
         process = subprocess.Popen(
-            [*command, "--api-key", "a-key", "--warmup", "64x64"],
+            [*command, "--api-key", "a-key", "--warmup", "64x64", "--vae-parallel", "on", "--lora", adapter],
             stdout=subprocess.PIPE, stderr=file, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     try:
@@ -59,7 +65,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
         assert served.get("/health").status_code == 503
         until(lambda: process.poll() is not None or served.get("/health").status_code == 200, START_S)
         assert process.poll() is None, errors.read_text()
-        yield Real(process, served, errors)
+        yield Real(process, {"style": lora_path}, served, errors)
         served.client.close()
     finally:
         if process.poll() is None:
@@ -94,10 +100,36 @@ def test_a_picture(client: openai.OpenAI) -> None:
     assert result.usage.output_tokens == 256
     again = client.images.generate(model=MODEL, prompt="a red circle", size="256x256", extra_body=extra)
     assert again.data is not None
-    assert again.data[0].b64_json == result.data[0].b64_json
+    # The files say what each request asked for, and differ in that.
+    assert picture(again.data[0].b64_json).tobytes() == drawn.tobytes()
+    params = OmniDiffusionSamplingParams(height=256, width=256, seed=11, num_inference_steps=6)
+    with Omni(MODEL, device="cpu") as one_process:
+        (alone,) = one_process.generate("a red circle", params)[0].images
+    assert np.abs(np.asarray(drawn, dtype=np.int16) - np.asarray(alone, dtype=np.int16)).max() <= 2
     # A patch of it is red, which noise is not.
     red, green, blue = np.asarray(drawn, dtype=np.int16).reshape(-1, 3).T
     assert ((red > 150) & (green < 100) & (blue < 100)).sum() > 500
+
+
+def test_adapters_come_and_go(client: openai.OpenAI, real: Real) -> None:
+    def drawn(**lora: Any) -> Any:
+        extra = {"seed": 11, "num_inference_steps": 2, **lora}
+        result = client.images.generate(model=MODEL, prompt="a red circle", size="128x96", extra_body=extra)
+        assert result.data is not None
+        return np.asarray(picture(result.data[0].b64_json), dtype=np.int16)
+
+    plain, style, again = drawn(), drawn(lora=[{"name": "style", "scale": 2.0}]), drawn()
+    assert np.array_equal(plain, again)
+    params = OmniDiffusionSamplingParams(height=96, width=128, seed=11, num_inference_steps=2, lora=("style", 2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Omni(MODEL, device="cpu", lora=real.lora) as one_process:
+            (alone,) = one_process.generate("a red circle", params)[0].images
+    assert np.abs(style - np.asarray(alone, dtype=np.int16)).max() <= 2
+    assert np.abs(style - plain).max() > 20
+    with pytest.raises(openai.BadRequestError, match="no LoRA adapter 'other'"):
+        drawn(lora="other")
+    assert real.served.get("/v1/loras", headers={"Authorization": "Bearer a-key"}).json()["data"][0]["id"] == "style"
 
 
 def test_a_stream_with_previews(client: openai.OpenAI) -> None:

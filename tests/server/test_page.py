@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from omni_sp.async_omni import EngineStats
 from omni_sp.errors import OmniSPError, RankFailedError, SamplingParamsError
+from omni_sp.pipelines.metadata import save_options
+from omni_sp.pipelines.shapes import SHAPES_PROMPTS
 from omni_sp.server.page import page as the_page
 from omni_sp.server.page import server_info
 from omni_sp.server.settings import ServerSettings
 from tests.server.browser import Browser
 from tests.server.fakes import EDITS, INPAINTS, PICTURES, VIDEOS, FakeOmni, held
-from tests.server.pages import CARDS, FOCUS, READY, STEP, Relay, ended, fetch, opened, served, started, text_of
+from tests.server.pages import (
+    CARDS,
+    READY,
+    STEP,
+    Relay,
+    ended,
+    fetch,
+    opened,
+    served,
+    started,
+    text_of,
+    until,
+    wait_for_focus,
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +150,43 @@ def test_draws_a_picture_with_steps_and_previews(browser: Browser) -> None:
         page.close()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_dropped_picture_fills_the_form(browser: Browser, kind: str) -> None:
+    settings = {
+        "prompt": 'ein "Käse" {赤}', "negative_prompt": "a\\b", "seed": 7, "width": 64, "height": 32,
+        "num_inference_steps": 3, "guidance_scale": 2.5, "num_outputs_per_prompt": 2, "version": "Omni-SP 1",
+    }  # fmt: skip
+    image, file = Image.effect_noise((64, 32), 80).convert("RGB"), io.BytesIO()
+    image.save(file, kind, **save_options(kind, image, settings))
+    bare = io.BytesIO()
+    image.save(bare, kind)
+    with served(FakeOmni()) as url:
+        page = opened(browser, url)
+        page.type_in("#seed", "99")
+        for one in (bare, file):
+            data = base64.b64encode(one.getvalue()).decode()
+            page.run(
+                f"""(() => {{
+                const bytes = Uint8Array.from(atob("{data}"), (letter) => letter.charCodeAt(0));
+                const held = new DataTransfer();
+                held.items.add(new File([bytes], "x", {{ type: "image/{kind.lower()}" }}));
+                document.body.dispatchEvent(
+                  new DragEvent("drop", {{ dataTransfer: held, bubbles: true, cancelable: true }}));
+                }})()"""
+            )
+            if one is bare:
+                time.sleep(0.2)
+                assert page.run("document.querySelector('#seed').value") == "99"
+        page.wait_for("document.querySelector('#seed').value === '7'")
+        fields = ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "n")
+        values = [page.run(f"document.querySelector('#{name}').value") for name in fields]
+        assert values == ['ein "Käse" {赤}', "a\\b", "64", "32", "3", "2.5", "2"]
+        assert page.complaints == []
+        page.close()
+
+
 def test_a_seed_that_nobody_gave_is_drawn_here_and_shown(browser: Browser) -> None:
-    omni = FakeOmni()
+    omni = FakeOmni(dropped={"tokenizer": 7})
     with served(omni) as url:
         page = opened(browser, url)
         for count in (1, 2):
@@ -143,7 +197,9 @@ def test_a_seed_that_nobody_gave_is_drawn_here_and_shown(browser: Browser) -> No
         seeds = [request.params.seed for request in omni.requests]
         assert None not in seeds
         assert len(set(seeds)) == 2
-        assert f"seed {seeds[1]}" in page.wait_for("document.querySelector('#caption').textContent")
+        caption = page.wait_for("document.querySelector('#caption').textContent")
+        assert f"seed {seeds[1]}" in caption
+        assert "tokenizer dropped 7 tokens" in caption
         assert page.complaints == []
         page.close()
 
@@ -156,7 +212,8 @@ def test_draws_several_pictures_at_once(browser: Browser) -> None:
         assert page.run("document.querySelector('#n').title") == "at least 1, at most 4"
         page.type_in("#n", "5")
         page.click("#draw")
-        assert page.run("document.querySelector('#n').validity.rangeOverflow")
+        assert text_of(page, "#problem") == "Pictures 5: give at most 4."
+        wait_for_focus(page, "n")
         page.type_in("#n", "4")
         page.type_in("#seed", "7")
         page.click("#draw")
@@ -230,11 +287,12 @@ def test_cancel_aborts_the_request(browser: Browser) -> None:
         page.type_in("#prompt", "a star")
         page.click("#draw")
         page.wait_for(f"{STEP}.startsWith('Step 1 of 4')")
-        assert page.run(FOCUS) == "cancel"
+        wait_for_focus(page, "draw")  # where it was: more can be asked for
+        page.run("document.querySelector('#cancel').focus()")
         page.press("Enter")
         page.wait_for(READY)
         assert text_of(page, "#canvas") == "Cancelled."
-        assert page.run(FOCUS) == "draw"
+        wait_for_focus(page, "draw")
         assert ended(omni) == "aborted"
         omni.go_on.set()
         page.click("#draw")
@@ -268,7 +326,7 @@ def test_errors_are_shown_at_their_field(browser: Browser, error: OmniSPError, s
         page.click("#draw")
         assert said in page.wait_for("document.querySelector('#problem').textContent")
         page.wait_for(READY)
-        assert page.run(FOCUS) == focus
+        wait_for_focus(page, focus)
         assert page.run("document.querySelectorAll('[aria-invalid]').length") == (focus != "draw")
         if focus != "draw":
             field = f"document.querySelector('#{focus}')"
@@ -286,15 +344,23 @@ def test_what_the_server_would_refuse_is_not_sent(browser: Browser) -> None:
     with served(omni, max_pixels=10_000) as url:
         page = opened(browser, url)
         page.click("#draw")
-        assert page.run(FOCUS) == "prompt"  # required
+        wait_for_focus(page, "prompt")
+        assert text_of(page, "#problem") == "Say what there is to be seen."
         page.type_in("#prompt", "a star")
         page.type_in("#width", "100")
         page.click("#draw")
-        assert page.run("document.querySelector('#width').validity.stepMismatch")
+        assert text_of(page, "#problem") == "Width 100: give a multiple of 16, such as 96 or 112."
+        page.type_in("#prompt", "a star in the snow")
+        assert text_of(page, "#problem") != ""  # it stays until the next attempt
+        for width, words in (("8", "Width 8: give at least 16."), ("-", "Width: give a number.")):
+            page.type_in("#width", width)
+            page.press("Enter", "Control")
+            assert text_of(page, "#problem") == words
+            wait_for_focus(page, "width")
         page.type_in("#width", "160")
         page.click("#draw")
         assert "10000" in text_of(page, "#problem")  # 160 × the default 64
-        assert page.run(FOCUS) == "width"
+        wait_for_focus(page, "width")
         assert omni.requests == []
         page.close()
 
@@ -315,3 +381,60 @@ def test_shows_how_many_come_first(browser: Browser) -> None:
         page.wait_for(f"{CARDS} === 1")
         for one in (other, page):
             one.close()
+
+
+def test_more_is_asked_for_while_one_is_drawn(browser: Browser) -> None:
+    omni = held()
+    with served(omni) as url:
+        page = opened(browser, url)
+        for count, prompt in enumerate(("one", "two"), start=1):
+            page.type_in("#prompt", prompt)
+            page.click("#draw")
+            until(lambda count=count: len(omni.requests) == count)  # type: ignore[misc]
+            page.wait_for("state.works.every((work) => work.is_heard)")
+        page.wait_for(f"{STEP} === 'Waiting: 1 request comes first'")
+        page.wait_for("document.querySelector('#others').textContent.startsWith('oneStep 1 of 4')")
+        for number in range(3, 7):  # four streams are open at a time; the others wait on the page
+            page.type_in("#prompt", f"{number}")
+            page.click("#draw")
+            page.wait_for(f"state.works.length === {number} && state.works.every((work) => work.is_heard)")
+        assert text_of(page, "#step") == "Waiting for your pictures before it"
+        assert len(omni.requests) == 4
+        page.press("Escape")
+        page.wait_for("state.works.length === 5")
+        omni.go_on.set()
+        page.wait_for(f"{CARDS} === 5")
+        page.wait_for(READY)
+        assert [request.prompt.text for request in omni.requests] == ["one", "two", "3", "4", "5"]
+        assert page.complaints == []
+        page.close()
+
+
+def test_a_double_click_draws_once(browser: Browser) -> None:
+    omni = held()
+    with served(omni) as url:
+        page = opened(browser, url)
+        page.type_in("#prompt", "a star")
+        page.run("(() => { for (let count = 0; count < 2; count++) document.querySelector('#draw').click(); })()")
+        page.wait_for(f"{STEP}.startsWith('Step 1 of 4')")
+        assert page.run("state.works.length") == 1
+        omni.go_on.set()
+        page.wait_for(f"{CARDS} === 1")
+        assert len(omni.requests) == 1
+        page.close()
+
+
+def test_the_demo_model_has_examples(browser: Browser) -> None:
+    with served(FakeOmni()) as url:
+        page = opened(browser, url)
+        page.click("#examples li:nth-child(2) button")
+        assert page.run("document.querySelector('#prompt').value") == SHAPES_PROMPTS[1]
+        wait_for_focus(page, "prompt")
+        page.go(url + "/")
+        page.wait_for(READY)
+        assert page.run("document.querySelector('#prompt').value") == SHAPES_PROMPTS[1]  # kept as if typed
+        page.close()
+    with served(FakeOmni(), model="some/model") as url:
+        page = opened(browser, url)
+        assert not page.run("document.querySelector('#examples').checkVisibility()")
+        page.close()

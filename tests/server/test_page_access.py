@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from omni_sp.async_omni import AsyncOmni
 from omni_sp.errors import SamplingParamsError
 from tests.server.browser import Browser, BrowserError
 from tests.server.fakes import INPAINTS, VIDEOS, FakeOmni, held
-from tests.server.pages import CARDS, FOCUS, READY, STEP, ended, fetch, opened, served, started, text_of
+from tests.server.pages import CARDS, READY, STEP, ended, fetch, opened, served, started, text_of, wait_for_focus
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_works_by_keyboard_alone(browser: Browser) -> None:
         page.press("Tab")
         assert page.run("document.activeElement.className").endswith("skip")
         page.press("Enter")
-        assert page.run(FOCUS) == "prompt"
+        wait_for_focus(page, "prompt")
         page.send("Input.insertText", text="a star")
         page.press("Enter", "Control")
         page.wait_for(f"{CARDS} === 1")
@@ -75,11 +76,11 @@ def test_escape_cancels_and_the_focus_stays(browser: Browser) -> None:
         page.type_in("#prompt", "a star")
         page.press("Enter", "Control")
         page.wait_for(f"{STEP}.startsWith('Step 1 of 4')")
-        assert page.run(FOCUS) == "prompt"
+        wait_for_focus(page, "prompt")
         page.press("Escape")
         page.wait_for(READY)
         assert text_of(page, "#say") == "Cancelled."
-        assert page.run(FOCUS) == "prompt"
+        wait_for_focus(page, "prompt")
         assert ended(omni) == "aborted"
         page.close()
 
@@ -94,7 +95,7 @@ def test_a_mask_is_painted_by_keyboard(browser: Browser, tmp_path: Path) -> None
         page.run("document.querySelector('#mask').focus()")
         page.press("Enter")
         page.wait_for("document.querySelector('#painter').open")
-        assert page.run(FOCUS) == "paint"
+        wait_for_focus(page, "paint")
         page.press("ArrowLeft")
         page.press("ArrowLeft")
         page.press(" ")
@@ -109,11 +110,11 @@ def test_a_mask_is_painted_by_keyboard(browser: Browser, tmp_path: Path) -> None
         page.run("document.querySelector('#paint-done').focus()")
         page.press("Enter")
         page.wait_for("state.mask !== null && !document.querySelector('#painter').open")
-        assert page.run(FOCUS) == "mask"
+        wait_for_focus(page, "mask")
         page.type_in("#prompt", "a star")
         page.press("Enter", "Control")
         page.wait_for(f"{CARDS} === 1")
-        mask = omni.requests[0].params.extra_args["mask_image"]
+        mask = omni.requests[0].arguments["mask_image"]
         assert (mask.getpixel((26, 25)), mask.getpixel((50, 25))) == (255, 0)
         page.close()
 
@@ -134,6 +135,50 @@ def test_nothing_moves_for_who_wants_that(browser: Browser) -> None:
         omni.go_on.set()
         page.wait_for(f"{CARDS} === 2")
         page.close()
+
+
+def test_something_moves_before_the_first_preview(browser: Browser) -> None:
+    omni = FakeOmni(hold_at=0)
+    with served(omni) as url:
+        page = opened(browser, url)
+        page.type_in("#prompt", "a star")
+        page.click("#draw")
+        page.wait_for("document.querySelector('#canvas .blank') !== null")
+        for element in ("#canvas .blank", "#progress:indeterminate"):
+            assert page.run(f"document.querySelector('{element}').getAnimations()[0].playState") == "running"
+        omni.go_on.set()
+        page.wait_for(f"{CARDS} === 1")
+        page.close()
+
+
+@pytest.mark.parametrize("look", [{}, {"width": 320, "height": 640, "is_phone": True}], ids=["wide", "phone"])
+def test_nothing_jumps_when_a_request_is_cancelled(browser: Browser, look: dict[str, Any]) -> None:
+    places = """(() => [scrollY, ...["draw", "canvas", "gallery"].map((id) => $(id).getBoundingClientRect().top)])()"""
+    omni = held()
+    with served(omni) as url:
+        page = opened(browser, url, **look)
+        page.type_in("#prompt", "a star")
+        page.click("#draw")
+        page.wait_for("document.querySelector('#canvas img.rough')?.naturalWidth > 0")
+        page.run("document.querySelector('#cancel').scrollIntoView({block: 'center', behavior: 'instant'})")
+        before = page.run(places)
+        page.run("document.querySelector('#cancel').focus({preventScroll: true})")
+        page.press("Enter")
+        page.wait_for(READY)
+        assert page.run(places) == before
+        page.close()
+
+
+def test_a_touch_screen_has_no_hints_of_keys(browser: Browser) -> None:
+    hints = "[...document.querySelectorAll('kbd')].filter((it) => it.checkVisibility()).length"
+    with served(FakeOmni(capabilities=INPAINTS)) as url:
+        for is_phone, count in ((True, 0), (False, 3)):
+            page = opened(browser, url, width=700, height=900, is_phone=is_phone)
+            assert page.run(hints) == count
+            assert ("paste" in page.run("document.querySelector('#image-hint').textContent")) == (not is_phone)
+            page.run("document.querySelector('#painter').showModal()")
+            assert page.run(hints) == (0 if is_phone else count + 1)
+            page.close()
 
 
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])

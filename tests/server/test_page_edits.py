@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.server.browser import Browser
 from tests.server.fakes import EDITS, INPAINTS, FakeOmni
-from tests.server.pages import CARDS, FOCUS, READY, opened, served, started, text_of
+from tests.server.pages import CARDS, READY, opened, served, started, text_of, wait_for_focus
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_pictures_are_dropped_anywhere_and_what_is_none_is_refused(browser: Brow
         page.click("#draw")
         assert "image" in page.wait_for("document.querySelector('#problem').textContent")  # they are no real pictures
         page.wait_for(READY)
-        assert page.run(FOCUS) == "image"
+        wait_for_focus(page, "image")
         page.close()
     with served(FakeOmni()) as url:
         page = opened(browser, url)
@@ -112,7 +112,7 @@ def test_a_mask_is_painted(browser: Browser, tmp_path: Path) -> None:
         page.click("#draw")
         page.wait_for(f"{CARDS} === 1")
         page.wait_for(READY)
-        mask = omni.requests[0].params.extra_args["mask_image"]
+        mask = omni.requests[0].arguments["mask_image"]
         assert mask.size == (200, 100)
         assert [mask.getpixel(place) for place in ((100, 50), (109, 50), (115, 50), (5, 5))] == [255, 255, 0, 0]
         # A file instead, once of another size.
@@ -122,7 +122,7 @@ def test_a_mask_is_painted(browser: Browser, tmp_path: Path) -> None:
         page.wait_for(
             "document.querySelector('#problem').textContent === 'The mask is 50 × 50, the picture 200 × 100 pixels.'"
         )
-        assert page.run(FOCUS) == "mask"
+        wait_for_focus(page, "mask")
         page.click("#mask")
         page.wait_for("document.querySelector('#painter').open")
         page.choose_files("#mask-file", [tmp_path / "mask.png"])
@@ -132,7 +132,7 @@ def test_a_mask_is_painted(browser: Browser, tmp_path: Path) -> None:
         page.click("#draw")
         page.wait_for(f"{CARDS} === 2")
         page.wait_for(READY)
-        mask = omni.requests[1].params.extra_args["mask_image"]
+        mask = omni.requests[1].arguments["mask_image"]
         assert (mask.getpixel((20, 50)), mask.getpixel((180, 50))) == (255, 0)
         page.click("#mask-remove")
         page.click("#draw")

@@ -10,7 +10,7 @@ import pytest
 from omni_sp.errors import EngineClosedError
 from tests.server.browser import Browser
 from tests.server.fakes import FakeOmni, held
-from tests.server.pages import CARDS, FOCUS, READY, STEP, Relay, ended, opened, served, started, text_of
+from tests.server.pages import CARDS, READY, STEP, Relay, ended, opened, served, started, text_of, wait_for_focus
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_asks_for_a_key_and_keeps_it_for_the_tab(browser: Browser) -> None:
     with served(omni, api_keys=("secret",)) as url:
         page = opened(browser, url, is_ready=False)
         page.wait_for("!document.querySelector('#key-form').hidden")
-        assert page.run(FOCUS) == "key"
+        wait_for_focus(page, "key")
         page.type_in("#key", "wrong")
         page.press("Enter")
         page.wait_for("document.querySelector('#key-problem').textContent !== ''")
@@ -119,9 +119,13 @@ def test_gallery_gives_settings_back_and_forgets(browser: Browser) -> None:
         assert text_of(page, "#viewer-title") == "one"
         page.click("#delete")
         page.wait_for(f"{CARDS} === 2 && document.querySelector('#viewer-title').textContent === 'two'")
+        page.click("#undo-last")
+        page.wait_for(f"{CARDS} === 3 && document.querySelector('#viewer-title').textContent === 'one'")
+        page.click("#delete")
+        page.wait_for(f"{CARDS} === 2 && document.querySelector('#viewer-title').textContent === 'two'")
         page.click("#reuse")
         assert not page.run("document.querySelector('#viewer').open")
-        assert page.run(FOCUS) == "prompt"
+        wait_for_focus(page, "prompt")
         assert (
             page.run("['prompt', 'seed', 'width'].map((name) => document.getElementById(name).value).join()")
             == "two,2,"
@@ -130,8 +134,20 @@ def test_gallery_gives_settings_back_and_forgets(browser: Browser) -> None:
         assert page.run(CARDS) == 2  # it asks first
         page.click("#clear")
         page.wait_for(f"{CARDS} === 0")
+            wait_for_focus(page, "undo")
+        page.press("Enter")
+        page.wait_for(f"{CARDS} === 2")
+        assert text_of(page, "#say") == "Undone."
+        assert not page.run("document.querySelector('#undo').checkVisibility()")
+        page.go(url + "/")  # what came back is kept, in its order
+        page.wait_for(f"{READY} && {CARDS} === 2")
+        assert page.run("state.items.map((item) => item.settings.prompt).join()") == "three,two"
+        page.click("#clear")
+        page.click("#clear")
+        page.wait_for(f"{CARDS} === 0")
         page.go(url + "/")
         page.wait_for(READY)
         assert page.run(CARDS) == 0
+        assert not page.run("document.querySelector('#undo').checkVisibility()")
         assert page.complaints == []
         page.close()

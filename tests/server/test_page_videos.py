@@ -11,7 +11,20 @@ from PIL import Image
 from omni_sp.errors import RankFailedError, SamplingParamsError
 from tests.server.browser import Browser
 from tests.server.fakes import VIDEOS, FakeOmni, held
-from tests.server.pages import CARDS, FOCUS, READY, STEP, Relay, ended, fetch, opened, served, started, text_of, until
+from tests.server.pages import (
+    CARDS,
+    READY,
+    STEP,
+    Relay,
+    ended,
+    fetch,
+    opened,
+    served,
+    started,
+    text_of,
+    until,
+    wait_for_focus,
+)
 
 IDLE = "document.querySelector('#running').hidden"
 OTHERS = "document.querySelectorAll('#others li').length"
@@ -69,9 +82,9 @@ def test_several_wait_and_each_can_be_looked_at(browser: Browser) -> None:
             page.wait_for("state.works.every((work) => work.id)")
         page.wait_for(f"{STEP} === 'Waiting: other requests come first'")
         page.wait_for("document.querySelector('#others').textContent.startsWith('a cat walks50 %')")
-        assert page.run(FOCUS) == "prompt"  # where it was
+        wait_for_focus(page, "prompt")  # where it was
         page.click("#others button")
-        assert page.run(FOCUS) == "cancel"
+        wait_for_focus(page, "cancel")
         assert text_of(page, "#step").startswith("50 %")
         assert text_of(page, "#others b") == "a dog runs"
         page.go(url + "/")
@@ -138,7 +151,7 @@ def test_what_went_wrong_is_reported(browser: Browser) -> None:
         page.type_in("#num_frames", "13")
         page.click("#draw")
         page.wait_for("document.querySelector('#problem').textContent === '13 frames: this server allows up to 9'")
-        assert page.run(FOCUS) == "num_frames"
+        wait_for_focus(page, "num_frames")
         assert page.run("document.querySelector('#num_frames').closest('.field').nextElementSibling.id") == "problem"
         page.close()
 

@@ -112,7 +112,8 @@ def run(omni: FakeOmni, after_start: Callable[[str], None], **settings: Any) -> 
                 after_start(url)
             except BaseException as error:
                 failures.append(error)
-                os.kill(os.getpid(), signal.SIGTERM)
+                if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # the server still runs
+                    os.kill(os.getpid(), signal.SIGTERM)
 
         thread = threading.Thread(target=follow)
         thread.start()
@@ -132,7 +133,7 @@ def draw(url: str) -> httpx2.Response:
     return httpx2.post(f"{url}/v1/images/generations", json=body, timeout=PATIENCE_S, trust_env=False)
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)])
 def test_a_signal_drains(number: signal.Signals, exit_code: int, capsys: pytest.CaptureFixture[str]) -> None:
     omni = held()
     answers: dict[str, httpx2.Response] = {}
@@ -145,6 +146,8 @@ def test_a_signal_drains(number: signal.Signals, exit_code: int, capsys: pytest.
             until(lambda count=place: len(omni.requests) == count)  # type: ignore[misc]
         os.kill(os.getpid(), number)
         until(lambda: status(url) == "draining")
+        if number == signal.SIGHUP:  # a closed terminal's second one hurries nobody
+            os.kill(os.getpid(), number)
         assert draw(url).status_code == 503
         until(lambda: "b" in answers)
         assert "a" not in answers
@@ -157,7 +160,23 @@ def test_a_signal_drains(number: signal.Signals, exit_code: int, capsys: pytest.
     printed = capsys.readouterr()
     assert "listening on http://127.0.0.1:" in printed.out
     assert "is ready after" in printed.out
-    assert "finishing what runs" in printed.err
+    assert "stopping: 1 request may finish, for up to " in printed.err
+
+
+def test_where_hangups_are_ignored_they_stay_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+
+    def after_start(url: str) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: status(url) == "ready")
+        assert draw(url).status_code == 200
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        assert run(FakeOmni(), after_start) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("how", ["second signal", "timeout"])

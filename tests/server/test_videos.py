@@ -16,7 +16,7 @@ from omni_sp import DiffusionParallelConfig
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.errors import RankFailedError
 from omni_sp.server.storage.job_store import JobStore, VideoJob
-from testing import models
+from omni_sp.testing import models
 from tests.server.fakes import PICTURES, VIDEOS, FakeOmni, held
 from tests.server.films import a_picture, film
 from tests.server.serving import Served, error_of, serving, until
@@ -157,7 +157,7 @@ REFUSED: list[tuple[dict[str, Any], str, int]] = [
     ({"num_inference_steps": 10_000}, "num_inference_steps", 400),
     ({"guidance_scale": "much"}, "guidance_scale", 400),
     ({"true_cfg_scale": 2.0}, "true_cfg_scale", 400),
-    ({"seed": -1}, "seed", 400),
+    ({"seed": -2}, "seed", 400),
     ({"seed": 2**63}, "seed", 400),
     ({"model": "sora-2"}, "model", 404),
     ({"numframes": 5}, "numframes", 400),
@@ -180,6 +180,21 @@ def test_what_cannot_be_is_refused_with_its_field() -> None:
         assert "did you mean num_frames?" in error_of(served.post("/v1/videos", {**SMALL, "num_frame": 5}))["message"]
         assert served.get("/v1/videos").json()["data"] == []
     assert omni.requests == []
+
+
+def test_size_frames_and_steps_have_a_bound_together() -> None:
+    omni = FakeOmni(capabilities=VIDEOS)
+    with serving(omni, model=MODEL, max_video_pixel_steps=48 * 32 * 5 * 4) as served:
+        assert served.post("/v1/videos", SMALL).status_code == 200  # with the pipeline's own 4 steps
+        # Each of them is far below its own limit; what is left out is the pipeline's own.
+        for more in ({"num_inference_steps": 5}, {"num_frames": 9}, {"size": "64x32"}, {"num_frames": None}):
+            error = error_of(answer := served.post("/v1/videos", {**SMALL, **more}))
+            assert (answer.status_code, error["param"]) == (400, "size"), more
+            assert "is more than 30720" in error["message"]
+        assert served.post("/v1/videos", {**SMALL, "num_inference_steps": 2, "num_frames": 9}).status_code == 200
+    with serving(FakeOmni(capabilities=VIDEOS), model=MODEL) as served:
+        largest = {"size": "4096x4096", "num_frames": 1025, "num_inference_steps": 200}
+        assert served.post("/v1/videos", {"prompt": "x", **largest}).status_code == 400
 
 
 def test_bodies_that_are_none_are_refused() -> None:
@@ -219,7 +234,7 @@ def test_a_server_without_a_video_writer_says_so(monkeypatch: pytest.MonkeyPatch
     with serving(FakeOmni(capabilities=VIDEOS), model=MODEL) as served:
         answer = served.post("/v1/videos", SMALL)
         assert answer.status_code == 501
-        assert "pip install 'omni-sp[video]'" in error_of(answer)["message"]
+        assert "pip install '.[video]'" in error_of(answer)["message"]
 
 
 def test_a_server_that_is_not_ready_or_full_says_when_to_come_again() -> None:

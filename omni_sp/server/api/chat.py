@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import Field
@@ -13,12 +13,13 @@ from starlette.responses import JSONResponse, Response
 
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.events import RequestDone, RequestFailed
-from omni_sp.outputs import OmniRequestOutput
-from omni_sp.pipelines.arguments import Prompt
-from omni_sp.pipelines.images import input_image
-from omni_sp.server.api.results import count_tokens, encode, pictures_of
+from omni_sp.outputs import OmniRequestOutput, dropped_tokens_note
+from omni_sp.pipelines.arguments import Prompt, call_arguments
+from omni_sp.pipelines.images import EncodedImage, input_image
+from omni_sp.server.api.results import count_tokens, encode, kept_settings, pictures_of
 from omni_sp.server.api.schemas import (
     MAX_PROMPT_CHARS,
+    Count,
     Fields,
     GenerationFields,
     check_generation,
@@ -35,8 +36,9 @@ from omni_sp.server.api.streaming import (
     start_stream,
 )
 from omni_sp.server.errors import ApiError, refusal
-from omni_sp.server.pictures import MEDIA_TYPES, as_base64, picture_at
+from omni_sp.server.pictures import MEDIA_TYPES, as_base64, files_at
 from omni_sp.server.settings import ServerSettings
+from omni_sp.server.uploads import Uploads
 
 # For the API's description; the errors about a message come from last_user_message().
 _PART = {
@@ -57,6 +59,12 @@ _MESSAGE = {
     },
 }
 _DONE = b"data: [DONE]\n\n"
+_OF_TEXT = (
+    "temperature", "top_p", "top_k", "min_p", "max_tokens", "max_completion_tokens", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "top_logprobs", "stop", "tools",
+    "parallel_tool_calls", "reasoning_effort", "verbosity", "prompt_cache_key", "service_tier", "metadata", "store",
+)  # fmt: skip
+"""Fields that steer the writing of text."""
 
 
 class StreamOptions(Fields):
@@ -66,34 +74,57 @@ class StreamOptions(Fields):
     include_obfuscation: bool | None = None
 
 
+class TextFormat(Fields):
+    """The format of the text in an answer, which is plain: there is none."""
+
+    type: Literal["text"]
+
+
 class ChatFields(GenerationFields):
     """A chat that ends with what is to be drawn. Earlier messages are not looked at.
 
     Of the last message of the user, the texts are the prompt, and the pictures are edited. ``n`` asks for as many
     choices of a picture each; ``num_outputs_per_prompt`` for as many pictures in one choice; ``height`` and ``width``
     may stand for ``size``. Fields that steer the writing of text are accepted, as chat programs send them with every
-    request, and mean nothing here.
+    request, and change nothing here; of tools, none is ever called.
     """
+
+    without_effect: ClassVar[tuple[str, ...]] = (*GenerationFields.without_effect, *_OF_TEXT)
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, json_schema_extra={"items": _MESSAGE})]
     stream_options: StreamOptions | None = None
-    num_outputs_per_prompt: Annotated[int, Field(ge=1)] | None = None
-    height: Annotated[int, Field(ge=1)] | None = None
-    width: Annotated[int, Field(ge=1)] | None = None
+    num_outputs_per_prompt: Count | None = None
+    height: Count | None = None
+    width: Count | None = None
     modalities: list[Literal["text", "image"]] | None = None
 
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    response_format: TextFormat | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+
+    temperature: Any = None
+    top_p: Any = None
+    top_k: Any = None
+    min_p: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    repetition_penalty: Any = None
+    logit_bias: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
     stop: Any = None
+    tools: Any = None
+    parallel_tool_calls: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    prompt_cache_key: Any = None
+    service_tier: Any = None
     metadata: Any = None
-    store: bool | None = None
+    store: Any = None
 
 
-def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
+def create_chat_router(omni: AsyncOmni, settings: ServerSettings, uploads: Uploads) -> APIRouter:
     """The route ``/v1/chat/completions``."""
     router = APIRouter(prefix="/v1/chat", tags=["chat"])
 
@@ -104,12 +135,14 @@ def create_chat_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
         check_generation(request_fields, settings)
         text, urls = last_user_message(fields.messages, settings)
         capabilities = require_pictures(omni, settings)
-        pictures = [await asyncio.to_thread(picture_at, url, settings, param="messages") for url in urls]
-        prompt = Prompt(text=text, image=input_image(pictures, capabilities))
+        pictures = [EncodedImage(data) for data in await asyncio.to_thread(files_at, urls, settings, param="messages")]
+        prompt = Prompt(text=text, image=input_image(pictures))
         params = sampling_params(request_fields, settings)
-        answer = _Answer(fields, settings.names[0], one_choice)
+        call_arguments(capabilities, prompt, params)  # what the pipeline cannot take is refused before it is decoded
+        await uploads.check(pictures, param="messages")
+        answer = _Answer(fields, settings, one_choice)
         if fields.stream:
-            _, events = await start_stream(omni, prompt, params)
+            _, events = await start_stream(omni, request, prompt, params)
             return EventStream(_stream(events, answer), events, keep_alive_s=settings.keep_alive_s)
         return JSONResponse(await answer.at_once(await run_to_completion(omni, request, prompt, params)))
 
@@ -156,8 +189,9 @@ def last_user_message(messages: list[dict[str, Any]], settings: ServerSettings) 
 class _Answer:
     """The shapes of one answer, at once or in chunks."""
 
-    def __init__(self, fields: ChatFields, model: str, one_choice: bool) -> None:
-        self._fields, self._one_choice = fields, one_choice
+    def __init__(self, fields: ChatFields, settings: ServerSettings, one_choice: bool) -> None:
+        self._fields, self._settings, self._one_choice = fields, settings, one_choice
+        model = settings.names[0]
         self._common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     async def at_once(self, output: OmniRequestOutput) -> dict[str, Any]:
@@ -178,6 +212,9 @@ class _Answer:
             "choices": choices,
             "usage": _usage(output),
             "seed": output.metrics.get("seed"),
+            "dropped_tokens": output.metrics.get("dropped_tokens") or {},
+            "note": dropped_tokens_note(output.metrics),
+            "ignored": self._fields.ignored,
         }
 
     def opening(self) -> bytes:
@@ -204,10 +241,9 @@ class _Answer:
     async def _choices(self, output: OmniRequestOutput) -> list[list[dict[str, Any]]]:
         """The pictures of each choice."""
         head = f"data:{MEDIA_TYPES[self._fields.output_format or 'png']};base64,"
-        parts = [
-            {"type": "image_url", "image_url": {"url": head + as_base64(await encode(picture, self._fields))}}
-            for picture in pictures_of(output)
-        ]
+        kept = kept_settings(output, self._settings)
+        files = [await encode(picture, self._fields, kept) for picture in pictures_of(output)]
+        parts = [{"type": "image_url", "image_url": {"url": head + as_base64(file)}} for file in files]
         return [parts] if self._one_choice else [[part] for part in parts]
 
 

@@ -9,16 +9,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from PIL import Image
-from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response
 
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
-from omni_sp.outputs import OmniRequestOutput
-from omni_sp.pipelines.arguments import Prompt
-from omni_sp.pipelines.images import input_image
-from omni_sp.server.api.results import count_tokens, encode, pictures_of
+from omni_sp.outputs import OmniRequestOutput, dropped_tokens_note
+from omni_sp.pipelines.arguments import Prompt, call_arguments
+from omni_sp.pipelines.images import EncodedImage, input_image
+from omni_sp.server.api.results import count_tokens, encode, kept_settings, pictures_of
 from omni_sp.server.api.schemas import (
     EditFields,
     ImageFields,
@@ -36,21 +35,31 @@ from omni_sp.server.api.streaming import (
     run_to_completion,
     start_stream,
 )
-from omni_sp.server.errors import ApiError, refusal, unknown_field
-from omni_sp.server.pictures import MEDIA_TYPES, SUFFIXES, as_base64, decode_picture, edit_mask
+from omni_sp.server.errors import ApiError, refusal
+from omni_sp.server.forms import MULTIPART, content_type, read_form, require_kind
+from omni_sp.server.pictures import MEDIA_TYPES, SUFFIXES, as_base64
 from omni_sp.server.settings import ServerSettings
 from omni_sp.server.storage.file_store import FileStore
+from omni_sp.server.uploads import Uploads
+from omni_sp.validation import shown
 
-_SHOWN_METRICS = ("text_encoder_s", "denoise_s", "denoise_step_s", "vae_s", "total_s", "num_steps", "ranks", "tokens")
+_SHOWN_METRICS = (
+    "text_encoder_s",
+    "denoise_s",
+    "denoise_step_s",
+    "vae_s",
+    "total_s",
+    "num_steps",
+    "ranks",
+    "tokens",
+    "dropped_tokens",
+)
 GENERATION, EDIT = "image_generation", "image_edit"
 
 
-def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore) -> APIRouter:
+def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore, uploads: Uploads) -> APIRouter:
     """The routes below ``/v1/images``; ``files`` keeps pictures whose URL is asked for."""
     router = APIRouter(prefix="/v1/images", tags=["images"])
-
-    async def decoded(data: bytes, param: str) -> Image.Image:
-        return await asyncio.to_thread(decode_picture, data, param=param, max_pixels=settings.max_pixels)
 
     @router.post("/generations", summary="Draw pictures", responses=STREAMED)
     async def generations(fields: ImageFields, request: Request) -> Response:
@@ -61,17 +70,18 @@ def create_image_router(omni: AsyncOmni, settings: ServerSettings, files: FileSt
 
     @router.post("/edits", summary="Edit pictures", responses=STREAMED, openapi_extra=_form_schema())
     async def edits(request: Request) -> Response:
-        fields, uploads, mask = await _form(request, settings)
+        fields, pictures, mask = await _form(request, settings)
         check_image(fields, settings)
         capabilities = require_pictures(omni, settings)
-        pictures = [await decoded(data, "image") for data in uploads]
         extra: dict[str, Any] = {}
         if mask is not None:
             if "mask_image" not in capabilities.parameters:
                 raise ApiError(400, f"{capabilities.name} takes no mask", param="mask", code="invalid_value")
-            extra["mask_image"] = edit_mask(await decoded(mask, "mask"), pictures[0])
-        prompt = Prompt(text=fields.prompt, image=input_image(pictures, capabilities))
+            extra["mask_image"] = mask
+        prompt = Prompt(text=fields.prompt, image=input_image(pictures))
         params = sampling_params(fields, settings, extra)
+        call_arguments(capabilities, prompt, params)  # what the pipeline cannot take is refused before it is decoded
+        await uploads.check(pictures, param="image", mask=mask)
         return await _answer(omni, settings, files, request, fields, prompt, params, EDIT)
 
     return router
@@ -113,12 +123,12 @@ async def _answer(
     kind: str = GENERATION,
 ) -> Response:
     if fields.stream:
-        first, events = await start_stream(omni, prompt, params, previews=bool(fields.partial_images))
-        return EventStream(_stream(first, events, fields, kind), events, keep_alive_s=settings.keep_alive_s)
+        first, events = await start_stream(omni, request, prompt, params, previews=bool(fields.partial_images))
+        return EventStream(_stream(first, events, fields, kind, settings), events, keep_alive_s=settings.keep_alive_s)
     output = await run_to_completion(omni, request, prompt, params)
     pictures = pictures_of(output)
-    encoded = [await encode(picture, fields) for picture in pictures]
-    if fields.response_format == "url":
+    encoded = [await encode(picture, fields, kept_settings(output, settings)) for picture in pictures]
+    if fields.gives_urls:
         data = [{"url": await _keep(files, request, one, fields)} for one in encoded]
     else:
         data = [{"b64_json": as_base64(one)} for one in encoded]
@@ -131,12 +141,16 @@ async def _answer(
             "size": _size(pictures[0]),
             "usage": usage_of(output.metrics, len(pictures)),
             "seed": output.metrics.get("seed"),
+            "ignored": fields.ignored,
             "metrics": _metrics(output),
+            "note": dropped_tokens_note(output.metrics),
         }
     )
 
 
-async def _stream(first: RequestEvent, events: Events, fields: ImageFields, kind: str) -> Chunks:
+async def _stream(
+    first: RequestEvent, events: Events, fields: ImageFields, kind: str, settings: ServerSettings
+) -> Chunks:
     """OpenAI's events of one request, and our own for progress."""
     common = {
         "background": "auto",
@@ -170,7 +184,7 @@ async def _stream(first: RequestEvent, events: Events, fields: ImageFields, kind
                 shown += 1
         elif isinstance(event, RequestDone):
             for picture in pictures_of(event.output):
-                yield event_bytes(await _completed(kind, picture, event.output, fields, common))
+                yield event_bytes(await _completed(kind, picture, event.output, fields, settings, common))
         elif isinstance(event, RequestFailed):
             raise event.error
 
@@ -197,18 +211,25 @@ async def _preview(picture: Image.Image, fields: ImageFields) -> dict[str, str]:
 
 
 async def _completed(
-    kind: str, picture: Image.Image, output: OmniRequestOutput, fields: ImageFields, common: dict[str, Any]
+    kind: str,
+    picture: Image.Image,
+    output: OmniRequestOutput,
+    fields: ImageFields,
+    settings: ServerSettings,
+    common: dict[str, Any],
 ) -> dict[str, Any]:
     return {
         "type": f"{kind}.completed",
-        "b64_json": as_base64(await encode(picture, fields)),
+        "b64_json": as_base64(await encode(picture, fields, kept_settings(output, settings))),
         "created_at": int(time.time()),
         **common,
         "size": _size(picture),
         "background": "opaque" if picture.mode == "RGB" else "transparent",
         "usage": usage_of(output.metrics, 1),
         "seed": output.metrics.get("seed"),
+        "ignored": fields.ignored,
         "metrics": _metrics(output),
+        "note": dropped_tokens_note(output.metrics),
     }
 
 
@@ -226,30 +247,28 @@ def _metrics(output: OmniRequestOutput) -> dict[str, Any]:
     return {name: output.metrics[name] for name in _SHOWN_METRICS if name in output.metrics}
 
 
-async def _form(request: Request, settings: ServerSettings) -> tuple[EditFields, list[bytes], bytes | None]:
+async def _form(
+    request: Request, settings: ServerSettings
+) -> tuple[EditFields, list[EncodedImage], EncodedImage | None]:
     """Read the form of an edit: its fields, the files of its pictures, and the file of its mask."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        message = f"content-type {kind or 'missing'}: send multipart/form-data"
+    kind = content_type(request)
+    if kind != MULTIPART:
+        message = f"content-type {shown(kind) if kind else 'missing'}: send {MULTIPART}"
         raise ApiError(415, message, code="unsupported_media_type")
     fields: dict[str, str] = {}
-    pictures: list[bytes] = []
-    mask: bytes | None = None
-    async with request.form(max_files=settings.max_images + 1, max_fields=100) as form:
+    pictures: list[EncodedImage] = []
+    mask: EncodedImage | None = None
+    async with read_form(request, max_files=settings.max_images + 1) as form:
         for name, value in form.multi_items():
-            is_file = isinstance(value, UploadFile)
-            if name in ("image", "image[]", "mask") and not is_file:
-                raise ApiError(400, f"{name}: upload it as a file", param=name.removesuffix("[]"), code="invalid_value")
-            if is_file and name not in ("image", "image[]", "mask"):
-                raise unknown_field(name, ["image", "image[]", "mask"])
+            require_kind(name, value, files=("image", "image[]", "mask"), fields=EditFields.model_fields)
             if name != "image[]" and name != "image" and (name in fields or (name == "mask" and mask is not None)):
                 raise ApiError(400, f"{name} is given twice: give it once", param=name, code="invalid_value")
             if isinstance(value, str):
                 fields[name] = value
             elif name == "mask":
-                mask = await value.read()
+                mask = EncodedImage(await value.read(), is_mask=True)
             else:
-                pictures.append(await value.read())
+                pictures.append(EncodedImage(await value.read()))
     checked = from_form(EditFields, fields)
     if not pictures:
         raise refusal("image", "upload the picture to edit", code="missing_required_parameter")

@@ -151,6 +151,7 @@ def _operations(schema: Schema) -> Iterator[tuple[str, str, Schema]]:
 def _row(name: str, one: Schema, schema: Schema, is_required: bool) -> str:
     default = one.get("default")
     more = ", required" if is_required else "" if default is None else f", otherwise {default}"
+    more += f"; {one['description']}" if "description" in one else ""
     return f"<tr><th><code>{_text(name)}</code><td>{_text(_kind(one, schema) + more)}"
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from PIL import Image
 
 from omni_sp.outputs import OmniRequestOutput
+from omni_sp.pipelines.metadata import model_name
 from omni_sp.server.api.schemas import GenerationFields
 from omni_sp.server.errors import ApiError
 from omni_sp.server.pictures import encode_picture
+from omni_sp.server.settings import ServerSettings
 
 
 def pictures_of(output: OmniRequestOutput) -> list[Image.Image]:
@@ -22,9 +24,20 @@ def pictures_of(output: OmniRequestOutput) -> list[Image.Image]:
     return pictures
 
 
-async def encode(picture: Image.Image, fields: GenerationFields) -> bytes:
-    """A picture as a file of the requested format, encoded in a thread: others should not wait for a large picture."""
-    return await asyncio.to_thread(encode_picture, picture, fields.output_format or "png", fields.output_compression)
+async def encode(picture: Image.Image, fields: GenerationFields, kept: Mapping[str, Any] | None = None) -> bytes:
+    """A picture as a file of the requested format, encoded in a thread: others should not wait for a large picture.
+
+    ``kept`` is what the file keeps, of kept_settings().
+    """
+    kind, quality = fields.output_format or "png", fields.output_compression
+    return await asyncio.to_thread(encode_picture, picture, kind, quality, kept)
+
+
+def kept_settings(output: OmniRequestOutput, settings: ServerSettings) -> dict[str, Any]:
+    """What the files of an output's pictures keep: the model under the name that requests call it; {} for nothing."""
+    if not settings.metadata or not output.settings:
+        return {}
+    return {**output.settings, "model": model_name(settings.names[0])}
 
 
 def count_tokens(metrics: Mapping[str, Any], num_pictures: int) -> tuple[int, int]:

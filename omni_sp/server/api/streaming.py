@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import OmniDiffusionSamplingParams
-from omni_sp.events import RequestDone, RequestEvent, RequestFailed
+from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt
 from omni_sp.server.errors import CLIENT_CLOSED, ApiError, to_api_error
@@ -35,14 +36,14 @@ async def run_to_completion(
     omni: AsyncOmni, request: Request, prompt: Prompt, params: OmniDiffusionSamplingParams
 ) -> OmniRequestOutput:
     """Draw, and wait for the result. A client that goes away meanwhile aborts the request: ApiError 499."""
-    generating = asyncio.create_task(_result(omni, prompt, params))
+    generating = asyncio.create_task(_result(_noted(cast(Events, omni.generate(prompt, params)), request)))
     if not await _is_done_before_disconnect(generating, request.receive):
         raise ApiError(CLIENT_CLOSED, "the client went away", code="aborted", kind="request_aborted_error")
     return generating.result()
 
 
 async def start_stream(
-    omni: AsyncOmni, prompt: Prompt, params: OmniDiffusionSamplingParams, *, previews: bool = False
+    omni: AsyncOmni, request: Request, prompt: Prompt, params: OmniDiffusionSamplingParams, *, previews: bool = False
 ) -> tuple[RequestEvent, Events]:
     """Queue a request whose events are to be streamed.
 
@@ -54,7 +55,7 @@ async def start_stream(
     Raises:
         OmniSPError: the request is refused.
     """
-    events = cast(Events, omni.generate(prompt, params, previews=previews))
+    events = _noted(cast(Events, omni.generate(prompt, params, previews=previews)), request)
     return await anext(events), events
 
 
@@ -130,8 +131,19 @@ async def _next(chunks: Chunks) -> bytes | None:
         return _error_bytes(error)
 
 
-async def _result(omni: AsyncOmni, prompt: Prompt, params: OmniDiffusionSamplingParams) -> OmniRequestOutput:
-    async with contextlib.aclosing(cast(Events, omni.generate(prompt, params))) as events:
+async def _noted(events: Events, request: Request) -> Events:
+    """The same events. How long the request waited and how far it came are noted for its line in the log."""
+    began, notes = time.monotonic(), request.scope["state"]
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if isinstance(event, RequestProgress):
+                notes.setdefault("queue_s", time.monotonic() - began)
+                notes["steps"] = event.done
+            yield event
+
+
+async def _result(events: Events) -> OmniRequestOutput:
+    async with contextlib.aclosing(events):
         async for event in events:
             if isinstance(event, RequestFailed):
                 raise event.error

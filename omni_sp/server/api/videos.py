@@ -8,42 +8,51 @@ import math
 import secrets
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse
-from PIL import Image
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from starlette.datastructures import UploadFile
 
 from omni_sp.async_omni import AsyncOmni
-from omni_sp.config import MAX_SEED, OmniDiffusionSamplingParams
+from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.engine.messages import new_seed
 from omni_sp.errors import ConfigError
 from omni_sp.pipelines.arguments import frames_per_second
 from omni_sp.pipelines.capabilities import PipelineCapabilities
 from omni_sp.pipelines.export import require_video_writer
-from omni_sp.server.api.schemas import Fields, Size, Text, check_model, from_form, parse_size, require_at_most
-from omni_sp.server.errors import ApiError, refusal
-from omni_sp.server.pictures import decode_picture, encode_picture, picture_at
+from omni_sp.pipelines.images import EncodedImage
+from omni_sp.server.api.schemas import (
+    Count,
+    Fields,
+    Lora,
+    NumberOrText,
+    Scale,
+    Seed,
+    Size,
+    Text,
+    as_adapters,
+    check_model,
+    from_form,
+    parse_size,
+    require_at_most,
+)
+from omni_sp.server.errors import ApiError, refusal, unreadable_json
+from omni_sp.server.forms import MULTIPART, content_type, read_form, require_kind
+from omni_sp.server.pictures import files_at
 from omni_sp.server.settings import ServerSettings
 from omni_sp.server.storage.file_store import FileStore
 from omni_sp.server.storage.job_store import COMPLETED, FAILED, VideoJob
 from omni_sp.server.storage.video_jobs import VideoJobs
+from omni_sp.server.uploads import Uploads
+from omni_sp.validation import shown
 
 _POLL_AFTER_MS = 500
 """Milliseconds that OpenAI's client waits between two looks at a video that is not done."""
 _PICTURE = "input_reference"
-
-
-def _as_number(value: Any) -> Any:
-    """Read ``seconds``, which OpenAI's client sends as text and others as a number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 class VideoFields(Fields):
@@ -51,34 +60,39 @@ class VideoFields(Fields):
 
     ``size`` is "WIDTHxHEIGHT" in pixels or "auto". ``seconds`` is rounded to what the model can make, ``num_frames`` is
     exact; ``fps`` are the frames to show in a second. The same ``seed`` makes the same video. ``true_cfg_scale`` is
-    classifier-free guidance with the negative prompt, of models that know it. ``user`` and ``safety_identifier`` are
-    accepted and not looked at.
+    classifier-free guidance with the negative prompt, of models that know it. ``lora`` names adapters of
+    ``/v1/loras``, each with a ``scale``. Numbers may come as text; ``user`` and ``safety_identifier`` are not looked
+    at.
     """
+
+    without_effect: ClassVar[tuple[str, ...]] = ("user", "safety_identifier")
 
     prompt: Annotated[Text, Field(min_length=1)] | None = None
     model: str | None = None
-    seconds: Annotated[float, BeforeValidator(_as_number), Field(gt=0, le=3600)] | None = None
+    seconds: Annotated[float, Field(gt=0, le=3600), NumberOrText] | None = None
     size: Size | None = None
-    num_frames: Annotated[int, Field(ge=1)] | None = None
-    fps: Annotated[float, Field(ge=0.1, le=240)] | None = None
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
-    guidance_scale: float | None = None
-    true_cfg_scale: float | None = None
+    num_frames: Count | None = None
+    fps: Annotated[float, Field(ge=0.1, le=240), NumberOrText] | None = None
+    num_inference_steps: Count | None = None
+    guidance_scale: Scale | None = None
+    true_cfg_scale: Scale | None = None
     negative_prompt: Text | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    seed: Seed = None
+    lora: Lora | None = None
     user: str | None = None
     safety_identifier: str | None = None
 
 
-def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore) -> APIRouter:
+def create_video_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore, uploads: Uploads) -> APIRouter:
     """The routes below ``/v1/videos``. Their jobs start and end with the application (the router has a lifespan).
 
     ``files`` keeps videos and jobs; whoever opened it closes it after the application's end.
     """
 
-    def read_picture(data: bytes) -> Image.Image:
-        picture = decode_picture(data, param=_PICTURE, max_pixels=settings.max_pixels)
-        return picture.convert(omni.info.capabilities.image_mode)
+    async def read_picture(data: bytes) -> EncodedImage:
+        picture = EncodedImage(data)
+        await uploads.check([picture], param=_PICTURE)
+        return picture
 
     jobs = VideoJobs(omni, files, model=settings.names[0], max_age_s=settings.file_max_age_s, read_picture=read_picture)
 
@@ -118,7 +132,7 @@ def _add_jobs(router: APIRouter, jobs: VideoJobs) -> None:
         try:
             page, has_more = jobs.page(limit=limit, after=after, ascending=order == "asc")
         except KeyError:
-            raise ApiError(400, f"after={after!r}: there is no such video", param="after") from None
+            raise ApiError(400, f"after={shown(after)}: there is no such video", param="after") from None
         first, last = (page[0].id, page[-1].id) if page else (None, None)
         data = [as_video(job) for job in page]
         return JSONResponse({"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more})
@@ -144,7 +158,7 @@ def _add_content(router: APIRouter, jobs: VideoJobs) -> None:
     async def content(video_id: str, variant: str = "video") -> FileResponse:
         job = _found(jobs, video_id)
         if variant not in ("video", "thumbnail", "audio"):
-            raise ApiError(400, f"variant={variant!r}: there are video, thumbnail and audio", param="variant")
+            raise ApiError(400, f"variant={shown(variant)}: there are video, thumbnail and audio", param="variant")
         if job.status == FAILED:
             raise ApiError(400, f"{video_id} failed: {job.error_message}", code="video_failed")
         if job.status != COMPLETED:
@@ -197,7 +211,7 @@ def _found(jobs: VideoJobs, video_id: str) -> VideoJob:
     try:
         return jobs.get(video_id)
     except KeyError:
-        raise ApiError(404, f"there is no video {video_id!r}", param="video_id", code="video_not_found") from None
+        raise ApiError(404, f"there is no video {shown(video_id)}", param="video_id", code="video_not_found") from None
 
 
 # Requests
@@ -205,8 +219,8 @@ def _found(jobs: VideoJobs, video_id: str) -> VideoJob:
 
 async def _read_request(request: Request, settings: ServerSettings) -> tuple[VideoFields, bytes | None]:
     """Read the fields of a form or of JSON, and the picture's file."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+    kind = content_type(request)
+    if kind in (MULTIPART, "application/x-www-form-urlencoded"):
         body = await _form_fields(request, settings.max_body_bytes)  # a data: URL may be long
         picture = body.pop(_PICTURE, None)
         fields = from_form(VideoFields, body)
@@ -215,25 +229,25 @@ async def _read_request(request: Request, settings: ServerSettings) -> tuple[Vid
         picture = body.pop(_PICTURE, None)
         fields = VideoFields.model_validate(body)
     else:
-        raise ApiError(415, f"content-type {kind or 'missing'}: send multipart/form-data or application/json")
+        message = f"content-type {shown(kind) if kind else 'missing'}: send {MULTIPART} or application/json"
+        raise ApiError(415, message, code="unsupported_media_type")
     if picture is None or isinstance(picture, bytes):
         return fields, picture
     if isinstance(picture, dict) and set(picture) == {"image_url"}:
         picture = picture["image_url"]
-    decoded = await asyncio.to_thread(picture_at, picture, settings, param=_PICTURE)
-    return fields, await asyncio.to_thread(encode_picture, decoded, "png")
+    (data,) = await asyncio.to_thread(files_at, [picture], settings, param=_PICTURE)
+    return fields, data
 
 
 async def _form_fields(request: Request, max_part_size: int) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    async with request.form(max_files=1, max_fields=100, max_part_size=max_part_size) as form:
+    async with read_form(request, max_files=1, max_text_bytes=max_part_size) as form:
         for name, value in form.multi_items():
             if name in (f"{_PICTURE}[image_url]", f"{_PICTURE}[]"):
                 name = _PICTURE
             if name in fields:
                 raise ApiError(400, f"{name} is given twice: give it once", param=name, code="invalid_value")
-            if isinstance(value, UploadFile) and name != _PICTURE:
-                raise ApiError(400, f"{name} is a file: give text", param=name, code="invalid_value")
+            require_kind(name, value, files=(_PICTURE,), fields=(*VideoFields.model_fields, _PICTURE))
             fields[name] = await value.read() if isinstance(value, UploadFile) else value
     return fields
 
@@ -242,7 +256,7 @@ def _json_fields(body: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
+        raise unreadable_json(error) from None
     if not isinstance(fields, dict):
         raise ApiError(400, "the body is no JSON object", code="invalid_json")
     return fields
@@ -283,8 +297,12 @@ def _job(
         true_cfg_scale=fields.true_cfg_scale,
         negative_prompt=fields.negative_prompt,
         seed=seed,
+        lora=as_adapters(fields.lora),
     )
+    capabilities.require_adapters(name for name, _ in params.adapters)
     shown = {name: getattr(params, name) or _default(capabilities, name) for name in ("width", "height", "num_frames")}
+    steps = params.num_inference_steps or _default(capabilities, "num_inference_steps")
+    _require_affordable({**shown, "num_inference_steps": steps}, settings)
     return VideoJob(
         id=f"video_{secrets.token_hex(16)}",
         model=settings.names[0],
@@ -315,6 +333,16 @@ def _num_frames(
         message = f"{num_frames} frames: this server allows up to {settings.max_frames}"
         raise ApiError(400, message, param=name, code="invalid_value")
     return num_frames
+
+
+def _require_affordable(factors: Mapping[str, int | None], settings: ServerSettings) -> None:
+    """Refuse a video that costs more than the operator allows: its size, frames and steps may each be small enough."""
+    known = {name: value for name, value in factors.items() if value}
+    cost = math.prod(known.values())
+    if cost > settings.max_video_pixel_steps:
+        product = " × ".join(f"{name} {value}" for name, value in known.items())
+        reason = f"{product} = {cost} is more than {settings.max_video_pixel_steps}, which is the most of a video here"
+        raise refusal("size", f"{reason}: ask for a smaller size, fewer frames or fewer steps")
 
 
 def _default(capabilities: PipelineCapabilities, name: str) -> int | None:

@@ -7,21 +7,20 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from PIL import Image
-
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.errors import EngineClosedError, QueueFullError, RankFailedError, RequestAbortedError
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress
-from omni_sp.outputs import OmniRequestOutput
+from omni_sp.outputs import OmniRequestOutput, dropped_tokens_note
 from omni_sp.pipelines.arguments import Prompt
 from omni_sp.pipelines.export import export_video
+from omni_sp.pipelines.images import EncodedImage
 from omni_sp.server.errors import to_api_error
 from omni_sp.server.storage.file_store import FileStore
 from omni_sp.server.storage.job_store import COMPLETED, FAILED, IN_PROGRESS, QUEUED, JobStore, VideoJob
@@ -56,7 +55,7 @@ class VideoJobs:
     Args:
         model: the model that is served; jobs of another model are not run.
         max_age_s: seconds that a finished job is kept; None for ever.
-        read_picture: turns the bytes of a file into a picture in the pipeline's mode, or raises.
+        read_picture: turns the bytes of a file into the image of a Prompt, or raises.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class VideoJobs:
         *,
         model: str,
         max_age_s: float | None,
-        read_picture: Callable[[bytes], Image.Image],
+        read_picture: Callable[[bytes], Awaitable[EncodedImage]],
     ) -> None:
         self._omni, self._files, self._model, self._max_age_s = omni, files, model, max_age_s
         self._read_picture = read_picture
@@ -183,7 +182,7 @@ class VideoJobs:
                 self._fail(job.id, error)
 
     async def _make(self, job: VideoJob, picture: bytes | None, accepted: asyncio.Future[None], is_new: bool) -> None:
-        image = None if picture is None else await asyncio.to_thread(self._read_picture, picture)
+        image = None if picture is None else await self._read_picture(picture)
         prompt = Prompt(text=job.prompt, image=image)
         params = OmniDiffusionSamplingParams(**job.params)
         # Jobs that an earlier process left come before new ones.
@@ -255,9 +254,10 @@ class VideoJobs:
                 files["audio"] = self._files.adopt(audio, suffix=".wav", media_type="audio/wav")
             files["thumbnail"] = self._files.adopt(thumbnail, suffix=".webp", media_type="image/webp")
             files["video"] = self._files.adopt(video, suffix=".mp4", media_type="video/mp4")
-        if export.reason is None:
-            return None
-        return f"{_SEPARATE_SOUND if export.placement == 'separate' else _NO_SOUND}: {export.reason}"
+        notes = [dropped_tokens_note(metrics)]
+        if export.reason is not None:
+            notes.append(f"{_SEPARATE_SOUND if export.placement == 'separate' else _NO_SOUND}: {export.reason}")
+        return "; ".join(filter(None, notes)) or None
 
     def _fail(self, job_id: str, error: Exception) -> None:
         self._mark_failed(job_id, *_error_fields(error))

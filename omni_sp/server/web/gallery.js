@@ -64,6 +64,30 @@ async function removeItem(item) {
   $("items").children[place].remove();
   if (item.id !== undefined) await inStore("readwrite", (store) => store.delete(item.id)).catch(() => {});
   showGallery();
+  return { item, place };
+}
+
+// Delete what the user chose. Until the next time, or as long as the page lives, it can be undone.
+async function deleteItems(items) {
+  state.deleted = [];
+  for (const item of items) state.deleted.push(await removeItem(item));
+  showGallery();
+  say(items.length === 1 ? "Deleted." : `${items.length} deleted.`);
+}
+
+async function undoDelete() {
+  const { deleted } = state;
+  state.deleted = [];
+  for (const { item, place } of deleted.reverse()) {
+    await keep(item);
+    state.items.splice(place, 0, item);
+    $("items").insertBefore(cardOf(item), $("items").children[place] ?? null);
+  }
+  showGallery();
+  say("Undone.");
+  const place = state.items.indexOf(deleted.at(-1).item);
+  if ($("viewer").open) view(place);
+  else $("items").children[place].firstChild.focus();
 }
 
 function cardOf(item) {
@@ -77,6 +101,7 @@ function showGallery(is_kept = state.database !== null) {
   const count = state.items.length;
   $("gallery-title").textContent = count ? `Gallery (${count})` : "Gallery";
   $("clear").hidden = !count;
+  for (const name of ["undo", "undo-last"]) $(name).hidden = !state.deleted.length;
   $("clear").textContent = "Delete all";
   $("gallery-hint").textContent = !is_kept ? "This browser keeps nothing: the pictures go with this page."
     : count ? "" : "What you make is kept here with its settings, in this browser only.";
@@ -157,9 +182,10 @@ function startFrom(sources, mask = null) {
 
 $("clear").onclick = async () => {
   if ($("clear").textContent === "Delete all") { $("clear").textContent = `Really delete all ${state.items.length}?`; return; }
-  for (const item of [...state.items]) await removeItem(item);
-  $("gallery-title").focus();
+  await deleteItems([...state.items]);
+  $("undo").focus();
 };
+$("undo").onclick = $("undo-last").onclick = undoDelete;
 $("clear").onblur = () => { $("clear").textContent = "Delete all"; };
 $("viewer").onkeydown = (event) => {
   if (event.target.tagName === "VIDEO") return;
@@ -187,6 +213,6 @@ $("edit").onclick = () => {
 };
 $("delete").onclick = async () => {
   const place = state.shown;
-  await removeItem(state.items[place]);
+  await deleteItems([state.items[place]]);
   state.items.length ? view(Math.min(place, state.items.length - 1)) : $("viewer").close();
 };

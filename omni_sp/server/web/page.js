@@ -9,8 +9,8 @@ const NUMBERS = FIELDS.slice(2);
 // What the server calls a field -> what the form calls it.
 const CALLED = { size: "width", input_reference: "image", mask_image: "mask" };
 // key: the API key. info: what GET v1/info said last. works: requests under way; work: the one on the stage.
-// sources: pictures to start from; mask: of the first one. items: the gallery, newest first; shown: the one in the viewer.
-const state = { key: "", info: null, works: [], work: null, sources: [], mask: null, items: [], shown: -1, database: null };
+// sources: pictures to start from; mask: of the first one. items: the gallery, newest first; shown: the one in the viewer; deleted: what can be undone.
+const state = { key: "", info: null, works: [], work: null, sources: [], mask: null, items: [], deleted: [], shown: -1, database: null };
 
 // is_lost: not refused, but broken off; it may go well when the server is back.
 class Problem extends Error {
@@ -170,6 +170,12 @@ function fitForm() {
       bound === undefined ? input.removeAttribute(side) : input[side] = Math.min(bound, Number.MAX_SAFE_INTEGER);
   }
   document.querySelector("label[for=guidance_scale]").textContent = info.parameters.true_cfg_scale ? "Distilled guidance" : "Guidance";
+  $("examples").hidden = !info.examples.length;
+  $("examples").replaceChildren(...info.examples.map((prompt) => {
+    const use = make("button", { type: "button" }, prompt);
+    use.onclick = () => { $("prompt").value = prompt; keepForm(); $("prompt").focus(); };
+    return make("li", {}, use);
+  }));
   $("image").multiple = info.takes_many_images;
   if (!info.takes_image) state.sources = [];
   showSources();
@@ -208,7 +214,7 @@ function showSources() {
   if (!info?.pipeline) return;
   $("image-label").textContent = !sources.length ? "Add a picture" : info.takes_many_images ? "Add another" : "Replace it";
   $("image-hint").textContent = (info.needs_image ? "This model starts from a picture. " : info.makes_videos ? "The first frame. " : "To edit one. ")
-    + "PNG, JPEG or WebP; drop and paste work too.";
+    + (matchMedia("(pointer: coarse)").matches ? "PNG, JPEG or WebP." : "PNG, JPEG or WebP; drop and paste work too.");
   $("mask-field").hidden = !info.takes_mask || !sources.length;
   $("mask").textContent = state.mask ? "Change the mask" : "Paint a mask";
   $("mask-remove").hidden = !state.mask;
@@ -233,8 +239,7 @@ function addSources(files) {
 function showButtons() {
   const { info, work } = state;
   const is_able = info?.status === "ready" && info.makes !== "sound";
-  // Videos are jobs: the next may be ordered while one is made.
-  $("draw").disabled = !is_able || state.works.some((one) => one.kind === "picture");
+  $("draw").disabled = !is_able;  // more may be asked for while one is made
   if (work || !empty.isConnected) return;
   const words = { starting: "The model is loading.", restarting: "The ranks are starting again.", draining: "The server is shutting down.",
     failed: "The server has failed; its log says why.", silent: "The server does not answer. This page goes on when it does." };
@@ -243,13 +248,30 @@ function showButtons() {
   if (empty.textContent !== text && empty.textContent !== "Cancelled.") empty.textContent = text;
 }
 
+// What is wrong with a number, in words that stay; null where nothing is.
+function wrongWith(input) {
+  const { badInput, rangeUnderflow, rangeOverflow, stepMismatch } = input.validity;
+  const is = `${input.labels[0].textContent} ${input.value}`;
+  if (badInput) return `${input.labels[0].textContent}: give a number.`;
+  if (rangeUnderflow) return `${is}: give at least ${input.min}.`;
+  if (rangeOverflow) return `${is}: give at most ${input.max}.`;
+  if (!stepMismatch) return null;
+  const step = Number(input.step), least = Number(input.min || 0);
+  const below = least + Math.floor((input.value - least) / step) * step;
+  const near = [below, below + step].filter((value) => !input.max || value <= Number(input.max));
+  const rule = step === 1 ? "a whole number" : least % step ? `${least % step} + a multiple of ${step}` : `a multiple of ${step}`;
+  return `${is}: give ${rule}, such as ${near.join(" or ")}.`;
+}
+
 function readForm() {
   const { info, sources } = state;
   const settings = {};
   for (const name of FIELDS) {
     const text = $(name).value.trim();
-    if ($(name).closest("[hidden]") || text === "") continue;
-    settings[name] = NUMBERS.includes(name) ? Number(text) : text;
+    if ($(name).closest("[hidden]")) continue;
+    const wrong = NUMBERS.includes(name) && wrongWith($(name));
+    if (wrong) throw new Problem(wrong, { param: name });
+    if (text !== "") settings[name] = NUMBERS.includes(name) ? Number(text) : text;
   }
   if (!settings.prompt) throw new Problem("Say what there is to be seen.", { param: "prompt" });
   if (("width" in settings) !== ("height" in settings)) {
@@ -303,8 +325,8 @@ function showProblem(error) {
 
 $("form").onsubmit = (event) => {
   event.preventDefault();
-  // A second click on the same video comes before the server has named the first.
-  if ($("draw").disabled || state.works.some((one) => !one.id && one.kind === "video")) return;
+  // A second click on the same request comes before the server has answered the first.
+  if ($("draw").disabled || state.works.some((one) => !one.is_heard)) return;
   try {
     begin(readForm());
   } catch (error) { showProblem(error); }
@@ -337,7 +359,9 @@ document.addEventListener("drop", (event) => {
   if (!bringsFiles(event)) return;
   event.preventDefault();
   document.body.classList.remove("over");
-  if (state.info?.takes_image) addSources(event.dataTransfer.files);
+  const { files } = event.dataTransfer;
+  if (files.length === 1) fillFrom(files[0]);
+  if (state.info?.takes_image) addSources(files);
 });
 $("key-form").onsubmit = (event) => {
   event.preventDefault();

@@ -1,5 +1,6 @@
 // Requests under way: pictures are streamed, videos are jobs of the server that are looked at now and then.
 
+const STREAMS = 4;  // open at a time: a browser opens six connections to a server, and the page needs one
 const TRIES = 3;  // of a picture that is lost on its way; with its seed it comes out the same
 
 function begin(settings) {
@@ -22,12 +23,10 @@ async function run(order) {
   work.card = make("li", {}, make("button", { type: "button" }, make("b", {}, work.settings.prompt), make("span")));
   work.card.firstChild.onclick = () => { stage(work); $("cancel").focus(); };
   state.works.push(work);
-  const was_at_button = document.activeElement === $("draw");
   showProblem(null);
   showButtons();
   stage(work);
   say("Started.");
-  if (was_at_button && $("draw").disabled) $("cancel").focus({ preventScroll: true });
   try {
     const items = await (work.kind === "video" ? makeVideo(work) : drawPictures(work));
     work.is_done = true;
@@ -68,8 +67,8 @@ function stage(work) {
   shapeCanvas(work.settings, work.sources.length);
   const count = work.settings.n ?? 1;
   if (work.kind === "video" && work.sources.length) showPreview(work, work.sources[0]);
-  empty.textContent = work.kind === "video" ? "The video appears here when it is done." : "…";
-  $("canvas").replaceChildren(...count > 1 ? Array.from({ length: count }, () => make("div", { class: "blank" })) : [empty]);
+  empty.textContent = "The video appears here when it is done.";
+  $("canvas").replaceChildren(...work.kind === "video" ? [empty] : Array.from({ length: count }, () => make("div", { class: "blank" })));
   $("running").hidden = false;
   showProgress(work, work.text, work.value, work.max);
   showOthers();
@@ -100,7 +99,7 @@ function tellSteps(work, done, total) {
   if (done === 0) refresh();
   const rate = pace(work, done);
   const left = rate ? ` · ${short(rate)} steps/s · ${lasting((total - done) / rate)} left` : "";
-  showProgress(work, done < total ? `Step ${done} of ${total}${left}` : "Decoding", done, total);
+  showProgress(work, done < total ? `Step ${done} of ${total}${left}` : "Decoding", done, done && total);  // before the first step it just moves
   sayHalf(work);
 }
 
@@ -114,7 +113,7 @@ function pace(work, value) {
 
 // Half is all that is said aloud of how far it is.
 function sayHalf(work) {
-  if (work.is_half || work.value * 2 < work.max) return;
+  if (work.is_half || !work.max || work.value * 2 < work.max) return;
   work.is_half = true;
   if (work.value < work.max) say("Half of it is done.");
 }
@@ -154,6 +153,7 @@ function showResults(items) {
   const details = [`${short(items[0].seconds)} s`];
   if ("seed" in items[0].used) details.push(`seed ${items[0].used.seed}`);
   if (items.length > 1) details.push(`${items.length} pictures`);
+  if (items[0].note) details.push(items[0].note);
   measured(shown[0], (width, height) => {
     shapeCanvas({ width, height, n: items.length });
     $("caption").textContent = [`${width} × ${height}`, ...details].join(" · ");
@@ -165,6 +165,13 @@ function showResults(items) {
 
 async function drawPictures(work) {
   const { signal } = work.abort;
+  while (state.works.filter((one) => one.is_streaming).length >= STREAMS) {
+    work.is_heard = true;
+    showProgress(work, "Waiting for your pictures before it", 0, 0);
+    await sleep(200);
+    signal.throwIfAborted();
+  }
+  work.is_streaming = true;
   for (let tries = 1; ; tries++) {
     try {
       return await drawOnce(work);
@@ -195,7 +202,9 @@ async function drawOnce(work) {
     answer = await call("v1/images/generations", { method: "POST", body: JSON.stringify(requested), signal,
       headers: { "Content-Type": "application/json" } });
   }
+  work.is_heard = true;
   const pictures = [];
+  let note = null;
   try {
     for await (const event of serverEvents(answer)) {
       if (event.error) throw new Problem(event.error.message, { param: event.error.param, is_lost: event.status === 503 });
@@ -204,7 +213,7 @@ async function drawOnce(work) {
       if (kind === "progress" && event.total) tellSteps(work, event.step, event.total);
       else if (kind === "progress") tellPosition(work, event.position ?? 0);
       else if (kind === "partial_image") showPreview(work, asBlob(event));
-      else if (kind === "completed") pictures.push(asBlob(event));
+      else if (kind === "completed") { pictures.push(asBlob(event)); note = event.note; }
     }
   } catch (error) {
     if (signal.aborted || error instanceof Problem) throw error;
@@ -212,7 +221,7 @@ async function drawOnce(work) {
   }
   if (!pictures.length) throw new Problem("The connection ended before the picture was there.", { is_lost: true });
   const when = Date.now();
-  return pictures.map((blob, place) => asItem(work, blob, { when, place: place + 1, of: pictures.length }));
+  return pictures.map((blob, place) => asItem(work, blob, { when, place: place + 1, of: pictures.length, note }));
 }
 
 function asBlob(event) {
@@ -235,6 +244,7 @@ async function makeVideo(work) {
   const { signal } = work.abort;
   const is_taken_up = Boolean(work.id);
   if (!is_taken_up) await orderVideo(work);
+  work.is_heard = true;
   const path = `v1/videos/${encodeURIComponent(work.id)}`;
   try {
     let video;
@@ -291,6 +301,6 @@ async function patiently(work, ask) {
 function tellPercent(work, percent) {
   const rate = pace(work, percent);
   const left = rate ? ` · ${lasting((100 - percent) / rate)} left` : "";
-  showProgress(work, percent < 99 ? `${Math.round(percent)} %${left}` : "Decoding", percent, 100);
+  showProgress(work, percent < 99 ? `${Math.round(percent)} %${left}` : "Decoding", percent, percent && 100);
   sayHalf(work);
 }
