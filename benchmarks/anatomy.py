@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-_MOVING = ("omni_sp/attention/ulysses.py", "omni_sp/collectives.py")
+_MOVING = ("omni_sp/attention/ulysses.py", "omni_sp/attention/packing.py", "omni_sp/collectives.py")
 _COMPOSING = ("omni_sp/attention/overlap.py", "omni_sp/attention/ring.py")
 
 

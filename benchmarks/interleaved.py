@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import random
@@ -15,8 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass
@@ -113,15 +112,35 @@ def machine() -> dict[str, str]:
     }
 
 
-def save(name: str, settings: dict[str, Any], timings: dict[str, Timing]) -> Path:
-    """Write a result as JSON, with the command that made it."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--output FOLDER`` and ``--no-save``, which makes ``output`` None. The default holds nothing committed."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("results"),
+        metavar="FOLDER",
+        help="where JSON and plots are written; benchmarks/results holds what is committed (default: results)",
+    )
+    parser.add_argument("--no-save", dest="output", action="store_const", const=None, help="print only")
+
+
+def save(output: Path | None, name: str, settings: dict[str, Any], timings: dict[str, Timing]) -> Path | None:
+    """Write a result as JSON to the folder ``output``, with the command that made it; None writes nothing."""
+    results = {key: {**asdict(value), "median": value.median} for key, value in timings.items()}
+    return write(output, name, settings, {"timings": results})
+
+
+def write(output: Path | None, name: str, settings: dict[str, Any], results: dict[str, Any]) -> Path | None:
+    """What save() does, for results of any form."""
+    if output is None:
+        return None
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{name}.json"
     content = {
         "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": machine(),
-        "settings": settings,
-        "timings": {key: {**asdict(value), "median": value.median} for key, value in timings.items()},
+        "settings": {key: value for key, value in settings.items() if key != "output"},
+        **results,
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
@@ -129,15 +148,16 @@ def save(name: str, settings: dict[str, Any], timings: dict[str, Timing]) -> Pat
 
 def report(*files: Path | None) -> None:
     """Say what was written."""
-    print("saved", ", ".join(f"benchmarks/results/{file.name}" for file in files if file is not None), flush=True)
+    if any(files):
+        print("saved", ", ".join(str(file) for file in files if file is not None), flush=True)
 
 
-def plot_growth(name: str, lines: dict[str, dict[int, float]], across: str) -> Path | None:
+def plot_growth(output: Path | None, name: str, lines: dict[str, dict[int, float]], across: str) -> Path | None:
     """Speed-up over one process, a line a contender, over a size that grows; None without matplotlib."""
-    pyplot = _pyplot()
-    if pyplot is None:
+    drawing = pyplot(output)
+    if output is None or drawing is None:
         return None
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = drawing.subplots(figsize=(7, 4), layout="constrained")
     for label, points in lines.items():
         style = {"linewidth": 2.5} if label.startswith("ours") else {"linestyle": "--"}
         axes.plot(list(points), list(points.values()), marker="o", label=label, **style)
@@ -147,18 +167,20 @@ def plot_growth(name: str, lines: dict[str, dict[int, float]], across: str) -> P
     axes.set_xlabel(across)
     axes.set_ylabel("speed-up over one process")
     axes.legend(fontsize=8)
-    target = RESULTS / f"{name}.png"
+    target = output / f"{name}.png"
     figure.savefig(target, dpi=120)
-    pyplot.close(figure)
+    drawing.close(figure)
     return target
 
 
-def _pyplot() -> Any:
-    """Matplotlib's pyplot, drawing to files; None where it is not installed."""
+def pyplot(output: Path | None) -> Any:
+    """Matplotlib's pyplot, drawing to files; None where it is not installed or nothing is saved."""
+    if output is None:
+        return None
     try:
         import matplotlib
     except ImportError:
-        print("no plot: pip install 'omni-sp[bench]'")
+        print("no plot: pip install '.[bench]'")
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -166,10 +188,10 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def plot(path: Path, title: str, timings: dict[str, Timing]) -> Path | None:
+def plot(path: Path | None, title: str, timings: dict[str, Timing]) -> Path | None:
     """A bar for every contender's median, with the spread of its rounds, beside the JSON; None without matplotlib."""
-    pyplot = _pyplot()
-    if pyplot is None:
+    drawing = pyplot(path)
+    if path is None or drawing is None:
         return None
     ran = {name: timing for name, timing in timings.items() if timing.seconds}
     medians = [timing.median * 1e3 for timing in ran.values()]
@@ -177,7 +199,7 @@ def plot(path: Path, title: str, timings: dict[str, Timing]) -> Path | None:
         [median - min(timing.seconds) * 1e3 for median, timing in zip(medians, ran.values(), strict=True)],
         [max(timing.seconds) * 1e3 - median for median, timing in zip(medians, ran.values(), strict=True)],
     ]
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(ran) + 1.2), layout="constrained")
+    figure, axes = drawing.subplots(figsize=(8, 0.5 * len(ran) + 1.2), layout="constrained")
     colours = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in ran]
     axes.barh(list(ran), medians, xerr=spread, color=colours, ecolor="black", capsize=2)
     axes.invert_yaxis()
@@ -185,7 +207,7 @@ def plot(path: Path, title: str, timings: dict[str, Timing]) -> Path | None:
     axes.set_title(title, fontsize=10)
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=120)
-    pyplot.close(figure)
+    drawing.close(figure)
     return target
 
 

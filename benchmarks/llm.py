@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.interleaved import Timing, paired, report, save
+from benchmarks.interleaved import Timing, add_output_options, paired, report, save
 
 ENGINES: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_parallel_size": 2},
@@ -117,7 +117,7 @@ def engine_main(options: dict[str, Any]) -> None:
     # By the module's own name: vLLM's processes look these functions up there.
     from benchmarks.llm import count_bytes, read_bytes
     from omni_sp.llm import LLM
-    from testing.models import memory_of_rank
+    from omni_sp.testing.models import memory_of_rank
 
     llm = LLM(
         dtype="float32", skip_tokenizer_init=True, max_model_len=8192, max_num_batched_tokens=8192, max_num_seqs=8,
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--quality", action="store_true", help="compare log-likelihoods instead")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
+    add_output_options(parser)
     options = parser.parse_args()
     if options.engine:
         engine_main(json.loads(options.engine))
@@ -199,12 +200,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="omni-sp-llm-") as folder:
         make_model(Path(folder))
         if options.quality:
-            quality(Path(folder))
+            quality(Path(folder), options.output)
         else:
-            speed(Path(folder), options.prompts, options.rounds)
+            speed(Path(folder), options.prompts, options.rounds, options.output)
 
 
-def speed(model: Path, lengths: list[int], rounds: int) -> None:
+def speed(model: Path, lengths: list[int], rounds: int, output: Path | None) -> None:
     """Time to the first token, seconds a token after it, and tokens a second of several requests at once."""
     engines: dict[str, Engine] = {}
     found = {(what, length, name): Timing() for what in FIGURES for length in lengths for name in ENGINES}
@@ -244,7 +245,7 @@ def speed(model: Path, lengths: list[int], rounds: int) -> None:
             )
     settings = {"model": MODEL, "engines": ENGINES, "prompts": lengths, "rounds": rounds, "answer": ANSWER}
     saved = {f"{name}, {length} tokens, {what}": timing for (what, length, name), timing in found.items()}
-    report(save("llm-speed", settings, saved))
+    report(save(output, "llm-speed", settings, saved))
 
 
 def prompts_of(length: int) -> list[list[int]]:
@@ -254,7 +255,7 @@ def prompts_of(length: int) -> list[list[int]]:
     return [draw.choices(range(3, MODEL["vocab_size"]), k=length) for _ in range(count)]
 
 
-def quality(model: Path) -> None:
+def quality(model: Path, output: Path | None) -> None:
     """The log-likelihood of one sequence, computed by every engine, and the memory of a rank."""
     sequence = random.Random(1).choices(range(3, MODEL["vocab_size"]), k=301)
     timings: dict[str, Timing] = {}
@@ -278,7 +279,7 @@ def quality(model: Path) -> None:
             f"{counted:>17} {matrices / 2**20:>11.2f} {most['kept_per_token']:>18} {kv_bytes:>11}",
             flush=True,
         )
-    report(save("llm-quality", {"model": MODEL, "engines": QUALITY, "tokens": len(sequence)}, timings))
+    report(save(output, "llm-quality", {"model": MODEL, "engines": QUALITY, "tokens": len(sequence)}, timings))
 
 
 def by_formula(options: dict[str, Any]) -> tuple[int, int]:

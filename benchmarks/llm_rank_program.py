@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from benchmarks.interleaved import Timing, machine, report, save, take_turns
+from benchmarks.interleaved import Timing, add_output_options, machine, report, save, take_turns
 from omni_sp.attention.layout import head_shares, split_evenly
 from omni_sp.attention.ulysses import GatherHeads, ScatterHeads, UlyssesLayout
 from omni_sp.mesh import Axis
@@ -381,7 +381,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16 on CUDA, else float32")
     parser.add_argument("--sdpa", choices=("flash", "cudnn"), default="flash", help="torch's attention on CUDA")
     parser.add_argument("--no-graphs", action="store_true", help="on CUDA, launch the kernels of decoding one by one")
-    parser.add_argument("--no-save", action="store_true")
+    add_output_options(parser)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options.dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
@@ -403,8 +403,7 @@ def main() -> None:
                 print(table(setting, found, tokens, batch), flush=True)
                 step = f"decode {batch} x {tokens}" if batch else f"prompt {tokens}"
                 timings |= {f"{step}, {name}": timing for name, timing in found.items()}
-    if not options.no_save:
-        report(save(f"llm-rank-program-{options.model}", vars(options), timings))
+    report(save(options.output, f"llm-rank-program-{options.model}", vars(options), timings))
 
 
 if __name__ == "__main__":

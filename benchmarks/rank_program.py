@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from benchmarks.interleaved import Timing, save
+from benchmarks.interleaved import Timing, add_output_options, report, save
 from omni_sp import DiffusionParallelConfig, ParallelMesh, parallelize
 from omni_sp.mesh import Axis
 
@@ -158,9 +158,7 @@ def measure(workload: Workload, config: DiffusionParallelConfig, options: argpar
             for name, value in inputs.items()
         }
         mesh = ParallelMesh(config)
-        handle = parallelize(model, mesh, attention_backend=options.attention_backend)
-        if options.compile:
-            model.compile_repeated_blocks(fullgraph=True)
+        handle = parallelize(model, mesh, attention_backend=options.attention_backend, compile=options.compile)
         seconds = forward_seconds(model, inputs, options.rounds)
         axes = (mesh.ulysses, mesh.ring, mesh.sequence)
         for axis in axes:
@@ -193,6 +191,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, for one rank and for many")
+    add_output_options(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -203,10 +202,7 @@ def main() -> None:
         alone = measure(workload, DiffusionParallelConfig(), options)
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
         # Nothing is exchanged, so nobody can be asked; lengths and heads here are divided evenly.
-        with (
-            patch("omni_sp.collectives.gather_ints", pretend_all_ranks_alike),
-            patch("omni_sp.sharding.forward_context.gather_ints", pretend_all_ranks_alike),
-        ):
+        with patch("omni_sp.collectives.gather_ints", pretend_all_ranks_alike):
             one = measure(workload, config, options)
         dist.destroy_process_group()
     exchange = one.bytes / (options.bandwidth * 1e9)
@@ -224,7 +220,8 @@ def main() -> None:
         "one process": Timing([alone.seconds]),
         "one rank's program": Timing([one.seconds], facts={"bytes": one.bytes, "exchange_s": exchange}),
     }
-    save(f"rank-program-{options.model}-u{options.ulysses}-r{options.ring}", vars(options), timings)
+    name = f"rank-program-{options.model}-u{options.ulysses}-r{options.ring}"
+    report(save(options.output, name, vars(options), timings))
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks.interleaved import RESULTS, machine
+from benchmarks.interleaved import add_output_options, report, write
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.engine.startup import format_seconds
 from omni_sp.events import RequestDone
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from testing.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 
 PROMPT = "a red circle on a blue background"
 START_S, ANSWER_S = 180.0, 600.0
@@ -251,14 +251,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16, help="of all clients together")
     parser.add_argument("--load-rounds", type=int, default=3)
     parser.add_argument("--many", type=int, default=200, help="requests over which memory is watched")
+    add_output_options(parser)
     options = parser.parse_args()
     result = asyncio.run(measure(options))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"serving-ulysses{options.ranks}.json"
-    command = " ".join(["python", "-m", "benchmarks.serving", *sys.argv[1:]])
-    content = {"command": command, "machine": machine(), "settings": vars(options), **result}
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"saved benchmarks/results/{path.name}")
+    report(write(options.output, f"serving-ulysses{options.ranks}", vars(options), result))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A Qwen-Image transformer forward: ours, one process, and every peer that runs here, in turns.
 
 python -m benchmarks.transformer --ranks 2 --height 64 --width 64 --text-tokens 128
+python -m benchmarks.transformer --compile --peers --height 32 --width 32 --heads 24 --head-dim 128 --layers 2
 
+With ``--compile`` ours is compiled, and one process also runs compiled, as diffusers does it.
 Peers are diffusers' `enable_parallelism` and cache-dit's, each with one patch so that it starts without an accelerator:
 `torch.accelerator.device_count` answers 1 while it sets itself up. Each peer has processes of its own, in which
 ours and one process take turns with it: cache-dit replaces attention backends of diffusers, which then no longer runs
@@ -21,13 +23,13 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.anatomy import exchange_share, peak_memory
-from benchmarks.interleaved import Answer, Timing, plot, report, save, summary, table, take_turns
+from benchmarks.interleaved import Answer, Timing, add_output_options, plot, report, save, summary, table, take_turns
 from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
-from testing.ranks import RankPool
-from testing.reference import randomise, relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import randomise, relative_error
 
-BASE, OURS = "one process", "ours"
+BASE, COMPILED, OURS = "one process", "one process, compiled", "ours"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Settings:
     layers: int
     dtype: str
     rounds: int
+    compile: bool = False
 
 
 def build(settings: Settings) -> Any:
@@ -102,7 +105,9 @@ def run(mesh: ParallelMesh, settings: Settings, peer: str | None) -> Answer:
     warnings.simplefilter("ignore")  # the peers' own
     inputs = make_inputs(settings)
     alone = build(settings)
-    candidates: dict[str, Callable[[Any], object]] = {OURS: lambda model: parallelize(model, mesh)}
+    candidates: dict[str, Callable[[Any], object]] = {
+        OURS: lambda model: parallelize(model, mesh, compile=settings.compile)
+    }
     if peer is not None:
         candidates[peer] = lambda model: PEERS[peer](mesh, model)
     contenders: dict[str, Callable[[], Any]] = {BASE: lambda: alone(**inputs)[0] if mesh.rank == 0 else None}
@@ -113,12 +118,19 @@ def run(mesh: ParallelMesh, settings: Settings, peer: str | None) -> Answer:
             model = build(settings)
             try:
                 apply(model)
-                out = model(**inputs)[0]
+                # Ours records at its first forward, and compiles at its second.
+                out = [model(**inputs)[0] for _ in range(3 if settings.compile else 1)][-1]
             except Exception as error:  # whatever a peer raises is its result here
                 answer.refused[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
                 continue
             answer.errors[name] = relative_error(out, wanted)
             contenders[name] = lambda model=model: model(**inputs)[0]  # type: ignore[misc]
+        if settings.compile and mesh.rank == 0:
+            compiled = build(settings)
+            compiled.compile_repeated_blocks(fullgraph=True)
+            answer.errors[COMPILED] = relative_error(compiled(**inputs)[0], wanted)
+        if settings.compile:
+            contenders[COMPILED] = lambda: compiled(**inputs)[0] if mesh.rank == 0 else None
         answer.memory = {name: peak_memory(call) for name, call in contenders.items()}
         answer.seconds = take_turns(contenders, settings.rounds)
         answer.exchange[OURS] = statistics.median(exchange_share(contenders[OURS]) for _ in range(3))
@@ -139,6 +151,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="compile ours, and one process too")
+    add_output_options(parser)
     options = parser.parse_args()
     settings = Settings(
         options.height,
@@ -149,6 +163,7 @@ def main() -> None:
         options.layers,
         options.dtype,
         options.rounds,
+        options.compile,
     )
     tokens = options.height * options.width
     shape = f"{options.layers} layers, {tokens}+{options.text_tokens} tokens"
@@ -159,15 +174,15 @@ def main() -> None:
     for peer in peers or [None]:
         timings = turns(settings, peer, options)
         print(table(timings, BASE, OURS, options.ranks))
-        beside = f"-{peer}" if peer is not None else ""
+        beside = (f"-{peer}" if peer is not None else "") + ("-compiled" if options.compile else "")
         name = f"transformer-{options.scheme}{options.ranks}-{tokens}+{options.text_tokens}-{options.dtype}{beside}"
-        path = save(name, vars(options), timings)
+        path = save(options.output, name, vars(options), timings)
         report(path, plot(path, title, timings))
 
 
 def turns(settings: Settings, peer: str | None, options: argparse.Namespace) -> dict[str, Timing]:
     """One process, ours and one peer, in turns."""
-    pool = RankPool()
+    pool = RankPool(options.ranks)
     try:
         return summary(pool.run(run, settings, peer, **{options.scheme: options.ranks}, timeout=1800))
     finally:
