@@ -10,7 +10,7 @@ from omni_sp.events import RequestDone, RequestFailed, RequestProgress
 
 
 async def draw(omni: AsyncOmni, prompt: str, path: str) -> None:
-    params = OmniDiffusionSamplingParams(seed=11, height=176, width=176)
+    params = OmniDiffusionSamplingParams(seed=11)
     async for event in omni.generate(prompt, params):
         if isinstance(event, RequestProgress) and event.done in (1, event.total):
             print(f"{path}: step {event.done} of {event.total}")
@@ -24,8 +24,8 @@ async def draw(omni: AsyncOmni, prompt: str, path: str) -> None:
 async def main() -> None:
     async with AsyncOmni("omni-sp/shapes", DiffusionParallelConfig(ulysses_degree=2), device="cpu") as omni:
         await asyncio.gather(
-            draw(omni, "a red circle", "api_async-1.png"),
-            draw(omni, "a yellow star", "api_async-2.png"),
+            draw(omni, "a red circle on a blue background", "api_async-1.png"),
+            draw(omni, "a yellow star on a blue background", "api_async-2.png"),
         )
 
 

@@ -13,7 +13,7 @@ with Omni(
     print(omni.info.layout)
     outputs = omni.generate(
         ["a red circle on a blue background", "a large green star on a black background"],
-        OmniDiffusionSamplingParams(seed=11, height=176, width=176),
+        OmniDiffusionSamplingParams(seed=11),
     )
 
 for number, output in enumerate(outputs, start=1):

@@ -12,7 +12,6 @@ if __name__ == "__main__":
         example(
             "Edit a picture by a prompt, over several ranks.",
             model="Qwen/Qwen-Image-Edit",
-            output="edited.png",
             needs_image=True,
         )
     )

@@ -12,7 +12,6 @@ if __name__ == "__main__":
         example(
             "Draw a video that begins with a picture, over several ranks.",
             model="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
-            output="video.mp4",
             needs_image=True,
         )
     )

@@ -3,7 +3,7 @@
 python examples/offline_inference_ulysses.py --model meta-llama/Llama-3.1-8B-Instruct --tensor-parallel-size 2 \\
     --sequence-parallel-size 2
 
-Needs vLLM: pip install 'omni-sp[vllm]'.
+Needs vLLM: pip install '.[vllm]'.
 """
 
 from __future__ import annotations

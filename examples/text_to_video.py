@@ -12,6 +12,5 @@ if __name__ == "__main__":
         example(
             "Draw a video from text, one video over several ranks.",
             model="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-            output="video.mp4",
         )
     )
