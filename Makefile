@@ -5,6 +5,7 @@ RUN := $(VENV)/bin/python
 # Four processes share the picture: on GPUs where there are four, else on the CPU.
 DEMO_DEVICE ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 4 ] && echo auto || echo cpu)
 SERVE_DEVICE ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 2 ] && echo auto || echo cpu)
+TEST_WORKERS ?= 3
 
 # A second environment, with vLLM: its build for CPUs, so that it needs no GPU and no gigabytes of CUDA.
 VLLM_VENV := .venv-vllm
@@ -16,7 +17,18 @@ VLLM_TORCH = $(shell grep '^torch==' requirements-vllm.txt)
 VLLM_BEFORE := 0.31.0 0.30.0
 VLLM_FOLDERS := $(VLLM_BEFORE:%=$(VLLM_VENV)/versions/%)
 
-.PHONY: install install-vllm demo serve test test-vllm test-vllm-range lint check docs clean
+# The two minor versions of diffusers before the newest, each with what below it is older too: the first with the oldest
+# transformers, and both with a client of the hub that has another httpx.
+DIFFUSERS_BEFORE := 0.41.0 0.40.0
+DIFFUSERS_FOLDERS := $(DIFFUSERS_BEFORE:%=$(VENV)/versions/%)
+DIFFUSERS_0.41.0 := huggingface_hub==1.33.0
+DIFFUSERS_0.40.0 := huggingface_hub==1.23.0 transformers==5.0.0 tokenizers==0.22.2
+DIFFUSERS_TESTS := tests/test_tested_versions.py tests/sharding/test_diffusers_internals.py tests/sharding/test_zoo.py \
+	tests/sharding/test_changed.py tests/sharding/test_foreign_code.py tests/sharding/test_replay.py \
+	tests/pipelines/test_parallel_pipelines.py \
+	tests/pipelines/test_changed_pipelines.py tests/pipelines/test_shapes_parallel.py tests/test_omni.py tests/llm/hf
+
+.PHONY: install install-vllm demo serve test test-vllm test-vllm-range test-diffusers-range lint check docs clean
 
 install: $(VENV)/.installed
 
@@ -45,12 +57,24 @@ demo: install
 serve: install
 	$(RUN) -m omni_sp.server --ulysses-degree 2 --device $(SERVE_DEVICE) --warmup 256x256
 
+# Three files of tests run side by side: most of their time they wait for processes that start, or for each other.
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+# The same library over older diffusers, each of which stands before the newest on the path while its turn is.
+test-diffusers-range: $(DIFFUSERS_FOLDERS:=/.installed)
+	set -e; for folder in $(DIFFUSERS_FOLDERS); do PYTHONPATH=$(CURDIR)/$$folder OMNI_SP_DIFFUSERS=$$(basename $$folder) \
+		$(RUN) -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(DIFFUSERS_TESTS); done
+
+$(VENV)/versions/%/.installed: $(VENV)/.installed
+	rm -rf $(@D)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target $(@D) \
+		diffusers==$* $(DIFFUSERS_$*) httpx==0.28.1 httpcore==1.0.9
+	touch $@
 
 # What needs vLLM, and what it shares with this package in versions other than those of `make test`.
 test-vllm: install-vllm
-	$(VLLM_RUN) -m pytest tests/compat tests/llm/vllm/test_engines.py
+	$(VLLM_RUN) -m pytest tests/compat tests/llm/speculation tests/llm/vllm/test_engines.py
 
 # The same inside older ones, each of which stands before the newest on the path while its turn is.
 test-vllm-range: install-vllm $(VLLM_FOLDERS:=/.installed)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.errors import (
+    CallFailedError,
     ConfigError,
     EngineClosedError,
     EngineError,
     InvalidInputError,
     ModelNotFoundError,
+    NonFiniteResultError,
     OmniSPError,
     QueueFullError,
     RankFailedError,
@@ -25,6 +27,7 @@ from omni_sp.errors import (
     UnsupportedAttentionError,
     UnsupportedModelError,
 )
+from omni_sp.version import __version__
 
 if TYPE_CHECKING:
     from omni_sp.async_omni import AsyncOmni
@@ -32,8 +35,6 @@ if TYPE_CHECKING:
     from omni_sp.omni import Omni
     from omni_sp.outputs import OmniRequestOutput
     from omni_sp.pipelines.parallelize import parallelize
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "AsyncOmni": "omni_sp.async_omni",
@@ -45,12 +46,14 @@ _LAZY = {
 
 __all__ = [
     "AsyncOmni",
+    "CallFailedError",
     "ConfigError",
     "DiffusionParallelConfig",
     "EngineClosedError",
     "EngineError",
     "InvalidInputError",
     "ModelNotFoundError",
+    "NonFiniteResultError",
     "Omni",
     "OmniDiffusionSamplingParams",
     "OmniRequestOutput",

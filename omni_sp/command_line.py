@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from omni_sp.errors import ConfigError
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-"""Exit codes: a failure; bad input; Ctrl-C."""
+FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
+"""Exit codes: a failure; bad input; Ctrl-C; nobody reads the output any more, as a shell says it of SIGPIPE."""
 _FLAG = re.compile(r"(?P<name>--?[A-Za-z][\w.-]*)(?:=(?P<value>.*))?", re.DOTALL)
 
 

@@ -7,9 +7,11 @@ OmniSPError
 │   ├── ModelNotFoundError              no such model, or a folder that is no diffusers pipeline
 │   ├── UnsupportedModelError           a transformer whose tokens cannot be found
 │   └── UnsupportedAttentionError       an attention that the core refuses rather than get wrong
+├── NonFiniteResultError (ArithmeticError)   a result with NaN or infinite numbers; names the stage that made them
 ├── ShardingError (RuntimeError)        a sharded forward that could not be exact, or ranks that disagree
 └── EngineError (RuntimeError)          the rank processes
     ├── RankFailedError                 a rank raised or died; carries its traceback
+    │   └── CallFailedError             the call failed on all ranks alike; they stand ready for the next one
     ├── RequestAbortedError             somebody aborted the request
     ├── QueueFullError                  too many requests wait already
     └── EngineClosedError               the engine was used after close(), or after a failure closed it
@@ -19,9 +21,18 @@ from __future__ import annotations
 
 from typing import Literal
 
+_LONGEST_MESSAGE = 2000
+
 
 class OmniSPError(Exception):
-    """The root of the tree; catch it to catch everything below."""
+    """The root of the tree; catch it to catch everything below.
+
+    Args:
+        message: what was wrong, the values, and the way out; of a very long one the middle is left out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message, _LONGEST_MESSAGE))
 
 
 class InvalidInputError(OmniSPError, ValueError):
@@ -58,6 +69,19 @@ class UnsupportedAttentionError(InvalidInputError):
     """An attention call that the core refuses, because it could not be exact or no kernel can serve it."""
 
 
+class NonFiniteResultError(OmniSPError, ArithmeticError):
+    """A result that holds NaN or infinite numbers, or was made of them. Whoever drew it goes on.
+
+    Args:
+        message: what was wrong, and the way out.
+        stage: the first stage of the call that gave such numbers, for people.
+    """
+
+    def __init__(self, message: str, *, stage: str) -> None:
+        super().__init__(message)
+        self.stage = stage
+
+
 class ShardingError(OmniSPError, RuntimeError):
     """A sharded forward that could not be exact, or ranks that hold different things."""
 
@@ -87,6 +111,13 @@ class RankFailedError(EngineError):
         self.rank_traceback = rank_traceback
 
 
+class CallFailedError(RankFailedError):
+    """A call failed on all ranks alike, and none of them waits for another: the model stays loaded.
+
+    It takes what RankFailedError takes.
+    """
+
+
 class EngineClosedError(EngineError):
     """The engine was used after close(), or after a failure that ended it."""
 
@@ -97,3 +128,14 @@ class RequestAbortedError(EngineError):
 
 class QueueFullError(EngineError):
     """Too many requests wait already."""
+
+
+def shortened(text: str, limit: int) -> str:
+    """Leave out the middle of a text of more than ``limit`` characters.
+
+    What is wrong stands at a message's beginning, the way out at its end.
+    """
+    if len(text) <= limit:
+        return text
+    kept = max(1, (limit - 30) // 2)
+    return f"{text[:kept]} … ({len(text) - 2 * kept} characters) … {text[-kept:]}"

@@ -29,6 +29,7 @@ class RequestProgress:
     Attributes:
         preview: a small picture of the intermediate result, where previews were asked for and the pipeline allows them.
         previews: one of each picture of the request; ``preview`` is the first of them.
+        note: what takes long just now, such as a compilation.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class RequestProgress:
     total: int
     preview: Image.Image | None = None
     previews: tuple[Image.Image, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

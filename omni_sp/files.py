@@ -39,6 +39,7 @@ class OutputFiles:
         path: a folder (one that exists, or a name that ends in a slash or has no suffix), or a file; None for a folder
             "pictures", "videos" or "sounds".
         num_outputs: how many results there will be.
+        metadata: whether files of pictures keep what they were drawn with.
 
     Attributes:
         saved: the files that have been written. A file appears when it is complete.
@@ -47,8 +48,9 @@ class OutputFiles:
         ConfigError: no kind of result has this suffix, a package is missing, or nothing can be written there.
     """
 
-    def __init__(self, path: str | None, num_outputs: int) -> None:
+    def __init__(self, path: str | None, num_outputs: int, *, metadata: bool = True) -> None:
         self.saved: list[Path] = []
+        self._keeps_metadata = metadata
         self._path = path
         self._several = num_outputs > 1
         self._digits = len(str(num_outputs))
@@ -87,11 +89,14 @@ class OutputFiles:
 
     def save(self, output: OmniRequestOutput) -> Iterator[str]:
         """Write the results of one prompt, and yield a line for people about each file that has been written."""
+        from omni_sp.pipelines.metadata import save_options
+
         several = self._several or max(len(output.images), len(output.videos), len(output.audios)) > 1
         for image in output.images:
             path = self._next("picture", several)
+            kept = save_options(_format_of(path), image, output.settings) if self._keeps_metadata else {}
             with complete_file(path) as part:
-                image.save(part)
+                image.save(part, **kept)
             self.saved.append(path)
             yield f"picture {path}"
         sounds: list[Any] = list(output.audios)
@@ -121,9 +126,11 @@ class OutputFiles:
         self._num_named += 1
         number = self._num_named
         if self._is_folder:
-            while (path := self._target / f"{kind}-{number:04}{_SUFFIXES[kind]}").exists():
+            # A video's sound may need a file beside it, of the same name.
+            suffixes = {_SUFFIXES[kind], _SUFFIXES["sound"]} if kind == "video" else {_SUFFIXES[kind]}
+            while any((self._target / f"{kind}-{number:04}{suffix}").exists() for suffix in suffixes):
                 number += 1
-            return path
+            return self._target / f"{kind}-{number:04}{_SUFFIXES[kind]}"
         if several:
             return self._target.with_stem(f"{self._target.stem}-{number:0{self._digits}}")
         return self._target
@@ -132,6 +139,13 @@ class OutputFiles:
 def _sound_line(path: Path, sound: Any, rate: int | None) -> str:
     assert rate is not None, "a sound of unknown rate is not written"
     return f"sound   {path}  {sound.shape[1] / rate:.1f} s, {rate} Hz"
+
+
+def _format_of(path: Path) -> str:
+    """Pillow's name of the format that a suffix says; "" for none."""
+    from PIL import Image
+
+    return Image.registered_extensions().get(path.suffix.lower(), "")
 
 
 def _kind_of(target: Path) -> str:

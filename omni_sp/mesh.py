@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,8 @@ class Axis:
 
     Attributes:
         name: "cfg", "ring", "ulysses", "sequence" (ring × ulysses: all that hold tokens of the same sequence), "world"
-            (all ranks of the mesh), or the name given to `of_group`.
+            (all ranks of the mesh), "weights" (all that hold parts of the same weights), or the name given to
+            `of_group`.
         ranks: the global ranks along it, in order.
         rank: this rank's index in ``ranks``.
         group: their process group; None where the axis has size 1 and nothing is ever sent.
@@ -125,6 +127,8 @@ class ParallelMesh:
         ulysses: ranks that trade tokens for heads.
         sequence: ring × ulysses as one axis, ring-major.
         world: all ranks of this mesh.
+        weights: the ranks of "sequence" once more, in a process group of its own, where the configuration says
+            ``shard_weights``; else this rank alone.
 
     Raises:
         ConfigError: torch.distributed is not initialised, the number of ranks is not the product of the degrees, or
@@ -140,7 +144,7 @@ class ParallelMesh:
         shared_memory: bool | None = None,
     ) -> None:
         self.config = config
-        sizes = {"cfg": 1, "ring": config.ring_degree, "ulysses": config.ulysses_degree}
+        sizes = {"cfg": config.cfg_parallel_size, "ring": config.ring_degree, "ulysses": config.ulysses_degree}
         self.world_size = math.prod(sizes.values())
         self.check = os.environ.get("OMNI_SP_CHECK") == "1" if check is None else check
         self._shared_memory = os.environ.get("OMNI_SP_SHARED_MEMORY") != "0" if shared_memory is None else shared_memory
@@ -153,12 +157,23 @@ class ParallelMesh:
         self.ulysses = self._axis("ulysses", ("ulysses",))
         self.sequence = self._axis("sequence", ("ring", "ulysses"))
         self.world = self._axis("world", _AXES)
+        # Ranks of one sequence make the same forwards, which those of the axis cfg need not.
+        self.weights = self._axis("weights", ("ring", "ulysses") if config.shard_weights else ())
 
     @property
     def rings(self) -> tuple[tuple[int, ...], ...]:
-        """The global ranks of each Ulysses group; a ring joins the ranks of the same index in all of them."""
+        """The global ranks of each Ulysses group. A ring joins ranks of one index in as many groups as its degree."""
         degree = self.ulysses.size
         return tuple(self.ranks[start : start + degree] for start in range(0, self.world_size, degree))
+
+    def exchanges_so_far(self) -> int:
+        """A checksum of what this rank has sent and prepared to send, by axis and kind.
+
+        Ranks in step have the same one: between two calls of a pipeline, no exchange of theirs lacks a partner.
+        """
+        axes = (self.cfg, self.ring, self.ulysses, self.sequence, self.world, self.weights)
+        counts = [(sorted(axis.traffic.calls.items()), axis.channel and axis.channel.num_prepared) for axis in axes]
+        return zlib.crc32(repr(counts).encode())
 
     def _axis(self, name: str, along: tuple[str, ...]) -> Axis:
         """The axis along some axes. All ranks make the same groups in the same order, as new_group demands."""
@@ -168,19 +183,19 @@ class ParallelMesh:
             groups.setdefault(elsewhere, []).append(rank)
         rank, own_group = self.ranks[self.rank], None
         for ranks in groups.values():
-            group = self._group(ranks) if len(ranks) > 1 else None
+            group = self._group(ranks, name == "weights") if len(ranks) > 1 else None
             own_group = group if rank in ranks else own_group
         if own_group is None:
             return Axis(name, (rank,), 0, None, {})
-        # Along "sequence" and "world" tensors are gathered, not exchanged.
-        is_exchanged = name in ("ring", "ulysses")
+        # Along "sequence" tensors are gathered; what else followed tensors exchange there is small.
+        is_exchanged = name in ("cfg", "ring", "ulysses", "world")
         return Axis.of_group(own_group, name, shared_memory=self._shared_memory and is_exchanged)
 
-    def _group(self, ranks: list[int]) -> dist.ProcessGroup | None:
-        """The process group of some ranks of the mesh; None where this rank takes no part."""
+    def _group(self, ranks: list[int], is_own: bool) -> dist.ProcessGroup | None:
+        """The process group of some ranks of the mesh, or one of its own; None where this rank takes no part."""
         if self._is_whole_job:
             world: dist.ProcessGroup | None = dist.group.WORLD
-            return world if len(ranks) == self.world_size else dist.new_group(ranks)
+            return world if len(ranks) == self.world_size and not is_own else dist.new_group(ranks)
         # Ranks outside a group do not take part: they may belong to another mesh, or to none.
         return _local_group(ranks) if self.ranks[self.rank] in ranks else None
 
@@ -188,8 +203,10 @@ class ParallelMesh:
         """One line for people: the degrees, and which ranks are in which Ulysses group."""
         if self.world_size == 1:
             return "1 rank, nothing is split"
-        groups = " | ".join(" ".join(map(str, group)) for group in self.rings)
-        return f"{self.config.equation}; ring of [{groups}]"
+        groups = [" ".join(map(str, group)) for group in self.rings]
+        size = self.ring.size
+        rings = [f"[{' | '.join(groups[start : start + size])}]" for start in range(0, len(groups), size)]
+        return f"{self.config.equation}; ring of {', '.join(rings)}"
 
 
 def _release_groups() -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
-from omni_sp.engine.engine import open_engine
-from omni_sp.engine.messages import Call, Ready
+from omni_sp.engine.engine import Engine, open_engine
+from omni_sp.engine.interrupts import DeferredInterrupt
+from omni_sp.engine.messages import Call, Done, OnProgress, Ready
 from omni_sp.engine.startup import StartupDisplay, is_terminal
+from omni_sp.errors import RankFailedError
 from omni_sp.outputs import CheckReport, OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt, call_arguments, rounded_size, small_arguments
+from omni_sp.pipelines.results import require_finite
 from omni_sp.requests import (
     Model,
     PromptInput,
@@ -42,14 +48,23 @@ class Omni:
     process.
 
     Args:
-        model: a hub id, a folder that a diffusers pipeline was saved to, or "omni-sp/shapes", the embedded demo model.
+        model: a hub id, a folder that a diffusers pipeline was saved to, a .safetensors or .gguf file (its path, or
+            OWNER/REPOSITORY/FILE on the hub), or "omni-sp/shapes", the embedded demo model.
         parallel_config: the degrees; None for one rank.
         device: "cpu"; "cuda" for one GPU per rank; "cuda:N" to let all ranks share that GPU (exact, for trying out);
             None for "cuda" where there is a GPU, else "cpu".
         dtype: "float32", "bfloat16", "float16" or the torch dtype; None for bfloat16 on CUDA and float32 on the CPU.
-        attention_backend: name of the attention kernel, or "auto".
+        single_file_config: of a model that is one file, the folder or hub id of the pipeline that it belongs to, from
+            which comes what the file lacks; None where diffusers can tell it by the file.
+        attention_backend: name of the attention kernel, "auto", or "tune" to time them for each shape.
         attention_strategy: "omni_sp", or "yunchang" to have that library carry out the attention, for comparing; it
             refuses most shapes.
+        replay: blocks of a transformer are followed once and then replayed, which is the same and quicker.
+        compile: what is replayed is compiled by torch.compile, once for each kind of block and each shape; a text is a
+            mode of it, such as "max-autotune-no-cudagraphs". The first picture takes minutes, the others are quicker.
+        cuda_graphs: on GPUs, forwards whose blocks are all replayed are captured as CUDA graphs, one for each shape.
+        lora: LoRA adapters by name, each a folder, a file or a hub id, which requests may name: they are read at the
+            start, and no weight of the model changes when a request puts them on. Needs peft.
         rank_timeout_s: the longest silence of ranks during a call, in seconds, before they count as failed. One
             denoising step, or one pass of the VAE, must fit into it.
         startup_timeout_s: the longest silence of ranks while they load the model, in seconds.
@@ -71,34 +86,38 @@ class Omni:
         *,
         device: str | None = None,
         dtype: Any = None,
+        single_file_config: Model | None = None,
         attention_backend: str = "auto",
         attention_strategy: str = "omni_sp",
+        replay: bool = True,
+        compile: bool | str = False,
+        cuda_graphs: bool = False,
+        lora: Mapping[str, Model] | None = None,
         rank_timeout_s: float = 600.0,
         startup_timeout_s: float = 3600.0,
         show_progress: bool | None = None,
         **unknown: Never,
     ) -> None:
         require_known(unknown, Omni)
-        began = time.perf_counter()
         self._show_progress = is_terminal() if show_progress is None else show_progress
-        options = engine_options(
+        self._options = engine_options(
             model,
             parallel_config,
             device=device,
             dtype=dtype,
+            single_file_config=single_file_config,
             attention_backend=attention_backend,
             attention_strategy=attention_strategy,
+            replay=replay,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+            lora=lora,
             rank_timeout_s=rank_timeout_s,
             startup_timeout_s=startup_timeout_s,
         )
-        screen = StartupDisplay(self._show_progress)
-        try:
-            self._engine = open_engine(options, screen.show)
-            self._engine.start.finish()
-        finally:
-            screen.close()
-        self._startup_s = time.perf_counter() - began
         self._numbers = itertools.count()
+        self._opening = threading.Lock()
+        self._engine = self._open_engine()
 
     @property
     def info(self) -> Ready:
@@ -119,7 +138,10 @@ class Omni:
 
         Args:
             prompts: one prompt or a list of them. A prompt is a string, or a dict with ``prompt``, ``negative_prompt``,
-                ``image`` (a PIL picture or a list of them: what to edit, or a video's first frame).
+                ``image`` (a PIL picture or a list of them: what to edit, or a video's first frame). Pictures are turned
+                upright and converted to 8 bits, as files are. In place of a text it may hold ``prompt_embeds`` and
+                ``negative_prompt_embeds`` with what the pipeline takes beside them (masks, pooled embeddings), and
+                ``latents``, the noise to start from: tensors of torch.
             sampling_params: for all prompts alike; what is None is the model's own default.
 
         Returns:
@@ -128,8 +150,13 @@ class Omni:
         Raises:
             SamplingParamsError: no prompts, or something that the pipeline cannot take. Nothing has run then, except
                 where only the pipeline itself could tell.
-            RankFailedError: a rank raised or died; this Omni is closed (with one rank in this process it stays open).
+            NonFiniteResultError: the result holds NaN or infinite numbers; this Omni stays open.
+            CallFailedError: all ranks raised the same error; the model stays loaded.
+            RankFailedError: a rank raised by itself or died. Ranks that this Omni started are started again at the
+                next call; in a joined program it is closed.
             EngineClosedError: it had been closed before.
+            KeyboardInterrupt: Ctrl-C. Several ranks leave the call at the next step, and the model stays loaded; a
+                second Ctrl-C ends them at once.
         """
         return list(self.generate_each(prompts, sampling_params))
 
@@ -146,7 +173,8 @@ class Omni:
 
         Raises:
             SamplingParamsError: no prompts, or something that the pipeline cannot take.
-            RankFailedError: a rank raised or died.
+            NonFiniteResultError: the result holds NaN or infinite numbers.
+            RankFailedError: a rank raised or died, as for generate().
             EngineClosedError: it had been closed before.
         """
         params = require_params(sampling_params)
@@ -163,7 +191,9 @@ class Omni:
         return self._run_each(list(zip(parsed, calls, strict=True)), params)
 
     def check(
-        self, prompt: PromptInput = "a red circle", sampling_params: OmniDiffusionSamplingParams | None = None
+        self,
+        prompt: PromptInput = "a red circle on a blue background",
+        sampling_params: OmniDiffusionSamplingParams | None = None,
     ) -> dict[str, float]:
         """Run one small call on one rank alone and over all ranks: is this model exact here?
 
@@ -179,13 +209,15 @@ class Omni:
 
         Raises:
             SamplingParamsError: something that the pipeline cannot take.
-            RankFailedError: a rank raised or died.
+            RankFailedError: a rank raised or died, as for generate().
             EngineClosedError: it had been closed before.
         """
         return dict(self.check_report(prompt, sampling_params).errors)
 
     def check_report(
-        self, prompt: PromptInput = "a red circle", sampling_params: OmniDiffusionSamplingParams | None = None
+        self,
+        prompt: PromptInput = "a red circle on a blue background",
+        sampling_params: OmniDiffusionSamplingParams | None = None,
     ) -> CheckReport:
         """Run check(), and count which operations of the model needed a full tensor on the way.
 
@@ -196,10 +228,16 @@ class Omni:
         capabilities = self._engine.ready.capabilities
         params = require_params(sampling_params)
         arguments = small_arguments(capabilities, call_arguments(capabilities, parse_prompt(prompt), params), params)
-        seed = 0 if params.seed is None else params.seed
-        call = Call(request_id="check", arguments=arguments, seeds=(seed,), check="ranks")
-        done = self._engine.run(call, None)
-        return CheckReport(errors=done.errors, gathers=done.gathers)
+        call = Call(
+            request_id="check",
+            arguments=arguments,
+            seeds=params.seeds or (0,),
+            scheduler=params.scheduler,
+            adapters=params.adapters,
+            check="ranks",
+        )
+        done = self._run(self._live_engine(), call)
+        return CheckReport(errors=done.errors, gathers=done.gathers, blocks=done.blocks)
 
     def close(self) -> None:
         """End the rank processes and give memory back. Idempotent."""
@@ -213,15 +251,54 @@ class Omni:
     ) -> None:
         self.close()
 
+    def _open_engine(self) -> Engine:
+        began, screen = time.perf_counter(), StartupDisplay(self._show_progress)
+        try:
+            engine = open_engine(self._options, screen.show)
+            engine.start.finish()
+        finally:
+            screen.close()
+        self._startup_s = time.perf_counter() - began
+        return engine
+
+    def _live_engine(self) -> Engine:
+        """The engine for the next call: where a failure has ended its ranks, a new one."""
+        with self._opening:
+            with suppress(RankFailedError):  # a rank has ended between two calls
+                self._engine.require_alive()
+            if self._engine.can_start_again:
+                self._engine = self._open_engine()
+            return self._engine
+
+    def _run(self, engine: Engine, call: Call, on_progress: OnProgress | None = None) -> Done:
+        if engine.ready.ranks == 1:
+            return engine.run(call, on_progress)
+        with DeferredInterrupt(self._show_progress and engine.is_main) as is_interrupted:
+            return engine.run(replace(call, can_be_aborted=True), on_progress, is_interrupted)
+
     def _run_each(
         self, requests: list[tuple[Prompt, dict[str, Any]]], params: OmniDiffusionSamplingParams
     ) -> Iterator[OmniRequestOutput]:
         for number, (prompt, arguments) in enumerate(requests, start=1):
-            seed = self._engine.new_seed() if params.seed is None else params.seed
-            call = Call(request_id=f"request-{next(self._numbers)}", arguments=arguments, seeds=(seed,))
-            with _StepsOnScreen(self._show_progress and self._engine.is_main, number, len(requests)) as screen:
-                done = self._engine.run(call, lambda news: screen.show(news.done, news.total))
-            yield output_of(self._engine.ready, call, prompt, params, done, startup_s=self._startup_s)
+            engine = self._live_engine()
+            call = Call(
+                request_id=f"request-{next(self._numbers)}",
+                arguments=arguments,
+                seeds=params.seeds or (engine.new_seed(),),
+                scheduler=params.scheduler,
+                adapters=params.adapters,
+            )
+            with _StepsOnScreen(self._show_progress and engine.is_main, number, len(requests)) as screen:
+                try:
+                    done = self._run(engine, call, lambda news: screen.show(news.done, news.total, news.note))
+                except RankFailedError as error:
+                    # A rank that died while nothing ran may be heard of only now: this call is not the cause.
+                    if error.kind != "died" or screen.has_shown or not engine.can_start_again:
+                        raise
+                    engine = self._live_engine()
+                    done = self._run(engine, call, lambda news: screen.show(news.done, news.total, news.note))
+            require_finite(done.result, engine.ready.capabilities, engine.ready.dtype)
+            yield output_of(engine.ready, call, prompt, params, done, startup_s=self._startup_s)
 
 
 class _StepsOnScreen:
@@ -231,14 +308,17 @@ class _StepsOnScreen:
         self._shown = shown
         self._caption = f"prompt {number}/{num_prompts}" if num_prompts > 1 else "denoising"
         self._bar: Any = None
+        self.has_shown = False
 
-    def show(self, done: int, total: int) -> None:
-        """Draw ``done`` of ``total`` steps."""
+    def show(self, done: int, total: int, note: str = "") -> None:
+        """Draw ``done`` of ``total`` steps, and what takes long just now."""
+        self.has_shown = True
         if not self._shown:
             return
         if self._bar is None or done < self._bar.n:
             self._end()
             self._bar = tqdm(total=total, desc=self._caption, unit="step", file=sys.stderr)
+        self._bar.set_postfix_str(note, refresh=bool(note))
         self._bar.update(done - self._bar.n)
 
     def __enter__(self) -> _StepsOnScreen:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,11 +19,16 @@ from omni_sp.errors import ConfigError, SamplingParamsError, UnsupportedAttentio
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt, frames_per_second
 from omni_sp.pipelines.load import resolve_model
+from omni_sp.pipelines.metadata import drawing_settings
+from omni_sp.pipelines.quirks import EMBEDDINGS, PROMPT_TENSORS
 from omni_sp.pipelines.results import output_deviation
-from omni_sp.validation import require_number, suggestion
+from omni_sp.validation import nearest, require_bool, require_number, shown, suggestion
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _PROMPT_KEYS = ("prompt", "negative_prompt", "image")
+_MORE_KEYS = "prompt_embeds and its companions, latents"
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 PromptInput = str | Mapping[str, Any] | Prompt
 Model = str | os.PathLike[str]
@@ -33,8 +40,13 @@ def engine_options(
     *,
     device: str | None = None,
     dtype: Any = None,
+    single_file_config: Model | None = None,
     attention_backend: str = "auto",
     attention_strategy: str = "omni_sp",
+    replay: bool = True,
+    compile: bool | str = False,
+    cuda_graphs: bool = False,
+    lora: Mapping[str, Model] | None = None,
     rank_timeout_s: float = 600.0,
     startup_timeout_s: float = 3600.0,
 ) -> EngineOptions:
@@ -46,16 +58,20 @@ def engine_options(
         ModelNotFoundError: there is no such model.
     """
     if parallel_config is not None and not isinstance(parallel_config, DiffusionParallelConfig):
-        raise ConfigError(f"parallel_config={parallel_config!r}: give a DiffusionParallelConfig")
+        raise ConfigError(f"parallel_config={shown(parallel_config)}: give a DiffusionParallelConfig")
     check_device_name(device)
     _check_attention(attention_backend, attention_strategy)
     return EngineOptions(
-        source=resolve_model(model),
+        source=resolve_model(model, single_file_config),
         config=parallel_config or DiffusionParallelConfig(),
         device=device,
         dtype=_dtype_name(dtype),
         attention_backend=attention_backend,
         attention_strategy=attention_strategy,
+        replay=require_bool("replay", replay, error=ConfigError),
+        compile=_checked_compile(compile, replay),
+        cuda_graphs=_checked_graphs(cuda_graphs, replay, device),
+        lora=_checked_lora(lora),
         rank_timeout_s=_seconds("rank_timeout_s", rank_timeout_s),
         startup_timeout_s=_seconds("startup_timeout_s", startup_timeout_s),
     )
@@ -72,12 +88,16 @@ def require_known(options: Mapping[str, Any], owner: type) -> None:
         parameter.name for signature in signatures for parameter in signature if parameter.kind != parameter.VAR_KEYWORD
     ]
     known = list(dict.fromkeys(named))
+    degrees = list(inspect.signature(DiffusionParallelConfig).parameters)
     for name in options:
         if name in known:
             continue
-        if name in inspect.signature(DiffusionParallelConfig).parameters:
-            raise ConfigError(f"{name} belongs into parallel_config=DiffusionParallelConfig({name}=...)")
-        raise ConfigError(f"{owner.__name__} has no option {name!r}; {suggestion(name, known)}")
+        if name in degrees:
+            raise ConfigError(f"{name} belongs in parallel_config=DiffusionParallelConfig({name}=...)")
+        hint, near = suggestion(name, known), nearest(name, [*known, *degrees])
+        if near in degrees:
+            hint = f"did you mean parallel_config=DiffusionParallelConfig({near}=...)?"
+        raise ConfigError(f"{owner.__name__} has no option {shown(name)}; {hint}")
 
 
 def require_params(params: OmniDiffusionSamplingParams | None) -> OmniDiffusionSamplingParams:
@@ -85,7 +105,7 @@ def require_params(params: OmniDiffusionSamplingParams | None) -> OmniDiffusionS
     if params is None:
         return OmniDiffusionSamplingParams()
     if not isinstance(params, OmniDiffusionSamplingParams):
-        raise SamplingParamsError(f"sampling_params={params!r}: give an OmniDiffusionSamplingParams")
+        raise SamplingParamsError(f"sampling_params={shown(params)}: give an OmniDiffusionSamplingParams")
     return params
 
 
@@ -94,7 +114,7 @@ def prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, (str, Mapping, Prompt)):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise SamplingParamsError(f"prompts={prompts!r}: give a prompt (a string or a dict), or a list of them")
+        raise SamplingParamsError(f"prompts={shown(prompts)}: give a prompt (a string or a dict), or a list of them")
     if not prompts:
         raise SamplingParamsError("the list of prompts is empty: give at least one")
     return list(prompts)
@@ -111,15 +131,19 @@ def parse_prompt(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         return Prompt(text=prompt)
     if not isinstance(prompt, Mapping):
-        raise SamplingParamsError(f"prompt {prompt!r}: give a string, or a dict with {', '.join(_PROMPT_KEYS)}")
-    for key in prompt:
-        if key not in _PROMPT_KEYS:
-            hint = suggestion(str(key), _PROMPT_KEYS, "a prompt has {known}")
-            raise SamplingParamsError(f"unknown key {key!r} in a prompt; {hint}", str(key))
+        raise SamplingParamsError(f"prompt {shown(prompt)}: give a string, or a dict with {', '.join(_PROMPT_KEYS)}")
+    tensors: dict[str, Any] = {}
+    for key, value in prompt.items():
+        if isinstance(key, str) and PROMPT_TENSORS.fullmatch(key):
+            tensors |= {} if value is None else {key: value}
+        elif key not in _PROMPT_KEYS:
+            hint = suggestion(str(key), _PROMPT_KEYS, f"a prompt has {{known}}, {_MORE_KEYS}")
+            raise SamplingParamsError(f"unknown key {shown(key)} in a prompt; {hint}", str(key))
     for key in ("prompt", "negative_prompt"):
         if prompt.get(key) is not None and not isinstance(prompt[key], str):
-            raise SamplingParamsError(f"{key}={prompt[key]!r}: give a string", key)
-    if prompt.get("prompt") is None and prompt.get("image") is None:
+            raise SamplingParamsError(f"{key}={shown(prompt[key])}: give a string", key)
+    has_embeddings = any(EMBEDDINGS in name for name in tensors)
+    if prompt.get("prompt") is None and prompt.get("image") is None and not has_embeddings:
         raise SamplingParamsError("a prompt dict has neither prompt nor image: give at least one of them", "prompt")
     image = prompt.get("image")
     pictures = image if isinstance(image, list) else [image]
@@ -129,7 +153,7 @@ def parse_prompt(prompt: Any) -> Prompt:
             f"image holds a {kind}: give a PIL picture or a list of them, such as PIL.Image.open(path).convert('RGB')",
             "image",
         )
-    return Prompt(text=prompt.get("prompt"), negative_text=prompt.get("negative_prompt"), image=image)
+    return Prompt(text=prompt.get("prompt"), negative_text=prompt.get("negative_prompt"), image=image, tensors=tensors)
 
 
 def output_of(
@@ -137,15 +161,22 @@ def output_of(
 ) -> OmniRequestOutput:
     """What the user gets for a call. Warns where the pipeline made something else than was asked for."""
     assert done.result is not None, "rank 0 answers with a result"
+    seeds: int | list[int] = call.seeds[0] if len(call.seeds) == 1 else list(call.seeds)
     metrics: dict[str, Any] = {
         **done.result.timings,
         "load_s": ready.load_s,
         "startup_s": startup_s,
         "startup_parts_s": dict(ready.start_s),
         "tokens": dict(done.tokens),
+        "blocks": dict(done.blocks),
+        "attention_kernels": dict(done.kernels),
+        "vae_ranks": done.vae_ranks,
+        "dropped_tokens": dict(next(iter(done.result.dropped_tokens), {})),
         "ranks": ready.ranks,
-        "seed": call.seeds[0] if ready.capabilities.argument_name("generator") is not None else None,
+        "seed": seeds if ready.capabilities.argument_name("generator") is not None else None,
     }
+    if done.branches:
+        metrics["branches"] = dict(done.branches)
     if done.result.videos:
         metrics["fps"] = frames_per_second(ready.capabilities, call.arguments, params.fps)
     if done.result.audios:
@@ -160,6 +191,16 @@ def output_of(
         videos=done.result.videos,
         audios=done.result.audios,
         metrics=metrics,
+        settings=drawing_settings(
+            ready.capabilities,
+            call.arguments,
+            model=ready.model,
+            layout=ready.layout,
+            prompt=prompt.text,
+            seed=metrics["seed"],
+            scheduler=call.scheduler if isinstance(call.scheduler, str) else None,
+            lora=", ".join(f"{name}={scale:g}" for name, scale in call.adapters),
+        ),
     )
 
 
@@ -179,6 +220,44 @@ def _check_attention(backend: str, strategy: str) -> None:
     check_strategy(strategy)
 
 
+def _checked_compile(compile: Any, replay: bool) -> bool | str:
+    """Refuse what torch.compile does not take, before anything is loaded or started for it."""
+    if not isinstance(compile, str):
+        require_bool("compile", compile, error=ConfigError)
+    if compile:
+        from omni_sp.sharding.compiled import compile_options
+
+        compile_options(compile, replay=replay)
+    checked: bool | str = compile
+    return checked
+
+
+def _checked_graphs(cuda_graphs: bool, replay: bool, device: str | None) -> bool:
+    """Refuse CUDA graphs where nothing could ever be captured."""
+    if require_bool("cuda_graphs", cuda_graphs, error=ConfigError) and (not replay or device == "cpu"):
+        raise ConfigError(
+            "cuda_graphs=True captures what is replayed on GPUs: leave replay on, and device at None or cuda"
+        )
+    return cuda_graphs
+
+
+def _checked_lora(lora: Any) -> dict[str, str]:
+    """Refuse what names no adapters, before anything is loaded or started for it."""
+    if not lora:
+        return {}
+    if not isinstance(lora, Mapping):
+        raise ConfigError(f"lora={shown(lora)}: give a dict of names and paths")
+    for name, path in lora.items():
+        # The name becomes a part of the paths of modules.
+        if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
+            raise ConfigError(f"lora: {shown(name)} is no name for an adapter: give letters, digits, - and _")
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise ConfigError(f"lora: {name}={shown(path)}: give a folder, a file or a hub id")
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("LoRA adapters need peft: pip install '.[lora]'")
+    return {name: str(os.fspath(path)) for name, path in lora.items()}
+
+
 def _is_picture(value: Any) -> bool:
     """A PIL picture, or an array or tensor, which pipelines take as well."""
     return isinstance(value, Image.Image) or hasattr(value, "shape")
@@ -189,7 +268,7 @@ def _dtype_name(dtype: Any) -> str | None:
         return None
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: give one of {', '.join(_DTYPES)}, or None to choose")
+        raise ConfigError(f"dtype={shown(dtype)}: give one of {', '.join(_DTYPES)}, or None to choose")
     return name
 
 

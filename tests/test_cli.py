@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from omni_sp.engine.messages import Ready
 from omni_sp.files import OutputFiles, read_picture
 from omni_sp.pipelines.arguments import Prompt
 from omni_sp.pipelines.capabilities import PipelineCapabilities
-from tests.engine.processes import alive, becomes_true, children
+from tests.engine.processes import alive, becomes_true, children, rank_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--width", "64", "--height", "64", "--num-inference-steps", "2", "--device", "cpu"]
@@ -73,6 +74,12 @@ def run(*words: str) -> int:
         (["--seed", "-1"], "seed=-1: give a whole number from 0"),
         (["--cfg-scale", "nan"], "true_cfg_scale=nan: give a finite number"),
         (["--num-inference-stepps", "3"], "did you mean --num-inference-steps?"),
+        (["--bogus", "3"], "no option --bogus; see"),
+        (["--seed", "9" * 5000], "argument --seed: invalid int value: '999"),
+        (["--cfg-scale", "9" * 5000], "true_cfg_scale=inf: give a finite number"),
+        (["--extra", "strength=" + "9" * 5000], "--extra strength=999"),
+        (["--" + "x" * 100_000], "no option --xxx"),
+        (["--device", "x" * 100_000], "device='xxx"),
         (["--device", "gpu"], "device='gpu': give"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
@@ -85,6 +92,7 @@ def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert out == ""
     assert message in err
     assert err.count("\n") == 1
+    assert len(err) < 2500
     assert sorted(path.name for path in Path().iterdir()) == ["file"]
 
 
@@ -139,6 +147,28 @@ def test_draws_into_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.splitlines()[-1] == f"picture {Path('new/circle.png')}"
 
 
+def test_a_file_says_what_it_was_drawn_with(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--prompt", "ein Käse", "--seed", "3", "--cfg-scale", "2", "--negative-prompt", "x", *SMALL]
+    assert run(*words, "--output", "kept.jpg") == 0
+    assert run(*words, "--output", "kept.png") == 0
+    assert run(*words, "--output", "bare.png", "--no-metadata") == 0
+    capsys.readouterr()
+    for name in ("kept.jpg", "kept.png"):
+        assert main(["info", name, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {
+            "prompt": "ein Käse", "negative_prompt": "x", "seed": 3, "width": 64, "height": 64,
+            "num_inference_steps": 2, "true_cfg_scale": 2.0, "model": "omni-sp/shapes",
+            "layout": "1 rank, nothing is split", "version": f"Omni-SP {omni_sp.__version__}",
+        }  # fmt: skip
+    assert main(["info", "kept.png"]) == 0
+    assert "prompt                  ein Käse\n" in capsys.readouterr().out
+    for name in ("bare.png", "missing.png"):
+        assert main(["info", name]) == 2
+    assert "bare.png keeps nothing about how it was drawn" in capsys.readouterr().err
+    with Image.open("kept.png") as kept, Image.open("bare.png") as bare:
+        assert kept.tobytes() == bare.tobytes()
+
+
 def test_numbers_several_pictures() -> None:
     prompts = ["--prompt", "a red circle", "--prompt", "a star"]
     assert run(*prompts, "--num-images-per-prompt", "2", *SMALL, "--output", "many.png") == 0
@@ -164,6 +194,14 @@ def test_a_folder_keeps_what_it_has() -> None:
         files = OutputFiles("pictures", num_outputs=1)
         assert list(files.save(output(images=[Image.new("RGB", (1, 1))])))
     assert sorted(path.name for path in Path("pictures").iterdir()) == ["picture-0001.png", "picture-0002.png"]
+
+
+def test_a_folder_keeps_a_sound_whose_video_is_gone() -> None:
+    Path("films").mkdir()
+    Path("films/video-0001.wav").write_bytes(b"from before")
+    video, _ = OutputFiles("films", num_outputs=1).save(output(videos=[frames(5, width=31)], audios=[tone(0.5)]))
+    assert video.startswith("video   films/video-0002.mp4")
+    assert Path("films/video-0001.wav").read_bytes() == b"from before"
 
 
 def test_asking_where_pictures_could_go_creates_nothing() -> None:
@@ -322,6 +360,7 @@ class FakeFilm(FakeOmni):
     def generate_each(self, prompts: list[Prompt], params: OmniDiffusionSamplingParams) -> Iterator[OmniRequestOutput]:
         type(self).asked, type(self).prompts = params, prompts
         metrics = {"total_s": 1, "text_encoder_s": 1, "vae_s": 1, "denoise_step_s": 1, "num_steps": 1, "tokens": {}}
+        metrics |= {"dropped_tokens": {"tokenizer": 3}}
         for _ in prompts:
             yield OmniRequestOutput("request-0", "a", videos=[frames(5)], metrics=metrics | {"seed": 1, "fps": 24.0})
 
@@ -364,8 +403,10 @@ def test_videos_go_into_a_folder_of_their_own(
         extra_args={"strength": 0.5, "mode": "a"},
     )
     assert [prompt.text for prompt in FakeFilm.prompts] == ["a", "b"]
-    assert [[image.mode for image in prompt.image] for prompt in FakeFilm.prompts] == [["RGB", "RGB"]] * 2
-    assert capsys.readouterr().out.splitlines()[-1] == "video   videos/video-0002.mp4  5 frames, 24 a second"
+    assert [[image.mode for image in prompt.image] for prompt in FakeFilm.prompts] == [["RGB", "RGBA"]] * 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "video   videos/video-0002.mp4  5 frames, 24 a second"
+    assert lines[-2] == "note    the prompt is longer than the model reads: tokenizer dropped 3 tokens at its end"
     assert sorted(path.name for path in Path("videos").iterdir()) == ["video-0001.mp4", "video-0002.mp4"]
 
 
@@ -387,7 +428,7 @@ def test_what_cannot_be_written_is_refused_before_drawing(
         "Film makes videos, and --output film.png is a picture file: use .mp4, or a folder" in capsys.readouterr().err
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    message = "writing a video needs imageio and imageio-ffmpeg: pip install 'omni-sp[video]'"
+    message = "writing a video needs imageio and imageio-ffmpeg: pip install '.[video]'"
     assert run("--prompt", "a", "--output", "films") == 2
     assert message in capsys.readouterr().err
     assert FakeFilm.asked is None
@@ -407,7 +448,7 @@ def test_a_sound_of_unknown_rate_is_refused_before_drawing(
 
 def test_ctrl_c_in_the_middle_keeps_what_is_finished_and_leaves_no_process() -> None:
     words = [str(ROOT / "examples" / "text_to_image.py"), "--output", "pictures", "--device", "cpu", "--usp", "2"]
-    words += ["--prompt", "a red circle", "--prompt", "a star", "--num_inference_steps", "30"]
+    words += ["--prompt", "a red circle", "--prompt", "a star", "--num_inference_steps", "100"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "-u", *words, "--width", "16", "--height", "16"],
@@ -419,7 +460,7 @@ def test_ctrl_c_in_the_middle_keeps_what_is_finished_and_leaves_no_process() -> 
         assert program.stdout is not None
         while not (line := program.stdout.readline()).startswith("picture "):
             assert line, "the program ended early"
-        ranks = children(program.pid)
+        ranks = rank_processes(program.pid)
         program.send_signal(signal.SIGINT)
         _, err = program.communicate(timeout=30)
     assert program.returncode == 130

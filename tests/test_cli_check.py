@@ -11,7 +11,7 @@ from PIL import Image
 from omni_sp.cli import main
 from omni_sp.omni import Omni
 from omni_sp.outputs import CheckReport
-from testing.models import save_wan_i2v
+from omni_sp.testing.models import save_wan_i2v
 from tests.engine.processes import becomes_true, children
 from tests.thorough import thorough_only
 
@@ -37,12 +37,16 @@ def test_the_demo_model_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_not_exact_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     errors = {"text": 0.0, "transformer, call 1": 0.01, "result": 0.1}
-    report = CheckReport(errors, gathers={"aten.sort.default": 4, "mask": 2})
+    blocks = {"replayed": 4, "recorded": 2, "compiled": 1, "followed": {"autocast is on": 1}}
+    blocks |= {"in_graphs": 3, "not_in_graphs": {"an argument lies on the cpu": 1}}
+    report = CheckReport(errors, gathers={"aten.sort.default": 4, "mask": 2}, blocks=blocks)
     monkeypatch.setattr(Omni, "check_report", lambda *_: report)
     assert main(["check", "omni-sp/shapes", "--usp", "2", "--device", "cpu"]) == 1
     shown = capsys.readouterr().out
     assert "NOT exact" in shown
     assert "gathered: aten.sort.default (4x), mask (2x)" in shown
+    assert "blocks: 4 replayed, 2 recorded (1 compiled), 1 followed (autocast is on)" in shown
+    assert "CUDA graphs: 3 forwards, 1 not (an argument lies on the cpu)" in shown
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def test_a_pipeline_that_makes_videos_of_a_picture_is_checked(
 def test_models_lists_every_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split()[:3] == ["SanaTransformer2DModel", "exact", "followed"] for line in lines)
+    assert any(line.split()[:2] == ["SanaTransformer2DModel", "exact"] for line in lines)
     assert lines[-1].startswith(f"{len(lines) - 1} classes: ")
     assert main(["models", "--markdown"]) == 0
     assert capsys.readouterr().out == (ROOT / "docs" / "models.md").read_text()

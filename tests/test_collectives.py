@@ -13,7 +13,7 @@ from omni_sp.collectives import Exchange, exchange, shift
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.shared_memory import Segment, can_read
-from testing.ranks import RankPool
+from omni_sp.testing.ranks import RankPool
 
 WAYS = pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "gloo"])
 
@@ -64,6 +64,21 @@ def test_overlapping_exchanges_deliver_everything(
     program += [*range(18, 26), *(-1 - number for number in reversed(range(18, 26)))]
     wrong = ranks.run(run_exchanges, program, dtype, ulysses=num_ranks, shared_memory=shared_memory)
     assert wrong == [[]] * num_ranks
+
+
+def run_in_and_out_of_inference_mode(mesh: ParallelMesh) -> list[int]:
+    """Memory that is made in inference mode is written to outside of it, and the other way round."""
+    own = ParallelMesh(mesh.config, ranks=mesh.ranks)
+    wrong = []
+    for modes in ((True, False), (False, True)):
+        for is_inference in modes:
+            with torch.inference_mode(is_inference):
+                wrong += run_exchanges(own, [1, -2, 5, -6], torch.float32 if modes[0] else torch.float64)
+    return wrong
+
+
+def test_inference_mode_comes_and_goes(ranks: RankPool) -> None:
+    assert ranks.run(run_in_and_out_of_inference_mode, ulysses=2) == [[], []]
 
 
 def run_shifts(mesh: ParallelMesh, lengths: list[int]) -> bool:

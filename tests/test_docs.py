@@ -147,7 +147,7 @@ def test_an_entry_inside_anothers_line_is_found() -> None:
 def test_every_file_that_the_prose_names_exists() -> None:
     """Links are checked by the site's build; names in commands and tables are not."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "compat/README.md"]
-    named = re.compile(r"\b((?:omni_sp|testing|tests|examples|benchmarks|training)/[\w/.+-]*\w)")
+    named = re.compile(r"\b((?:omni_sp|tests|examples|benchmarks|training)/[\w/.+-]*\w)")
     missing = [
         f"{page.relative_to(ROOT)}: {path}"
         for page in pages
@@ -155,6 +155,13 @@ def test_every_file_that_the_prose_names_exists() -> None:
         if not (ROOT / path).exists()
     ]
     assert not missing, "\n".join(missing)
+
+
+def test_hints_install_what_is_here() -> None:
+    """The package is installed from a clone: ``.[EXTRA]``, not a name of PyPI."""
+    places = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.py")]
+    places += [*(ROOT / "omni_sp").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    assert not [str(path) for path in places if "omni-sp[" in path.read_text(encoding="utf-8")]
 
 
 def test_the_readme_is_short() -> None:

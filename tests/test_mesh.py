@@ -5,17 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from omni_sp import ConfigError, DiffusionParallelConfig, ParallelMesh, parallelize
 from omni_sp.attention import sequence_parallel_attention
 from omni_sp.collectives import gather_ints, require_equal
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
-from testing.ranks import RankPool
-from testing.reference import attention, randomise, relative_error
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import attention, randomise, relative_error
 from tests.sharding.models import qwen_image, qwen_inputs
 
 HALVES = {
@@ -128,8 +131,19 @@ def test_an_axis_of_an_existing_group(ranks: RankPool) -> None:
 def compare_values(mesh: ParallelMesh, odd: str) -> str:
     """Ranks that hold the same but for one value on rank 2."""
     x = torch.arange(6.0)
-    values = {"number": 7, "large": 2**70, "name": "a", "dtype": torch.float32, "tensor": x, "nothing": None}
+    values: dict[str, Any] = {
+        "number": 7,
+        "large": 2**70,
+        "name": "a",
+        "dtype": torch.float32,
+        "tensor": x,
+        "nothing": None,
+    }
+    values |= {"picture": Image.new("L", (3, 2), 5), "items": [1, {"b": x, "a": 2}], "array": np.arange(5000)}
     other = {
+        "picture": Image.new("L", (2, 3), 5),
+        "items": [1, {"b": x + 1, "a": 2}],
+        "array": np.arange(5000) * np.where(np.arange(5000) == 2500, 2, 1),
         "number": 8,
         "large": 2**70 + 1,
         "name": "b",
@@ -145,7 +159,9 @@ def compare_values(mesh: ParallelMesh, odd: str) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize("odd", ["number", "large", "name", "dtype", "tensor", "nothing", ""])
+@pytest.mark.parametrize(
+    "odd", ["number", "large", "name", "dtype", "tensor", "nothing", "picture", "items", "array", ""]
+)
 def test_what_differs_between_ranks_is_named(ranks: RankPool, odd: str) -> None:
     messages = ranks.run(compare_values, odd, ulysses=2, ring=2)
     if not odd:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,25 @@ import pytest
 import torch
 from PIL import Image
 
+import omni_sp.omni
 from omni_sp import (
+    CallFailedError,
     ConfigError,
     DiffusionParallelConfig,
     EngineClosedError,
     ModelNotFoundError,
+    NonFiniteResultError,
     Omni,
     OmniDiffusionSamplingParams,
     OmniRequestOutput,
     RankFailedError,
+    RequestAbortedError,
     SamplingParamsError,
 )
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.requests import PromptInput
-from tests.engine.accidents import KillRank, RaiseOnRank
-from tests.engine.processes import becomes_true, children
+from tests.engine.accidents import KillRank, RaiseOnAllRanks, RaiseOnRank
+from tests.engine.processes import alive, becomes_true, children
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red circle on a blue background"
@@ -44,6 +50,16 @@ def pixels(output: OmniRequestOutput) -> Any:
 
 def start_two() -> Omni:
     return Omni(SHAPES_MODEL, DiffusionParallelConfig(ulysses_degree=2), device="cpu")
+
+
+def rank_pids(omni: Omni) -> list[int]:
+    return [rank.pid for rank in omni._engine._group._processes._ranks]  # type: ignore[attr-defined]
+
+
+def once(act: Callable[[], None]) -> Callable[[], None]:
+    """A function that acts the first time only."""
+    left = [act]
+    return lambda: left.pop()() if left else None
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,6 +115,74 @@ def test_two_ranks_draw_what_one_draws(one: Omni, two: Omni) -> None:
         assert pixels(alone).std() > 1
 
 
+def test_four_ranks_with_all_axes_at_once_draw_what_one_draws(one: Omni) -> None:
+    config = DiffusionParallelConfig(cfg_parallel_size=2, ulysses_degree=2, vae_parallel=True, shard_weights=True)
+    with Omni(SHAPES_MODEL, config, device="cpu") as four:
+        first, again = (four.generate(PROMPT, small(seed=7))[0] for _ in range(2))
+    assert first.images[0].tobytes() == again.images[0].tobytes()
+    assert abs(pixels(first) - pixels(one.generate(PROMPT, small(seed=7))[0])).max() <= 2
+    assert again.metrics["branches"]["units"] == 2 * again.metrics["branches"]["rounds"]
+    assert again.metrics["vae_ranks"] == 4
+
+
+def test_embeddings_latents_seeds_and_a_scheduler_of_ones_own(one: Omni, two: Omni) -> None:
+    """Each draws what its plain counterpart draws, on one rank and on two."""
+    from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+
+    from omni_sp.pipelines.shapes import shapes_folder
+
+    pipe = DiffusionPipeline.from_pretrained(shapes_folder(), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    embeds, mask = pipe.encode_prompt(PROMPT)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.int64) if mask is None else mask
+    negative, negative_mask = pipe.encode_prompt("a small green star")
+    negative_mask = torch.ones(negative.shape[:2], dtype=torch.int64) if negative_mask is None else negative_mask
+    noise = torch.randn(1, 4 * 5, pipe.transformer.config.in_channels, generator=torch.Generator().manual_seed(3))
+    tensors = {
+        "prompt_embeds": embeds, "prompt_embeds_mask": mask, "latents": noise,
+        "negative_prompt_embeds": negative, "negative_prompt_embeds_mask": negative_mask,
+    }  # fmt: skip
+    size = {"height": 64, "width": 80, "num_inference_steps": 3, "true_cfg_scale": 2.0}
+    plain = np.asarray(pipe(**size, **tensors).images[0], dtype=np.int16)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(
+        pipe.scheduler.config,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=pipe.scheduler.config.shift,
+        solver_order=1,
+    )
+    other = np.asarray(
+        pipe(PROMPT, negative_prompt=" ", **size, generator=torch.Generator().manual_seed(2)).images[0], dtype=np.int16
+    )
+    assert np.abs(plain - other).mean() > 5
+    for omni in (one, two):
+        given = omni.generate(tensors, small(true_cfg_scale=2.0))[0]
+        assert given.prompt == ""
+        assert np.abs(pixels(given)[0] - plain).max() <= 1
+        chosen = ("UniPCMultistepScheduler", {"solver_order": 1})
+        replaced = omni.generate(PROMPT, small(true_cfg_scale=2.0, seed=2, scheduler=chosen))[0]
+        assert np.abs(pixels(replaced)[0] - other).max() <= 1
+        seeded = omni.generate(PROMPT, small(seed=[1, 2]))[0]
+        assert seeded.metrics["seed"] == [1, 2]
+        for seed, picture in zip((1, 2), pixels(seeded), strict=True):
+            # It is also as it was before there was another scheduler.
+            assert np.abs(pixels(omni.generate(PROMPT, small(seed=seed))[0])[0] - picture).max() <= 1
+        for chosen_wrongly in ("EulerDiscreteScheduler", "NoScheduler", ("UniPCMultistepScheduler", {"order": 1})):
+            with pytest.raises(SamplingParamsError, match="Scheduler"):
+                omni.generate(PROMPT, small(scheduler=chosen_wrongly))
+    errors = two.check(tensors, OmniDiffusionSamplingParams(height=64, width=80, scheduler="UniPCMultistepScheduler"))
+    assert max(errors.values()) < 1e-3
+
+
+def test_the_tuned_kernel_is_in_the_metrics(one: Omni) -> None:
+    assert one.generate(PROMPT, small())[0].metrics["attention_kernels"] == {}
+    with Omni(SHAPES_MODEL, device="cpu", attention_backend="tune") as omni:
+        kernels = omni.generate(PROMPT, small())[0].metrics["attention_kernels"]
+    assert kernels
+    assert all(shape.startswith("batch ") for shape in kernels)
+    assert set(kernels.values()) <= {"cpu_flash", "math"}
+
+
 def test_metrics(two: Omni) -> None:
     first, second = two.generate([PROMPT, "a star"], small(seed=7))
     assert first.request_id != second.request_id
@@ -108,6 +192,16 @@ def test_metrics(two: Omni) -> None:
     for name in ("load_s", "startup_s", "text_encoder_s", "denoise_s", "denoise_step_s", "vae_s", "total_s"):
         assert took[name] > 0, name
     assert "2 ranks" in two.info.layout
+
+
+def test_a_result_that_is_not_finite_is_an_error_and_the_next_one_is_drawn(one: Omni, two: Omni) -> None:
+    wanted = one.generate(PROMPT, small(seed=7))[0]
+    for omni in (one, two):
+        for output_type in ("pil", "latent"):
+            with pytest.raises(NonFiniteResultError, match="first in the latents after step 1") as caught:
+                omni.generate(PROMPT, small(negative_prompt="a star", true_cfg_scale=1e308, output_type=output_type))
+            assert caught.value.stage == "the latents after step 1"
+        assert np.abs(pixels(omni.generate(PROMPT, small(seed=7))[0]) - pixels(wanted)).max() <= 1
 
 
 def test_a_fresh_seed_is_named_and_draws_the_same_again(two: Omni) -> None:
@@ -150,12 +244,14 @@ def test_a_rank_that_raises_in_the_middle() -> None:
     assert time.monotonic() - began < 10.0
     assert caught.value.rank == 1
     assert "accidents.py" in caught.value.rank_traceback
+    assert not isinstance(caught.value, CallFailedError)
     assert children() == before
-    with pytest.raises(EngineClosedError, match="an accident in the middle"):
+    omni.close()
+    with pytest.raises(EngineClosedError, match="an accident in the middle; make a new one"):
         omni.generate(PROMPT)
 
 
-def test_a_rank_that_is_killed_in_the_middle() -> None:
+def test_a_rank_that_is_killed_is_started_again_at_the_next_call() -> None:
     before = children()
     omni = start_two()
     began = time.monotonic()
@@ -163,6 +259,41 @@ def test_a_rank_that_is_killed_in_the_middle() -> None:
         omni.generate(PROMPT, small(extra_args={"callback_on_step_end": KillRank(1)}))
     assert time.monotonic() - began < 10.0
     assert children() == before
+    drawn = pixels(omni.generate(PROMPT, small(seed=4))[0])
+    # One that dies while nothing runs costs nobody a call.
+    ranks = rank_pids(omni)
+    os.kill(ranks[0], signal.SIGKILL)
+    assert becomes_true(lambda: not alive(ranks[0]), 5.0)
+    assert (pixels(omni.generate(PROMPT, small(seed=4))[0]) == drawn).all()
+    omni.close()
+    assert children() == before
+
+
+def test_an_error_of_all_ranks_and_an_interrupt_keep_the_model(two: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, ranks = pixels(two.generate(PROMPT, small(seed=4))[0]), rank_pids(two)
+    with pytest.raises(CallFailedError, match="all 2 ranks raised IndexError: an accident of all; the model stays"):
+        two.generate(PROMPT, small(extra_args={"callback_on_step_end": RaiseOnAllRanks()}))
+    with monkeypatch.context() as patched:
+        interrupt = once(lambda: signal.raise_signal(signal.SIGINT))
+        patched.setattr(omni_sp.omni._StepsOnScreen, "show", lambda *_: interrupt())
+        with pytest.raises(KeyboardInterrupt) as caught:
+            two.generate(PROMPT, small(num_inference_steps=100_000))
+        assert isinstance(caught.value.__cause__, RequestAbortedError)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (pixels(two.generate(PROMPT, small(seed=4))[0]) == drawn).all()
+    assert rank_pids(two) == ranks
+
+
+def test_a_second_interrupt_ends_the_ranks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = children()
+    omni = start_two()
+    with monkeypatch.context() as patched:
+        patched.setattr(omni_sp.omni._StepsOnScreen, "show", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            omni.generate(PROMPT, small(num_inference_steps=100_000))
+    assert children() == before
+    assert omni.generate(PROMPT, small())[0].images
+    omni.close()
 
 
 def test_an_error_in_this_process_leaves_it_open(one: Omni) -> None:
@@ -213,7 +344,9 @@ def test_sampling_params_are_of_their_class(one: Omni) -> None:
     ("options", "told"),
     [
         ({"devise": "cpu"}, "did you mean device?"),
-        ({"ulysses_degree": 2}, r"belongs into parallel_config=DiffusionParallelConfig\(ulysses_degree=...\)"),
+        ({"ulysses_degree": 2}, r"belongs in parallel_config=DiffusionParallelConfig\(ulysses_degree=...\)"),
+        ({"uslyses": 2}, r"did you mean parallel_config=DiffusionParallelConfig\(ulysses_degree=...\)"),
+        ({"x" * 100_000: 2}, "^.{1,2000}$"),
         ({"quite_something": 2}, "it takes model, parallel_config"),
         ({"device": "tpu"}, 'give "cpu", "cuda"'),
         ({"dtype": "int8"}, "give one of float32, bfloat16, float16"),

@@ -15,12 +15,14 @@ from omni_sp import ConfigError, DiffusionParallelConfig, OmniDiffusionSamplingP
 def test_top_level_names() -> None:
     assert set(omni_sp.__all__) == {
         "AsyncOmni",
+        "CallFailedError",
         "ConfigError",
         "DiffusionParallelConfig",
         "EngineClosedError",
         "EngineError",
         "InvalidInputError",
         "ModelNotFoundError",
+        "NonFiniteResultError",
         "Omni",
         "OmniDiffusionSamplingParams",
         "OmniRequestOutput",
@@ -52,7 +54,7 @@ def test_importing_is_light() -> None:
     assert told.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["ulysses_degree", "ring_degree"])
+@pytest.mark.parametrize("name", ["cfg_parallel_size", "ulysses_degree", "ring_degree"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
 def test_degrees_are_whole_numbers_from_one(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{name}="):

@@ -22,7 +22,8 @@ AsyncOmni(model="x", max_batch_size="4")
 
 def test_a_misspelt_option_is_a_type_error(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text(SNIPPET)
+    # Another text each time: of an equal one, mypy repeats from its cache what it said of the file of an earlier run.
+    program.write_text(f"{SNIPPET}# {tmp_path}\n")
     # The cache of `make lint` makes this quick; without it mypy reads torch first.
     shown, problem, _ = api.run(
         [str(program), "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]

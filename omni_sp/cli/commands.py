@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING
 
 from omni_sp.cli.options import (
@@ -11,6 +12,8 @@ from omni_sp.cli.options import (
     ENGINE,
     GENERATE,
     PARAMS,
+    PLAN,
+    PLANNER,
     SERVE,
     SERVER,
     arguments_for,
@@ -22,6 +25,7 @@ from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.startup import StartupDisplay, format_seconds, is_terminal
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.files import OutputFiles, read_picture
+from omni_sp.outputs import dropped_tokens_note
 from omni_sp.pipelines.arguments import Prompt
 from omni_sp.server.settings import ServerSettings
 
@@ -42,7 +46,8 @@ def generate(options: argparse.Namespace) -> int:
     config = DiffusionParallelConfig(**arguments_for(DEGREES, GENERATE, options))
     params = sampling_params(options)
     pictures = [read_picture(path) for path in options.image]
-    files = OutputFiles(options.output, num_outputs=max(len(options.prompt), 1) * (params.num_outputs_per_prompt or 1))
+    num_outputs = max(len(options.prompt), 1) * (params.num_outputs_per_prompt or 1)
+    files = OutputFiles(options.output, num_outputs, metadata=not options.no_metadata)
     options.saved = files.saved
     # After everything that can be refused without them.
     from omni_sp.omni import Omni
@@ -55,7 +60,7 @@ def generate(options: argparse.Namespace) -> int:
             params = with_cfg_scale(
                 params, options.cfg_scale, is_true=capabilities.argument_name("true_cfg_scale") is not None
             )
-        image = input_image(pictures, capabilities)
+        image = input_image(pictures)
         outputs = omni.generate_each([Prompt(text=text, image=image) for text in options.prompt or [None]], params)
         if omni.is_main:
             _print_layout(omni, options.model)
@@ -71,14 +76,16 @@ def check(options: argparse.Namespace) -> int:
     """Run a model on one rank and on many, and print how far apart they are: ``omni-sp check``."""
     config = DiffusionParallelConfig(**arguments_for(DEGREES, CHECK, options))
     if config.world_size == 1:
-        raise ConfigError("nothing to check on one rank: give --ulysses-degree or --ring-degree above 1")
+        raise ConfigError(
+            "nothing to check on one rank: give --ulysses-degree, --ring-degree or --cfg-parallel-size above 1"
+        )
     params = OmniDiffusionSamplingParams(**arguments_for(PARAMS, CHECK, options))
     pictures = [read_picture(path) for path in options.image]
     from omni_sp.omni import Omni
     from omni_sp.pipelines.images import input_image
 
     with Omni(options.model, config, **arguments_for(ENGINE, CHECK, options)) as omni:
-        image = input_image(pictures, omni.info.capabilities)
+        image = input_image(pictures)
         report = omni.check_report(Prompt(text=options.prompt, image=image), params)
         if not omni.is_main:
             return 0
@@ -88,6 +95,13 @@ def check(options: argparse.Namespace) -> int:
     for stage, error in errors.items():
         print(f"  {stage:28}{error:.1e}")
     print("gathered:", ", ".join(f"{name} ({count}x)" for name, count in report.gathers.items()) or "none")
+    if report.blocks["replayed"] or report.blocks["recorded"] or report.blocks["followed"]:
+        followed = "".join(f", {count} followed ({reason})" for reason, count in report.blocks["followed"].items())
+        compiled = f" ({report.blocks['compiled']} compiled)" if report.blocks["compiled"] else ""
+        print(f"blocks: {report.blocks['replayed']} replayed, {report.blocks['recorded']} recorded{compiled}{followed}")
+    if report.blocks["in_graphs"] or report.blocks["not_in_graphs"]:
+        others = "".join(f", {count} not ({reason})" for reason, count in report.blocks["not_in_graphs"].items())
+        print(f"CUDA graphs: {report.blocks['in_graphs']} forwards{others}")
     if options.dtype != "float32":
         print(f"{options.dtype} rounds differently in every order of additions; check in float32 to tell what is exact")
         return 0
@@ -99,6 +113,21 @@ def check(options: argparse.Namespace) -> int:
     return FAILED
 
 
+def info(options: argparse.Namespace) -> int:
+    """Print what a picture was drawn with, as its file keeps it: ``omni-sp info``."""
+    from omni_sp.pipelines.metadata import read_settings
+
+    settings = read_settings(options.file)
+    if options.json:
+        print(json.dumps(settings, ensure_ascii=False))
+        return 0
+    for name, value in settings.items():
+        # The file may be anybody's: what steers a terminal is shown, not sent.
+        text = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in str(value))
+        print(f"{name:24}{text}")
+    return 0
+
+
 def models(options: argparse.Namespace) -> int:
     """List every transformer class of the installed diffusers: ``omni-sp models``."""
     from omni_sp.sharding.catalogue import as_markdown, catalogue
@@ -108,9 +137,25 @@ def models(options: argparse.Namespace) -> int:
         print(as_markdown(states), end="")
         return 0
     for state in states:
-        print(f"{state.name:44}{state.state:10}{state.how:10}{state.note}".rstrip())
+        print(f"{state.name:44}{state.state:10}{state.note}".rstrip())
     counts = [f"{sum(one.state == name for one in states)} {name}" for name in ("exact", "unproven")]
     print(f"{len(states)} classes: {', '.join(counts)}")
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Say which degrees pay for a model on given devices: ``omni-sp plan``."""
+    from omni_sp.planner import machine
+    from omni_sp.planner import plan as planned
+    from omni_sp.planner.report import as_svg, as_text
+    from omni_sp.planner.search import ALL
+
+    arguments = arguments_for(PLANNER, PLAN, options)
+    on = machine(arguments.pop("gpu"), **({"link": options.link} if options.link else {}))
+    found = planned(options.model, gpu=on, consider=ALL if options.consider_all else None, **arguments)
+    if options.plot:
+        options.plot.write_text(as_svg(found))
+    print(json.dumps(found.as_dict()) if options.json else as_text(found))
     return 0
 
 
@@ -119,7 +164,7 @@ def serve(options: argparse.Namespace) -> int:
     try:  # here alone: no other command waits for a web framework, or needs one
         from omni_sp.server import process
     except ModuleNotFoundError as error:
-        raise ConfigError(f"serving needs {error.name}: pip install 'omni-sp[serve]'") from error
+        raise ConfigError(f"serving needs {error.name}: pip install '.[serve]'") from error
     from omni_sp.async_omni import AsyncOmni
 
     settings = ServerSettings(**arguments_for(SERVER, SERVE, options))
@@ -127,7 +172,7 @@ def serve(options: argparse.Namespace) -> int:
         options.model,
         DiffusionParallelConfig(**arguments_for(DEGREES, SERVE, options)),
         max_queue_length=settings.max_queue_length,
-        on_news=StartupDisplay().show,
+        on_news=StartupDisplay().show if settings.log_format == "text" else process.log_news,
         **arguments_for(ENGINE, SERVE, options),
     )
     return process.serve(omni, settings)
@@ -153,5 +198,13 @@ def _print_times(output: OmniRequestOutput) -> None:
     print(
         f"times   {took['total_s']:.2f} s: text encoder {took['text_encoder_s']:.2f} s, "
         f"{took['num_steps']} steps of {took['denoise_step_s']:.3f} s, VAE {took['vae_s']:.2f} s"
+        + (f" on {took['vae_ranks']} ranks" if took.get("vae_ranks", 1) > 1 else "")
     )
+    if branches := took.get("branches"):
+        steps = branches["steps"] or 1
+        shared = f"{branches['units'] / steps:.3g} transformer calls a step in {branches['rounds'] / steps:.3g} rounds"
+        print(f"guided  {branches['note'] or shared}")
     print(f"tokens  {tokens or 'not counted'}; seed {took['seed']}")
+    note = dropped_tokens_note(took)
+    if note is not None:
+        print(f"note    {note}")

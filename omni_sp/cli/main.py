@@ -1,12 +1,14 @@
 """The entry of the ``omni-sp`` command. Whatever goes wrong is one line on stderr and an exit code.
 
-Exit codes: 0 done; 1 a failure; 2 bad input; 130 Ctrl-C.
+Exit codes: 0 done; 1 a failure; 2 bad input; 130 Ctrl-C; 141 nobody reads the output any more, as under ``| head``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import select
 import sys
 import traceback
 import warnings
@@ -14,18 +16,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from omni_sp import __version__
 from omni_sp.cli import commands
-from omni_sp.cli.options import CHECK, GENERATE, MODELS, SERVE, Option
-from omni_sp.command_line import BAD_INPUT, FAILED, INTERRUPTED, with_dashes
-from omni_sp.errors import InvalidInputError, OmniSPError
+from omni_sp.cli.options import CHECK, GENERATE, INFO, MODELS, PLAN, SERVE, Option
+from omni_sp.command_line import BAD_INPUT, FAILED, INTERRUPTED, UNREAD, with_dashes
+from omni_sp.errors import InvalidInputError, OmniSPError, shortened
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.validation import suggestion
 
+_LONGEST_MESSAGE = 2000
 _Command = Callable[[argparse.Namespace], int]
 _COMMANDS: tuple[tuple[str, str, _Command, tuple[Option, ...]], ...] = (
     ("generate", "draw pictures, videos or sounds", commands.generate, GENERATE),
-    ("check", "is a model exact over several ranks?", commands.check, CHECK),
-    ("models", "what is known of which transformer", commands.models, MODELS),
+    ("check", "compare one process with several ranks on small inputs, stage by stage", commands.check, CHECK),
+    ("info", "say what a picture was drawn with", commands.info, INFO),
+    ("models", "list the transformer classes of diffusers, and what is proven of each", commands.models, MODELS),
+    ("plan", "predict which degrees pay for a model on given devices", commands.plan, PLAN),
     ("serve", "answer OpenAI's clients over HTTP", commands.serve, SERVE),
 )
 
@@ -35,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and end the program."""
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message}\n")
+        self.exit(BAD_INPUT, f"{self.prog}: error: {shortened(message, _LONGEST_MESSAGE)}\n")
 
     def refuse(self, unknown: str) -> NoReturn:
         """Print that there is no such option and end the program."""
@@ -53,12 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
 
     Raises:
-        SystemExit: after ``--help``, or for words that are no options.
+        SystemExit: after ``--help`` or ``--version``, or for words that are no options.
     """
     parser = _Parser(prog="omni-sp", description="Any diffusers pipeline over several processes or GPUs, exactly.")
+    parser.add_argument("--version", action="version", version=f"omni-sp {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, text, command, options in _COMMANDS:
-        _add_options(subparsers.add_parser(name, help=text, allow_abbrev=False), command, options)
+        description = f"{text[0].upper()}{text[1:]}."
+        _add_options(
+            subparsers.add_parser(name, help=text, description=description, allow_abbrev=False), command, options
+        )
     subparsers.add_parser("serve-llm", help="vLLM's server for language models, with our flags", add_help=False)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["serve-llm"]:
@@ -70,7 +80,6 @@ def example(
     description: str,
     *,
     model: str = SHAPES_MODEL,
-    output: str | None = None,
     needs_image: bool = False,
     arguments: Sequence[str] | None = None,
 ) -> int:
@@ -79,7 +88,6 @@ def example(
     Args:
         description: text of ``--help``.
         model: default of ``--model``.
-        output: default of ``--output``.
         needs_image: refuse to begin without ``--image``.
         arguments: without the program's name; None for those of this program.
 
@@ -89,10 +97,9 @@ def example(
     Raises:
         SystemExit: after ``--help``, or for words that are no options.
     """
-    written = "new files of the folder pictures, videos or sounds" if output is None else output
-    parser = _Parser(description=f"{description} Writes {written}, unless --output says otherwise.", allow_abbrev=False)
+    parser = _Parser(description=description, allow_abbrev=False)
     _add_options(parser, commands.generate, GENERATE)
-    parser.set_defaults(model=model, output=output, needs_image=needs_image)
+    parser.set_defaults(model=model, needs_image=needs_image)
     return _run(parser, sys.argv[1:] if arguments is None else arguments)
 
 
@@ -100,7 +107,7 @@ def _add_options(parser: _Parser, command: _Command, options: Sequence[Option]) 
     parser.set_defaults(run=command, parser=parser, needs_image=False)
     for option in options:
         parser.add_argument(*option.flags, **option.argparse)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (default: off)")
 
 
 def _run(parser: _Parser, words: Sequence[str]) -> int:
@@ -108,12 +115,15 @@ def _run(parser: _Parser, words: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without × must not end a run
-    options, unknown = parser.parse_known_args([with_dashes(word) for word in words])
-    if unknown:
-        options.parser.refuse(unknown[0])
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]  # the rest of its arguments is not looked at
-        return _exit_code(options.run, options)
+    try:
+        options, unknown = parser.parse_known_args([with_dashes(word) for word in words])
+        if unknown:
+            options.parser.refuse(unknown[0])
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]  # its other arguments are not looked at
+            return _exit_code(options.run, options)
+    finally:
+        _close_unread()  # --help, too, may be longer than what is read of it
 
 
 def _exit_code(command: _Command, options: argparse.Namespace) -> int:
@@ -126,6 +136,8 @@ def _exit_code(command: _Command, options: argparse.Namespace) -> int:
     except OmniSPError as error:
         return _exit_with(options, str(error), FAILED)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _close_unread():
+            return UNREAD
         return _exit_with(options, f"{type(error).__name__}: {error}", FAILED)
 
 
@@ -138,6 +150,22 @@ def _exit_with(options: argparse.Namespace, message: str, exitcode: int) -> int:
         what = message if exitcode == INTERRUPTED else f"error: {message}"
         print(f"omni-sp: {' '.join(what.split())}{kept}", file=sys.stderr, flush=True)
     return exitcode
+
+
+def _close_unread() -> bool:
+    """Point streams that nobody reads any more, as stdout under ``| head``, at nothing. Returns whether there is one.
+
+    What is still in their buffers would fail once more when Python ends.
+    """
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # closed, or no file at all
+            poll.register(stream, 0)
+            if poll.poll(0):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                found = True
+    return found
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from omni_sp.server.settings import ServerSettings
+from omni_sp.server.settings import LOG_FORMATS, LOG_LEVELS, ServerSettings
 
 # What takes the value of an option: DiffusionParallelConfig, Omni or AsyncOmni, OmniDiffusionSamplingParams,
-# ServerSettings.
-DEGREES, ENGINE, PARAMS, SERVER = "degrees", "engine", "params", "server"
+# ServerSettings, plan().
+DEGREES, ENGINE, PARAMS, SERVER, PLANNER = "degrees", "engine", "params", "server", "planner"
 _MIB = 2**20
 _SETTINGS = ServerSettings()
 _METAVARS = {int: "N", float: "X", Path: "PATH"}
@@ -28,11 +28,12 @@ class Option:
 
     Args:
         flags: the names on the command line, separated by spaces; a name without dashes is a positional argument.
-        text: the help.
-        owner: DEGREES, ENGINE, PARAMS or SERVER; None where only the command itself reads the option.
+        text: the help: what the option does. Its default is added.
+        owner: DEGREES, ENGINE, PARAMS, SERVER or PLANNER; None where only the command itself reads the option.
         field: the name that the value has there; by default the first flag with underscores.
         convert: makes the field's value of the option's.
         unit: how much of the field one of the option is.
+        otherwise: what holds without the option, where no value of its own says it.
         argparse: further arguments of ``ArgumentParser.add_argument``. The default of an option of ServerSettings is
             the default there.
     """
@@ -40,11 +41,12 @@ class Option:
     def __init__(
         self,
         flags: str,
-        text: str | None = None,
+        text: str,
         owner: str | None = None,
         field: str | None = None,
         convert: Callable[[Any], Any] | None = None,
         unit: int = 1,
+        otherwise: str = "none",
         **argparse: Any,
     ) -> None:
         self.flags, self.owner = tuple(flags.split()), owner
@@ -58,15 +60,29 @@ class Option:
             argparse["default"] = default if unit == 1 else default // unit
         if argparse.get("type") in _METAVARS:
             argparse.setdefault("metavar", _METAVARS[argparse["type"]])
-        self.argparse = {**argparse, "help": text}
+        is_required = not self.flags[0].startswith("-") and "nargs" not in argparse
+        self.argparse = {
+            **argparse,
+            "help": text if is_required else f"{text} (default: {_shown(argparse, otherwise)})",
+        }
         self.convert = convert or (lambda value: value if unit == 1 else value * unit)
+
+
+def _shown(argparse: dict[str, Any], otherwise: str) -> str:
+    """The default of an option, as its help says it."""
+    default = argparse.get("default")
+    if argparse.get("action") == "store_true":
+        return "off"
+    if default in (None, "") or isinstance(default, list):
+        return otherwise
+    return "%(default)g" if isinstance(default, float) else "%(default)s"  # an example has defaults of its own
 
 
 def arguments_for(owner: str, table: Sequence[Option], options: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments that the options of a command give to one owner.
 
     Args:
-        owner: DEGREES, ENGINE, PARAMS or SERVER.
+        owner: DEGREES, ENGINE, PARAMS, SERVER or PLANNER.
         table: the options of the command.
         options: their values.
 
@@ -150,6 +166,18 @@ def _sizes(texts: Sequence[str]) -> list[tuple[int, int]]:
     return found
 
 
+def _adapters(entries: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, _, path = entry.partition("=")
+        if not name or not path:
+            raise ConfigError(f"--lora {entry}: give NAME=PATH, such as style=loras/style.safetensors")
+        if name in found:
+            raise ConfigError(f"--lora {entry}: there is a {name} already")
+        found[name] = path
+    return found
+
+
 def _keys_in(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -162,89 +190,162 @@ def _keys_in(path: Path) -> tuple[str, ...]:
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_SWITCH = {"auto": "auto", "on": True, "off": False}
 
 # One entry a line reads as a table.
 # fmt: off
+_MODEL_TEXT = f"what draws: a hub id, the folder of a diffusers pipeline, a file of weights, or {SHAPES_MODEL}"
 _LAYOUT = (
+    Option("--cfg-parallel-size --cfg", "groups of ranks that share the branches of guidance", DEGREES, type=int,
+           default=1),
     Option("--ulysses-degree --usp", "ranks that trade tokens for heads", DEGREES, type=int, default=1),
     Option("--ring-degree --ring", "ranks that keys and values travel around", DEGREES, type=int, default=1),
+    Option("--vae-parallel", "whether all ranks encode and decode together, each its part of the rows; auto: for "
+           "videos, and for pictures whose longer side has 1024 pixels or more",
+           DEGREES, convert=_SWITCH.get, default="auto", choices=tuple(_SWITCH)),
+    Option("--shard-weights", "each rank keeps its part of a transformer's weights, and gathers a block's when it runs",
+           DEGREES, default=False, action="store_true"),
     Option("--device", "auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
            ENGINE, convert=_unless_auto, default="auto"),
-    Option("--attention-backend", "attention kernel (%(default)s)", ENGINE, default="auto", metavar="NAME"),
+    Option("--attention-backend", "the attention kernel; auto chooses an exact one, tune times them",
+           ENGINE, default="auto", metavar="NAME"),
+    Option("--no-replay", "follow the blocks of a transformer every time, instead of replaying what they did",
+           ENGINE, "replay", convert=lambda off: not off, action="store_true"),
+    Option("--cuda-graphs", "on GPUs, capture forwards whose blocks are all replayed as CUDA graphs",
+           ENGINE, action="store_true"),
+    Option("--compile", "compile what the blocks of a transformer do: the first picture takes minutes, others less",
+           ENGINE, action="store_true"),
 )
-_DTYPE = Option("--dtype", "auto: bfloat16 on GPUs",
+_DTYPE = Option("--dtype", "of weights and latents; auto: bfloat16 on GPUs, float32 on CPUs",
                 ENGINE, convert=_unless_auto, default="auto", choices=("auto", *_DTYPES))
-_IMAGE = Option("--image", "picture to edit or to start from; repeat it where the model takes several",
+_FILE = Option("--single-file-config", "of a model that is one file: the pipeline that it is of, a folder or hub id",
+               ENGINE, metavar="MODEL", otherwise="diffusers tells it by the file")
+_IMAGE = Option("--image", "a picture to edit or to start from; repeat it where the model takes several",
                 action="append", metavar="PATH")
+_OWN = "the pipeline's own"
 _SIZE = (
-    Option("--width", owner=PARAMS, type=int, metavar="PIXELS"),
-    Option("--height", owner=PARAMS, type=int, metavar="PIXELS"),
-    Option("--num-frames", "frames of a video", PARAMS, type=int),
-    Option("--num-inference-steps", "denoising steps", PARAMS, type=int),
+    Option("--width", "of a picture or of a video's frames", PARAMS, type=int, metavar="PIXELS", otherwise=_OWN),
+    Option("--height", "of a picture or of a video's frames", PARAMS, type=int, metavar="PIXELS", otherwise=_OWN),
+    Option("--num-frames", "frames of a video", PARAMS, type=int, otherwise=_OWN),
+    Option("--num-inference-steps", "denoising steps", PARAMS, type=int, otherwise=_OWN),
 )
 GENERATE = (
-    Option("--model", f"hub id, folder of a pipeline, or {SHAPES_MODEL} (default: %(default)s)", default=SHAPES_MODEL),
+    Option("--model", _MODEL_TEXT, default=SHAPES_MODEL),
+    _FILE,
     Option("--prompt", "what to draw; repeat it for more outputs", action="append", metavar="TEXT"),
     Option("--negative-prompt", "what to keep away from", PARAMS, metavar="TEXT"),
     _IMAGE,
     *_LAYOUT,
     *_SIZE,
-    Option("--fps", "frames a second of a video; without it, the pipeline's own default, or 16 where it has none",
-           PARAMS, type=float),
-    Option("--cfg-scale", "guidance: true_cfg_scale where the model has it, or guidance_scale", type=float),
-    Option("--true-cfg-scale", "the pipeline's own true_cfg_scale", PARAMS, type=float),
-    Option("--guidance-scale", "the pipeline's own guidance_scale", PARAMS, type=float),
-    Option("--max-sequence-length", "longest text, in tokens", PARAMS, type=int),
-    Option("--seed", "the same seed draws the same picture; without it, a fresh one", PARAMS, type=int),
-    Option("--num-outputs-per-prompt --num-images-per-prompt", owner=PARAMS, type=int),
-    Option("--extra", "another argument of the pipeline's own call, such as strength=0.6 or 'sigmas=[1.0, 0.5]'",
-           PARAMS, "extra_args", _extra_args, action="append", metavar="NAME=JSON"),
-    Option("--output", "folder or file: .png, .jpg, .webp, ... for pictures, .mp4 for videos, .wav for sounds "
-           "(a folder: pictures, videos or sounds)", metavar="PATH"),
+    Option("--fps", "frames a second of a video", PARAMS, type=float,
+           otherwise="the pipeline's own, or 16 where it has none"),
+    Option("--cfg-scale", "guidance: true_cfg_scale where the model has it, or guidance_scale", type=float,
+           otherwise=_OWN),
+    Option("--true-cfg-scale", "the argument true_cfg_scale of the pipeline", PARAMS, type=float, otherwise=_OWN),
+    Option("--guidance-scale", "the argument guidance_scale of the pipeline", PARAMS, type=float, otherwise=_OWN),
+    Option("--max-sequence-length", "the longest text, in tokens", PARAMS, type=int, otherwise=_OWN),
+    Option("--seed", "of the noise: the same seed draws the same picture", PARAMS, type=int, otherwise="a random one"),
+    Option("--num-outputs-per-prompt --num-images-per-prompt", "results of each prompt", PARAMS, type=int,
+           otherwise="1"),
+    Option("--extra", "another argument of the pipeline's own call, such as strength=0.6 or 'sigmas=[1.0, 0.5]'; "
+           "repeatable", PARAMS, "extra_args", _extra_args, action="append", metavar="NAME=JSON"),
+    Option("--no-metadata", "leave the prompt, the seed and the other settings out of the files of pictures",
+           action="store_true"),
+    Option("--output", "a folder for new numbered files, or one file: .png, .jpg, .webp, ... for pictures, .mp4 for "
+           "videos, .wav for sounds", metavar="PATH", otherwise="the folder pictures, videos or sounds"),
     _DTYPE,
-    Option("--attention-strategy", "whose parallel attention (%(default)s, yunchang)",
+    Option("--attention-strategy", "whose parallel attention: omni_sp or yunchang",
            ENGINE, default="omni_sp", metavar="NAME"),
 )
 CHECK = (
-    Option("model", f"hub id, folder of a diffusers pipeline, or {SHAPES_MODEL}", metavar="MODEL"),
+    Option("model", _MODEL_TEXT, metavar="MODEL"),
+    _FILE,
     *_LAYOUT,
-    Option("--prompt", default="a red circle", metavar="TEXT"),
+    Option("--prompt", "what to draw", default="a red circle on a blue background", metavar="TEXT"),
     _IMAGE,
     *_SIZE,
-    Option("--dtype", owner=ENGINE, default="float32", choices=_DTYPES),
+    Option("--dtype", "of weights and latents", ENGINE, default="float32", choices=_DTYPES),
 )
-MODELS = (Option("--markdown", "as the page docs/models.md", action="store_true"),)
+INFO = (
+    Option("file", "picture that was drawn here: .png, .jpg or .webp", metavar="FILE"),
+    Option("--json", "print one JSON object", action="store_true"),
+)
+PLAN = (
+    Option("model", "a model's name (Qwen-Image, FLUX.1-dev, Wan2.2, ...), a folder, or a repository in the hub's "
+           "cache, of which only the configuration is read", metavar="MODEL"),
+    Option("--gpus", "number of devices", PLANNER, type=int, default=1),
+    Option("--gpu", "kind of device: H100, A100, L20, RTX4090, CPU, ...; an unknown name lists all",
+           PLANNER, default="H100", metavar="NAME"),
+    Option("--link", "what connects the devices: nvlink4, pcie4, ethernet-100, ...; an unknown name lists all",
+           metavar="NAME", otherwise="that of the GPU"),
+    Option("--height", "pixels", PLANNER, type=int, otherwise="the published size"),
+    Option("--width", "pixels", PLANNER, type=int, otherwise="the published size"),
+    Option("--num-frames", "frames of a video", PLANNER, type=int, otherwise="the published number"),
+    Option("--num-inference-steps --steps", "denoising steps", PLANNER, "steps", type=int, otherwise=_OWN),
+    Option("--branches", "forwards of a step: 2 with a negative prompt", PLANNER, type=int, otherwise=_OWN),
+    Option("--throughput", "prefer the most results an hour to the shortest time of one", PLANNER, action="store_true"),
+    Option("--consider-all", "weigh also what this version does not have of sharded weights and offload",
+           action="store_true"),
+    Option("--json", "print one JSON object", action="store_true"),
+    Option("--plot", "draw what each choice spends its time on, as .svg", type=Path),
+)
+MODELS = (Option("--markdown", "print the table of the page docs/models.md", action="store_true"),)
 SERVE = (
-    Option("model", "hub id, folder of a diffusers pipeline, or %(default)s", SERVER, nargs="?", metavar="MODEL"),
-    Option("--served-model-name", "what requests call it; repeatable",
-           SERVER, "served_model_names", action="append", metavar="NAME"),
-    Option("--host", "address to listen on (%(default)s: this machine only)", SERVER),
-    Option("--port", "(%(default)s); 0 takes a free one", SERVER, type=int),
+    Option("model", _MODEL_TEXT, SERVER, nargs="?", metavar="MODEL"),
+    _FILE,
+    Option("--served-model-name", "what requests call the model; repeatable",
+           SERVER, "served_model_names", action="append", metavar="NAME", otherwise="MODEL"),
+    Option("--host", "the address to listen on; 0.0.0.0 for all of this machine", SERVER),
+    Option("--port", "the port to listen on; 0 takes a free one", SERVER, type=int),
     *_LAYOUT,
     _DTYPE,
-    Option("--rank-timeout", "longest silence of working ranks", ENGINE, "rank_timeout_s", type=float, metavar="S"),
+    Option("--rank-timeout", "the longest silence of ranks between two steps, in seconds, before they count as failed",
+           ENGINE, "rank_timeout_s", type=float, default=600.0, metavar="S"),
     Option("--startup-timeout", "the same while they load the model",
-           ENGINE, "startup_timeout_s", type=float, metavar="S"),
-    Option("--warmup", "draw a step of this size before being ready; repeatable",
+           ENGINE, "startup_timeout_s", type=float, default=3600.0, metavar="S"),
+    Option("--lora", "a LoRA adapter that requests may name: a folder, a file or a hub id; repeatable",
+           ENGINE, convert=_adapters, action="append", metavar="NAME=PATH"),
+    Option("--warmup", "draw one step of this size before /health answers 200; height first, unlike the API's size; "
+           "repeatable",
            ENGINE, convert=_sizes, action="append", metavar="HEIGHTxWIDTH"),
-    Option("--api-key", "let in who has one; repeatable", SERVER, "api_keys", action="append", metavar="KEY"),
-    Option("--api-key-file", "the same, one on each line, out of sight of ps",
+    Option("--api-key", "let in only who has this key; repeatable",
+           SERVER, "api_keys", action="append", metavar="KEY", otherwise="whoever reaches the port may draw"),
+    Option("--api-key-file", "a file of such keys, one a line, which ps does not show",
            SERVER, "api_keys", _keys_in, type=Path),
-    Option("--allow-origin", "web pages that may call; repeatable",
+    Option("--allow-origin", "web pages of this origin may call from a browser; repeatable",
            SERVER, "allow_origins", action="append", metavar="ORIGIN"),
-    Option("--data-dir", "keep videos, pictures and jobs here; else until it ends", SERVER, type=Path),
-    Option("--file-max-age", "keep them so long", SERVER, "file_max_age_s", type=float, metavar="S"),
-    Option("--file-max-mib", "keep so much", SERVER, "file_max_total_bytes", unit=_MIB, type=int),
-    Option("--max-queue-length", "requests that wait", SERVER, type=int),
-    Option("--max-batch-size", "requests drawn together, at most (%(default)s)", ENGINE, type=int, default=1),
-    Option("--batch-wait-ms", "how long one may wait for others (%(default)g)",
+    Option("--data-dir", "keep videos, pictures and jobs in this folder", SERVER, type=Path,
+           otherwise="a temporary one, which ends with the server"),
+    Option("--file-max-age", "seconds that finished pictures and videos are kept",
+           SERVER, "file_max_age_s", type=float, metavar="S"),
+    Option("--file-max-mib", "the most MiB of them that are kept", SERVER, "file_max_total_bytes", unit=_MIB, type=int),
+    Option("--max-queue-length", "requests that may wait", SERVER, type=int),
+    Option("--max-batch-size", "the most requests that are drawn together", ENGINE, type=int, default=1),
+    Option("--batch-wait-ms", "how long a request may wait for others to be drawn with, in milliseconds",
            ENGINE, type=float, default=0.0, metavar="MS"),
-    Option("--max-pixels", "of a picture (%(default)s)", SERVER, type=int),
-    Option("--max-steps", "of a request (%(default)s)", SERVER, type=int),
-    Option("--max-n", "results of a request (%(default)s)", SERVER, type=int),
-    Option("--max-frames", "of a video (%(default)s)", SERVER, type=int),
-    Option("--max-body-mib", "of a request", SERVER, "max_body_bytes", unit=_MIB, type=int),
+    Option("--max-pixels", "the most width × height that a request may draw or upload", SERVER, type=int),
+    Option("--max-input-pixels", "the most width × height of all pictures that a request uploads, together",
+           SERVER, type=int),
+    Option("--max-steps", "the most denoising steps of a request", SERVER, type=int),
+    Option("--max-n", "the most results of a request", SERVER, type=int),
+    Option("--max-frames", "the most frames of a video", SERVER, type=int),
+    Option("--max-video-pixel-steps", "the most width × height × frames × denoising steps of a video",
+           SERVER, type=int),
+    Option("--max-body-mib", "the most MiB of a request, uploaded pictures included",
+           SERVER, "max_body_bytes", unit=_MIB, type=int),
+    Option("--no-metadata", "leave the prompt, the seed and the other settings out of the files of pictures",
+           SERVER, "metadata", lambda value: not value, action="store_true"),
     Option("--allow-url-images", "fetch pictures that chats name by http(s) URL", SERVER, action="store_true"),
-    Option("--drain-timeout", "to finish, at the end", SERVER, "drain_timeout_s", type=float, metavar="S"),
+    Option("--drain-timeout", "seconds that running requests may take to finish at the server's end",
+           SERVER, "drain_timeout_s", type=float, metavar="S"),
+    Option("--log-level", "what is logged on stderr: info is a line for each request", SERVER, choices=LOG_LEVELS),
+    Option("--log-format", "text for people, or json for an object a line", SERVER, choices=LOG_FORMATS),
+    Option("--ssl-certfile", "serve HTTPS with this certificate, in PEM", SERVER, type=Path, otherwise="HTTP"),
+    Option("--ssl-keyfile", "the certificate's key, in PEM without a password", SERVER, type=Path,
+           otherwise="in the certificate's file"),
+    Option("--root-path", "the path below which a proxy shows this server, such as /draw", SERVER, metavar="PATH",
+           otherwise="none"),
+    Option("--forwarded-allow-ips", "proxies whose X-Forwarded-Proto and X-Forwarded-Host make the URLs in answers: "
+           "addresses or networks with commas between them, or * for all", SERVER, metavar="IPS"),
 )
 # fmt: on
