@@ -62,7 +62,7 @@ def text_of(page: Page, selector: str) -> str:
 
 
 def wait_for_focus(page: Page, name: str) -> None:
-    """Wait until the element of an id, or of a tag where it has none, has the focus, which often follows a moment later."""
+    """Wait until the element of this id, or of this tag where it has none, has the focus."""
     page.wait_for(f"({FOCUS}) === {json.dumps(name)}")
 
 

@@ -134,7 +134,7 @@ def test_gallery_gives_settings_back_and_forgets(browser: Browser) -> None:
         assert page.run(CARDS) == 2  # it asks first
         page.click("#clear")
         page.wait_for(f"{CARDS} === 0")
-            wait_for_focus(page, "undo")
+        wait_for_focus(page, "undo")
         page.press("Enter")
         page.wait_for(f"{CARDS} === 2")
         assert text_of(page, "#say") == "Undone."
