@@ -11,6 +11,7 @@ import torch
 
 from omni_sp.testing.ranks import RankPool
 from tests.fake_cuda import FakeCuda, install_device_guard
+from tests.forked_starts import rank_starts
 
 _POOL: list[RankPool] = []
 
@@ -30,6 +31,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _starts_programs(path: Path) -> bool:
     return path.parent.as_posix() in ("tests", "tests/engine", "tests/server")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_starts() -> Iterator[None]:
+    with rank_starts(forked=True):
+        yield
+
+
+@pytest.fixture
+def new_programs() -> Iterator[None]:
+    """Rank processes are new programs, as they are outside tests."""
+    with rank_starts(forked=False):
+        yield
 
 
 @pytest.fixture

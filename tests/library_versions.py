@@ -5,6 +5,7 @@ OMNI_SP_DIFFUSERS names the older one that has to be there; else nothing runs.
 
 from __future__ import annotations
 
+import functools
 import os
 
 import diffusers
@@ -25,6 +26,11 @@ caches_after_a_call = pytest.mark.skipif(
 )
 
 
+@functools.cache
+def _names() -> frozenset[str]:
+    return frozenset(dir(diffusers))
+
+
 def has(name: str) -> bool:
     """Whether diffusers has a class of this name; it is not imported."""
-    return name in dir(diffusers)
+    return name in _names()

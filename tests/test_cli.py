@@ -26,7 +26,7 @@ from omni_sp.engine.messages import Ready
 from omni_sp.files import OutputFiles, read_picture
 from omni_sp.pipelines.arguments import Prompt
 from omni_sp.pipelines.capabilities import PipelineCapabilities
-from tests.engine.processes import alive, becomes_true, children, rank_processes
+from tests.engine.processes import alive, becomes_true, descendants, rank_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--width", "64", "--height", "64", "--num-inference-steps", "2", "--device", "cpu"]
@@ -35,9 +35,9 @@ SMALL = ["--width", "64", "--height", "64", "--num-inference-steps", "2", "--dev
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    before = children()
+    before = descendants()
     yield
-    assert becomes_true(lambda: children() <= before, 5.0)
+    assert becomes_true(lambda: descendants() <= before, 5.0)
 
 
 def run(*words: str) -> int:

@@ -12,7 +12,7 @@ from omni_sp.cli import main
 from omni_sp.omni import Omni
 from omni_sp.outputs import CheckReport
 from omni_sp.testing.models import save_wan_i2v
-from tests.engine.processes import becomes_true, children
+from tests.engine.processes import becomes_true, descendants
 from tests.thorough import thorough_only
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def _no_process_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    before = children()
+    before = descendants()
     yield
-    assert becomes_true(lambda: children() <= before, 5.0)
+    assert becomes_true(lambda: descendants() <= before, 5.0)
 
 
 def test_the_demo_model_is_exact(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ from omni_sp import (
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.requests import PromptInput
 from tests.engine.accidents import KillRank, RaiseOnAllRanks, RaiseOnRank
-from tests.engine.processes import alive, becomes_true, children
+from tests.engine.processes import alive, becomes_true, descendants
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red circle on a blue background"
@@ -65,10 +65,10 @@ def once(act: Callable[[], None]) -> Callable[[], None]:
 @pytest.fixture(scope="module", autouse=True)
 def _no_process_left() -> Iterator[None]:
     sys.path.insert(0, str(ROOT))  # ranks import the accidents from here
-    before = children()
+    before = descendants()
     yield
     sys.path.remove(str(ROOT))
-    assert becomes_true(lambda: children() <= before, 5.0)
+    assert becomes_true(lambda: descendants() <= before, 5.0)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def two() -> Iterator[Omni]:
 
 
 def test_one_rank_starts_no_process(one: Omni) -> None:
-    before = children()
+    before = descendants()
     with Omni(SHAPES_MODEL, device="cpu") as omni:
         omni.generate(PROMPT, small())
-        assert children() == before
+        assert descendants() == before
 
 
 def test_one_rank_draws_what_the_plain_pipeline_draws(one: Omni) -> None:
@@ -236,7 +236,7 @@ def test_arguments_that_ranks_cannot_import_are_refused(two: Omni, monkeypatch: 
 
 
 def test_a_rank_that_raises_in_the_middle() -> None:
-    before = children()
+    before = descendants()
     omni = start_two()
     began = time.monotonic()
     with pytest.raises(RankFailedError, match="rank 1 of 2 raised RuntimeError: an accident in the middle") as caught:
@@ -245,20 +245,20 @@ def test_a_rank_that_raises_in_the_middle() -> None:
     assert caught.value.rank == 1
     assert "accidents.py" in caught.value.rank_traceback
     assert not isinstance(caught.value, CallFailedError)
-    assert children() == before
+    assert descendants() == before
     omni.close()
     with pytest.raises(EngineClosedError, match="an accident in the middle; make a new one"):
         omni.generate(PROMPT)
 
 
 def test_a_rank_that_is_killed_is_started_again_at_the_next_call() -> None:
-    before = children()
+    before = descendants()
     omni = start_two()
     began = time.monotonic()
     with pytest.raises(RankFailedError, match="rank 1 of 2 was killed by signal 9"):
         omni.generate(PROMPT, small(extra_args={"callback_on_step_end": KillRank(1)}))
     assert time.monotonic() - began < 10.0
-    assert children() == before
+    assert descendants() == before
     drawn = pixels(omni.generate(PROMPT, small(seed=4))[0])
     # One that dies while nothing runs costs nobody a call.
     ranks = rank_pids(omni)
@@ -266,7 +266,7 @@ def test_a_rank_that_is_killed_is_started_again_at_the_next_call() -> None:
     assert becomes_true(lambda: not alive(ranks[0]), 5.0)
     assert (pixels(omni.generate(PROMPT, small(seed=4))[0]) == drawn).all()
     omni.close()
-    assert children() == before
+    assert descendants() == before
 
 
 def test_an_error_of_all_ranks_and_an_interrupt_keep_the_model(two: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,13 +285,13 @@ def test_an_error_of_all_ranks_and_an_interrupt_keep_the_model(two: Omni, monkey
 
 
 def test_a_second_interrupt_ends_the_ranks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = children()
+    before = descendants()
     omni = start_two()
     with monkeypatch.context() as patched:
         patched.setattr(omni_sp.omni._StepsOnScreen, "show", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             omni.generate(PROMPT, small(num_inference_steps=100_000))
-    assert children() == before
+    assert descendants() == before
     assert omni.generate(PROMPT, small())[0].images
     omni.close()
 
@@ -369,7 +369,7 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_model_is_refused_before_anything_is_started() -> None:
-    before = children()
+    before = descendants()
     with pytest.raises(ModelNotFoundError):
         Omni("no such model", DiffusionParallelConfig(ulysses_degree=2))
-    assert children() == before
+    assert descendants() == before

@@ -28,6 +28,13 @@ from omni_sp.mesh import ParallelMesh
 _PRELOADED = ("torch._dynamo", "transformers", "peft", "diffusers.models.transformers", "diffusers.pipelines")
 
 
+def fork_context() -> multiprocessing.context.ForkServerContext:
+    """The context whose processes are forks of one that has imported torch, transformers and diffusers."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    return context
+
+
 class RankError(AssertionError):
     """A rank raised or died; the message has its traceback."""
 
@@ -46,8 +53,7 @@ class RankPool:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_PRELOADED))
+        context = fork_context()
         for rank in range(num_ranks):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, num_ranks, self._store.port, there), daemon=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.processes import becomes_true, children
+from tests.engine.processes import becomes_true, descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,7 @@ def no_process_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     """A folder of the test's own to work in, from which ranks find the tests; afterwards no rank is there."""
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(tmp_path)
-    before = children()
+    before = descendants()
     yield
     gc.collect()
-    assert becomes_true(lambda: children() <= before, 5.0)
+    assert becomes_true(lambda: descendants() <= before, 5.0)

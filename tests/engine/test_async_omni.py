@@ -424,14 +424,14 @@ import asyncio
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.engine.ranks.spawn import SpawnLauncher
-from tests.engine.processes import children
+from tests.engine.processes import descendants
 
 
 async def main():
     launcher = SpawnLauncher("tests.engine.scripted", "draws_in_steps", thread_stays=True)
     config = DiffusionParallelConfig(ulysses_degree=2)
     async with AsyncOmni("omni-sp/shapes", config, device="cpu", launcher=launcher) as omni:
-        print(*children(), flush=True)
+        print(*descendants(), flush=True)
         async for _ in omni.generate("a", OmniDiffusionSamplingParams(extra_args={"steps": 100_000})):
             pass
 

@@ -74,6 +74,7 @@ def status_of(pid: int, field: str) -> str:
     return next(line.split(":")[1].strip() for line in lines if line.startswith(f"{field}:"))
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_forked_ranks_draw_what_spawned_ones_draw_and_come_back_from_the_same_process(
     launcher: fork.ForkLauncher,
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from omni_sp import Omni, OmniDiffusionSamplingParams
-from tests.engine.processes import alive, becomes_true, children, descendants
+from tests.engine.processes import alive, becomes_true, descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,9 +59,9 @@ omni.generate("a red circle", OmniDiffusionSamplingParams(num_inference_steps=10
 def program(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     """Where to write a program, and the environment to run it in."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    before = children()
+    before = descendants()
     yield tmp_path / "program.py", environment
-    assert becomes_true(lambda: children() <= before, 5.0)
+    assert becomes_true(lambda: descendants() <= before, 5.0)
 
 
 def test_inside_torchrun_every_rank_gets_the_picture(program: tuple[Path, dict[str, str]]) -> None:

@@ -29,7 +29,7 @@ from omni_sp.errors import (
     UnsupportedModelError,
 )
 from omni_sp.pipelines.load import ModelSource
-from tests.engine.processes import alive, becomes_true, children, said_by_forked_copy
+from tests.engine.processes import alive, becomes_true, descendants, said_by_forked_copy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,10 +37,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def _no_process_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(ROOT))
-    before = children()
+    before = descendants()
     yield
     gc.collect()
-    assert becomes_true(lambda: children() <= before, 5.0)
+    assert becomes_true(lambda: descendants() <= before, 5.0)
 
 
 def start(script: str, *, silence_s: float = 60.0) -> Engine:
@@ -176,20 +176,20 @@ def test_a_killed_rank_is_named_within_seconds() -> None:
 
 
 def test_a_rank_killed_between_calls_is_noticed_at_the_next() -> None:
-    before = children()
+    before = descendants()
     engine = start("obeys")
-    victim = min(children() - before)
+    victim = min(descendants() - before)
     subprocess.run(["kill", "-9", str(victim)], check=True)
     with pytest.raises(RankFailedError, match="rank 0 of 2 was killed by signal 9"):
         engine.run(call(), None)
 
 
 def test_a_rank_that_ends_between_calls_can_be_looked_for() -> None:
-    before = children()
+    before = descendants()
     engine = start("obeys")
     engine.require_alive()
     assert engine.run(call(), None).result is not None
-    victim = min(children() - before)
+    victim = min(descendants() - before)
     subprocess.run(["kill", "-9", str(victim)], check=True)
     assert becomes_true(lambda: not alive(victim), 5.0)
     with pytest.raises(RankFailedError, match="rank 0 of 2 was killed by signal 9"):
@@ -223,12 +223,12 @@ def test_a_rank_that_dies_loading_ends_the_start() -> None:
 
 
 def test_an_abandoned_engine_ends_its_ranks() -> None:
-    before = children()
+    before = descendants()
     engine = start("obeys")
-    assert len(children() - before) == 2
+    assert len(descendants() - before) == 2
     del engine
     gc.collect()
-    assert children() == before
+    assert descendants() == before
 
 
 def test_an_error_in_the_callers_progress_ends_the_ranks() -> None:
@@ -262,6 +262,7 @@ def test_close_from_another_thread_ends_a_call() -> None:
         engine.run(call(), None)
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_ranks_watch_the_process_only_from_its_main_thread() -> None:
     launcher = SpawnLauncher()
     seen: list[int] = []
@@ -276,9 +277,9 @@ def test_a_front_that_ends_without_a_word_leaves_no_rank(tmp_path: Path) -> None
     program = (
         "import os, signal, sys, time\n"
         "from tests.engine.test_rank_engine import start\n"
-        "from tests.engine.processes import children\n"
+        "from tests.engine.processes import descendants\n"
         "engine = start('obeys')\n"
-        "print(*children(), flush=True)\n"
+        "print(*descendants(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     front = subprocess.run(

@@ -36,7 +36,7 @@ from omni_sp.engine.startup import (
 from omni_sp.errors import ModelNotFoundError, RankFailedError, SamplingParamsError
 from omni_sp.pipelines.load import ModelSource
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from tests.engine.processes import children
+from tests.engine.processes import descendants
 from tests.engine.readers import Read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,6 +159,7 @@ def drawn(omni: Omni) -> Any:
     return np.asarray(omni.generate("a red circle", params)[0].images[0], dtype=np.int16)
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_ranks_that_stop_at_the_latent_read_no_vae(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omni_sp.omni.open_engine", _with_watched_ranks)
     with Omni(SHAPES_MODEL, TWO, device="cpu") as omni:
@@ -216,10 +217,10 @@ def test_a_warm_up_that_fails_ends_the_start_and_is_named(script: str, kind: typ
             await omni.start()
         assert str(caught.value) == told
         assert omni.status == "failed"
-        assert not children() - before
+        assert not descendants() - before
         await omni.close()
 
-    before = children()
+    before = descendants()
     asyncio.run(asyncio.wait_for(program(), PATIENCE_S))
 
 

@@ -14,7 +14,7 @@ from omni_sp.errors import ConfigError
 from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL, shapes_folder
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import relative_error
-from tests.engine.processes import becomes_true, children
+from tests.engine.processes import becomes_true, descendants
 from tests.pipelines.zoo.all import ENTRIES
 from tests.pipelines.zoo.check import draw_sharded, expected_output
 from tests.thorough import THOROUGH
@@ -115,7 +115,7 @@ def test_other_values_are_refused() -> None:
 
 
 def test_omni_draws_the_picture_of_one_process() -> None:
-    before = children()
+    before = descendants()
     params = OmniDiffusionSamplingParams(height=64, width=80, num_inference_steps=3, seed=7)
     wide = replace(params, width=1024, num_inference_steps=1)
     with Omni(SHAPES_MODEL, device="cpu") as one:
@@ -133,4 +133,4 @@ def test_omni_draws_the_picture_of_one_process() -> None:
         assert found.metrics["vae_ranks"] == 2
         pixels = [np.asarray(output.images[0], dtype=np.int16) for output in (found, wanted)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 2
-    assert becomes_true(lambda: children() <= before, 5.0)
+    assert becomes_true(lambda: descendants() <= before, 5.0)
