@@ -6,11 +6,13 @@ RUN := $(VENV)/bin/python
 DEMO_DEVICE ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 4 ] && echo auto || echo cpu)
 SERVE_DEVICE ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 2 ] && echo auto || echo cpu)
 TEST_WORKERS ?= 3
+# Tests start hundreds of processes: none compiles again what another has compiled.
+export PYTHONDONTWRITEBYTECODE =
 
 # A second environment, with vLLM: its build for CPUs, so that it needs no GPU and no gigabytes of CUDA.
 VLLM_VENV := .venv-vllm
 # Compiled is what is used, when it is used first: compiling all of it takes longer than installing it.
-VLLM_RUN := PYTHONDONTWRITEBYTECODE= $(VLLM_VENV)/bin/python
+VLLM_RUN := $(VLLM_VENV)/bin/python
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 VLLM_TORCH = $(shell grep '^torch==' requirements-vllm.txt)
 # The two minor versions before it. All that lies below vLLM they share with it.
