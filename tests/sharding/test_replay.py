@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from omni_sp import ParallelMesh, parallelize
 from omni_sp.sharding import BlockCounts, Plan, Split, foreign_code
+from omni_sp.sharding.replay.recorder import Recorder
 from omni_sp.sharding.tracked import attention as tracked_attention
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
@@ -54,6 +55,23 @@ def varied(name: str, value: Any, number: int) -> Any:
         changed[:, 1 + number % 3] = number % 2 == 0
         return changed
     return value
+
+
+def kernels_of(call: Callable[[], Any]) -> list[str]:
+    """The matrix products that a call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        call()
+    return [event.name for event in seen.events() if event.name in ("aten::mm", "aten::bmm", "aten::addmm")]
+
+
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_a_recording_takes_the_kernels_of_a_replay(is_inference: bool) -> None:
+    """For a batch that is not contiguous, linear chooses by whether its weight requires gradients."""
+    layer, x = nn.Linear(24, 24), torch.randn(2, 24, 9).mT
+    with torch.no_grad(), torch.inference_mode(is_inference):
+        recorder = Recorder([x], [False], [*layer.parameters()])
+        recorded = kernels_of(lambda: recorder.record(lambda: layer(x)))
+        assert recorded == kernels_of(lambda: layer(x)) != []
 
 
 def inputs_of(entry_id: str, number: int) -> dict[str, Any]:

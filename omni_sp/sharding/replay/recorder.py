@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -152,7 +153,8 @@ class Recorder(TorchDispatchMode):
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
         if any(isinstance(x, (TokenTensor, GatheredView)) for x in tensors):
             return NotImplemented  # to the rules, which call plain operations
-        result = func(*args, **kwargs)
+        with _views_of_weights() if _is_composite(func) else nullcontext():
+            result = func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
             return result  # fake tensors are asked by an operator
         # What gives a number instead of a tensor, such as item() or a comparison of tensors, was read.
@@ -228,6 +230,20 @@ class Recorder(TorchDispatchMode):
         for tensor, node in list(self._nodes.items()):
             if tensor is written or memory_of(tensor) == memory:
                 self._sources[node] = self._sources.get(node, _NO_SOURCE) | sources
+
+
+def _views_of_weights() -> AbstractContextManager[Any]:
+    """Let views that a composite operator makes of weights require gradients, as they do in a replay.
+
+    Below autograd they would not, and ``linear`` of a batch whose memory is not contiguous would choose another kernel.
+    """
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operator runs others, and gives no view itself."""
+    return bool(func._can_decompose()) and all(x.alias_info is None for x in func._schema.returns)
 
 
 @contextmanager
