@@ -20,11 +20,12 @@ from omni_sp.pipelines.capabilities import inspect_pipeline
 from omni_sp.pipelines.check import difference, stage_errors
 from omni_sp.pipelines.load import OnComponent, default_dtype, load_pipeline
 from omni_sp.pipelines.metadata import model_name
-from omni_sp.pipelines.parallelize import ParallelHandle, parallelize
+from omni_sp.pipelines.parallelize import ParallelHandle, parallelize, transformers_of
 from omni_sp.pipelines.preview import Previews
 from omni_sp.pipelines.quirks import NO_LATENT_OUTPUT
 from omni_sp.pipelines.run import run_call
 from omni_sp.pipelines.schedulers import scheduler_replaced
+from omni_sp.pipelines.sharded_loading import read_share
 
 _MAX_PREVIEWS = 8  # previews of one call, at most
 
@@ -52,7 +53,12 @@ class PipelineRunner:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         self._pipe: Any = load_pipeline(
-            options.source, dtype=self._dtype, device=device, decodes=decodes, on_component=on_component
+            options.source,
+            dtype=self._dtype,
+            device=device,
+            decodes=decodes,
+            shares_weights=options.config.shard_weights and options.config.world_size > 1,
+            on_component=on_component,
         )
         self._handle: ParallelHandle | None = None
         self._load_s = time.perf_counter() - began
@@ -63,9 +69,12 @@ class PipelineRunner:
         capabilities = inspect_pipeline(self._pipe, self._options.source.sampling_defaults)
         self._takes_generator = capabilities.argument_name("generator") is not None
         self._several_as = capabilities.argument_name("num_outputs_per_prompt") or ""
-        self._adapters = LoraAdapters(self._pipe, self._options.lora, mesh)
         capabilities = replace(capabilities, adapters=tuple(self._options.lora))
+        for _, model in transformers_of(self._pipe):
+            read_share(model)
         self._handle = self._parallelized(mesh)
+        # After it: adapters are put beside weights, which a rank may have only a part of.
+        self._adapters = LoraAdapters(self._pipe, self._options.lora, mesh)
         self._handle.vaes.read_weights()
         self._load_s += time.perf_counter() - began
         return Ready(

@@ -14,6 +14,7 @@ import torch
 
 from omni_sp.errors import ModelNotFoundError
 from omni_sp.pipelines import quirks
+from omni_sp.sharding.diffusers_internals import kept_in_float32, without_initialisation
 
 _STORES = ("_parameters", "_buffers", "_modules")
 _KEY = "_omni_sp_unread"
@@ -37,16 +38,12 @@ def lazy_component(component_class: Any, location: str, name: str, *, dtype: tor
 
     The first access to a submodule, a parameter or a buffer reads the weights.
     """
-    from accelerate import init_empty_weights
-
     def read() -> Any:
         # A call may be under way that uses the global generator, which must stay equal on all ranks.
         with torch.random.fork_rng(devices=[]):
             return component_class.from_pretrained(location, subfolder=name, dtype=dtype).to(device)
 
-    with init_empty_weights():
-        component = component_class.from_config(component_class.load_config(location, subfolder=name))
-    component = component.to(dtype).eval()
+    component = _without_weights(component_class, location, name, dtype)
     names = {"__module__": component_class.__module__, "__qualname__": component_class.__qualname__}
     vars(component)[_KEY] = (component_class, name, read, device)
     component.__class__ = type(component_class.__name__, (_LazyWeights, component_class), names)
@@ -62,6 +59,37 @@ def read_weights(component: Any) -> None:
     """Read what a lazy component has left unread; nothing to do for any other."""
     if isinstance(component, _LazyWeights):
         component.read()
+
+
+def leave_unread(component: Any) -> bool:
+    """Make a lazy component one of its own class, with weights on the meta device, for the caller to give it others.
+
+    Returns:
+        Whether its weights were unread until now. Any other component stays as it is.
+    """
+    if not isinstance(component, _LazyWeights):
+        return False
+    component_class, *_ = vars(component).pop(_KEY)
+    component.__class__ = component_class
+    return True
+
+
+def _without_weights(component_class: Any, location: str, name: str, dtype: torch.dtype) -> Any:
+    """What ``from_pretrained`` builds, with parameters on the meta device."""
+    from accelerate import init_empty_weights
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does: buffers are computed in it
+    try:
+        with without_initialisation(), init_empty_weights():
+            component = component_class.from_config(component_class.load_config(location, subfolder=name))
+    finally:
+        torch.set_default_dtype(before)
+    in_float32 = {*kept_in_float32(component_class)}
+    for path, weight in component.named_parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype if in_float32.isdisjoint(path.split(".")) else torch.float32)
+    return component.eval()
 
 
 class _LazyWeights:

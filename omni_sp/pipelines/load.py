@@ -98,6 +98,7 @@ def load_pipeline(
     dtype: str | None = None,
     device: str = "cpu",
     decodes: bool = True,
+    shares_weights: bool = False,
     on_component: OnComponent = lambda name, done, total: None,
 ) -> Any:
     """Load a pipeline with diffusers' own loader and move it to a device.
@@ -106,6 +107,8 @@ def load_pipeline(
         dtype: "float32", "bfloat16" or "float16"; None is bfloat16 on CUDA and float32 on the CPU.
         decodes: False where nobody looks at what this process decodes: the weights of its VAE are then read only if
             something needs them after all (see lazy_components).
+        shares_weights: this process will keep a part of the transformers' weights, and reads no others then (see
+            sharded_loading).
         on_component: called with the name "" when all classes are imported, then before each component is read.
 
     Raises:
@@ -115,19 +118,23 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     from omni_sp.pipelines.lazy_components import lazy_component, lazy_component_names
+    from omni_sp.pipelines.sharded_loading import transformers_to_share
 
     torch_dtype = getattr(torch, dtype or default_dtype(device))
     with quiet_libraries():
         try:
             if is_single_file(source.location):
                 return _load_single_file(source, torch_dtype, on_component).to(device)
-            pipeline_class, classes = _classes(source.location)
+            location = _folder(source.location) if shares_weights else source.location
+            pipeline_class, classes = _classes(location)
             on_component("", 0, len(classes))
             lazy_names = [] if decodes else lazy_component_names(pipeline_class, classes)
             options: dict[str, Any] = {"dtype": torch_dtype, "device": torch.device(device)}
-            lazy = {name: lazy_component(classes[name], source.location, name, **options) for name in lazy_names}
+            lazy = {name: lazy_component(classes[name], location, name, **options) for name in lazy_names}
+            if shares_weights:
+                lazy |= transformers_to_share(classes, location, **options)
             with _loading_reported(on_component):
-                pipe = DiffusionPipeline.from_pretrained(source.location, dtype=torch_dtype, **lazy)
+                pipe = DiffusionPipeline.from_pretrained(location, dtype=torch_dtype, **lazy)
         except ModelNotFoundError:
             raise
         except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
@@ -153,6 +160,13 @@ def _load_single_file(source: ModelSource, dtype: Any, on_component: OnComponent
     on_component("", 0, len(classes))
     with _loading_reported(on_component):
         return read_pipeline(file, location, pipeline_class, classes, dtype)
+
+
+def _folder(location: str) -> str:
+    """The folder of a pipeline; one of the hub is fetched, or found in its cache."""
+    from diffusers import DiffusionPipeline
+
+    return location if Path(location).is_dir() else str(DiffusionPipeline.download(location))
 
 
 def default_dtype(device: str) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 from omni_sp.errors import UnsupportedModelError
 from omni_sp.tested_versions import TESTED
@@ -116,6 +117,18 @@ def has_group_offloading(module: Any) -> bool:
     """Whether diffusers moves the weights of a module between devices, in groups."""
     hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
     return any(str(name).endswith("group_offloading") for name in hooks)
+
+
+def without_initialisation() -> AbstractContextManager[None]:
+    """While it lasts, modules are built without numbers in their weights, as where they are read from a file next."""
+    found = _found("diffusers.models.modeling_utils", "no_init_weights")
+    return nullcontext() if found is None else cast("AbstractContextManager[None]", found())
+
+
+def kept_in_float32(model_class: Any) -> tuple[str, ...]:
+    """Names of modules that ``from_pretrained`` leaves in float32, whatever the dtype of the others is."""
+    names = getattr(model_class, "_keep_in_fp32_modules", None) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _found(module: str, name: str) -> Any:

@@ -24,6 +24,7 @@ from omni_sp.sharding.diffusers_internals import has_group_offloading
 from omni_sp.sharding.forward_context import current_forward
 from omni_sp.sharding.replay import block_lists
 from omni_sp.sharding.stand_in import Owner, ShardedWeight
+from omni_sp.sharding.weight_parts import Leaf, can_be_cut, leaves_of, stored_weight
 
 _ALIGNMENT = 256
 """In bytes, as torch's allocator on CUDA: kernels may ask where a weight begins."""
@@ -35,7 +36,8 @@ class WeightShards:
     """The weights of a transformer's blocks, over ranks until ``remove()``.
 
     Args:
-        model: the transformer. Its weights are whole, and the same on all ranks.
+        model: the transformer. Its weights are the same on all ranks, and whole; those of blocks may still be in files
+            (see `weight_parts.mark_stored`), of which each rank then reads its part alone.
         axis: the ranks, more than one, which make the same forwards. Nothing else is sent along it, so that a gather
             under way never holds up another exchange.
     """
@@ -62,10 +64,9 @@ class WeightShards:
         stale = [weights for weights in order if not weights.is_current()]
         if stale:
             require_not_offloaded(self._model)
-            for weights in stale:
-                weights.restore()
             shared = _shared(self._model)
-            for weights in stale:
+            for weights in stale:  # one after the other, so that no rank has all of them whole
+                weights.restore()
                 weights.cut(shared)
             sizes = [weights.num_bytes for weights in order]
             message = "the ranks hold weights of different sizes, and each keeps its part of all: {values}"
@@ -106,7 +107,7 @@ class BlockWeights:
     def __init__(self, block: torch.nn.Module, axis: Axis, name: str) -> None:
         self._block, self._axis, self._name = block, axis, name
         self._places: list[_Place] = []
-        self._leaves: list[_Leaf] = []
+        self._leaves: list[Leaf] = []
         self._held: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
         self._stand_ins: dict[int, ShardedWeight] = {}
         self.part = torch.empty(0, dtype=torch.uint8)
@@ -134,24 +135,31 @@ class BlockWeights:
             shared: ids of tensors, and of their memory, that others use too, which stay whole.
         """
         held = [x for module in self._block.modules() for x in (module._parameters, module._buffers)]
-        leaves: dict[int, _Leaf] = {}
+        leaves: dict[int, Leaf] = {}
         end = 0
         for weights in held:
-            for name, real in weights.items():
+            for name, real in list(weights.items()):
                 if real is None or type(real) is ShardedWeight:
                     continue
-                parts = list(_leaves(real))
-                if not all(_can_be_cut(x, shared, parts[0].device) for x in parts):
+                stored = stored_weight(real)
+                if stored is not None:
+                    with _plain_tensors():
+                        real = weights[name] = stored.without_numbers(real)
+                parts = list(leaves_of(real))
+                if not all(can_be_cut(x, shared, parts[0].device) for x in parts):
                     continue
                 if leaves and parts[0].device != next(iter(leaves.values())).tensor.device:
                     continue
                 for x in parts:
                     if id(x) not in leaves:
-                        leaves[id(x)] = _Leaf(x, end, x.shape, x.stride(), x.dtype)
+                        leaves[id(x)] = Leaf(x, end, x.shape, x.stride(), x.dtype, stored)
                         end += -(-x.nbytes // _ALIGNMENT) * _ALIGNMENT
                 self._places.append(_Place(weights, name, real, self._stand_in(real)))
+                if stored is not None:
+                    with _plain_tensors():
+                        leaves[id(real)].free()
         self._leaves = list(leaves.values())
-        size = -(-end // self._axis.size)
+        size = -(-end // (self._axis.size * _ALIGNMENT)) * _ALIGNMENT
         self.num_bytes = size * self._axis.size
         start = size * self._axis.rank
         device = self._leaves[0].tensor.device if self._leaves else None
@@ -258,43 +266,6 @@ class _Place:
             self.held[self.name] = after
 
 
-@dataclass
-class _Leaf:
-    """A tensor with memory of its own: a weight, or a part of a quantised one.
-
-    Attributes:
-        start: where its bytes begin among the block's.
-    """
-
-    tensor: torch.Tensor
-    start: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def write(self, part: torch.Tensor, start: int) -> None:
-        """Copy those of its bytes that belong to the part of the block's bytes from ``start`` on."""
-        flat = self.tensor.detach().as_strided((self.tensor.numel(),), (1,))
-        content = flat.view(torch.uint8)
-        first, last = max(self.start, start), min(self.start + content.numel(), start + part.numel())
-        if first < last:
-            part[first - start : last - start] = content[first - self.start : last - self.start]
-
-    def read(self, whole: torch.Tensor, apart: bool) -> None:
-        """Let it be the bytes that were gathered."""
-        count = self.shape.numel()
-        content = whole[self.start : self.start + count * self.dtype.itemsize].view(self.dtype)
-        self._set((content.clone() if apart else content).as_strided(self.shape, self.stride))
-
-    def free(self) -> None:
-        """Let go of its memory. What others hold of it stays: the storage is left, not resized."""
-        self._set(torch.empty(0, dtype=self.dtype, device=self.tensor.device))
-
-    def _set(self, data: torch.Tensor) -> None:
-        with torch._C.DisableTorchFunctionSubclass():
-            self.tensor.data = data
-
-
 def require_not_offloaded(model: torch.nn.Module) -> None:
     """Refuse a transformer whose weights somebody else moves.
 
@@ -346,23 +317,6 @@ def _meet(axis: Axis, name: str, what: str) -> None:
     axis.traffic.add("meet", 0)
 
 
-def _leaves(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A weight, or the tensors that a quantised one is made of."""
-    if not hasattr(weight, "__tensor_flatten__"):
-        yield weight
-        return
-    for name in weight.__tensor_flatten__()[0]:
-        yield from _leaves(getattr(weight, name))
-
-
-def _can_be_cut(x: torch.Tensor, shared: set[int], device: torch.device) -> bool:
-    """Whether a tensor's memory is its own, and has no gaps."""
-    if x.is_meta or x.layout != torch.strided or x.device != device or not x.numel():
-        return False
-    dense = torch.ops.aten.is_non_overlapping_and_dense.default(x.detach())
-    return dense and shared.isdisjoint((id(x), x.untyped_storage().data_ptr()))
-
-
 def _shared(model: torch.nn.Module) -> set[int]:
     """Ids of the tensors that are in several blocks, or in one and outside, and the memory that several tensors use."""
     blocks = {id(part): number for number, block in enumerate(block_lists(model)) for part in block.modules()}
@@ -370,7 +324,7 @@ def _shared(model: torch.nn.Module) -> set[int]:
     tensors: dict[int, set[int]] = {}
     for module in model.modules():
         for x in (*module._parameters.values(), *module._buffers.values()):
-            for leaf in [] if x is None else _leaves(_real(x)):
+            for leaf in [] if x is None else leaves_of(_real(x)):
                 owners.setdefault(id(leaf), set()).add(blocks.get(id(module), -1))
                 if not leaf.is_meta and leaf.numel():
                     tensors.setdefault(leaf.untyped_storage().data_ptr(), set()).add(id(leaf))
@@ -380,7 +334,7 @@ def _shared(model: torch.nn.Module) -> set[int]:
 def _held(x: torch.Tensor) -> Iterable[torch.Tensor]:
     """What this rank has of a weight."""
     owner: Owner | None = vars(x)["owner"] if type(x) is ShardedWeight else None
-    return _leaves(_real(x)) if owner is None or owner.is_loaded else [owner.part]
+    return leaves_of(_real(x)) if owner is None or owner.is_loaded else [owner.part]
 
 
 def _described(x: torch.Tensor) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL
 from omni_sp.sharding import weights as sharded
 from omni_sp.sharding.replay import block_lists
 from omni_sp.sharding.stand_in import ShardedWeight
+from omni_sp.sharding.weight_parts import leaves_of
 from omni_sp.sharding.weights import held_bytes
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
@@ -246,17 +247,17 @@ def quantised(mesh: ParallelMesh) -> tuple[bool, bool, bool, bool]:
     model = randomise(ENTRIES[SD3].build())
     for block in model.transformer_blocks:
         block.ff.net[2] = Quantised(block.ff.net[2])
-    parts = [x.clone() for block in model.transformer_blocks for x in sharded._leaves(block.ff.net[2].weight)]
+    parts = [x.clone() for block in model.transformer_blocks for x in leaves_of(block.ff.net[2].weight)]
     handle = parallelize(model, plain_mesh(mesh))
     wanted = first(model, SD3)
     handle.remove()
     handle = parallelize(model, mesh)
     equal = torch.equal(first(model, SD3), wanted)
     weight: Any = model.transformer_blocks[0].ff.net[2].weight
-    freed = type(weight) is ShardedWeight and not any(x.numel() for x in sharded._leaves(weight.weight))
+    freed = type(weight) is ShardedWeight and not any(x.numel() for x in leaves_of(weight.weight))
     kind = isinstance(weight, TwoTensor)
     handle.remove()
-    after = [x for block in model.transformer_blocks for x in sharded._leaves(block.ff.net[2].weight)]
+    after = [x for block in model.transformer_blocks for x in leaves_of(block.ff.net[2].weight)]
     return equal, freed, kind, all(map(torch.equal, parts, after))
 
 

@@ -1,0 +1,168 @@
+"""Transformers of which each rank reads only its part: each weight by its place in a safetensors file.
+
+They are built without weights, and stay so until the ranks are known. Then the weights outside of blocks are read
+whole, and those of blocks are left to `omni_sp.sharding.weights`, which reads this rank's bytes of one block after the
+other. What touches a transformer before has it read whole: that takes memory, and is never wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni_sp.errors import ModelNotFoundError
+from omni_sp.pipelines.lazy_components import lazy_component, leave_unread
+from omni_sp.sharding.replay import block_lists
+from omni_sp.sharding.weight_parts import StoredWeight, mark_stored
+
+_FILE = "diffusion_pytorch_model.safetensors"
+_STORED = "_omni_sp_stored_weights"
+_MAX_HEADER = 2**27
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+"""safetensors' names of dtypes."""
+
+
+def transformers_to_share(
+    classes: Mapping[str, Any], location: str, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Build the transformers of a pipeline without their weights. Warns of those that each rank has to read whole.
+
+    Args:
+        classes: those of the pipeline's components, by name; None where one is not a library's own.
+        location: the folder of the pipeline.
+        dtype: of their weights.
+        device: where these are to be.
+    """
+    from diffusers import ModelMixin
+
+    found = {}
+    for name, kind in classes.items():
+        if not name.startswith("transformer") or not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
+            continue
+        try:
+            found[name] = _to_share(kind, location, name, dtype, device)
+        except ValueError as reason:
+            warnings.warn(
+                f"shard_weights=True: each rank reads all weights of {name} before it keeps its part, since {reason}",
+                stacklevel=4,
+            )
+    return found
+
+
+def read_share(model: torch.nn.Module) -> None:
+    """Give a transformer its weights, but for those of its blocks, of which is noted where they are.
+
+    Nothing may run it before `omni_sp.sharding.weights` has read this rank's part of them. Any other model, and one
+    whose weights something needed in the meantime, stays as it is.
+
+    Raises:
+        ModelNotFoundError: a file cannot be read.
+    """
+    weights: Mapping[str, StoredWeight] = vars(model).pop(_STORED, {})
+    device = torch.device("cpu") if not weights else next(iter(weights.values())).device
+    if not leave_unread(model):
+        return
+    in_blocks = {id(part) for block in block_lists(model) for part in block.modules()}
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                stored = weights.get(f"{path}.{name}" if path else name)
+                if tensor is None:
+                    continue
+                if stored is None:  # it is not saved, but computed
+                    held[name] = tensor.to(device)
+                elif held is module._parameters and id(module) in in_blocks and tensor.numel():
+                    mark_stored(tensor, stored)
+                else:
+                    held[name] = _whole(stored, tensor)
+
+
+def _to_share(kind: Any, location: str, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A transformer that knows where its weights are.
+
+    Raises:
+        ValueError: they are not there as the model has them; the message says how.
+    """
+    folder = Path(location, name)
+    if kind.load_config(location, subfolder=name).get("quantization_config") is not None:
+        raise ValueError("they are quantised")
+    entries = _entries(folder)
+    model = lazy_component(kind, location, name, dtype=dtype, device=device)
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    if len({id(tensor) for _, tensor in held}) < len(held):
+        raise ValueError("some of them are one tensor under two names")
+    saved = {path: tensor for path, tensor in held if path in model.state_dict()}
+    if saved.keys() != entries.keys():
+        differing = sorted(saved.keys() ^ entries.keys())
+        raise ValueError(f"its files have other names than the model has, such as {differing[0]}")
+    weights = {}
+    for path, tensor in saved.items():
+        file, offset, stored, shape = entries[path]
+        if shape != tensor.shape:
+            raise ValueError(f"{path} is {(*shape,)} in its files, and {(*tensor.shape,)} in the model")
+        target = tensor.dtype if stored.is_floating_point else stored
+        weights[path] = StoredWeight(file, offset, stored, target, device)
+    vars(model)[_STORED] = weights
+    return model
+
+
+def _entries(folder: Path) -> dict[str, tuple[str, int, torch.dtype, torch.Size]]:
+    """Name of a weight -> the file that it is in, where its bytes begin there, its dtype and its shape."""
+    index = folder / f"{_FILE}.index.json"
+    if index.is_file():
+        files = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    elif (folder / _FILE).is_file():
+        files = [_FILE]
+    else:
+        raise ValueError(f"there is no {_FILE}")
+    entries = {}
+    for file in (folder / name for name in files):
+        header, first = _header(file)
+        for name, entry in header.items():
+            if name != "__metadata__":
+                if entry["dtype"] not in _DTYPES:
+                    raise ValueError(f"{name} has the dtype {entry['dtype']}")
+                begin = first + entry["data_offsets"][0]
+                entries[name] = str(file), begin, _DTYPES[entry["dtype"]], torch.Size(entry["shape"])
+    return entries
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its weights, and where their bytes begin.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        content = opened.read(min(length, _MAX_HEADER))
+    try:
+        header = json.loads(content)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors") from error
+    if max(ends, default=0) + 8 + length != os.path.getsize(file):
+        raise ValueError(f"{file} is incomplete")
+    return header, 8 + length
+
+
+def _whole(stored: StoredWeight, tensor: torch.Tensor) -> torch.Tensor:
+    content = torch.empty(tensor.shape, dtype=stored.dtype, device=stored.device)
+    try:
+        stored.read_into(content.view(-1))
+    except OSError as error:
+        raise ModelNotFoundError(f"a weight cannot be read: {error}") from error
+    if not isinstance(tensor, torch.nn.Parameter):
+        return content
+    return torch.nn.Parameter(content, requires_grad=tensor.requires_grad)
