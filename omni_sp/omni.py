@@ -63,6 +63,12 @@ class Omni:
         compile: what is replayed is compiled by torch.compile, once for each kind of block and each shape; a text is a
             mode of it, such as "max-autotune-no-cudagraphs". The first picture takes minutes, the others are quicker.
         cuda_graphs: on GPUs, forwards whose blocks are all replayed are captured as CUDA graphs, one for each shape.
+        quantization: "int8" or "fp8": the weights of transformers' linear layers are kept in 8 bits (by torchao), and
+            are in ``dtype`` again where they are used. Needs torchao. Weights that were quantised when they were saved
+            (bitsandbytes, torchao, GGUF) are taken as they are, without it.
+        offload: what does not run waits on the CPU, by diffusers' own hooks: "model", one part of the pipeline after
+            the other is on the device; "group", one layer after the other, which needs least memory and most time.
+        vae_dtype: the dtype of the VAE, such as "float32"; None for ``dtype``.
         lora: LoRA adapters by name, each a folder, a file or a hub id, which requests may name: they are read at the
             start, and no weight of the model changes when a request puts them on. Needs peft.
         rank_timeout_s: the longest silence of ranks during a call, in seconds, before they count as failed. One
@@ -92,6 +98,9 @@ class Omni:
         replay: bool = True,
         compile: bool | str = False,
         cuda_graphs: bool = False,
+        quantization: str | None = None,
+        offload: str | None = None,
+        vae_dtype: Any = None,
         lora: Mapping[str, Model] | None = None,
         rank_timeout_s: float = 600.0,
         startup_timeout_s: float = 3600.0,
@@ -111,6 +120,9 @@ class Omni:
             replay=replay,
             compile=compile,
             cuda_graphs=cuda_graphs,
+            quantization=quantization,
+            offload=offload,
+            vae_dtype=vae_dtype,
             lora=lora,
             rank_timeout_s=rank_timeout_s,
             startup_timeout_s=startup_timeout_s,

@@ -18,6 +18,7 @@ from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
 from omni_sp.errors import ConfigError, SamplingParamsError, UnsupportedAttentionError
 from omni_sp.outputs import OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt, frames_per_second
+from omni_sp.pipelines.fitting import check_offload, check_quantization
 from omni_sp.pipelines.load import resolve_model
 from omni_sp.pipelines.metadata import drawing_settings
 from omni_sp.pipelines.quirks import EMBEDDINGS, PROMPT_TENSORS
@@ -46,6 +47,9 @@ def engine_options(
     replay: bool = True,
     compile: bool | str = False,
     cuda_graphs: bool = False,
+    quantization: str | None = None,
+    offload: str | None = None,
+    vae_dtype: Any = None,
     lora: Mapping[str, Model] | None = None,
     rank_timeout_s: float = 600.0,
     startup_timeout_s: float = 3600.0,
@@ -61,9 +65,10 @@ def engine_options(
         raise ConfigError(f"parallel_config={shown(parallel_config)}: give a DiffusionParallelConfig")
     check_device_name(device)
     _check_attention(attention_backend, attention_strategy)
+    config = parallel_config or DiffusionParallelConfig()
     return EngineOptions(
         source=resolve_model(model, single_file_config),
-        config=parallel_config or DiffusionParallelConfig(),
+        config=config,
         device=device,
         dtype=_dtype_name(dtype),
         attention_backend=attention_backend,
@@ -71,6 +76,9 @@ def engine_options(
         replay=require_bool("replay", replay, error=ConfigError),
         compile=_checked_compile(compile, replay),
         cuda_graphs=_checked_graphs(cuda_graphs, replay, device),
+        quantization=check_quantization(quantization),
+        offload=check_offload(offload, config, compile=compile, cuda_graphs=cuda_graphs),
+        vae_dtype=_dtype_name(vae_dtype, "vae_dtype"),
         lora=_checked_lora(lora),
         rank_timeout_s=_seconds("rank_timeout_s", rank_timeout_s),
         startup_timeout_s=_seconds("startup_timeout_s", startup_timeout_s),
@@ -263,12 +271,12 @@ def _is_picture(value: Any) -> bool:
     return isinstance(value, Image.Image) or hasattr(value, "shape")
 
 
-def _dtype_name(dtype: Any) -> str | None:
+def _dtype_name(dtype: Any, option: str = "dtype") -> str | None:
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
-        raise ConfigError(f"dtype={shown(dtype)}: give one of {', '.join(_DTYPES)}, or None to choose")
+        raise ConfigError(f"{option}={shown(dtype)}: give one of {', '.join(_DTYPES)}, or None to choose")
     return name
 
 

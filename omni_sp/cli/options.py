@@ -205,6 +205,11 @@ _LAYOUT = (
            DEGREES, convert=_SWITCH.get, default="auto", choices=tuple(_SWITCH)),
     Option("--shard-weights", "each rank keeps its part of a transformer's weights, and gathers a block's when it runs",
            DEGREES, default=False, action="store_true"),
+    Option("--quantization", "keep the weights of transformers in 8 bits; needs torchao", ENGINE,
+           choices=("int8", "fp8")),
+    Option("--offload", "what does not run waits on the CPU: a part of the pipeline at a time is on the GPU, or one "
+           "layer of all", ENGINE, choices=("model", "group")),
+    Option("--vae-dtype", "of the VAE", ENGINE, choices=_DTYPES, otherwise="that of the others"),
     Option("--device", "auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
            ENGINE, convert=_unless_auto, default="auto"),
     Option("--attention-backend", "the attention kernel; auto chooses an exact one, tune times them",

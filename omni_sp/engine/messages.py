@@ -25,6 +25,9 @@ class EngineOptions:
         replay: blocks that were followed once are replayed.
         compile: what is replayed is compiled; a text is a mode of torch.compile.
         cuda_graphs: forwards whose blocks are all replayed are captured.
+        quantization: how transformers' weights are quantised while they are read, or None.
+        offload: which parts of the pipeline wait on the CPU, "model" or "group", or None.
+        vae_dtype: a torch dtype's name, or None for that of the others.
         rank_timeout_s: the longest silence of ranks during a call, in seconds.
         startup_timeout_s: the longest silence of ranks while they load, in seconds.
         lora: name -> where the LoRA adapter is.
@@ -41,6 +44,9 @@ class EngineOptions:
     cuda_graphs: bool
     rank_timeout_s: float
     startup_timeout_s: float
+    quantization: str | None = None
+    offload: str | None = None
+    vae_dtype: str | None = None
     lora: Mapping[str, str] = field(default_factory=dict)
 
 

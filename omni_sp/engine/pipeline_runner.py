@@ -58,6 +58,9 @@ class PipelineRunner:
             device=device,
             decodes=decodes,
             shares_weights=options.config.shard_weights and options.config.world_size > 1,
+            quantization=options.quantization,
+            offload=options.offload,
+            vae_dtype=options.vae_dtype,
             on_component=on_component,
         )
         self._handle: ParallelHandle | None = None

@@ -38,6 +38,7 @@ def lazy_component(component_class: Any, location: str, name: str, *, dtype: tor
 
     The first access to a submodule, a parameter or a buffer reads the weights.
     """
+
     def read() -> Any:
         # A call may be under way that uses the global generator, which must stay equal on all ranks.
         with torch.random.fork_rng(devices=[]):

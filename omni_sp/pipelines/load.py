@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omni_sp.errors import ConfigError, ModelNotFoundError
+from omni_sp.errors import ConfigError, ModelNotFoundError, OmniSPError
 from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL, shapes_folder
 from omni_sp.pipelines.single_file import hub_file, is_single_file, local_file, pipeline_of, read_pipeline
 from omni_sp.validation import shown
@@ -99,6 +99,9 @@ def load_pipeline(
     device: str = "cpu",
     decodes: bool = True,
     shares_weights: bool = False,
+    quantization: str | None = None,
+    offload: str | None = None,
+    vae_dtype: str | None = None,
     on_component: OnComponent = lambda name, done, total: None,
 ) -> Any:
     """Load a pipeline with diffusers' own loader and move it to a device.
@@ -109,38 +112,59 @@ def load_pipeline(
             something needs them after all (see lazy_components).
         shares_weights: this process will keep a part of the transformers' weights, and reads no others then (see
             sharded_loading).
+        quantization: how the weights of transformers are quantised while they are read (see fitting).
+        offload: "model" or "group", by which diffusers moves parts to the device while they run (see fitting).
+        vae_dtype: the name of the VAE's dtype, where it is not ``dtype``.
         on_component: called with the name "" when all classes are imported, then before each component is read.
 
     Raises:
         ModelNotFoundError: files are missing or damaged, or diffusers does not know a class that the model names.
+        ConfigError: the model cannot be quantised so, or has no VAE.
+        UnsupportedModelError: it cannot be offloaded so.
     """
     import torch
     from diffusers import DiffusionPipeline
 
+    from omni_sp.pipelines.fitting import cast_inputs, dtype_of_components, place, quantized_transformers
     from omni_sp.pipelines.lazy_components import lazy_component, lazy_component_names
     from omni_sp.pipelines.sharded_loading import transformers_to_share
 
     torch_dtype = getattr(torch, dtype or default_dtype(device))
+    own_dtype = None if vae_dtype is None else getattr(torch, vae_dtype)
     with quiet_libraries():
         try:
             if is_single_file(source.location):
-                return _load_single_file(source, torch_dtype, on_component).to(device)
+                _require_folder_for(source, vae_dtype=vae_dtype)
+                pipe = _load_single_file(source, torch_dtype, quantization, on_component)
+                return place(pipe, device, offload)
             location = _folder(source.location) if shares_weights else source.location
             pipeline_class, classes = _classes(location)
             on_component("", 0, len(classes))
-            lazy_names = [] if decodes else lazy_component_names(pipeline_class, classes)
-            options: dict[str, Any] = {"dtype": torch_dtype, "device": torch.device(device)}
-            lazy = {name: lazy_component(classes[name], location, name, **options) for name in lazy_names}
+            # Offloading moves whatever there is.
+            lazy_names = [] if decodes or offload else lazy_component_names(pipeline_class, classes)
+            on = torch.device(device)
+            options: dict[str, Any] = {
+                name: lazy_component(classes[name], location, name, dtype=own_dtype or torch_dtype, device=on)
+                for name in lazy_names
+            }
+            if quantization is not None:
+                options["quantization_config"] = quantized_transformers(quantization, classes, location)
             if shares_weights:
-                lazy |= transformers_to_share(classes, location, **options)
+                reason = None if quantization is None else f"quantization={quantization!r} needs them whole"
+                options |= transformers_to_share(classes, location, dtype=torch_dtype, device=on, why_not=reason)
             with _loading_reported(on_component):
-                pipe = DiffusionPipeline.from_pretrained(location, dtype=torch_dtype, **lazy)
-        except ModelNotFoundError:
+                dtypes = dtype_of_components(torch_dtype, own_dtype)
+                pipe = DiffusionPipeline.from_pretrained(location, dtype=dtypes, **options)
+            if own_dtype not in (None, torch_dtype):
+                if "vae" not in classes:
+                    raise ConfigError(f"vae_dtype={vae_dtype!r}, and {source.name} has no vae: leave it out")
+                cast_inputs(pipe.vae)
+        except OmniSPError:
             raise
         except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ModelNotFoundError(f"{source.name} cannot be loaded ({type(error).__name__}): {reason}") from error
-        return pipe.to(device)
+        return place(pipe, device, offload)
 
 
 def import_classes(source: ModelSource) -> None:
@@ -153,13 +177,26 @@ def import_classes(source: ModelSource) -> None:
             _classes(source.location)
 
 
-def _load_single_file(source: ModelSource, dtype: Any, on_component: OnComponent) -> Any:
+def _require_folder_for(source: ModelSource, **options: Any) -> None:
+    """Refuse options that a model of one file cannot have.
+
+    Raises:
+        ConfigError: one of them is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}={value!r} is for pipelines in folders, and {source.name} is one file: leave it out"
+            )
+
+
+def _load_single_file(source: ModelSource, dtype: Any, quantization: str | None, on_component: OnComponent) -> Any:
     file = local_file(source.location)
     location = source.single_file_config or pipeline_of(file)
     pipeline_class, classes = _classes(location)
     on_component("", 0, len(classes))
     with _loading_reported(on_component):
-        return read_pipeline(file, location, pipeline_class, classes, dtype)
+        return read_pipeline(file, location, pipeline_class, classes, dtype, quantization)
 
 
 def _folder(location: str) -> str:

@@ -34,7 +34,12 @@ _DTYPES = {
 
 
 def transformers_to_share(
-    classes: Mapping[str, Any], location: str, *, dtype: torch.dtype, device: torch.device
+    classes: Mapping[str, Any],
+    location: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    why_not: str | None = None,
 ) -> dict[str, Any]:
     """Build the transformers of a pipeline without their weights. Warns of those that each rank has to read whole.
 
@@ -43,6 +48,7 @@ def transformers_to_share(
         location: the folder of the pipeline.
         dtype: of their weights.
         device: where these are to be.
+        why_not: why none of them can be read in parts.
     """
     from diffusers import ModelMixin
 
@@ -51,6 +57,8 @@ def transformers_to_share(
         if not name.startswith("transformer") or not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
             continue
         try:
+            if why_not is not None:
+                raise ValueError(why_not)
             found[name] = _to_share(kind, location, name, dtype, device)
         except ValueError as reason:
             warnings.warn(

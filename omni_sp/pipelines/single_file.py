@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omni_sp.errors import ModelNotFoundError
+from omni_sp.errors import ConfigError, ModelNotFoundError, OmniSPError
+from omni_sp.pipelines.fitting import quantization_config
 
 SUFFIXES = (".safetensors", ".gguf")
 _HUB_URL = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/main/(.+)")
@@ -72,22 +73,34 @@ def pipeline_of(file: str) -> str:
     return str(known)
 
 
-def read_pipeline(file: str, location: str, pipeline_class: Any, classes: Mapping[str, Any], dtype: Any) -> Any:
+def read_pipeline(
+    file: str,
+    location: str,
+    pipeline_class: Any,
+    classes: Mapping[str, Any],
+    dtype: Any,
+    quantization: str | None = None,
+) -> Any:
     """Read a pipeline: from the file what it holds, the rest from the pipeline at ``location``.
 
     Raises:
+        ConfigError: the file holds text encoders too, or quantised weights, and is to be quantised.
         ModelNotFoundError: the file is damaged, or holds something else than that pipeline's weights.
     """
     from diffusers import DiffusionPipeline
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     names = _names(file)
+    is_whole = any(name.startswith(_TEXT_ENCODERS) for name in names)
+    if quantization is not None and (is_whole or not names):
+        what = "holds a whole pipeline" if is_whole else "is quantised already"
+        raise ConfigError(f"quantization={quantization!r}, and {file} {what}: leave it out")
     try:
-        if any(name.startswith(_TEXT_ENCODERS) for name in names):
+        if is_whole:
             return pipeline_class.from_single_file(file, config=location, torch_dtype=dtype)
-        components = _components(file, names, location, classes, dtype)
+        components = _components(file, names, location, classes, dtype, quantization)
         return DiffusionPipeline.from_pretrained(location, dtype=dtype, **components)
-    except ModelNotFoundError:
+    except OmniSPError:
         raise
     except NotImplementedError as error:  # torch's, of a weight without data
         raise ModelNotFoundError(f"{file} lacks weights that {location} needs: {_WAY_OUT}") from error
@@ -98,7 +111,9 @@ def read_pipeline(file: str, location: str, pipeline_class: Any, classes: Mappin
         ) from error
 
 
-def _components(file: str, names: list[str], location: str, classes: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+def _components(
+    file: str, names: list[str], location: str, classes: Mapping[str, Any], dtype: Any, quantization: str | None
+) -> dict[str, Any]:
     """The transformer, and the VAE where the file holds it."""
     if "transformer_2" in classes:
         raise ModelNotFoundError(
@@ -110,13 +125,17 @@ def _components(file: str, names: list[str], location: str, classes: Mapping[str
         from diffusers import GGUFQuantizationConfig
 
         options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization)
     denoiser = "unet" if "unet" in classes else "transformer"
     wanted = [denoiser, *(["vae"] if any(name.startswith(_VAE) for name in names) else [])]
     for name in wanted:
         if not hasattr(classes.get(name), "from_single_file"):
             raise ModelNotFoundError(f"diffusers reads no {name} of {location} from a single file")
     return {
-        name: classes[name].from_single_file(file, config=location, subfolder=name, torch_dtype=dtype, **options)
+        name: classes[name].from_single_file(
+            file, config=location, subfolder=name, torch_dtype=dtype, **(options if name == denoiser else {})
+        )
         for name in wanted
     }
 

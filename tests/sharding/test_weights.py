@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from torch.testing._internal.two_tensor import TwoTensor
 
 from omni_sp import DiffusionParallelConfig, ParallelMesh, parallelize
 from omni_sp.collectives import require_equal
@@ -27,6 +26,7 @@ from omni_sp.sharding.weights import held_bytes
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
 from tests.library_versions import OFFLOADS_GROUPS_ON_CPU
+from tests.sharding.quantised import ScaledWeight
 from tests.sharding.test_changed import add_lora
 from tests.sharding.test_replay import CHANGES, changed_after_recording, offloaded
 from tests.sharding.zoo.all import ENTRIES
@@ -229,41 +229,38 @@ def test_a_rank_that_reads_alone_does_not_hang(ranks: RankPool) -> None:
     assert other == ("", "", True)
 
 
-class Quantised(torch.nn.Module):
-    """A linear layer whose weight is made of two tensors."""
-
-    def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        half = linear.weight.detach() / 2
-        self.weight = torch.nn.Parameter(TwoTensor(half.clone(), half.clone()), requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight: Any = self.weight
-        return torch.nn.functional.linear(x, weight.a + weight.b, self.bias)
-
-
-def quantised(mesh: ParallelMesh) -> tuple[bool, bool, bool, bool]:
+def quantised(mesh: ParallelMesh) -> dict[str, bool]:
     model = randomise(ENTRIES[SD3].build())
-    for block in model.transformer_blocks:
-        block.ff.net[2] = Quantised(block.ff.net[2])
-    parts = [x.clone() for block in model.transformer_blocks for x in leaves_of(block.ff.net[2].weight)]
+    linears = [block.ff.net[2] for block in model.transformer_blocks]
+    for linear in linears:
+        linear.weight = ScaledWeight.of(linear.weight)
+    parts = [x.clone() for linear in linears for x in leaves_of(linear.weight)]
+    output = first(model, SD3)
     handle = parallelize(model, plain_mesh(mesh))
-    wanted = first(model, SD3)
+    wanted = [first(model, SD3) for _ in range(3)]
+    linears[1].weight.scale = linears[1].weight.scale * 3  # as those who move such weights exchange their tensors
+    changed = first(model, SD3)
+    linears[1].weight.scale = parts[3].clone()
+    found = {
+        "exact": relative_error(wanted[0], output) <= 1e-5,
+        "replayed": all(torch.equal(x, wanted[0]) for x in wanted) and handle.blocks.replayed > 0,
+        "never followed": not handle.blocks.followed,
+        "seen": relative_error(changed, output) > 1e-4 and torch.equal(first(model, SD3), wanted[0]),
+    }
     handle.remove()
     handle = parallelize(model, mesh)
-    equal = torch.equal(first(model, SD3), wanted)
-    weight: Any = model.transformer_blocks[0].ff.net[2].weight
-    freed = type(weight) is ShardedWeight and not any(x.numel() for x in leaves_of(weight.weight))
-    kind = isinstance(weight, TwoTensor)
+    found["equal"] = all(torch.equal(first(model, SD3), wanted[0]) for _ in range(2)) and handle.blocks.replayed > 0
+    weight: Any = linears[0].weight
+    found["freed"] = type(weight) is ShardedWeight and not any(x.numel() for x in leaves_of(weight.weight))
+    found["kind"] = isinstance(weight, ScaledWeight)
     handle.remove()
-    after = [x for block in model.transformer_blocks for x in leaves_of(block.ff.net[2].weight)]
-    return equal, freed, kind, all(map(torch.equal, parts, after))
+    after = [x for linear in linears for x in leaves_of(linear.weight)]
+    return {**found, "restored": all(map(torch.equal, parts, after))}
 
 
 def test_weights_that_are_made_of_several_tensors(ranks: RankPool) -> None:
     for found in ranks.run(quantised, ulysses=2, shard_weights=True):
-        assert all(found)
+        assert all(found.values()), found
 
 
 def shared_by_blocks(mesh: ParallelMesh) -> tuple[bool, bool, bool]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from omni_sp.sharding.diffusers_internals import has_group_offloading
 from omni_sp.sharding.forward_context import current_forward
 from omni_sp.sharding.replay.recorder import Recorder
 from omni_sp.sharding.replay.state import ModuleState, aliases, describe, modes
@@ -122,6 +123,8 @@ class BlockPlayer:
     def _reason_to_follow(self) -> str:
         if self._is_foreign:
             return "there is code that is no library's in the block: it may do more than compute"
+        if any(map(has_group_offloading, self._block.modules())):
+            return "group offloading moves its weights"
         return "the block has hooks on its output" if self._block._forward_hooks else ""
 
 

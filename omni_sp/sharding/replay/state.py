@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from omni_sp.sharding.diffusers_internals import active_attention_backend
 from omni_sp.sharding.foreign_code import has_global_hooks
 from omni_sp.sharding.replay.tape import signature_of
+from omni_sp.sharding.weight_parts import leaves_of
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
@@ -20,13 +22,16 @@ class ModuleState:
     """A module's modules, attributes and weights as they were, to see whether anybody changed them.
 
     Attributes:
-        weights: its parameters and buffers, each as often as it is there.
+        weights: its parameters and buffers, each as often as it is there; of a quantised one the tensors it is made of.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
         modules = list(module.modules())
         # Each as often as it is there, so that blocks which share other weights among their modules differ.
-        self.weights = [x for part in modules for x in (*part.parameters(False), *part.buffers(False))]
+        held = [x for part in modules for x in (*part.parameters(False), *part.buffers(False))]
+        self.weights = [leaf for x in held for leaf in leaves_of(x)]
+        # Whoever moves a quantised weight gives it other tensors, and it stays the same weight.
+        self._made_of = [(x, tuple(leaves_of(x))) for x in held if hasattr(x, "__tensor_flatten__")]
         self._module = module
         self._types = [(x.dtype, x.shape) for x in self.weights]
         self._dicts = [vars(owner) for owner in _owners(modules)]
@@ -52,6 +57,7 @@ class ModuleState:
                 for held, tensors in zip(self._held, self._tensors, strict=True)
                 for now, before in zip(held.values(), tensors, strict=False)
             )
+            and all(all(map(operator.is_, leaves_of(x), leaves)) for x, leaves in self._made_of)
             and [(x.dtype, x.shape) for x in self.weights] == self._types
         )
 
@@ -76,7 +82,7 @@ def _copied(value: Any) -> Any:
 def _describe_module(path: str, module: torch.nn.Module) -> Any:
     """What of a module decides which operations it does, but for its weights' numbers."""
     weights = tuple(
-        (name, None if x is None else (x.shape, x.stride(), x.dtype, type(x)))
+        (name, None if x is None else (x.shape, x.stride(), x.dtype, type(x), _describe_parts(x)))
         for held in (module._parameters, module._buffers)
         for name, x in held.items()
     )
@@ -87,6 +93,16 @@ def _describe_module(path: str, module: torch.nn.Module) -> Any:
         # How a LoRA layer was made, which says where in the model it is. Its forward does not look at it.
         attributes["kwargs"] = {name: x for name, x in attributes["kwargs"].items() if name != "target_name"}
     return path, type(module), _plain(attributes), weights
+
+
+def _describe_parts(weight: torch.Tensor) -> Any:
+    """Of a weight that is made of several tensors, what decides which operations are done to them."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return None
+    names, context = weight.__tensor_flatten__()
+    parts = [getattr(weight, name) for name in names]
+    shapes = tuple((x.shape, x.stride(), x.dtype, _describe_parts(x)) for x in parts)
+    return tuple(names), shapes, _plain(context)
 
 
 def _is_plain(value: Any) -> bool:

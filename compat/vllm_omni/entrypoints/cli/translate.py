@@ -12,6 +12,12 @@ from omni_sp.errors import ConfigError
 _SEVERAL_VALUES = ("--served-model-name", "--api-key")
 _OURS = ("--model", "--dtype", "--allowed-origins", "--vae-patch-parallel-size")
 """Options that have another name here, or other values."""
+_SWITCHES = {
+    "--use-hsdp": "--shard-weights",
+    "--enable-cpu-offload": "--offload=model",
+    "--enable-layerwise-offload": "--offload=group",
+}
+"""Options without a value that have another name here."""
 _DTYPES = {"half": "float16", "float": "float32"}
 _WHY_NOT = {
     "--cfg, --usp and --ring say how many processes or GPUs share a picture; leave it out": (
@@ -28,7 +34,11 @@ _WHY_NOT = {
         "--disable-log-requests --disable-log-stats --log-stats --logging-config --log-config-file"
     ),
     "every request has its own seed, steps and guidance; name them there": "--seed --default-sampling-params",
-    "weights run as they are, in --dtype; leave it out": "--quantization -q --load-format",
+    "--quantization int8 or fp8 says how weights are kept; leave it out": "-q --quantization-config",
+    "weights are read as they are; leave it out": "--load-format",
+    "--use-hsdp shards over the ranks of --usp and --ring, and --cfg has a copy for each group; leave it out": (
+        "--hsdp-shard-size --hsdp-replicate-size"
+    ),
     "only classes of diffusers and transformers are loaded; leave it out": "--trust-remote-code",
     "the cache of the hub is used (HF_HOME moves it); download another revision and name its folder": (
         "--revision --download-dir"
@@ -39,7 +49,6 @@ _WHY_NOT = {
     "one diffusers pipeline is served, from its own folder; leave it out": "--stage-configs-path --deploy-config",
     "token and head counts that nothing divides are always taken; leave it out": "--ulysses-mode",
     "results are exact, and nothing is kept from step to step; leave it out": "--cache-backend --cache-config",
-    "weights stay on their GPU; leave it out": "--enable-cpu-offload --enable-layerwise-offload",
     "--vae-parallel on lets all ranks decode a picture together, exactly and without tiles; leave it out": (
         "--vae-use-slicing --vae-use-tiling"
     ),
@@ -81,6 +90,10 @@ def _translate(words: Sequence[str]) -> Iterator[str]:
         values = [] if value is None else [value]
         if name == "--help":
             yield name  # vLLM's users ask for --help=all
+        elif name in _SWITCHES:
+            if value is not None:
+                raise ConfigError(f"{name} takes no value")
+            yield _SWITCHES[name]
         elif name in _SEVERAL_VALUES:
             while rest and value is None and not rest[0].startswith("-"):
                 values.append(rest.pop(0))
