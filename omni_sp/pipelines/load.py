@@ -154,7 +154,8 @@ def load_pipeline(
                 options |= transformers_to_share(classes, location, dtype=torch_dtype, device=on, why_not=reason)
             with _loading_reported(on_component):
                 dtypes = dtype_of_components(torch_dtype, own_dtype)
-                pipe = DiffusionPipeline.from_pretrained(location, dtype=dtypes, **options)
+                # By its own class, which takes components that it could do without, too.
+                pipe = (pipeline_class or DiffusionPipeline).from_pretrained(location, dtype=dtypes, **options)
             if own_dtype not in (None, torch_dtype):
                 if "vae" not in classes:
                     raise ConfigError(f"vae_dtype={vae_dtype!r}, and {source.name} has no vae: leave it out")

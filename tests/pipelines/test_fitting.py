@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 
-from omni_sp import ConfigError, DiffusionParallelConfig, ParallelMesh, parallelize
-from omni_sp.errors import OmniSPError
-from omni_sp.pipelines import fitting
+from omni_sp import ConfigError, DiffusionParallelConfig, ModelNotFoundError, ParallelMesh, parallelize
+from omni_sp.errors import UnsupportedModelError
 from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL
 from omni_sp.requests import engine_options
+from omni_sp.testing.models import save_flux
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import relative_error
 from tests.library_versions import OFFLOADS_GROUPS_ON_CPU
@@ -63,3 +65,55 @@ def test_ranks_draw_what_one_process_draws(ranks: RankPool, options: dict[str, s
         assert found["vae_ranks"] == 2
         moves = "group offloading moves its weights"
         assert set(found["blocks"]["followed"]) <= ({moves} if options.get("offload") == "group" else set())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantization": "int4"}, "quantization='int4': give 'int8' or 'fp8'"),
+        ({"offload": "disk"}, "offload='disk': give 'model' or 'group', or None"),
+        ({"vae_dtype": "int8"}, "vae_dtype='int8': give one of float32"),
+        ({"offload": "model", "cuda_graphs": True}, "offload='model' and cuda_graphs=True, which reads weights where"),
+        ({"offload": "group", "compile": True}, "offload='group' and compile=True, which compiles blocks without"),
+        (
+            {"offload": "group", "parallel_config": DiffusionParallelConfig(ulysses_degree=2, shard_weights=True)},
+            "offload='group' and shard_weights=True, which shards the weights that it moves: leave out one of them",
+        ),
+        *([] if HAS_TORCHAO else [({"quantization": "fp8"}, "quantization='fp8' needs torchao: pip install")]),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        engine_options(SHAPES_MODEL, **options)
+    assert str(caught.value).startswith(message)
+
+
+def test_what_a_model_cannot_have_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_flux(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    (tmp_path / "transformer" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})
+    )
+    with pytest.raises(ConfigError, match=r"quantization='int8': transformer of .* was quantised .* \(bitsandbytes\)"):
+        load_pipeline(resolve_model(tmp_path), quantization="int8")
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ConfigError, match="vae_dtype='float32' is for pipelines in folders"):
+        load_pipeline(resolve_model(weights, tmp_path), vae_dtype="float32")
+    monkeypatch.setattr(FluxPipeline, "model_cpu_offload_seq", None)
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="offload='model' of FluxPipeline: Model CPU offload cannot be"):
+        load_pipeline(resolve_model(tmp_path), offload="model")
+    (tmp_path / "model_index.json").write_text(json.dumps({name: x for name, x in index.items() if name != "vae"}))
+    with pytest.raises((ConfigError, ModelNotFoundError)):
+        load_pipeline(resolve_model(tmp_path), vae_dtype="bfloat16")
+
+
+def test_a_vae_takes_latents_of_another_dtype(tmp_path: Path) -> None:
+    save_flux(tmp_path)
+    vae = load_pipeline(resolve_model(tmp_path), dtype="bfloat16", vae_dtype="float32").vae
+    assert vae.dtype == torch.float32
+    latents = torch.randn(1, vae.config.latent_channels, 4, 4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(vae.decode(latents).sample, type(vae).decode(vae, latents.float()).sample)
+        assert vae.encode(x=torch.zeros(1, 3, 16, 16, dtype=torch.bfloat16)).latent_dist.mean.dtype == torch.float32
