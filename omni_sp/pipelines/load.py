@@ -127,7 +127,7 @@ def load_pipeline(
 
     from omni_sp.pipelines.fitting import cast_inputs, dtype_of_components, place, quantized_transformers
     from omni_sp.pipelines.lazy_components import lazy_component, lazy_component_names
-    from omni_sp.pipelines.sharded_loading import transformers_to_share
+    from omni_sp.pipelines.sharded_loading import transformers_to_share, warn_of_whole
 
     torch_dtype = getattr(torch, dtype or default_dtype(device))
     own_dtype = None if vae_dtype is None else getattr(torch, vae_dtype)
@@ -135,6 +135,8 @@ def load_pipeline(
         try:
             if is_single_file(source.location):
                 _require_folder_for(source, vae_dtype=vae_dtype)
+                if shares_weights:
+                    warn_of_whole("the transformer", "they are in a single file")
                 pipe = _load_single_file(source, torch_dtype, quantization, on_component)
                 return place(pipe, device, offload)
             location = _folder(source.location) if shares_weights else source.location

@@ -61,11 +61,16 @@ def transformers_to_share(
                 raise ValueError(why_not)
             found[name] = _to_share(kind, location, name, dtype, device)
         except ValueError as reason:
-            warnings.warn(
-                f"shard_weights=True: each rank reads all weights of {name} before it keeps its part, since {reason}",
-                stacklevel=4,
-            )
+            warn_of_whole(name, str(reason))
     return found
+
+
+def warn_of_whole(name: str, reason: str) -> None:
+    """Warn that every rank reads a transformer whole."""
+    warnings.warn(
+        f"shard_weights=True: each rank reads all weights of {name} before it keeps its part, since {reason}",
+        stacklevel=4,
+    )
 
 
 def read_share(model: torch.nn.Module) -> None:

@@ -25,7 +25,13 @@ assert DiffusionParallelConfig(cfg_parallel_size=2, ring_degree=2).world_size ==
 assert DiffusionParallelConfig(vae_patch_parallel_size=1).vae_parallel is False
 assert DiffusionParallelConfig(ulysses_degree=2, use_hsdp=True).shard_weights is True
 assert DiffusionParallelConfig(use_hsdp=False).shard_weights is False
-for wrong in ({"use_hsdp": 1}, {"use_hsdp": True, "shard_weights": True}, {"vae_patch_parallel_size": 0}, {"vae_patch_parallel_size": 2, "vae_parallel": True}, {"usp": 2}):
+for wrong in (
+    {"use_hsdp": 1},
+    {"use_hsdp": True, "shard_weights": True},
+    {"vae_patch_parallel_size": 0},
+    {"vae_patch_parallel_size": 2, "vae_parallel": True},
+    {"usp": 2},
+):
     try:
         DiffusionParallelConfig(**wrong)
     except omni_sp.ConfigError:

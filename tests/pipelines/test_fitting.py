@@ -29,7 +29,7 @@ OPTIONS: list[dict[str, str]] = [
     *([{"offload": "group"}] if OFFLOADS_GROUPS_ON_CPU else []),
     *([{"quantization": "int8"}, {"quantization": "fp8", "offload": "model"}] if HAS_TORCHAO else []),
 ]
-CALL = {**SHAPES_CALL, "height": 80, "width": 48, "num_inference_steps": 3}
+CALL = {**SHAPES_CALL, "height": 80, "width": 48, "num_inference_steps": 2}
 
 
 def draw(pipe: Any, output_type: str) -> torch.Tensor:
@@ -97,11 +97,13 @@ def test_what_a_model_cannot_have_is_refused_by_name(tmp_path: Path, monkeypatch
     )
     with pytest.raises(ConfigError, match=r"quantization='int8': transformer of .* was quantised .* \(bitsandbytes\)"):
         load_pipeline(resolve_model(tmp_path), quantization="int8")
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
     weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ConfigError, match="vae_dtype='float32' is for pipelines in folders"):
         load_pipeline(resolve_model(weights, tmp_path), vae_dtype="float32")
+    with pytest.warns(UserWarning, match="all weights of the transformer .* since they are in a single file"):
+        load_pipeline(resolve_model(weights, tmp_path), shares_weights=True)
     monkeypatch.setattr(FluxPipeline, "model_cpu_offload_seq", None)
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="offload='model' of FluxPipeline: Model CPU offload cannot be"):
         load_pipeline(resolve_model(tmp_path), offload="model")
     (tmp_path / "model_index.json").write_text(json.dumps({name: x for name, x in index.items() if name != "vae"}))
