@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from omni_sp import ParallelMesh, parallelize
 from omni_sp.pipelines.lazy_components import has_unread_weights
-from omni_sp.pipelines.load import load_pipeline, resolve_model
+from omni_sp.pipelines.load import ModelSource, load_pipeline, resolve_model
 from omni_sp.pipelines.sharded_loading import read_share, transformers_to_share
 from omni_sp.sharding.replay import block_lists
 from omni_sp.sharding.weight_parts import StoredWeight
@@ -109,8 +109,9 @@ def test_each_rank_reads_its_part(ranks: RankPool, folder: Path, dtype: str, uly
         assert found["held"][0] == found["held"][1]
 
 
-def test_what_touches_a_transformer_before_has_it_read_whole(folder: Path) -> None:
-    pipe = load_pipeline(resolve_model(folder), shares_weights=True)
+def test_what_touches_a_transformer_before_has_it_read_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiffusionPipeline, "download", {"owner/wan": folder}.__getitem__)  # from the hub, or its cache
+    pipe = load_pipeline(ModelSource(name="owner/wan", location="owner/wan"), shares_weights=True)
     assert pipe.transformer.patch_embedding.weight.device.type == "cpu"
     assert not has_unread_weights(pipe.transformer)
     assert has_unread_weights(pipe.transformer_2)
