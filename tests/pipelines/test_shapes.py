@@ -27,7 +27,7 @@ from training.shapes.world import (
     unit_outline,
 )
 
-_NUM_PROMPTS = 64 if THOROUGH else 32
+_NUM_PROMPTS = 64 if THOROUGH else 16
 _BATCH_SIZE = 16
 
 
