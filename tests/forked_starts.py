@@ -107,7 +107,7 @@ def _start_on(self: SpawnLauncher, connection: Connection, title: str) -> Any:
 
 def _parent_pid(_: object = None) -> int:
     fork_context()
-    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = multiprocessing.forkserver._forkserver
     server.ensure_running()
     return int(server._forkserver_pid)
 
