@@ -1,7 +1,8 @@
-"""Results of transformer calls that one group computed and all need: their shapes, and one exchange of their bytes."""
+"""Results of transformer calls that groups computed for all: their shapes, and one exchange of their bytes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils._pytree import TreeSpec
 from omni_sp.collectives import all_gather, gather_ints
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
+from omni_sp.sharding.batch_rows import BatchRows
 from omni_sp.sharding.lazy import LazyTensor
 
 _ALIGNMENT = 16  # bytes
@@ -26,11 +28,13 @@ class Output:
         leaves: a `Shape` for each tensor, and what else there is as it is.
         spec: the structure that they are in.
         modules: the modules that computed it, as of `omni_sp.sharding.call_state.CallState`.
+        rows: where the rows of its batch are, which groups may share; or why they may not; None without a batch.
     """
 
     leaves: tuple[Any, ...]
     spec: TreeSpec
     modules: int
+    rows: BatchRows | str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,33 @@ class Result:
     """One call of a round.
 
     Attributes:
-        owner: the group that computes it.
+        lengths: how many rows of the batch each group computes; of a call that one group computes whole, 1 for it.
         lazies: what all groups get.
-        tensors: what the owner computed; empty on other groups.
-        error: what the owner's call raised.
+        dims: for each tensor the dim of its rows, which are the groups' in their order; None where one computes all.
+        reason: why one group computes a batch whole; empty where there is none, or it need not be shared.
+        tensors: what this group computed.
+        error: what its call raised.
     """
 
-    owner: int
+    lengths: Sequence[int]
     lazies: list[LazyTensor]
+    dims: Sequence[int] | None = None
+    reason: str = ""
     tensors: list[torch.Tensor] = field(default_factory=list)
     error: Exception | None = None
+
+    def shapes(self, group: int) -> list[tuple[int, ...]]:
+        """The shapes of what a group computes; none where it computes nothing."""
+        if not self.lengths[group]:
+            return []
+        shapes = [list(x.shape) for x in self.lazies]
+        for shape, dim in zip(shapes, self.dims or (), strict=self.dims is not None):
+            shape[dim] = self.lengths[group]
+        return [tuple(shape) for shape in shapes]
+
+    def num_bytes(self, group: int) -> int:
+        """The bytes of what a group computes, in its message."""
+        return sum(_num_bytes(shape, x.dtype) for shape, x in zip(self.shapes(group), self.lazies, strict=False))
 
 
 def exchange_results(results: Sequence[Result], axis: Axis) -> None:
@@ -75,11 +96,9 @@ def exchange_results(results: Sequence[Result], axis: Axis) -> None:
     Raises:
         ShardingError: a group raised an error (which is raised there), or its results look otherwise than before.
     """
-    own = [result for result in results if result.owner == axis.rank]
+    own = [result for result in results if result.lengths[axis.rank]]
     _require_all_well(own, axis)
-    sizes = [0] * axis.size
-    for result in results:
-        sizes[result.owner] += sum(map(_num_bytes, result.lazies))
+    sizes = [sum(result.num_bytes(group) for result in results) for group in range(axis.size)]
     device = results[0].lazies[0].device
     pending = all_gather(sizes, torch.uint8, device, axis)
     parts = [part for result in own for x in result.tensors for part in _bytes_of(x)]
@@ -88,15 +107,25 @@ def exchange_results(results: Sequence[Result], axis: Axis) -> None:
     received = pending.wait()
     starts = [sum(sizes[:group]) for group in range(axis.size)]
     for result in results:
+        pieces: list[list[torch.Tensor]] = [[] for _ in result.lazies]
+        for group in range(axis.size):
+            for index, shape in enumerate(result.shapes(group)):
+                begin, dtype = starts[group], result.lazies[index].dtype
+                starts[group] += _num_bytes(shape, dtype)
+                # The group that has computed it keeps its own.
+                is_own = group == axis.rank
+                pieces[index].append(result.tensors[index] if is_own else _tensor_in(received, begin, shape, dtype))
         for index, lazy in enumerate(result.lazies):
-            begin = starts[result.owner]
-            starts[result.owner] += _num_bytes(lazy)
-            # The group that has computed it keeps its own.
-            lazy.receive(result.tensors[index] if result.owner == axis.rank else _tensor_in(received, begin, lazy))
+            if result.dims is None and result.tensors:
+                numbers = result.tensors[index]
+            else:
+                numbers = pieces[index][0] if result.dims is None else torch.cat(pieces[index], result.dims[index])
+                numbers = _with_strides(numbers, lazy.stride())
+            lazy.receive(numbers)
 
 
 def _require_all_well(own: Sequence[Result], axis: Axis) -> None:
-    per_group = gather_ints([max(map(_state, own), default=0)], axis)
+    per_group = gather_ints([max((_state(result, axis.rank) for result in own), default=0)], axis)
     if all(of_group == (0,) for of_group in per_group):
         return
     error = next((result.error for result in own if result.error is not None), None)
@@ -108,27 +137,30 @@ def _require_all_well(own: Sequence[Result], axis: Axis) -> None:
     raise ShardingError(f"ranks {failed} {what} a transformer call that they compute for all")
 
 
-def _state(result: Result) -> int:
+def _state(result: Result, group: int) -> int:
     """What to tell the other groups of an own result: 0 where all is well."""
     if result.error is not None:
         return _ERROR
-    promised = [(x.shape, x.dtype, x.device) for x in result.lazies]
-    return 0 if [(x.shape, x.dtype, x.device) for x in result.tensors] == promised else _OTHER_SHAPES
+    promised = [(shape, x.dtype, x.device) for shape, x in zip(result.shapes(group), result.lazies, strict=True)]
+    return 0 if [(tuple(x.shape), x.dtype, x.device) for x in result.tensors] == promised else _OTHER_SHAPES
 
 
-def _num_bytes(x: torch.Tensor) -> int:
+def _num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     """The bytes of a tensor in a message, where each begins at a multiple that suits every dtype."""
-    return -(-x.numel() * x.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
 def _bytes_of(x: torch.Tensor) -> list[torch.Tensor]:
     flat = x.contiguous().reshape(-1).view(torch.uint8)
-    return [flat, flat.new_zeros(_num_bytes(x) - flat.numel())]
+    return [flat, flat.new_zeros(_num_bytes(x.shape, x.dtype) - flat.numel())]
 
 
-def _tensor_in(received: torch.Tensor, begin: int, like: LazyTensor) -> torch.Tensor:
-    num_bytes = like.numel() * like.dtype.itemsize
-    dense = received[begin : begin + num_bytes].view(like.dtype).view(like.shape)
-    if dense.stride() == like.stride():
-        return dense
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(dense)
+def _tensor_in(received: torch.Tensor, begin: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return received[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+
+
+def _with_strides(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """A tensor as the call returns it, of which the strides are seen."""
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)

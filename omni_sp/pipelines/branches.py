@@ -3,7 +3,8 @@
 With guidance a pipeline calls its transformer once for each branch. A call runs at once, on the group whose turn it is.
 The other groups skip it and get lazy tensors; when every group had its turn, or somebody needs a number, all results
 cross in one exchange. So nothing of the model is moved in time: its modules, hooks and contexts are, when a call runs,
-what they are in one process.
+what they are in one process. Where the branches, or several prompts, are rows of one batch, each group computes its
+rows of the call, if following the rows through the model has shown that they are computed apart.
 
 Ranks cannot part: all run the same program on the same shapes, so all count the same calls, and whether a call is
 shared follows from what all of them see, or from one exchange at the first call of its shape, which all compute.
@@ -16,24 +17,26 @@ import types
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from omni_sp.collectives import gather_ints
+from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
+from omni_sp.pipelines.branch_learning import PLAIN, key_of, reason_against, rows_of
 from omni_sp.pipelines.branch_results import Output, Result, Shape, exchange_results
 from omni_sp.pipelines.schedulers import step_function
+from omni_sp.sharding.batch_rows import BatchRows
 from omni_sp.sharding.call_state import CallState, call_state, changes_while
 from omni_sp.sharding.lazy import LazyRound, full_tensors
 from omni_sp.sharding.same_call import CallToken, SameCallCheck
 
 _ATTEMPTS = 3
 _MARK = "_omni_sp_exchanges"
-_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
 @dataclass
@@ -42,9 +45,9 @@ class BranchCounts:
 
     Attributes:
         steps: steps of schedulers that came after calls of a transformer.
-        units: calls of transformers.
+        units: calls of transformers; of a call that groups shared by rows, its rows.
         rounds: how many of them came one after the other; the others ran at the same time.
-        reasons: why calls were computed by every group -> how many.
+        reasons: why calls were computed by every group, or batches by one -> how many.
     """
 
     steps: int = 0
@@ -79,7 +82,7 @@ class Branches:
         self.counts = BranchCounts()
         self._token: object = None
         self._begin_round()
-        self._called_since_step = False
+        self._calls = self._calls_per_step = 0
         self._known: dict[Any, Output | str] = {}
         self._attempts: Counter[Any] = Counter()
         self._owners: dict[tuple[int, str], int] = {}
@@ -176,8 +179,9 @@ class Branches:
 
     def _end_step(self) -> None:
         self.complete("the scheduler")
-        self.counts.steps += self._called_since_step
-        self._called_since_step = False
+        if self._calls:
+            self.counts.steps += 1
+            self._calls, self._calls_per_step = 0, self._calls
 
     def call(
         self,
@@ -192,8 +196,8 @@ class Branches:
         token = self._call_token()
         if token is not self._token:
             self._token = token
-            self.drop()  # what an earlier call of the pipeline has left behind
-        self._called_since_step = True
+            self._begin_call()
+        self._calls += 1
         args, kwargs = full_tensors((args, kwargs), "the input of the next call")
         state, has_steps = call_state(model), self._watch_steps()
         reason = self._reason_for_all(state, args, kwargs) if has_steps else "the pipeline has no scheduler"
@@ -201,13 +205,26 @@ class Branches:
             return self._computed_by_all(reason, run(*args, **kwargs))
         if not self._results:  # the groups are in step, and wait for each other as little as between two rounds
             check.before_forward(args, kwargs, None if state.context else ())
-        key = (index, *_key(args, kwargs))
+        key = (index, *key_of(args, kwargs))
         output = self._known.get(key)
         if isinstance(output, str):
             return self._computed_by_all(output, run(*args, **kwargs))
         if output is None or output.modules != state.modules:
             return self._first_call(model, index, key, state, run, args, kwargs)
-        return self._shared_call(output, self._owner(index, state), run, args, kwargs)
+        return self._shared_call(output, self._lengths(output, index, state), run, args, kwargs)
+
+    def _begin_call(self) -> None:
+        """Forget what an earlier call of the pipeline has left behind. A collective call.
+
+        One that failed may have ended on some ranks before others learned something: then all learn it anew.
+        """
+        self.drop()
+        self._calls = 0
+        learned = [self._calls_per_step, len(self._known), sum(self._attempts.values()), len(self._owners)]
+        if len(set(gather_ints(learned, self._mesh.world))) > 1:
+            self._calls_per_step = 0
+            for one in (self._known, self._attempts, self._owners):
+                one.clear()
 
     def _reason_for_all(self, state: CallState, args: Any, kwargs: Any) -> str | None:
         """Why every group has to compute a call; None where one can for all."""
@@ -216,7 +233,7 @@ class Branches:
         if torch.is_grad_enabled():
             return "gradients are enabled"
         for leaf in tree_flatten((args, kwargs))[0]:
-            if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
+            if not isinstance(leaf, (torch.Tensor, *PLAIN)):
                 return f"a call gets an object that it may write to, {type(leaf).__name__}"
         return None
 
@@ -226,13 +243,23 @@ class Branches:
         self.counts.reasons[reason] += 1
         return output
 
-    def _owner(self, index: int, state: CallState) -> int:
-        """The group that computes a call: who keeps its context, or the first of those that had the fewest turns."""
+    def _lengths(self, output: Output, index: int, state: CallState) -> list[int]:
+        """How many rows of a call each group computes; of one that is computed whole, 1 for its group.
+
+        That is who keeps its context, or those that had the fewest turns of this round.
+        """
+        lengths, size = [0] * self._axis.size, self._axis.size
         if state.context is not None:
             same_model = sum(1 for of_model, _ in self._owners if of_model == index)
-            return self._owners.setdefault((index, state.context), same_model % self._axis.size)
-        turns = Counter(result.owner for result in self._results)
-        return min(range(self._axis.size), key=lambda group: (turns[group], group))
+            lengths[self._owners.setdefault((index, state.context), same_model % size)] = 1
+            return lengths
+        turns = [sum(result.lengths[group] for result in self._results) for group in range(size)]
+        # Where a step's calls are one for each group, none needs to be shared, and the bits are those of one process.
+        fills_rounds = self._calls_per_step > 0 and self._calls_per_step % size == 0
+        is_shared = isinstance(output.rows, BatchRows) and not fills_rounds
+        for _ in range(output.rows.count if isinstance(output.rows, BatchRows) and is_shared else 1):
+            lengths[min(range(size), key=lambda group: (turns[group] + lengths[group], group))] += 1
+        return lengths
 
     def _first_call(
         self,
@@ -249,13 +276,13 @@ class Branches:
         given = tree_flatten((args, kwargs))[0]
         structure = tree_flatten((args, kwargs))[1]
         before = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
-        result, changes = changes_while(model, lambda: run(*args, **kwargs))
+        result, changes = self._run_on_all(model, lambda: run(*args, **kwargs))
         leaves, spec = tree_flatten(result)
-        reason = _reason_against(leaves, given, before, structure == tree_flatten((args, kwargs))[1])
+        reason = reason_against(leaves, given, before, structure == tree_flatten((args, kwargs))[1])
         if reason is None and changes and state.context is None:
             reason = "the model keeps something from call to call"
         described = tuple(Shape.of(x) if isinstance(x, torch.Tensor) else x for x in leaves)
-        output = Output(described, spec, state.modules)
+        output = Output(described, spec, state.modules, None)
         checksum = zlib.crc32(repr((described, spec)).encode())
         answers = gather_ints([reason is None, checksum], self._mesh.world)
         if len(set(answers)) > 1 or reason is not None:
@@ -264,25 +291,54 @@ class Branches:
             if self._attempts[key] == _ATTEMPTS:  # what a model sets up at its first call is no state
                 self._known[key] = reason
             return self._computed_by_all(reason, result)
-        self._known[key] = output
-        owner = self._owner(index, state)
         if state.context is None:
+            tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+            self._known[key] = replace(output, rows=rows_of(model, self._mesh, run, args, kwargs, tensors))
             return self._computed_by_all("the first call of its shapes", result)
+        self._known[key] = output
+        lengths = self._lengths(output, index, state)
         # The other groups may have missed what this context has seen before.
-        return full_tensors(self._shared_call(output, owner, lambda: result, (), {}), "the first call of its shapes")
+        return full_tensors(self._shared_call(output, lengths, lambda: result, (), {}), "the first call of its shapes")
+
+    def _run_on_all(self, model: torch.nn.Module, run: Callable[[], Any]) -> tuple[Any, bool]:
+        """What a call returns that every group computes, and whether it changed the model. A collective call.
+
+        Raises:
+            ShardingError: it raised an error on other ranks. On these it is that error.
+        """
+        error = None
+        try:
+            found = changes_while(model, run)
+        except Exception as raised:
+            error = raised
+        failed = [
+            rank
+            for rank, (is_bad,) in zip(self._axis.ranks, gather_ints([int(error is not None)], self._axis), strict=True)
+            if is_bad
+        ]
+        if error is not None:
+            raise error
+        if failed:
+            raise ShardingError(f"ranks {failed} raised an error in a transformer call that all of them compute")
+        return found
 
     def _shared_call(
         self,
         output: Output,
-        owner: int,
+        lengths: Sequence[int],
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
         shapes = [leaf for leaf in output.leaves if isinstance(leaf, Shape)]
         lazies = [self._round.tensor(shape.size, shape.strides, shape.dtype, shape.device) for shape in shapes]
-        result = Result(owner, lazies)
-        if owner == self._axis.rank:
+        result = Result(lengths, lazies, reason=output.rows if isinstance(output.rows, str) else "")
+        group = self._axis.rank
+        if isinstance(output.rows, BatchRows) and sum(lengths) == output.rows.count:
+            result.dims = output.rows.outputs
+            start = sum(lengths[:group])
+            args, kwargs = output.rows.take(args, kwargs, start, start + lengths[group])
+        if lengths[group]:
             try:
                 leaves = tree_flatten(run(*args, **kwargs))[0]
                 result.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
@@ -291,7 +347,7 @@ class Branches:
         self._results.append(result)
         found = iter(lazies)
         returned = tree_unflatten([next(found) if isinstance(x, Shape) else x for x in output.leaves], output.spec)
-        if len({one.owner for one in self._results}) < self._axis.size:
+        if not all(map(any, zip(*(one.lengths for one in self._results), strict=True))):
             return returned
         return full_tensors(returned, "all groups had their turn")
 
@@ -300,8 +356,11 @@ class Branches:
         if not results:
             return  # they were dropped
         self._begin_round()
-        self.counts.units += len(results)
-        self.counts.rounds += max(Counter(result.owner for result in results).values())
+        turns = [sum(lengths) for lengths in zip(*(result.lengths for result in results), strict=True)]
+        self.counts.units += sum(turns)
+        self.counts.rounds += max(turns)
+        if max(turns) == sum(turns):  # one group did it all
+            self.counts.reasons.update(result.reason for result in results if result.reason)
         exchange_results(results, self._axis)
 
 
@@ -323,31 +382,3 @@ class _SharedCalls:
         """Call the transformer."""
         run = self.compiled or self._model._call_impl
         return self._branches.call(self._model, self._index, self._check, run, args, kwargs)
-
-
-def _key(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What the shapes of a call's results follow from. Numbers with a point are no sizes."""
-    leaves, spec = tree_flatten((args, kwargs))
-    described = tuple(Shape.of(x) if isinstance(x, torch.Tensor) else _value(x) for x in leaves)
-    return described, spec, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
-
-
-def _value(x: Any) -> Any:
-    return type(x) if isinstance(x, (float, complex)) else (type(x), x)
-
-
-def _reason_against(leaves: Sequence[Any], given: Sequence[Any], before: Sequence[Any], is_same: bool) -> str | None:
-    """Why the results of a call, and what it did to its arguments, forbid that another group makes it."""
-    if not all(isinstance(x, _PLAIN) or type(x) is torch.Tensor for x in leaves):
-        return "a call returns an object"
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    if not tensors or len({x.device for x in tensors}) > 1 or any(x.layout != torch.strided for x in tensors):
-        return "a call returns no tensors on one device"
-    arguments = [x for x in given if isinstance(x, torch.Tensor)]
-    memory = {x.untyped_storage().data_ptr() for x in arguments if x.numel()}
-    if any(x.untyped_storage().data_ptr() in memory for x in tensors if x.numel()):
-        return "a call returns an argument"
-    copies = [x for x in before if isinstance(x, torch.Tensor)]
-    if not is_same or not all(map(torch.equal, arguments, copies)):
-        return "a call writes to an argument"
-    return None

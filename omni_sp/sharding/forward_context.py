@@ -32,6 +32,7 @@ class ShardedForward:
         gathers: operation -> how often it needed the full tensor of one that is sharded.
         has_sharded: whether any tensor was sharded yet.
         masks: what this forward found out about its attention masks.
+        splits_tokens: whether the token streams are sharded where they begin; False where another dim is.
     """
 
     mesh: ParallelMesh
@@ -40,6 +41,7 @@ class ShardedForward:
     gathers: dict[str, int]
     has_sharded: bool = False
     masks: dict[Hashable, Any] = field(default_factory=dict)
+    splits_tokens: bool = True
 
     def count_gather(self, operation: str) -> None:
         """Note that an operation needed a full tensor."""

@@ -245,8 +245,10 @@ def install_stream_hook(
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if torch.compiler.is_compiling():  # on one rank, where there is nothing to shard
             return args, kwargs
-        positional = list(args)
-        on_shard = require_running(path).record_shard
+        positional, forward = list(args), require_running(path)
+        if not forward.splits_tokens:
+            return args, kwargs
+        on_shard = forward.record_shard
         for name, split in inputs.items():
             index = names.index(name) if name else 0
             if not name and not args:

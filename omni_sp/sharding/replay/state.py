@@ -34,7 +34,7 @@ class ModuleState:
         self._made_of = [(x, tuple(leaves_of(x))) for x in held if hasattr(x, "__tensor_flatten__")]
         self._module = module
         self._types = [(x.dtype, x.shape) for x in self.weights]
-        self._dicts = [vars(owner) for owner in _owners(modules)]
+        self._dicts = [vars(owner) for owner in attribute_owners(modules)]
         self._copies = [_copied(owned) for owned in self._dicts]
         self._held = [x for part in modules for x in (part._parameters, part._buffers)]
         self._tensors = [tuple(held.values()) for held in self._held]
@@ -62,7 +62,7 @@ class ModuleState:
         )
 
 
-def _owners(modules: Sequence[torch.nn.Module]) -> list[Any]:
+def attribute_owners(modules: Sequence[torch.nn.Module]) -> list[Any]:
     """Modules, their processors, and the plain objects among their attributes: all whose attributes count."""
     owners: list[Any] = list(modules)
     for owner in owners:  # it grows on the way

@@ -134,10 +134,10 @@ def _under_any_mask(
 
 
 def _mask_follows_query(mask: TokenTensor, query: Any) -> bool:
-    """True where each rank holds the part of the mask that is about its own queries."""
-    if not isinstance(query, TokenTensor) or query.shard_dim != query.ndim - 2:
+    """True where each rank holds the part of the mask that is about its own queries, or rows of the batch."""
+    if not isinstance(query, TokenTensor) or query.shard_dim > query.ndim - 2:
         return False
-    return mask.shard_dim == mask.ndim - 2 and mask.placement == query.placement
+    return mask.shard_dim - mask.ndim == query.shard_dim - query.ndim and mask.placement == query.placement
 
 
 def _on_full_tensors(query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> torch.Tensor:
@@ -155,7 +155,9 @@ def _along_batch(query: TokenTensor, key: Any, value: Any, mask: Any, options: d
         return _on_full_tensors(query, key, value, mask, options)
     else:
         k, v = (query.shard_like(x, dim) if x.shape[dim] > 1 else x for x in (key, value))
-    if mask is not None and mask.ndim >= query.ndim - query.shard_dim:
+    if isinstance(mask, TokenTensor):
+        mask = mask.local
+    elif mask is not None and mask.ndim >= query.ndim - query.shard_dim:
         dim_from_end = query.shard_dim - query.ndim
         mask = mask if mask.shape[dim_from_end] == 1 else query.shard_like(mask, mask.ndim + dim_from_end)
     if q.numel() == 0:

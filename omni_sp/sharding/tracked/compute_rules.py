@@ -107,6 +107,13 @@ def _gather_indices(func: Any, x: Any, dim: int, index: Any, **kwargs: Any) -> A
     return x.wrap(func(x.local, dim, index.local, **kwargs))
 
 
+@rule(aten.embedding)
+def _embedding(func: Any, weight: Any, indices: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(weight, TokenTensor):
+        return NotImplemented
+    return indices.wrap(func(weight, indices.local, *args, **kwargs))
+
+
 @rule(
     aten.sum, aten.mean, aten.amax, aten.amin, aten.max, aten.min, aten.argmax, aten.argmin, aten.var, aten.std,
     aten.var_mean, aten.any, aten.all, aten.linalg_vector_norm, aten.norm, aten.prod, aten.logsumexp,
@@ -199,3 +206,24 @@ def _num_normalized_dims(shape: Any = None, **kwargs: Any) -> int:
 FUNCTION_RULES[F.linear] = _on_last_dims(F.linear, lambda *_args, **_kwargs: 1)
 for _norm in (F.layer_norm, F.rms_norm, torch.rms_norm):
     FUNCTION_RULES[_norm] = _on_last_dims(_norm, _num_normalized_dims)
+
+
+_NUM_BEFORE_MASKS = 11
+"""Arguments of torch's function behind query, key and value, and before its masks."""
+
+
+def _multi_head_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Attention of torch's own module, which takes (tokens, batch, channels): batches are independent."""
+    tensors, (others, _) = (query, key, value), tree_flatten((args, kwargs))
+    if not all(isinstance(x, TokenTensor) and x.ndim == 3 and x.shard_dim == 1 for x in tensors):
+        return NotImplemented
+    if any(x.placement != query.placement for x in tensors) or any(isinstance(x, TokenTensor) for x in others):
+        return NotImplemented
+    # A mask may be one for each row of the batch.
+    if len(args) > _NUM_BEFORE_MASKS or any(kwargs.get(name) is not None for name in ("attn_mask", "key_padding_mask")):
+        return NotImplemented
+    out, weights = F.multi_head_attention_forward(*(x.local for x in tensors), *args, **kwargs)
+    return query.wrap(out), None if weights is None else query.wrap(weights, 0)
+
+
+FUNCTION_RULES[F.multi_head_attention_forward] = _multi_head_attention
