@@ -39,6 +39,7 @@ class ShardHandle:
         gathers: operation of the model's code -> how often it needed a full tensor since ``reset_counts()``, such as
             ``{"aten.sort.default": 4}``; such operations are exact, and slow.
         tapes: what was recorded of blocks, and how their calls were made.
+        refresh: brings the hooks up to date with the modules that the model has; every forward begins with it.
     """
 
     def __init__(self, model: torch.nn.Module, compile_options: Mapping[str, Any] | None = None) -> None:
@@ -46,6 +47,7 @@ class ShardHandle:
         self.tokens: dict[str, int] = {}
         self.gathers: dict[str, int] = {}
         self.tapes = TapeStore(compile_options)
+        self.refresh: Callable[[], None] = lambda: None
         self._undo: list[Callable[[], None]] = []
 
     def reset_counts(self) -> None:
@@ -89,6 +91,13 @@ class ShardHandle:
         """Restore the model. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
+
+
+def refresh_hooks(model: torch.nn.Module) -> None:
+    """Bring a model's hooks up to date, where it is sharded: what its next forward changes is then not ours."""
+    handle = vars(model).get(_MARK)
+    if isinstance(handle, ShardHandle):
+        handle.refresh()
 
 
 def shard(
@@ -148,6 +157,7 @@ def shard(
         handle.on_remove(lambda: forward_hooks.end(model, None, None))
         handle.on_remove(hooks.remove)
         hooks.refresh()
+        handle.refresh = hooks.refresh
         handle.on_remove(model.register_forward_pre_hook(forward_hooks.begin, with_kwargs=True).remove)
         for path, module, inputs in resolve_plan(model, plan):
             if not path:

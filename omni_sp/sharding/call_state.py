@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from omni_sp.sharding.apply import refresh_hooks
 from omni_sp.sharding.diffusers_internals import contexts_of_stateful_hooks
 from omni_sp.sharding.foreign_code import has_foreign_forward, has_foreign_hooks, has_foreign_parts, has_global_hooks
 from omni_sp.sharding.replay.state import ModuleState
@@ -49,6 +50,7 @@ def call_state(model: torch.nn.Module) -> CallState:
 
 def changes_while(model: torch.nn.Module, run: Callable[[], Any]) -> tuple[Any, bool]:
     """What ``run`` returns, and whether it changed the model's attributes, or others' modules in it may have."""
+    refresh_hooks(model)
     before = ModuleState(model)
     result = run()
     return result, not before.is_current() or any(map(has_foreign_parts, model.modules()))
