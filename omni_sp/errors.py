@@ -83,7 +83,16 @@ class NonFiniteResultError(OmniSPError, ArithmeticError):
 
 
 class ShardingError(OmniSPError, RuntimeError):
-    """A sharded forward that could not be exact, or ranks that hold different things."""
+    """A sharded forward that could not be exact, or ranks that hold different things.
+
+    Args:
+        message: what was wrong, and the way out.
+        follows: it tells of an error that other ranks raise themselves.
+    """
+
+    def __init__(self, message: str, *, follows: bool = False) -> None:
+        super().__init__(message)
+        self.follows = follows
 
 
 class EngineError(OmniSPError, RuntimeError):

@@ -166,14 +166,17 @@ class ParallelMesh:
         degree = self.ulysses.size
         return tuple(self.ranks[start : start + degree] for start in range(0, self.world_size, degree))
 
-    def exchanges_so_far(self) -> int:
-        """A checksum of what this rank has sent and prepared to send, by axis and kind.
+    def exchanges_so_far(self) -> tuple[int, int, int]:
+        """What this rank has sent and prepared to send, by axis and kind, as checksums.
 
-        Ranks in step have the same one: between two calls of a pipeline, no exchange of theirs lacks a partner.
+        Ranks are in step where no exchange lacks a partner between two calls of a pipeline: then all have the same
+        second checksum, and those of one group the same first one. Groups make other calls of a transformer.
+
+        Returns:
+            The group, which is the rank's place on the cfg axis; what it sent within the group; what to others.
         """
-        axes = (self.cfg, self.ring, self.ulysses, self.sequence, self.world, self.weights)
-        counts = [(sorted(axis.traffic.calls.items()), axis.channel and axis.channel.num_prepared) for axis in axes]
-        return zlib.crc32(repr(counts).encode())
+        in_group = (self.ring, self.ulysses, self.sequence, self.weights)
+        return self.cfg.rank, _checksum(in_group), _checksum((self.cfg, self.world))
 
     def _axis(self, name: str, along: tuple[str, ...]) -> Axis:
         """The axis along some axes. All ranks make the same groups in the same order, as new_group demands."""
@@ -207,6 +210,11 @@ class ParallelMesh:
         size = self.ring.size
         rings = [f"[{' | '.join(groups[start : start + size])}]" for start in range(0, len(groups), size)]
         return f"{self.config.equation}; ring of {', '.join(rings)}"
+
+
+def _checksum(axes: Sequence[Axis]) -> int:
+    counts = [(sorted(axis.traffic.calls.items()), axis.channel and axis.channel.num_prepared) for axis in axes]
+    return zlib.crc32(repr(counts).encode())
 
 
 def _release_groups() -> None:

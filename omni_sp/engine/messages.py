@@ -224,7 +224,7 @@ class Done:
     kernels: Mapping[str, str] = field(default_factory=dict)
     vae_ranks: int = 1
     branches: Mapping[str, Any] = field(default_factory=dict)
-    exchanges: int = 0
+    exchanges: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +239,7 @@ class Failed:
         is_device_error: the device is in error, and what runs on it next would fail too.
         param: of a SamplingParamsError.
         place: the file and line that raised it.
+        follows: it tells of another rank's error, which that rank reports itself.
         kernels: shape of attention -> the kernel that was timed to be the fastest, with attention_backend="tune".
         exchanges: of what the rank has sent so far (see ParallelMesh.exchanges_so_far).
     """
@@ -252,7 +253,8 @@ class Failed:
     is_device_error: bool = False
     param: str | None = None
     place: str = ""
-    exchanges: int = 0
+    follows: bool = False
+    exchanges: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

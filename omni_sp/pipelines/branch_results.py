@@ -134,7 +134,7 @@ def _require_all_well(own: Sequence[Result], axis: Axis) -> None:
     failed = [rank for rank, (state,) in zip(axis.ranks, per_group, strict=True) if state]
     is_error = any(state == _ERROR for (state,) in per_group)
     what = "raised an error in" if is_error else "got results of other shapes from"
-    raise ShardingError(f"ranks {failed} {what} a transformer call that they compute for all")
+    raise ShardingError(f"ranks {failed} {what} a transformer call that they compute for all", follows=is_error)
 
 
 def _state(result: Result, group: int) -> int:

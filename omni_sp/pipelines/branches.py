@@ -319,7 +319,7 @@ class Branches:
         if error is not None:
             raise error
         if failed:
-            raise ShardingError(f"ranks {failed} raised an error in a transformer call that all of them compute")
+            raise ShardingError(f"ranks {failed} raised an error in a transformer call that all compute", follows=True)
         return found
 
     def _shared_call(

@@ -113,7 +113,7 @@ def test_a_refusal_by_one_rank_is_a_failure() -> None:
     engine.close()
 
 
-ALIKE = {"place": "a.py:1", "exchanges": 7}
+ALIKE = {"place": "a.py:1", "exchanges": (0, 7, 7)}
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,21 @@ ALIKE = {"place": "a.py:1", "exchanges": 7}
         (ALIKE, ALIKE, "all 2 ranks raised IndexError: out of range; the model stays loaded"),
         (ALIKE, ALIKE | {"message": "0 of 3"}, "all 2 ranks raised IndexError: out of range; the model stays loaded"),
         (ALIKE, ALIKE | {"place": "b.py:2"}, "all 2 ranks raised IndexError: out of range; the model stays loaded"),
-        (ALIKE | {"exchanges": 0}, None, "rank 0 of 2 raised IndexError: out of range; the model stays loaded"),
+        (ALIKE | {"exchanges": (0, 0, 0)}, None, "rank 0 of 2 raised IndexError: out of range; the model stays loaded"),
         (ALIKE, None, "rank 0 of 2 raised IndexError: out of range"),
-        (ALIKE, ALIKE | {"exchanges": 8}, "rank 0 of 2 raised IndexError: out of range"),
+        # Two groups of guidance make other exchanges within themselves; one group tells of the other's error.
+        (
+            ALIKE,
+            ALIKE | {"exchanges": (1, 8, 7)},
+            "all 2 ranks raised IndexError: out of range; the model stays loaded",
+        ),
+        (
+            ALIKE | {"follows": True, "kind": "ShardingError", "message": "rank 1 raised", "place": "b.py:2"},
+            ALIKE | {"exchanges": (1, 8, 7)},
+            "rank 1 of 2 raised IndexError: out of range; the model stays loaded",
+        ),
+        (ALIKE, ALIKE | {"exchanges": (1, 7, 8)}, "rank 0 of 2 raised IndexError: out of range"),
+        (ALIKE, ALIKE | {"exchanges": (0, 8, 7)}, "rank 0 of 2 raised IndexError: out of range"),
         (ALIKE, ALIKE | {"kind": "KeyError"}, "rank 0 of 2 raised IndexError: out of range"),
         (ALIKE, ALIKE | {"place": "b.py:2", "message": "0"}, "rank 0 of 2 raised IndexError: out of range"),
         (ALIKE | {"is_device_error": True}, ALIKE | {"is_device_error": True}, r"rank \d of 2 raised IndexError"),

@@ -16,6 +16,7 @@ from omni_sp.errors import (
     RankFailedError,
     RequestAbortedError,
     SamplingParamsError,
+    ShardingError,
 )
 
 Failures = Mapping[int, Failed | RankExited]
@@ -49,6 +50,7 @@ def as_message(error: BaseException) -> Failed:
         is_out_of_memory=_is_out_of_memory(error),
         is_device_error=_is_device_error(error),
         param=error.param if isinstance(error, SamplingParamsError) else None,
+        follows=isinstance(error, ShardingError) and error.follows,
         place=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "",
     )
 
@@ -65,7 +67,8 @@ def rank_failed(rank: int, size: int, failure: Failed) -> RankFailedError:
 
 def call_failed(failed: Mapping[int, Failed], size: int) -> CallFailedError:
     """The error for ranks that raised alike and are in step."""
-    rank, failure = min(failed.items())
+    rank, failure = min(failed.items(), key=lambda item: (item[1].follows, item[0]))
+    failed = {rank: one for rank, one in failed.items() if one.follows == failure.follows}
     who = f"all {size} ranks" if len(failed) == size > 1 else f"rank {rank} of {size}"
     return CallFailedError(
         f"{who} raised {failure.kind}: {_text_of(failure)}; the model stays loaded",
@@ -78,8 +81,9 @@ def call_failed(failed: Mapping[int, Failed], size: int) -> CallFailedError:
 def are_in_step(reports: Mapping[int, Done | Failed | RankExited], size: int) -> bool:
     """Whether the ranks can make the next call after these ends of one.
 
-    All have reported, so none waits in an exchange; all have made the same exchanges, so none of them lacks a partner;
-    and those that raised did so alike. A device in error cannot go on, nor can ranks whose connections broke.
+    All have reported, so none waits in an exchange; all have made the same exchanges (those of a group with each other,
+    see ParallelMesh.exchanges_so_far), so none of them lacks a partner; and those that raised did so alike, or tell of
+    the others' error. A device in error cannot go on, nor can ranks whose connections broke.
     """
     failed = [report for report in reports.values() if isinstance(report, Failed)]
     if len(reports) < size or any(isinstance(report, RankExited) for report in reports.values()):
@@ -87,8 +91,11 @@ def are_in_step(reports: Mapping[int, Done | Failed | RankExited], size: int) ->
     if any(failure.is_device_error or failure.is_peer_loss for failure in failed):
         return False
     exchanges = {report.exchanges for report in reports.values() if not isinstance(report, RankExited)}
-    texts, places = ({(one.kind, one.message) for one in failed}, {(one.kind, one.place) for one in failed})
-    return len(exchanges) == 1 and min(len(texts), len(places)) <= 1
+    groups, _, among_groups = (set(values) for values in zip(*exchanges, strict=True))
+    own = [one for one in failed if not one.follows] or failed
+    texts, places = ({(one.kind, one.message) for one in own}, {(one.kind, one.place) for one in own})
+    have_partners = len(exchanges) == len(groups) and len(among_groups) == 1
+    return have_partners and min(len(texts), len(places)) <= 1
 
 
 def raise_for(
@@ -145,7 +152,7 @@ def _kind_of(failure: Failed) -> FailureKind:
 def _cause_order(failure: Failed | RankExited) -> int:
     if isinstance(failure, RankExited):
         return 1
-    return 2 if failure.is_peer_loss else 0
+    return 2 if failure.is_peer_loss or failure.follows else 0
 
 
 def _describe_exit(exitcode: int | None) -> str:
