@@ -33,8 +33,9 @@ from omni_sp import (
 )
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.requests import PromptInput
-from tests.engine.accidents import KillRank, RaiseOnAllRanks, RaiseOnRank
+from tests.engine.accidents import AccidentIn, KillRank, RaiseOnAllRanks, RaiseOnRank
 from tests.engine.processes import alive, becomes_true, descendants
+from tests.thorough import THOROUGH
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red circle on a blue background"
@@ -266,6 +267,33 @@ def test_a_rank_that_is_killed_is_started_again_at_the_next_call() -> None:
     assert becomes_true(lambda: not alive(ranks[0]), 5.0)
     assert (pixels(omni.generate(PROMPT, small(seed=4))[0]) == drawn).all()
     omni.close()
+    assert descendants() == before
+
+
+def test_groups_of_guidance_come_back_from_every_accident() -> None:
+    """A branch raises, which ends no rank, and a rank dies in each stage of a picture; most of them with THOROUGH."""
+    before = descendants()
+    config = DiffusionParallelConfig(cfg_parallel_size=2, vae_parallel=True)
+    with Omni(SHAPES_MODEL, config, device="cpu") as omni:
+
+        def draw(**more: Any) -> Any:
+            params = small(seed=4, true_cfg_scale=2.0, negative_prompt="a star", extra_args=more)
+            return pixels(omni.generate(PROMPT, params)[0])
+
+        def hit(stage: str) -> None:
+            draw(callback_on_step_end=AccidentIn(1, stage))
+
+        drawn, ranks = draw(), rank_pids(omni)
+        with pytest.raises(CallFailedError, match="rank 1 of 2 raised ValueError: there is no such branch; the model"):
+            hit("branch")
+        assert (draw() == drawn).all()
+        assert rank_pids(omni) == ranks
+        for stage in ("exchange", "decode", "encode") if THOROUGH else ("exchange",):
+            if stage == "encode":
+                hit(stage)  # the next call dies while it encodes
+            with pytest.raises(RankFailedError, match="rank 1 of 2 was killed by signal 9"):
+                hit(stage)
+            assert (draw() == drawn).all()
     assert descendants() == before
 
 

@@ -47,12 +47,14 @@ class BranchCounts:
         steps: steps of schedulers that came after calls of a transformer.
         units: calls of transformers; of a call that groups shared by rows, its rows.
         rounds: how many of them came one after the other; the others ran at the same time.
+        rows: how many of them were rows of a batch.
         reasons: why calls were computed by every group, or batches by one -> how many.
     """
 
     steps: int = 0
     units: int = 0
     rounds: int = 0
+    rows: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     def as_dict(self, size: int) -> dict[str, Any]:
@@ -359,6 +361,7 @@ class Branches:
         turns = [sum(lengths) for lengths in zip(*(result.lengths for result in results), strict=True)]
         self.counts.units += sum(turns)
         self.counts.rounds += max(turns)
+        self.counts.rows += sum(sum(result.lengths) for result in results if result.dims is not None)
         if max(turns) == sum(turns):  # one group did it all
             self.counts.reasons.update(result.reason for result in results if result.reason)
         exchange_results(results, self._axis)

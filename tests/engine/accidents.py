@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from omni_sp.pipelines import branches
+
 
 @dataclass(frozen=True)
 class RaiseOnRank:
@@ -41,4 +43,35 @@ class KillRank:
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if dist.get_rank() == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
+        return tensors
+
+
+@dataclass(frozen=True)
+class AccidentIn:
+    """On one rank, kills its process in a later stage, or raises in its next branch of guidance.
+
+    Attributes:
+        stage: "exchange" of the branches, "decode", "encode" of the next call, or "branch", which raises.
+    """
+
+    rank: int
+    stage: str
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if dist.get_rank() != self.rank or step:
+            return tensors
+
+        def kill(*_args: Any, **_kwargs: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def fail(*_args: Any, **_kwargs: Any) -> Any:
+            del pipe.transformer._call_impl
+            raise ValueError("there is no such branch")
+
+        if self.stage == "exchange":
+            branches.exchange_results = kill
+        elif self.stage == "branch":
+            pipe.transformer._call_impl = fail
+        else:
+            setattr(*{"decode": (pipe.vae, "decode"), "encode": (type(pipe), "encode_prompt")}[self.stage], kill)
         return tensors

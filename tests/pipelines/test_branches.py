@@ -1,4 +1,4 @@
-"""The branches of guidance on groups of ranks: the result of one process to the bit, and how much is shared."""
+"""The branches of guidance on groups of ranks: they draw what one process draws, and share as much as they can."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 from omni_sp import DiffusionParallelConfig, ParallelMesh, parallelize
 from omni_sp.errors import ConfigError, ShardingError, UnsupportedModelError
+from omni_sp.pipelines.branch_results import Result, exchange_results
+from omni_sp.sharding.lazy import LazyRound
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import relative_error
 from tests.pipelines.zoo.all import ENTRIES
@@ -17,8 +19,8 @@ from tests.pipelines.zoo.branches import COUNTS, PAGE, draw_twice, page
 from tests.pipelines.zoo.check import build, draw, expected_output
 from tests.thorough import THOROUGH
 
-# Two transformers, three branches, guidance that ends early, a guider, one call, and a cache object;
-# OMNI_SP_THOROUGH=1 tries every pipeline.
+# Two transformers, three branches, guidance that ends early, a guider, one call, a cache object, and rows of batches
+# with residuals of a ControlNet and positions of the first row; OMNI_SP_THOROUGH=1 tries every pipeline.
 SOME = (
     "WanPipeline",
     "StableDiffusion3Pipeline, skip layer guidance",
@@ -26,6 +28,8 @@ SOME = (
     "HunyuanVideo15Pipeline",
     "FluxPipeline",
     "Flux2KleinKVPipeline",
+    "StableDiffusion3ControlNetPipeline",
+    "Flux2Pipeline",
 )
 NAMES = [name for name, entry in ENTRIES.items() if entry.runs_here and (THOROUGH or name in SOME)]
 QWEN = "QwenImagePipeline"
@@ -33,30 +37,36 @@ Counts = dict[str, Any]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_groups_draw_the_bits_of_one_process(ranks: RankPool, name: str) -> None:
+def test_two_groups_draw_what_one_process_draws(ranks: RankPool, name: str) -> None:
     expected = expected_output(ranks, name)
     for results, counts, restored in ranks.run(draw_twice, name, cfg=2, vae_parallel=False):
-        assert all(torch.equal(result, expected) for result in results)
+        for result in results:  # kernels round a batch of another size otherwise
+            assert relative_error(result, expected) <= (ENTRIES[name].error if counts["rows"] else 0.0)
         assert [counts["units"], counts["rounds"]] == COUNTS[name]
         assert restored
 
 
 @pytest.mark.parametrize(
-    ("name", "cfg", "ulysses"),
+    ("name", "cfg", "ulysses", "expected_counts"),
     [
-        (QWEN, 2, 2),
-        ("StableDiffusion3Pipeline, skip layer guidance", 2, 2),
-        ("LTX2Pipeline, 2.3", 3, 1),
+        (QWEN, 2, 2, COUNTS[QWEN]),
+        (
+            "StableDiffusion3Pipeline, skip layer guidance",
+            2,
+            2,
+            COUNTS["StableDiffusion3Pipeline, skip layer guidance"],
+        ),
+        ("LTX2Pipeline, 2.3", 3, 1, [9, 3]),  # a step's three calls, one of them a batch, are one for each group
     ],
 )
-def test_with_tokens_split_and_on_three_groups(ranks: RankPool, name: str, cfg: int, ulysses: int) -> None:
+def test_with_tokens_split_and_on_three_groups(
+    ranks: RankPool, name: str, cfg: int, ulysses: int, expected_counts: list[int]
+) -> None:
     expected = expected_output(ranks, name)
     for results, counts, restored in ranks.run(draw_twice, name, cfg=cfg, ulysses=ulysses, vae_parallel=False):
         for result in results:
             assert relative_error(result, expected) <= (ENTRIES[name].error if ulysses > 1 else 0.0)
-        units, rounds = COUNTS[name]
-        assert counts["units"] == units
-        assert counts["rounds"] == (3 if cfg == 3 else rounds)  # three steps
+        assert [counts["units"], counts["rounds"]] == expected_counts
         assert restored
 
 
@@ -154,6 +164,177 @@ def test_what_people_add(ranks: RankPool, case: Any, args: Any, units: int, roun
         assert (counts["units"], counts["rounds"]) == (units, rounds)
         assert (counts["note"] or "").find(note or "") >= 0
         assert (counts["note"] is None) == (note is None)
+
+
+def batches(mesh: ParallelMesh, cases: list[tuple[int, bool]]) -> list[tuple[float, Counts]]:
+    """Batches of so many prompts, with guidance in the same batch or without."""
+    name, found = "StableDiffusion3Pipeline", []
+    pipe = build(name, torch.float32)
+    handle = parallelize(pipe, mesh)
+    assert handle.branches is not None
+    for prompts, is_guided in cases:
+        rows = torch.arange(prompts) % 2
+        given = {key: x[rows] if isinstance(x, torch.Tensor) else x for key, x in ENTRIES[name].arguments().items()}
+        given |= {"guidance_scale": 3.0 if is_guided else 0.0, "num_inference_steps": 2}
+        handle.remove()
+        expected = draw(pipe, given)
+        handle = parallelize(pipe, mesh)
+        errors = []
+        for _ in range(2):
+            handle.reset_counts()
+            errors.append(relative_error(draw(pipe, given), expected))
+        found.append((max(errors), handle.branches.counts.as_dict(mesh.cfg.size)))
+    handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cfg", "cases", "expected"),
+    [
+        (2, [(3, False), (1, False)], [(6, 4, 6, None), (2, 2, 0, "a step calls the transformer once")]),
+        (3, [(1, True)], [(4, 2, 4, None)]),  # one group has no row
+    ],
+)
+def test_uneven_rows_of_batches(ranks: RankPool, cfg: int, cases: Any, expected: Any) -> None:
+    for found in ranks.run(batches, cases, cfg=cfg, vae_parallel=False):
+        for (error, counts), (units, rounds, rows, note) in zip(found, expected, strict=True):
+            assert error <= 1e-5
+            assert (counts["units"], counts["rounds"], counts["rows"]) == (units, rounds, rows)
+            assert (counts["note"] or "").endswith(note or "")
+
+
+def exchanged(mesh: ParallelMesh) -> None:
+    """Of one round: a call by rows with two tensors, one of them along its second dim, and a whole one."""
+    group, axis, number = mesh.cfg.rank, mesh.cfg, torch.arange(24.0)
+    first, second, whole = number.view(4, 6), number.view(3, 4, 2).int(), number.view(6, 4).t()
+    lengths = [3, 0, 1]
+    start = sum(lengths[:group])
+    results = []
+    round_ = LazyRound(lambda _reason: exchange_results(results, axis))
+    for tensors, counts, dims in (((first, second), lengths, [0, 1]), ((whole,), [0, 1, 0], None)):
+        lazies = [round_.tensor(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+        results.append(Result(counts, lazies, dims))
+        if counts[group]:
+            own = (
+                tensors
+                if dims is None
+                else (x.narrow(d, start, counts[group]) for x, d in zip(tensors, dims, strict=True))
+            )
+            results[-1].tensors = list(own)
+    sums = results[0].lazies[0] + 1, results[0].lazies[1] * 2
+    for lazy, plain in zip((*sums, results[1].lazies[0]), (first + 1, second * 2, whole), strict=True):
+        assert torch.equal(lazy.full("the test"), plain)
+        assert lazy.full("the test").stride() == plain.stride()
+    if group == 2:  # a row less than promised
+        results[0].tensors[1] = results[0].tensors[1][:, :0]
+    with pytest.raises(ShardingError, match=r"ranks \[2\] got results of other shapes from a transformer call") as told:
+        exchange_results(results, axis)
+    assert not told.value.follows
+
+
+def test_rows_and_whole_results_of_one_round(ranks: RankPool) -> None:
+    ranks.run(exchanged, cfg=3)
+
+
+def with_a_lora(mesh: ParallelMesh) -> None:
+    """The strength of an adapter is an argument of each call."""
+    from peft import LoraConfig
+
+    pipe, arguments = qwen(2)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in pipe.transformer.named_parameters():
+            if "lora_" in name:
+                weight.normal_(generator=generator)
+    drawn = []
+    try:
+        for scale in (0.2, 1.0):
+            arguments["attention_kwargs"] = {"scale": scale}
+            drawn.append(draw(pipe, arguments))
+            equal, counts = drawn_with(mesh, arguments, pipe)
+            assert equal
+            assert (counts["units"], counts["rounds"]) == (4, 2)
+    finally:
+        pipe.transformer.delete_adapters("default")
+        build.cache_clear()
+    assert not torch.equal(*drawn), "the strength of the adapter does nothing"
+
+
+def with_an_interval(mesh: ParallelMesh) -> None:
+    """Guidance of some steps alone: two calls there, else one."""
+    from diffusers import ClassifierFreeGuidance
+
+    name = "HunyuanVideo15Pipeline"
+    pipe = build(name, torch.float32)
+    guider = pipe.guider
+    pipe.guider = ClassifierFreeGuidance(guidance_scale=4.0, start=0.25, stop=0.75)
+    try:
+        equal, counts = drawn_with(mesh, {**ENTRIES[name].arguments(), "num_inference_steps": 4}, pipe)
+    finally:
+        pipe.guider = guider
+    assert equal
+    assert (counts["steps"], counts["units"], counts["rounds"]) == (4, 6, 4)
+
+
+@pytest.mark.parametrize("case", [with_a_lora, with_an_interval])
+def test_calls_that_differ_from_step_to_step(ranks: RankPool, case: Any) -> None:
+    ranks.run(case, cfg=2, vae_parallel=False)
+
+
+def left_in_the_middle(mesh: ParallelMesh) -> tuple[bool, list[Any]]:
+    """Calls that end within a step: on all ranks while a result is awaited, at the first call of one, and apart."""
+    pipe, arguments = qwen(3)
+    expected = draw(pipe, arguments)
+    handle = parallelize(pipe, mesh)
+    branches = handle.branches
+    assert branches is not None
+    told: list[Any] = []
+
+    def left_at(number: int, rank: int | None, error: type[BaseException]) -> bool:
+        """Whether the next picture is right after a call of the transformer raised."""
+        plain, calls = type(pipe.transformer).forward, []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            if len(calls) == number and rank in (None, mesh.rank):
+                raise error("left")
+            return plain(*args, **kwargs)
+
+        forward.__globals__["__name__"], name = plain.__globals__["__name__"], __name__
+        type(pipe.transformer).forward = forward
+        try:
+            draw(pipe, arguments)
+        except (error, ShardingError) as raised:
+            told.append((type(raised).__name__, getattr(raised, "follows", False)))
+        finally:
+            type(pipe.transformer).forward = plain
+            forward.__globals__["__name__"] = name
+        return torch.equal(draw(pipe, arguments), expected)
+
+    right = left_at(1, 1, ValueError)  # the first call of its shapes, which both make
+    right &= left_at(2, None, ValueError)
+    right &= left_at(2, None, KeyboardInterrupt)
+    if mesh.rank == 1:  # as where it ended before the others learned something
+        branches._known.clear()
+        branches._calls_per_step = 1
+    right &= torch.equal(draw(pipe, arguments), expected)
+    handle.reset_counts()
+    right &= torch.equal(draw(pipe, arguments), expected)
+    told.append((branches.counts.units, branches.counts.rounds))
+    handle.remove()
+    return right, told
+
+
+def test_calls_that_are_left_leave_nothing_behind(ranks: RankPool) -> None:
+    for rank, (right, told) in enumerate(ranks.run(left_in_the_middle, cfg=2, vae_parallel=False)):
+        assert right
+        assert told == [
+            ("ValueError", False) if rank == 1 else ("ShardingError", True),
+            ("ValueError", False),
+            ("KeyboardInterrupt", False),
+            (6, 3),
+        ]
 
 
 def failing(mesh: ParallelMesh, kind: str) -> tuple[str, bool]:

@@ -17,18 +17,23 @@ from omni_sp.testing.ranks import RankPool
 
 COUNTS_FILE = Path(__file__).with_name("branch_counts.json")
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "guidance.md"
-COUNTS: dict[str, list[int]] = json.loads(COUNTS_FILE.read_text())
-"""Entry -> transformer calls in three steps, and how many of them come one after the other on two groups."""
+_MEASURED: dict[str, list[Any]] = json.loads(COUNTS_FILE.read_text())
+COUNTS: dict[str, list[int]] = {name: measured[:2] for name, measured in _MEASURED.items()}
+"""Entry -> transformer calls, or rows of them, in three steps, and how many come one after the other on two groups."""
 
 _HEAD = """# Pipelines whose guidance is shared
 
 `cfg_parallel_size=2` shares the transformer calls of a denoising step between two groups of ranks
-([how](use.md#from-python)). A call is a branch of guidance; where both branches are one batch, a step makes one call,
-and there is nothing to share. The table has what tiny models of the zoo do in three steps, once the shapes are known.
+([how](use.md#from-python)). A call is a branch of guidance. Where the branches, or several prompts, are one batch, a
+step makes one call, and the groups share its rows, which are then counted one by one: where following them through the
+model's own code has shown that they are computed apart, and a trial that a smaller batch gives the same numbers.
+
+The table has what tiny models of the zoo do in three steps, most of them with two prompts, once the shapes are known;
+where nothing is shared, it has the reason as `metrics["branches"]["note"]` tells it.
 `python -m tests.pipelines.zoo.branches --write` writes it, and `pytest tests/pipelines/test_branches.py` holds every
 line of it with `OMNI_SP_THOROUGH=1`.
 
-| pipeline | calls | one after the other | |
+| pipeline | calls or rows | one after the other | |
 |---|---|---|---|
 """
 
@@ -36,8 +41,8 @@ line of it with `OMNI_SP_THOROUGH=1`.
 def page() -> str:
     """The page with the table of all entries."""
     lines = [
-        f"| {name} | {calls} | {rounds} | {'shared' if rounds < calls else 'not shared'} |"
-        for name, (calls, rounds) in sorted(COUNTS.items())
+        f"| {name} | {calls} | {rounds} | {'shared' if rounds < calls else f'not shared: {reason}'} |"
+        for name, (calls, rounds, reason) in sorted(_MEASURED.items())
     ]
     return _HEAD + "\n".join(lines) + "\n"
 
@@ -71,9 +76,11 @@ def main() -> None:
     for name, entry in ENTRIES.items():
         if entry.runs_here:
             counts = pool.run(draw_twice, name, cfg=2, vae_parallel=False)[0][1]
-            COUNTS[name] = [counts["units"], counts["rounds"]]
+            reason = (counts["note"] or "").rpartition("found nothing to share: ")[2]
+            _MEASURED[name] = [counts["units"], counts["rounds"], reason]
     pool.close()
-    COUNTS_FILE.write_text(json.dumps(COUNTS, indent=1) + "\n")
+    lines = [f" {json.dumps(name)}: {json.dumps(measured)}" for name, measured in _MEASURED.items()]
+    COUNTS_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     PAGE.write_text(page())
 
 
