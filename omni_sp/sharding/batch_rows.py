@@ -140,7 +140,7 @@ def _followed_through(
     ]
     args, kwargs = _unflattened(followed, spec)
     try:
-        with _following(model, mesh, placement):
+        with _following(model, mesh, placement, sorted({x.device.index for x in results if x.is_cuda})):
             found = [x for x in tree_flatten(model.forward(*args, **kwargs))[0] if isinstance(x, torch.Tensor)]
     except _RowsDependError as reason:
         return str(reason)
@@ -202,12 +202,14 @@ class _RowsStayWhole(TorchDispatchMode):
 
 
 @contextmanager
-def _following(model: torch.nn.Module, mesh: ParallelMesh, placement: Placement) -> Iterator[None]:
+def _following(
+    model: torch.nn.Module, mesh: ParallelMesh, placement: Placement, devices: Sequence[int]
+) -> Iterator[None]:
     """While this lasts, the model takes followed rows: its tokens are not split, no block is replayed or compiled."""
     forward = ShardedForward(mesh, None, {}, {}, splits_tokens=False)
     with ExitStack() as stack:
         stack.enter_context(_attributes_kept(model))
-        stack.enter_context(torch.random.fork_rng(devices=[] if not torch.cuda.is_available() else None))
+        stack.enter_context(torch.random.fork_rng(devices))
         if is_any_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(activate(forward))
