@@ -1,7 +1,8 @@
 """One picture's stages: one process against several CPU ranks, in turns. The VAE, or the branches of guidance.
 
 python -m benchmarks.pipeline --stage vae --sizes 256 512
-python -m benchmarks.pipeline --stage guidance --sizes 256 512
+python -m benchmarks.pipeline --stage guidance --sizes 256 512    # a call for each branch
+python -m benchmarks.pipeline --stage rows --sizes 256 512        # both branches in one batch
 
 Other work on the machine makes seconds by the clock useless, so this counts the processor seconds of each rank, which
 has one thread. T1 / (P * T2) is the efficiency on P ranks: T1 of one process, T2 of the rank that took the most.
@@ -83,6 +84,46 @@ def denoise(mesh: ParallelMesh, size: int, rounds: int) -> Answer:
     return in_turns({BASE: lambda: steps(pipes[0]), OURS: lambda: steps(pipes[1])}, rounds)
 
 
+def build_batched() -> Any:
+    """A pipeline of Stable Diffusion 3, whose branches are one batch, with random weights, the same on all ranks."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    transformer = SD3Transformer2DModel(
+        sample_size=64,
+        num_layers=6,
+        num_attention_heads=8,
+        attention_head_dim=32,
+        caption_projection_dim=256,
+        joint_attention_dim=256,
+        pooled_projection_dim=128,
+        pos_embed_max_size=64,
+    )
+    missing = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    parts = {"transformer": randomise(transformer), "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipe = StableDiffusion3Pipeline(**parts, **dict.fromkeys(missing))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def denoise_batches(mesh: ParallelMesh, size: int, rounds: int) -> Answer:
+    """On one rank: the processor seconds of steps with both branches in one batch, alone and with rows shared."""
+    warnings.simplefilter("ignore")
+    pipes = [build_batched() for _ in range(2)]
+    parallelize(pipes[1], mesh)
+    generator = torch.Generator().manual_seed(2)
+    texts = {
+        f"{negative}{pooled}prompt_embeds": torch.randn(1, *((128,) if pooled else (77, 256)), generator=generator)
+        for negative in ("", "negative_")
+        for pooled in ("", "pooled_")
+    }
+
+    def steps(pipe: Any) -> Any:
+        call = {**texts, "guidance_scale": 4.0, "num_inference_steps": _STEPS, "height": size, "width": size}
+        return pipe(**call, generator=torch.Generator().manual_seed(1), output_type="latent").images
+
+    return in_turns({BASE: lambda: steps(pipes[0]), OURS: lambda: steps(pipes[1])}, rounds)
+
+
 def in_turns(contenders: dict[str, Callable[[], Any]], rounds: int) -> Answer:
     """Processor seconds of each contender, in turns, and how far apart their results are."""
     answer = Answer(seconds={name: [] for name in contenders})
@@ -101,13 +142,14 @@ def in_turns(contenders: dict[str, Callable[[], Any]], rounds: int) -> Answer:
 _STAGES: dict[str, tuple[Callable[..., Answer], str, str]] = {
     "vae": (decode, "ulysses", "VAE decode"),
     "guidance": (denoise, "cfg", f"{_STEPS} steps with guidance"),
+    "rows": (denoise_batches, "cfg", f"{_STEPS} steps with guidance in one batch"),
 }
 
 
 def main() -> None:
     """Parse, run, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("vae", "guidance"), default="vae")
+    parser.add_argument("--stage", choices=tuple(_STAGES), default="vae")
     parser.add_argument("--sizes", type=int, nargs="*", default=[256, 512], help="sides of the picture, in pixels")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
