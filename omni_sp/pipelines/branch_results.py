@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec
 from omni_sp.collectives import all_gather, gather_ints
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
-from omni_sp.sharding.batch_rows import BatchRows
+from omni_sp.sharding.batch_rows import BatchRows, Item
 from omni_sp.sharding.lazy import LazyTensor
 
 _ALIGNMENT = 16  # bytes
@@ -59,7 +59,8 @@ class Result:
     Attributes:
         lengths: how many rows of the batch each group computes; of a call that one group computes whole, 1 for it.
         lazies: what all groups get.
-        dims: for each tensor the dim of its rows, which are the groups' in their order; None where one computes all.
+        places: for each tensor where its rows are, as of `BatchRows.outputs`; None where one group computes all. The
+            groups have the rows in their order.
         reason: why one group computes a batch whole; empty where there is none, or it need not be shared.
         tensors: what this group computed.
         error: what its call raised.
@@ -67,23 +68,26 @@ class Result:
 
     lengths: Sequence[int]
     lazies: list[LazyTensor]
-    dims: Sequence[int] | None = None
+    places: Sequence[int | Item] | None = None
     reason: str = ""
     tensors: list[torch.Tensor] = field(default_factory=list)
     error: Exception | None = None
 
-    def shapes(self, group: int) -> list[tuple[int, ...]]:
-        """The shapes of what a group computes; none where it computes nothing."""
-        if not self.lengths[group]:
-            return []
-        shapes = [list(x.shape) for x in self.lazies]
-        for shape, dim in zip(shapes, self.dims or (), strict=self.dims is not None):
-            shape[dim] = self.lengths[group]
-        return [tuple(shape) for shape in shapes]
+    def shapes(self, group: int) -> dict[int, tuple[int, ...]]:
+        """The shapes of what a group computes, by the number of the tensor; none where it computes nothing."""
+        shapes: dict[int, tuple[int, ...]] = {}
+        start, length = sum(self.lengths[:group]), self.lengths[group]
+        for index, x in enumerate(self.lazies if length else ()):
+            place = None if self.places is None else self.places[index]
+            if isinstance(place, int):
+                shapes[index] = (*x.shape[:place], length, *x.shape[place + 1 :])
+            elif place is None or start <= place.row < start + length:
+                shapes[index] = tuple(x.shape)
+        return shapes
 
     def num_bytes(self, group: int) -> int:
         """The bytes of what a group computes, in its message."""
-        return sum(_num_bytes(shape, x.dtype) for shape, x in zip(self.shapes(group), self.lazies, strict=False))
+        return sum(_num_bytes(shape, self.lazies[index].dtype) for index, shape in self.shapes(group).items())
 
 
 def exchange_results(results: Sequence[Result], axis: Axis) -> None:
@@ -109,19 +113,19 @@ def exchange_results(results: Sequence[Result], axis: Axis) -> None:
     for result in results:
         pieces: list[list[torch.Tensor]] = [[] for _ in result.lazies]
         for group in range(axis.size):
-            for index, shape in enumerate(result.shapes(group)):
-                begin, dtype = starts[group], result.lazies[index].dtype
-                starts[group] += _num_bytes(shape, dtype)
+            for number, (index, shape) in enumerate(result.shapes(group).items()):
+                lazy, begin = result.lazies[index], starts[group]
+                starts[group] += _num_bytes(shape, lazy.dtype)
                 # The group that has computed it keeps its own.
-                is_own = group == axis.rank
-                pieces[index].append(result.tensors[index] if is_own else _tensor_in(received, begin, shape, dtype))
+                piece = result.tensors[number] if group == axis.rank else _tensor_in(received, begin, shape, lazy)
+                pieces[index].append(piece)
         for index, lazy in enumerate(result.lazies):
-            if result.dims is None and result.tensors:
-                numbers = result.tensors[index]
-            else:
-                numbers = pieces[index][0] if result.dims is None else torch.cat(pieces[index], result.dims[index])
-                numbers = _with_strides(numbers, lazy.stride())
-            lazy.receive(numbers)
+            place = None if result.places is None else result.places[index]
+            lazy.receive(
+                _with_strides(torch.cat(pieces[index], place), lazy.stride())
+                if isinstance(place, int)
+                else pieces[index][0]
+            )
 
 
 def _require_all_well(own: Sequence[Result], axis: Axis) -> None:
@@ -141,7 +145,10 @@ def _state(result: Result, group: int) -> int:
     """What to tell the other groups of an own result: 0 where all is well."""
     if result.error is not None:
         return _ERROR
-    promised = [(shape, x.dtype, x.device) for shape, x in zip(result.shapes(group), result.lazies, strict=True)]
+    promised = [
+        (shape, result.lazies[index].dtype, result.lazies[index].device)
+        for index, shape in result.shapes(group).items()
+    ]
     return 0 if [(tuple(x.shape), x.dtype, x.device) for x in result.tensors] == promised else _OTHER_SHAPES
 
 
@@ -155,8 +162,9 @@ def _bytes_of(x: torch.Tensor) -> list[torch.Tensor]:
     return [flat, flat.new_zeros(_num_bytes(x.shape, x.dtype) - flat.numel())]
 
 
-def _tensor_in(received: torch.Tensor, begin: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return received[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+def _tensor_in(received: torch.Tensor, begin: int, shape: Sequence[int], like: LazyTensor) -> torch.Tensor:
+    dense = received[begin : begin + math.prod(shape) * like.dtype.itemsize].view(like.dtype).view(tuple(shape))
+    return _with_strides(dense, like.stride()) if dense.shape == like.shape else dense
 
 
 def _with_strides(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:

@@ -337,7 +337,7 @@ class Branches:
         result = Result(lengths, lazies, reason=output.rows if isinstance(output.rows, str) else "")
         group = self._axis.rank
         if isinstance(output.rows, BatchRows) and sum(lengths) == output.rows.count:
-            result.dims = output.rows.outputs
+            result.places = output.rows.outputs
             start = sum(lengths[:group])
             args, kwargs = output.rows.take(args, kwargs, start, start + lengths[group])
         if lengths[group]:
@@ -361,7 +361,7 @@ class Branches:
         turns = [sum(lengths) for lengths in zip(*(result.lengths for result in results), strict=True)]
         self.counts.units += sum(turns)
         self.counts.rounds += max(turns)
-        self.counts.rows += sum(sum(result.lengths) for result in results if result.dims is not None)
+        self.counts.rows += sum(sum(result.lengths) for result in results if result.places is not None)
         if max(turns) == sum(turns):  # one group did it all
             self.counts.reasons.update(result.reason for result in results if result.reason)
         exchange_results(results, self._axis)

@@ -23,8 +23,19 @@ from omni_sp.sharding.forward_context import ShardedForward, activate
 from omni_sp.sharding.replay.state import attribute_owners
 from omni_sp.sharding.tracked import Placement, TokenTensor, even_placement
 from omni_sp.sharding.tracked.recording import activate_recording
+from omni_sp.sharding.tracked.row_rules import held_by
 
 _NEEDS_ALL = "needs all rows of a batch"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor that is one row, of a batch that is a list."""
+
+    row: int
+
+
+_LEFT_OUT = object()
 
 
 @dataclass(frozen=True)
@@ -33,28 +44,40 @@ class BatchRows:
 
     Attributes:
         count: how many rows there are.
-        inputs: for each leaf of the arguments the dim of its rows; None where all rows share it.
-        outputs: for each tensor of the results the dim of its rows.
+        inputs: for each leaf of the arguments the dim of its rows, or the row that it is; None where all rows share it.
+        outputs: for each tensor of the results the dim of its rows, or the row that it is.
     """
 
     count: int
-    inputs: tuple[int | None, ...]
-    outputs: tuple[int, ...] = ()
+    inputs: tuple[int | Item | None, ...]
+    outputs: tuple[int | Item, ...] = ()
 
     def take(self, args: Any, kwargs: Any, start: int, stop: int) -> tuple[Any, Any]:
         """The arguments of some rows, which are views."""
         leaves, spec = tree_flatten((args, kwargs))
-        taken = [
-            x if dim is None else x.narrow(dim, start, stop - start) for x, dim in zip(leaves, self.inputs, strict=True)
-        ]
-        return _unflattened(taken, spec)
+        taken = [_taken(x, place, start, stop) for x, place in zip(leaves, self.inputs, strict=True)]
+        args, kwargs = _unflattened(taken, spec)
+        return _without_left_out(args), _without_left_out(kwargs)
 
     def are_rows(self, part: Sequence[torch.Tensor], results: Sequence[torch.Tensor], start: int, stop: int) -> bool:
         """Whether what a call of some rows gave is, but for rounding, what a call of all gave for them."""
-        rows = [x.narrow(dim, start, stop - start) for x, dim in zip(results, self.outputs, strict=True)]
+        taken = [_taken(x, place, start, stop) for x, place in zip(results, self.outputs, strict=True)]
+        rows = [x for x in taken if x is not _LEFT_OUT]
         if [(x.shape, x.dtype) for x in part] != [(x.shape, x.dtype) for x in rows]:
             return False
         return all(map(_are_close, part, rows))
+
+
+def _taken(x: Any, place: int | Item | None, start: int, stop: int) -> Any:
+    if isinstance(place, Item):
+        return x if start <= place.row < stop else _LEFT_OUT
+    return x if place is None else x.narrow(place, start, stop - start)
+
+
+def _without_left_out(tree: Any) -> Any:
+    if type(tree) in (list, tuple):
+        return type(tree)(_without_left_out(x) for x in tree if x is not _LEFT_OUT)
+    return {name: _without_left_out(x) for name, x in tree.items()} if type(tree) is dict else tree
 
 
 def _are_close(some: torch.Tensor, others: torch.Tensor) -> bool:
@@ -77,18 +100,31 @@ def find_rows(args: Any, kwargs: Any) -> list[BatchRows] | str:
     """
     # The first value with more than a number for each row is what is denoised.
     values = [*args, *kwargs.values()]
-    denoised = next((x for x in values if not isinstance(x, torch.Tensor) or x.ndim > 1), None)
-    if isinstance(denoised, (list, tuple)) and len(denoised) > 1:
-        return "a batch comes as a list of tensors"
-    count = len(denoised) if isinstance(denoised, torch.Tensor) else 0
+    denoised = next((x for x in values if isinstance(x, (list, tuple, dict)) or _num_dims(x) > 1), ())
+    is_list = not isinstance(denoised, torch.Tensor)
+    if is_list and not all(isinstance(x, torch.Tensor) and x.ndim > 1 for x in denoised):
+        return "a batch comes as lists in a list"
+    count = len(denoised)
     if count < 2:
         return []
-    guess = [_dim_of(x, count) for x in tree_flatten((args, kwargs))[0]]
+    guess = [place for value in values for place in _places_in(value, count, is_list)]
     # Some models take the positions of the first row for all rows.
     names = [name for name, value in kwargs.items() for _ in tree_flatten(value)[0]]
     are_positions = [False] * (len(guess) - len(names)) + ["ids" in name.split("_") for name in names]
     of_all = [None if positions else dim for dim, positions in zip(guess, are_positions, strict=True)]
     return [BatchRows(count, tuple(one)) for one in ([guess] if of_all == guess else [guess, of_all])]
+
+
+def _num_dims(x: Any) -> int:
+    return x.ndim if isinstance(x, torch.Tensor) else 0
+
+
+def _places_in(value: Any, count: int, is_list: bool) -> list[int | Item | None]:
+    """A guess for each leaf of an argument."""
+    leaves = tree_flatten(value)[0]
+    if is_list and isinstance(value, list) and len(value) == len(leaves) == count and all(map(_num_dims, leaves)):
+        return [Item(row) for row in range(count)]
+    return [_dim_of(x, count) for x in leaves]
 
 
 def _dim_of(x: Any, count: int) -> int | None:
@@ -134,13 +170,10 @@ def _followed_through(
     placement = even_placement(rows.count, rows.count)
     axis = Axis("rows", tuple(range(rows.count)), 0, None, {})
     leaves, spec = tree_flatten((args, kwargs))
-    followed = [
-        x if dim is None else TokenTensor(x.narrow(dim, 0, 1).clone(), dim, placement, axis)
-        for x, dim in zip(leaves, rows.inputs, strict=True)
-    ]
+    followed = [_followed(x, place, placement, axis) for x, place in zip(leaves, rows.inputs, strict=True)]
     args, kwargs = _unflattened(followed, spec)
     try:
-        with _following(model, mesh, placement, sorted({x.device.index for x in results if x.is_cuda})):
+        with _following(model, mesh, rows, sorted({x.device.index for x in results if x.is_cuda})):
             found = [x for x in tree_flatten(model.forward(*args, **kwargs))[0] if isinstance(x, torch.Tensor)]
     except _RowsDependError as reason:
         return str(reason)
@@ -148,8 +181,29 @@ def _followed_through(
         return f"the rows of a batch cannot be followed: {type(error).__name__}"
     if [x.shape for x in found] != [x.shape for x in results]:
         return "the rows of a batch cannot be followed: the results have other shapes"
-    dims = [x.shard_dim for x in found if isinstance(x, TokenTensor) and x.placement == placement]
-    return replace(rows, outputs=tuple(dims)) if len(dims) == len(found) else f"a result {_NEEDS_ALL}"
+    places = [_place_of(x, placement) for x in found]
+    if None in places:
+        return f"a result {_NEEDS_ALL}"
+    return replace(rows, outputs=tuple(place for place in places if place is not None))
+
+
+def _followed(x: Any, place: int | Item | None, placement: Placement, axis: Axis) -> Any:
+    """A leaf of the arguments, of which the first of the imagined ranks has its row."""
+    if place is None:
+        return x
+    if not isinstance(place, Item):
+        return TokenTensor(x.narrow(place, 0, 1).clone(), place, placement, axis)
+    dim = max(x.ndim - 2, 0)  # models work on the last one
+    held = held_by(place.row, x.shape[dim], axis)
+    return TokenTensor(x.narrow(dim, 0, held.lengths[0]).clone(), dim, held, axis)
+
+
+def _place_of(x: torch.Tensor, placement: Placement) -> int | Item | None:
+    """The rows in a result; None where it is not made of rows alone."""
+    if not isinstance(x, TokenTensor):
+        return None
+    holders = [row for row, length in enumerate(x.placement.lengths) if length]
+    return x.shard_dim if x.placement == placement else Item(holders[0]) if len(holders) == 1 else None
 
 
 def _unflattened(leaves: list[Any], spec: TreeSpec) -> tuple[Any, Any]:
@@ -202,9 +256,7 @@ class _RowsStayWhole(TorchDispatchMode):
 
 
 @contextmanager
-def _following(
-    model: torch.nn.Module, mesh: ParallelMesh, placement: Placement, devices: Sequence[int]
-) -> Iterator[None]:
+def _following(model: torch.nn.Module, mesh: ParallelMesh, rows: BatchRows, devices: Sequence[int]) -> Iterator[None]:
     """While this lasts, the model takes followed rows: its tokens are not split, no block is replayed or compiled."""
     forward = ShardedForward(mesh, None, {}, {}, splits_tokens=False)
     with ExitStack() as stack:
@@ -215,7 +267,8 @@ def _following(
         stack.enter_context(activate(forward))
         stack.enter_context(tracking_flex_attention())
         stack.enter_context(activate_recording(_NoExchange()))
-        stack.enter_context(_RowsStayWhole(placement))
+        if not any(isinstance(place, Item) for place in rows.inputs):  # the rows of a list are taken one by one
+            stack.enter_context(_RowsStayWhole(even_placement(rows.count, rows.count)))
         yield
 
 

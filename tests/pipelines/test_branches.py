@@ -11,6 +11,7 @@ import torch
 from omni_sp import DiffusionParallelConfig, ParallelMesh, parallelize
 from omni_sp.errors import ConfigError, ShardingError, UnsupportedModelError
 from omni_sp.pipelines.branch_results import Result, exchange_results
+from omni_sp.sharding.batch_rows import Item
 from omni_sp.sharding.lazy import LazyRound
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import relative_error
@@ -204,25 +205,28 @@ def test_uneven_rows_of_batches(ranks: RankPool, cfg: int, cases: Any, expected:
 
 
 def exchanged(mesh: ParallelMesh) -> None:
-    """Of one round: a call by rows with two tensors, one of them along its second dim, and a whole one."""
+    """Of one round: calls by rows, with two tensors, one of them along its second dim, or a list; and a whole one."""
     group, axis, number = mesh.cfg.rank, mesh.cfg, torch.arange(24.0)
     first, second, whole = number.view(4, 6), number.view(3, 4, 2).int(), number.view(6, 4).t()
-    lengths = [3, 0, 1]
+    lengths: list[int] = [3, 0, 1]
     start = sum(lengths[:group])
-    results = []
+    results: list[Result] = []
     round_ = LazyRound(lambda _reason: exchange_results(results, axis))
-    for tensors, counts, dims in (((first, second), lengths, [0, 1]), ((whole,), [0, 1, 0], None)):
+    for tensors, counts, places in (((first, second), lengths, [0, 1]), ((whole,), [0, 1, 0], None)):
         lazies = [round_.tensor(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-        results.append(Result(counts, lazies, dims))
+        results.append(Result(counts, lazies, places))
         if counts[group]:
-            own = (
-                tensors
-                if dims is None
-                else (x.narrow(d, start, counts[group]) for x, d in zip(tensors, dims, strict=True))
-            )
-            results[-1].tensors = list(own)
+            results[-1].tensors = [
+                x if places is None else x.narrow(places[index], start, counts[group])
+                for index, x in enumerate(tensors)
+            ]
+    items = [whole[row] for row in range(4)]
+    results.append(Result(lengths, [round_.tensor(x.shape, x.stride(), x.dtype, x.device) for x in items]))
+    results[-1].places = [Item(row) for row in range(4)]
+    results[-1].tensors = items[start : start + lengths[group]]
     sums = results[0].lazies[0] + 1, results[0].lazies[1] * 2
-    for lazy, plain in zip((*sums, results[1].lazies[0]), (first + 1, second * 2, whole), strict=True):
+    given = (*sums, results[1].lazies[0], *results[2].lazies)
+    for lazy, plain in zip(given, (first + 1, second * 2, whole, *items), strict=True):
         assert torch.equal(lazy.full("the test"), plain)
         assert lazy.full("the test").stride() == plain.stride()
     if group == 2:  # a row less than promised

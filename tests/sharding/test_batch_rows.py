@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from omni_sp import DiffusionParallelConfig, ParallelMesh
-from omni_sp.sharding.batch_rows import BatchRows, prove_rows
+from omni_sp.sharding.batch_rows import BatchRows, Item, prove_rows
 
 F = nn.functional
 ROWS, TOKENS, WIDTH = 3, 5, 8
@@ -115,7 +115,7 @@ def test_rows_that_are_apart(then: Any, more: dict[str, Any], inputs: Any, outpu
     [
         (lambda _, x: x - x.mean(0, keepdim=True), "aten.mean.dim needs all rows of a batch"),
         (lambda _, x: x - x.sum(0, keepdim=True), "all_reduce needs all rows of a batch"),
-        (lambda _, x: x + x[0], "aten.select.int needs all rows of a batch"),
+        (lambda _, x: x + x[0], "aten.select.int takes rows out of a batch"),
         (lambda _, x: torch.cat([x[:1], x[1:] * 2]), "aten.slice.Tensor takes rows out of a batch"),
         (lambda _, x: torch.cat([x.flatten(0, 1)[TOKENS:], x[0]]), "aten.slice.Tensor takes rows out of a batch"),
         (lambda _, x: x.flip(0), "aten.flip.default needs all rows of a batch"),
@@ -147,8 +147,46 @@ def test_what_is_no_batch() -> None:
     one = WIDE["x"][:1]
     assert prove_rows(model, mesh(), (one,), {"time": WIDE["time"]}, [one]) is None
     assert prove_rows(model, mesh(), (), {}, []) is None
-    in_lists = prove_rows(model, mesh(), ([*WIDE["x"]], WIDE["time"]), {}, [])
-    assert in_lists == "a batch comes as a list of tensors"
+    assert prove_rows(model, mesh(), ([[one[0]], [one[0]]],), {}, []) == "a batch comes as lists in a list"
+
+
+class ListModel(nn.Module):
+    """Pads rows of different lengths to one batch, and takes them out of it again."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.layer, self.mixes = nn.Linear(WIDTH, WIDTH), mixes
+
+    def forward(self, x: list[Any], time: Any, texts: list[Any]) -> list[Any]:
+        lengths = [len(text) for text in texts]
+        rows = self.layer(torch.cat([torch.cat([row, row[-1:].repeat(2, 1)]) for row in x]))
+        pictures = rows.split([len(row) + 2 for row in x])
+        pairs = [torch.cat([picture, self.layer(text)]) for picture, text in zip(pictures, texts, strict=True)]
+        joined = nn.utils.rnn.pad_sequence(pairs, True)
+        mask = torch.zeros(joined.shape[:2], dtype=torch.bool)
+        for row, length in enumerate(lengths):
+            mask[row, : TOKENS + 2 + length] = True
+        heads = joined.unflatten(-1, (2, 4)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask[:, None, None])
+        out = out.transpose(1, 2).flatten(2) * time[:, None, None]
+        taken = [row[:TOKENS] for row in out.unbind(0)]
+        return [row + taken[0] for row in taken] if self.mixes else taken
+
+
+def test_rows_of_a_list() -> None:
+    given = [[*WIDE["x"]], WIDE["time"], [torch.randn(length, WIDTH) for length in (3, 7, 4)]]
+    with torch.no_grad():
+        model = ListModel(mixes=False)
+        whole = model(*given)
+        rows = prove_rows(model, mesh(), (*given,), {}, whole)
+        items = tuple(map(Item, range(ROWS)))
+        assert rows == BatchRows(ROWS, (*items, 0, *items), items)
+        args, _ = rows.take((*given,), {}, 1, ROWS)
+        assert [len(one) for one in args] == [2, 2, 2]
+        assert rows.are_rows(model(*args), whole, 1, ROWS)
+        mixing = prove_rows(ListModel(mixes=True), mesh(), (*given,), {}, whole)
+    assert isinstance(mixing, str)
+    assert mixing.endswith("all rows of a batch")
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
