@@ -69,7 +69,7 @@ class AccidentIn:
             raise ValueError("there is no such branch")
 
         if self.stage == "exchange":
-            branches.exchange_results = kill
+            vars(branches)["exchange_results"] = kill
         elif self.stage == "branch":
             pipe.transformer._call_impl = fail
         else:

@@ -171,21 +171,19 @@ def batches(mesh: ParallelMesh, cases: list[tuple[int, bool]]) -> list[tuple[flo
     """Batches of so many prompts, with guidance in the same batch or without."""
     name, found = "StableDiffusion3Pipeline", []
     pipe = build(name, torch.float32)
-    handle = parallelize(pipe, mesh)
-    assert handle.branches is not None
     for prompts, is_guided in cases:
         rows = torch.arange(prompts) % 2
         given = {key: x[rows] if isinstance(x, torch.Tensor) else x for key, x in ENTRIES[name].arguments().items()}
         given |= {"guidance_scale": 3.0 if is_guided else 0.0, "num_inference_steps": 2}
-        handle.remove()
         expected = draw(pipe, given)
         handle = parallelize(pipe, mesh)
+        assert handle.branches is not None
         errors = []
         for _ in range(2):
             handle.reset_counts()
             errors.append(relative_error(draw(pipe, given), expected))
         found.append((max(errors), handle.branches.counts.as_dict(mesh.cfg.size)))
-    handle.remove()
+        handle.remove()
     return found
 
 
@@ -225,7 +223,7 @@ def exchanged(mesh: ParallelMesh) -> None:
     results[-1].places = [Item(row) for row in range(4)]
     results[-1].tensors = items[start : start + lengths[group]]
     sums = results[0].lazies[0] + 1, results[0].lazies[1] * 2
-    given = (*sums, results[1].lazies[0], *results[2].lazies)
+    given: list[Any] = [*sums, *results[1].lazies, *results[2].lazies]
     for lazy, plain in zip(given, (first + 1, second * 2, whole, *items), strict=True):
         assert torch.equal(lazy.full("the test"), plain)
         assert lazy.full("the test").stride() == plain.stride()

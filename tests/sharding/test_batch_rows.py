@@ -35,8 +35,8 @@ class Model(nn.Module):
 def attend(_model: Model, x: Any, mask: Any, texts: Any, time: Any) -> Any:
     """Attention under a mask for each row, keys of two layers' texts, and an embedding that all rows share."""
     key = torch.cat([x, *texts], dim=1)
-    heads = [t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (x, key, key)]
-    out = F.scaled_dot_product_attention(*heads, attn_mask=mask[:, None, None])
+    query, key = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (x, key))
+    out = F.scaled_dot_product_attention(query, key, key, attn_mask=mask[:, None, None])
     out = out.transpose(1, 2).flatten(2) * time[:, None, None]
     return (out + torch.arange(TOKENS)[None, :, None], {"sums": out.sum(-1).t()}, "plain")
 

@@ -65,7 +65,7 @@ OPERATOR_RULES.update({aten.select: _select, aten.unbind: _unbind, aten.repeat: 
 
 
 def _pad_sequence(
-    sequences: Sequence[Any], batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
+    sequences: Sequence[Any], batch_first: bool = False, padding_value: float = 0.0, padding_side: Any = "right"
 ) -> Any:
     """Rows of different lengths as one batch, each of which stays where it is."""
     first = next((x for x in sequences if isinstance(x, TokenTensor)), None)
