@@ -2,7 +2,8 @@
 
 The model's own code runs once on tensors whose rows lie on as many imagined ranks as there are rows. Whatever needs a
 row of another rank would exchange it: then the rows are not apart, and the operation is the reason. So is code that
-takes rows out of the batch, since it would find others there in a batch of fewer rows.
+takes rows out of the batch, since it would find others there in a batch of fewer rows. What code makes of the number of
+rows cannot be followed: a trial with fewer of them has to give the same numbers (`BatchRows.are_rows`).
 """
 
 from __future__ import annotations
