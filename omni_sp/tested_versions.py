@@ -25,12 +25,23 @@ def warn_if_untested(package: str) -> None:
     except metadata.PackageNotFoundError:  # read from its sources, without a version
         return
     oldest, newest = TESTED[package]
-    if not _series(oldest) <= _series(installed) <= _series(newest):
+    if not is_tested(package, installed):
         warnings.warn(
             f"Omni-SP is not tested with {package} {installed}, but with {oldest} to {newest}: "
             "`omni-sp check MODEL --ulysses-degree 2` compares several ranks with one process",
             stacklevel=3,
         )
+
+
+def is_tested(package: str, version: str) -> bool:
+    """Whether a version of a package is one that the tests run with, or between them.
+
+    Args:
+        package: a key of ``TESTED``.
+        version: such as "0.42.1".
+    """
+    oldest, newest = TESTED[package]
+    return _series(oldest) <= _series(version) <= _series(newest)
 
 
 def _series(version: str) -> tuple[int, ...]:

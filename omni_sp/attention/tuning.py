@@ -117,7 +117,7 @@ def _choose(shape: TunedShape, query: torch.Tensor, block: KeyBlock, mesh: Paral
     names = exact_kernels()
     own = {name: 0 for name in names if can_serve(name, call)}
     if mesh.sequence.rank == 0:
-        own = _measure(shape, list(own), query.device)
+        own = kernel_times(shape, list(own), query.device)
     per_rank = gather_ints([own.get(name, -1) for name in names], mesh.sequence)
     times = dict(zip(names, per_rank[0], strict=True))
     able = [name for name, own_times in zip(names, zip(*per_rank, strict=True), strict=True) if min(own_times) >= 0]
@@ -134,8 +134,14 @@ def _rounded(tokens: int) -> int:
     return 1 << (tokens - 1).bit_length() if tokens < _STEP else -(-tokens // _STEP) * _STEP
 
 
-def _measure(shape: TunedShape, names: list[str], device: torch.device) -> dict[str, int]:
-    """Nanoseconds of each kernel; one that fails is left out."""
+def kernel_times(shape: TunedShape, names: list[str], device: torch.device) -> dict[str, int]:
+    """Nanoseconds of each kernel, by name; one that fails is left out.
+
+    Args:
+        shape: the attention.
+        names: kernels that can serve it.
+        device: where they run.
+    """
     times: dict[str, int] = {}
     for name in names:
         scores = shape.batch * shape.heads * shape.queries * shape.keys
@@ -162,10 +168,16 @@ def _time(name: str, shape: TunedShape, device: torch.device) -> int:
         attend(query, KeyBlock(key, value, mask), args)
 
     run()  # it may compile or plan
-    return min(_run_time(run, device) for _ in range(_ROUNDS))
+    return min(run_time(run, device) for _ in range(_ROUNDS))
 
 
-def _run_time(run: Callable[[], None], device: torch.device) -> int:
+def run_time(run: Callable[[], object], device: torch.device) -> int:
+    """Nanoseconds that something takes, on a GPU by the GPU's own clock.
+
+    Args:
+        run: what it is.
+        device: where it runs.
+    """
     if device.type != "cuda":
         began = time.perf_counter_ns()
         run()

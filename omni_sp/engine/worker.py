@@ -32,10 +32,21 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Inbox = queue.SimpleQueue[Any]
 Report = Callable[[Any], None]
 Aborted = set[str]
+Serve = Callable[[RankSettings, Inbox, Aborted, Report], None]
 
 
 def rank_main(connection: Connection) -> None:
     """Run one rank until the front says Stop or is gone."""
+    run_rank(connection, _serve)
+
+
+def run_rank(connection: Connection, serve: Serve) -> None:
+    """Be a rank process until the front is gone, or ``serve`` is done. It does not return.
+
+    Args:
+        connection: to the front, whose first message is the RankSettings.
+        serve: takes these, the front's messages, the names of aborted calls, and what sends a message to the front.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front: it ends the ranks
     settings = pickle.loads(connection.recv_bytes())
     assert isinstance(settings, RankSettings)
@@ -52,7 +63,7 @@ def rank_main(connection: Connection) -> None:
     threading.Thread(target=_listen, args=(connection, inbox, aborted, report), daemon=True).start()
 
     try:
-        _serve(settings, inbox, aborted, report)
+        serve(settings, inbox, aborted, report)
     except (BrokenPipeError, ConnectionResetError):
         _leave(1)
     except Exception as error:
@@ -70,7 +81,7 @@ def _serve(settings: RankSettings, inbox: Inbox, aborted: Aborted, report: Repor
     report(Loaded())
     if isinstance(inbox.get(), Stop):
         return
-    mesh = _join(settings)
+    mesh = join_ranks(settings)
     report(runner.parallelize(mesh))
     on_progress = report if settings.rank == 0 else None
     while not isinstance(message := inbox.get(), Stop):
@@ -120,7 +131,7 @@ def _load(settings: RankSettings, report: Report) -> PipelineRunner:
     return runner
 
 
-def _join(settings: RankSettings) -> Any:
+def join_ranks(settings: RankSettings) -> Any:
     """Form the process group over the front's store, and the mesh over it."""
     import torch.distributed as dist
 

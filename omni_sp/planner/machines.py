@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from omni_sp.errors import ConfigError
+from omni_sp.planner.measured import Measured, latency_and_bandwidth, load_measured
 from omni_sp.validation import suggestion
 
 MACHINES_FILE = Path(__file__).with_name("machines.json")
+HERE = "here"
+"""The name of the machine that `omni-sp doctor` has measured."""
+_FORWARD = 0.85
+"""The part of its kernels' speed that a whole forward reaches, an assumption: norms and activations take the rest."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +103,65 @@ def machine(name: str, **changes: Any) -> Machine:
     """A machine by the name of its devices, such as "h100" or "RTX 4090".
 
     Args:
-        name: case, spaces and dashes do not matter.
+        name: case, spaces and dashes do not matter; "here" for what ``omni-sp doctor`` measured on this machine.
         **changes: other values of `Machine`'s attributes, such as what was measured; ``link`` may be a name.
 
     Raises:
-        ConfigError: there is no such device or link, or no attribute of this name.
+        ConfigError: there is no such device or link, no attribute of this name, or nothing was measured here.
     """
-    known_name = _known("GPU", name, gpu_names())
-    values = dict(_data()["gpus"][known_name])
     known = [field.name for field in fields(Machine)]
     for change in changes:
         if change not in known:
             raise ConfigError(f"a machine has no {change}; {suggestion(change, known, f'it has {known}')}")
-    found = Machine(known_name, link=link(values.pop("link")), host=link(values.pop("host")), **values)
+    found = _measured_here() if name.lower() == HERE else _published(name)
     if isinstance(changes.get("link"), str):
         changes["link"] = link(changes["link"])
     return replace(found, **changes)
+
+
+def _published(name: str) -> Machine:
+    known_name = _known("GPU", name, gpu_names())
+    values = dict(_data()["gpus"][known_name])
+    return Machine(known_name, link=link(values.pop("link")), host=link(values.pop("host")), **values)
+
+
+def _measured_here() -> Machine:
+    measured = load_measured()
+    if measured is None:
+        raise ConfigError("nothing was measured on this machine: run `omni-sp doctor` first, or name a GPU")
+    return of_measured(measured)
+
+
+def of_measured(measured: Measured) -> Machine:
+    """The machine that was measured.
+
+    Args:
+        measured: what `load_measured` gives. Without an exchange, as of one device, the link is that to the host.
+    """
+    on_cpu = measured.device_type == "cpu"
+    source = f"measured on {measured.host}, {measured.when}"
+    host = Link(measured.host_gb_per_s, 0.0, source)
+    between = host
+    if measured.exchange:
+        latency, bandwidth = latency_and_bandwidth(measured.exchange)
+        between = Link(bandwidth / 1e9, latency * 1e6, source)
+    return Machine(
+        measured.device,
+        tflops=measured.tflops,
+        fp32_tflops=measured.tflops,
+        memory_gb=measured.memory_gb,
+        memory_gb_per_s=measured.memory_gb_per_s,
+        link=between,
+        host=host,
+        efficiency=_FORWARD,
+        # Estimates count two bytes an element, and CPU ranks send float32.
+        link_efficiency=0.5 if on_cpu else 1.0,
+        # On a CPU the host is what computes.
+        host_us=0.0 if on_cpu else Machine.host_us,
+        exchange_us=0.0,  # in the latency
+        head_groups=1 if on_cpu else Machine.head_groups,
+        source=source,
+    )
 
 
 def _known(what: str, name: str, names: tuple[str, ...]) -> str:
