@@ -38,6 +38,7 @@ LEVELS = {
     "omni": 9,
     "async_omni": 9,
     "server": 10,
+    "doctor": 9,
     "cli": 11,
     "testing": 12,  # for tests and benchmarks: nothing else imports it
     "__main__": 12,

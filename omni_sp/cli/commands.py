@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from omni_sp.cli.options import (
     CHECK,
     DEGREES,
+    DOCTOR,
     ENGINE,
+    EXAMINATION,
     GENERATE,
     PARAMS,
     PLAN,
@@ -128,6 +133,25 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(options: argparse.Namespace) -> int:
+    """Say whether this machine is set up for ranks, measure it and prove it: ``omni-sp doctor``."""
+    from omni_sp.doctor import examine
+    from omni_sp.doctor.report import as_text
+
+    arguments = arguments_for(EXAMINATION, DOCTOR, options)
+    with tqdm(
+        bar_format="examining {percentage:3.0f}%|{bar:20}| {desc}", leave=False, disable=not is_terminal()
+    ) as bar:
+
+        def on_step(text: str, done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.set_description_str(text)
+
+        report = examine(on_step=on_step, **arguments)
+    print(json.dumps(report.as_dict(), ensure_ascii=False) if options.json else as_text(report))
+    return FAILED if report.num_errors else 0
+
+
 def models(options: argparse.Namespace) -> int:
     """List every transformer class of the installed diffusers: ``omni-sp models``."""
     from omni_sp.sharding.catalogue import as_markdown, catalogue
@@ -147,11 +171,15 @@ def plan(options: argparse.Namespace) -> int:
     """Say which degrees pay for a model on given devices: ``omni-sp plan``."""
     from omni_sp.planner import machine
     from omni_sp.planner import plan as planned
+    from omni_sp.planner.machines import HERE, num_devices_here
     from omni_sp.planner.report import as_svg, as_text
     from omni_sp.planner.search import ALL
 
     arguments = arguments_for(PLANNER, PLAN, options)
+    if options.here:
+        arguments["gpu"] = HERE
     on = machine(arguments.pop("gpu"), **({"link": options.link} if options.link else {}))
+    arguments.setdefault("gpus", num_devices_here() if options.here else 1)
     found = planned(options.model, gpu=on, consider=ALL if options.consider_all else None, **arguments)
     if options.plot:
         options.plot.write_text(as_svg(found))

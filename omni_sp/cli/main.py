@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from omni_sp import __version__
 from omni_sp.cli import commands
-from omni_sp.cli.options import CHECK, GENERATE, INFO, MODELS, PLAN, SERVE, Option
+from omni_sp.cli.options import CHECK, DOCTOR, GENERATE, INFO, MODELS, PLAN, SERVE, Option
 from omni_sp.command_line import BAD_INPUT, FAILED, INTERRUPTED, UNREAD, with_dashes
 from omni_sp.errors import InvalidInputError, OmniSPError, shortened
 from omni_sp.pipelines.shapes import SHAPES_MODEL
@@ -29,6 +29,7 @@ _Command = Callable[[argparse.Namespace], int]
 _COMMANDS: tuple[tuple[str, str, _Command, tuple[Option, ...]], ...] = (
     ("generate", "draw pictures, videos or sounds", commands.generate, GENERATE),
     ("check", "compare one process with several ranks on small inputs, stage by stage", commands.check, CHECK),
+    ("doctor", "say whether this machine is set up for ranks, measure it and prove it", commands.doctor, DOCTOR),
     ("info", "say what a picture was drawn with", commands.info, INFO),
     ("models", "list the transformer classes of diffusers, and what is proven of each", commands.models, MODELS),
     ("plan", "predict which degrees pay for a model on given devices", commands.plan, PLAN),

@@ -16,8 +16,9 @@ from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.server.settings import LOG_FORMATS, LOG_LEVELS, ServerSettings
 
 # What takes the value of an option: DiffusionParallelConfig, Omni or AsyncOmni, OmniDiffusionSamplingParams,
-# ServerSettings, plan().
+# ServerSettings, plan(), examine().
 DEGREES, ENGINE, PARAMS, SERVER, PLANNER = "degrees", "engine", "params", "server", "planner"
+EXAMINATION = "examination"
 _MIB = 2**20
 _SETTINGS = ServerSettings()
 _METAVARS = {int: "N", float: "X", Path: "PATH"}
@@ -29,7 +30,7 @@ class Option:
     Args:
         flags: the names on the command line, separated by spaces; a name without dashes is a positional argument.
         text: the help: what the option does. Its default is added.
-        owner: DEGREES, ENGINE, PARAMS, SERVER or PLANNER; None where only the command itself reads the option.
+        owner: DEGREES, ENGINE, PARAMS, SERVER, PLANNER or EXAMINATION; None where only the command itself reads it.
         field: the name that the value has there; by default the first flag with underscores.
         convert: makes the field's value of the option's.
         unit: how much of the field one of the option is.
@@ -82,7 +83,7 @@ def arguments_for(owner: str, table: Sequence[Option], options: argparse.Namespa
     """The keyword arguments that the options of a command give to one owner.
 
     Args:
-        owner: DEGREES, ENGINE, PARAMS, SERVER or PLANNER.
+        owner: DEGREES, ENGINE, PARAMS, SERVER, PLANNER or EXAMINATION.
         table: the options of the command.
         options: their values.
 
@@ -271,6 +272,17 @@ CHECK = (
     *_SIZE,
     Option("--dtype", "of weights and latents", ENGINE, default="float32", choices=_DTYPES),
 )
+DOCTOR = (
+    Option("--device", "auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
+           EXAMINATION, convert=_unless_auto, default="auto"),
+    Option("--ranks", "how many to start", EXAMINATION, type=int, otherwise="one on each GPU, or two on the CPU"),
+    Option("--model", "at whose shapes kernels are timed: a name, a folder or a repository, as for omni-sp plan",
+           EXAMINATION, metavar="MODEL", otherwise="Qwen-Image"),
+    Option("--quick", "look only: start no ranks, measure and prove nothing", EXAMINATION, action="store_true"),
+    Option("--timeout", "the longest that ranks may take to start, or for one thing that they do, in seconds",
+           EXAMINATION, "timeout_s", type=float, default=120.0, metavar="S"),
+    Option("--json", "print one JSON object", action="store_true"),
+)
 INFO = (
     Option("file", "picture that was drawn here: .png, .jpg or .webp", metavar="FILE"),
     Option("--json", "print one JSON object", action="store_true"),
@@ -278,9 +290,10 @@ INFO = (
 PLAN = (
     Option("model", "a model's name (Qwen-Image, FLUX.1-dev, Wan2.2, ...), a folder, or a repository in the hub's "
            "cache, of which only the configuration is read", metavar="MODEL"),
-    Option("--gpus", "number of devices", PLANNER, type=int, default=1),
+    Option("--gpus", "number of devices", PLANNER, type=int, otherwise="1, or with --here as many as were measured"),
     Option("--gpu", "kind of device: H100, A100, L20, RTX4090, CPU, ...; an unknown name lists all",
            PLANNER, default="H100", metavar="NAME"),
+    Option("--here", "take what `omni-sp doctor` measured on this machine in place of --gpu", action="store_true"),
     Option("--link", "what connects the devices: nvlink4, pcie4, ethernet-100, ...; an unknown name lists all",
            metavar="NAME", otherwise="that of the GPU"),
     Option("--height", "pixels", PLANNER, type=int, otherwise="the published size"),

@@ -182,9 +182,7 @@ def gpu_findings(smi: Smi | None, torch_cuda: TorchCuda, environ: Mapping[str, s
         environ: the environment.
     """
     if smi is None and torch_cuda.num_devices == 0:
-        return [
-            Finding("ok", "GPUs", "no GPU", "ranks run on the CPU: exact, and for trying things out", "nothing to do")
-        ]
+        return [Finding("ok", "GPUs", "no GPU", "ranks run on the CPU, as exactly as on GPUs, and slowly")]
     if smi is not None and smi.error:
         return [_no_driver(smi.error)]
     gpus = parse_gpus(smi.query) if smi is not None else []

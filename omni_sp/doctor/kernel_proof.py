@@ -1,4 +1,4 @@
-"""Attention kernels on one device against float64: a subset of the conformance suite, which also looks for small errors.
+"""Attention kernels on one device against float64: a subset of the conformance suite, and small errors too.
 
 The rounding of bfloat16 hides an error of a thousandth in a norm, but not in the average: rounding has no direction.
 So four numbers are looked at: the relative error of all, that of the worst query, how much the result is too large or
@@ -124,19 +124,20 @@ def _reason(kernel: Kernel, case: Case, device: torch.device, dtype: torch.dtype
 
 
 @lru_cache(maxsize=32)
-def _problem(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-    """Query, key, value, mask, and in float64 the output and the log-sum-exp, on the CPU."""
+def _problem(
+    case: Case, dtype: torch.dtype
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Query, key and value, mask, and in float64 the output and the log-sum-exp, on the CPU."""
     generator = torch.Generator().manual_seed(7)
     shapes = (case.queries, case.heads), (case.keys, case.kv_heads), (case.keys, case.kv_heads)
     query, key, value = (torch.randn(1, *shape, case.head_dim, generator=generator).to(dtype) for shape in shapes)
     mask = torch.rand(1, case.keys, generator=generator) < 0.7 if case.masked else None
     wanted = attention(query, key, value, key_mask=mask, is_causal=case.causal)
-    return query, key, value, mask, wanted, log_sum_exp(query, key, key_mask=mask, is_causal=case.causal)
+    return (query, key, value), mask, wanted, log_sum_exp(query, key, key_mask=mask, is_causal=case.causal)
 
 
 def _wrong(kernel: Kernel, case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-    query, key, value, mask, wanted, wanted_lse = _problem(case, dtype)
-    assert query is not None and key is not None and value is not None and wanted is not None and wanted_lse is not None
+    (query, key, value), mask, wanted, wanted_lse = _problem(case, dtype)
     args = AttentionArgs(kernel, case.head_dim**-0.5, case.causal)
     block = KeyBlock(key.to(device), value.to(device), None if mask is None else mask.to(device))
     try:

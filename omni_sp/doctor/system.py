@@ -17,7 +17,7 @@ from omni_sp.tested_versions import TESTED, is_tested
 
 _SHM = Path("/dev/shm")
 _SHM_LEAST = 1 << 30
-_FILES_LEAST, _FILES_FEW = 256, 1024
+_FILES_LEAST, _FILES_FEW = 128, 1024
 _DISK_FEW = 60 << 30
 PORTS = {8091: "omni-sp serve", 29500: "torchrun"}
 """Ports that commands take where they are not told otherwise."""

@@ -132,6 +132,12 @@ def _measured_here() -> Machine:
     return of_measured(measured)
 
 
+def num_devices_here() -> int:
+    """How many devices ``omni-sp doctor`` measured on this machine; 1 where it measured none."""
+    measured = load_measured()
+    return 1 if measured is None else measured.num_devices
+
+
 def of_measured(measured: Measured) -> Machine:
     """The machine that was measured.
 

@@ -45,7 +45,9 @@ def as_text(plan: Plan) -> str:
     lines += [
         "",
         f"take: {taken or 'one rank'}{also}",
-        "Predicted from published figures of the devices, not measured.",
+        f"Predicted from what was {on.source}."
+        if on.source.startswith("measured")
+        else "Predicted from published figures of the devices, not measured.",
     ]
     return "\n".join(lines)
 
