@@ -7,7 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +154,10 @@ def load_measured(device_type: str | None = None) -> Measured | None:
             kept = json.loads(measured_file(kind).read_text())
             if kept.pop("format") != _FORMAT:
                 continue
-            transfers = {name: tuple(Transfer(**one) for one in kept.pop(name)) for name in ("exchange", "ring")}
-            kernels = tuple(KernelSpeed(**one) for one in kept.pop("kernels"))
-            if set(kept) | {*transfers, "kernels"} == {field.name for field in fields(Measured)}:
-                return Measured(**kept, **transfers, kernels=kernels)
+            for name in ("exchange", "ring"):
+                kept[name] = tuple(Transfer(**one) for one in kept[name])
+            kept["kernels"] = tuple(KernelSpeed(**one) for one in kept["kernels"])
+            return Measured(**kept)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None
