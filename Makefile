@@ -30,7 +30,7 @@ DIFFUSERS_TESTS := tests/test_tested_versions.py tests/sharding/test_diffusers_i
 	tests/pipelines/test_parallel_pipelines.py \
 	tests/pipelines/test_changed_pipelines.py tests/pipelines/test_shapes_parallel.py tests/test_omni.py tests/llm/hf
 
-.PHONY: install install-vllm demo serve test test-vllm test-vllm-range test-diffusers-range lint check docs clean
+.PHONY: install install-vllm demo serve test test-vllm test-vllm-range test-diffusers-range gpu-check lint check docs clean
 
 install: $(VENV)/.installed
 
@@ -62,6 +62,10 @@ serve: install
 # Three files of tests run side by side: most of their time they wait for processes that start, or for each other.
 test: install
 	$(RUN) -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+# On a machine with GPUs: what needs one, the doctor, and benchmarks, with one report in benchmarks/results/.
+gpu-check: install
+	$(RUN) -m benchmarks.gpu_check
 
 # The same library over older diffusers, each of which stands before the newest on the path while its turn is.
 test-diffusers-range: $(DIFFUSERS_FOLDERS:=/.installed)
