@@ -227,6 +227,9 @@ def kernel_findings(answers: Sequence[tuple[list[str], list[KernelError]]]) -> l
         on = sorted({rank for rank, _ in cases})
         where = "all ranks" if len(on) == len(answers) > 1 else f"rank {', '.join(map(str, on))}"
         one = cases[0][1]
+        if all(error.raises for _, error in cases):
+            found.append(_not_running(kernel, dtype, where, one))
+            continue
         others = len({error.case for _, error in cases}) - 1
         more = f" (and {others} more cases)" if others else ""
         found.append(
@@ -243,6 +246,16 @@ def kernel_findings(answers: Sequence[tuple[list[str], list[KernelError]]]) -> l
         meaning = "what they compute on these devices is exact but for rounding"
         found.append(Finding("ok", "kernels", f"equal to float64: {', '.join(good)}", meaning))
     return found
+
+
+def _not_running(kernel: str, dtype: str, where: str, one: KernelError) -> Finding:
+    return Finding(
+        "warning",
+        "kernels",
+        f"the attention kernel {kernel} does not run in {dtype} on {where}: {one.case}: {one.text}",
+        "where it is named, or where 'auto' takes it, attention fails with this error; it gives no wrong numbers",
+        "name another one with --attention-backend, or install a build for this GPU and this torch",
+    )
 
 
 def _instead(kernel: str, is_one_device: bool) -> str:

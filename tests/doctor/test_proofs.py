@@ -60,16 +60,27 @@ def raises(out: Tensor, lse: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     raise RuntimeError("no kernel image is available")
 
 
-SABOTAGES = (
-    too_large, last_query_wrong, one_head_a_little_off, lse_off, base_2, nan_in_one_place, wrong_when_causal, raises,
-)  # fmt: skip
+def scores_too_large(out: Tensor, lse: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return out, lse  # see sabotaged()
 
 
 def sabotaged(change: Any) -> Kernel:
+    """A kernel whose result is changed before it is rounded."""
+    compute = GOOD.run
+
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Any:
-        return change(*GOOD.run(query, key, value, mask, is_causal, scale), is_causal=is_causal)
+        scale = scale * 1.005 if change is scores_too_large else scale
+        out, lse = compute(query.float(), key.float(), value.float(), mask, is_causal, scale)
+        out, lse = change(out, lse, is_causal=is_causal)
+        return out.to(query.dtype), lse
 
     return replace(GOOD, run=run)
+
+
+SABOTAGES = (
+    too_large, last_query_wrong, one_head_a_little_off, lse_off, base_2, nan_in_one_place, wrong_when_causal, raises,
+    scores_too_large,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -77,6 +88,7 @@ def sabotaged(change: Any) -> Kernel:
 def test_a_wrong_kernel_is_found(change: Any, dtype: torch.dtype) -> None:
     found = kernel_errors(sabotaged(change), CPU, dtype)
     assert found
+    assert all(one.raises is (change is raises) for one in found)
     if change is wrong_when_causal:
         assert {one.case for one in found} == {"causal"}
 
@@ -133,6 +145,10 @@ def test_what_wrong_kernels_mean() -> None:
         "draw with --attention-backend and another kernel than cuda_flash, install another build of it, and report it"
     )
     assert (good.level, good.what) == ("ok", "equal to float64: math float16")
+    refused = replace(error("it raises RuntimeError: no kernel image is available"), raises=True)
+    bad, _ = together.kernel_findings([(tried, [refused])])
+    assert bad.level == "warning"
+    assert bad.what.startswith("the attention kernel cuda_flash does not run in float16 on rank 0: causal: it raises")
     bad, _ = together.kernel_findings([(tried, []), (tried, [error()])])
     assert "in float16 on rank 1: causal" in bad.what
     assert bad.remedy.startswith("the other ranks compute it right: leave that GPU out")
