@@ -9,10 +9,18 @@ import pytest
 
 from omni_sp import AsyncOmni, DiffusionParallelConfig
 from omni_sp.cli import example, main
-from omni_sp.cli.options import CHECK, ENGINE, GENERATE, INFO, MODELS, PLAN, SERVE, Option
+from omni_sp.cli.options import CHECK, DOCTOR, ENGINE, GENERATE, INFO, MODELS, PLAN, SERVE, Option
 from omni_sp.requests import engine_options
 
-COMMANDS = {"generate": GENERATE, "check": CHECK, "info": INFO, "models": MODELS, "plan": PLAN, "serve": SERVE}
+COMMANDS = {
+    "generate": GENERATE,
+    "check": CHECK,
+    "doctor": DOCTOR,
+    "info": INFO,
+    "models": MODELS,
+    "plan": PLAN,
+    "serve": SERVE,
+}
 
 
 def shown_help(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -109,19 +109,16 @@ def examine(
     steps = 1 if quick else 7
     on_step("looking at the machine", 0, steps)
     torch_cuda, smi = ask_torch(), ask_nvidia_smi()
-    if device is not None and device != "cpu":
-        options_for(device, 1)  # there is such a device
     device = device or ("cuda" if torch_cuda.num_devices else "cpu")
     if ranks is None:
         ranks = max(torch_cuda.num_devices, 1) if device == "cuda" else 2
+    options = None if quick else options_for(device, ranks)
     report = Report(device, ranks, system.installed_versions())
     report.findings = look(smi, torch_cuda, ranks, device)
-    if quick:
+    if options is None or shape is None:
         return report
     from omni_sp.doctor.together import examine_ranks
 
-    assert shape is not None
-    options = options_for(device, ranks)
     found, report.measured = examine_ranks(options, shape, timeout_s, lambda text, done: on_step(text, done, steps))
     report.findings += found
     _keep(report)

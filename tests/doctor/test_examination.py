@@ -19,7 +19,7 @@ from omni_sp.doctor import examine as examination
 from omni_sp.doctor.examine import options_for
 from omni_sp.doctor.measure import QWEN_IMAGE, SIZES, Speed, Transfers, transfers
 from omni_sp.doctor.ranks import DoctorRanks, Rank
-from omni_sp.planner import machine, plan
+from omni_sp.planner import machine
 from omni_sp.planner.measured import Measured, Transfer, latency_and_bandwidth, load_measured, save_measured
 from tests.engine.processes import becomes_true, children
 from tests.thorough import thorough_only
@@ -63,15 +63,9 @@ def test_ranks_measure_and_fail_within_bounds() -> None:
             assert all(seconds > 0 for _, seconds in (*answer.exchange, *answer.ring))
         with pytest.raises(RankFailedError, match="rank 1 of 2 raised RuntimeError: of its own"):
             ranks.run(one_word, False)
-    options = options_for("cpu", 1)
-    with DoctorRanks(options, 60.0) as alone:
-        alone._timeout_s = 0.2
-        with pytest.raises(RankFailedError, match=r"no word from rank 0 for 0\.2 s"):
-            alone.run(sleep)
-
-
-def sleep(_rank: Rank) -> None:
-    time.sleep(30)
+        ranks._timeout_s = 1.0
+        with pytest.raises(RankFailedError, match="no word from rank 1 for 1 s"):
+            ranks.run(one_word, True)
 
 
 def test_a_step_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +93,7 @@ def test_what_was_measured_is_kept_and_planned_with() -> None:
     assert 500 < here.tflops < 600, "of the slower rank's layers and the fastest kernel"
     assert here.link.gb_per_s == pytest.approx((1 << 27) / 4.8e-4 / 1e9)
     assert here.link.latency_us == pytest.approx(20)
-    found = plan("FLUX.1-dev", gpus=2, gpu="here", height=512, width=512)
-    assert found.machine.source.startswith("measured on ")
+    assert here.source.startswith("measured on ")
     path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
     assert load_measured() is None
     path.write_text("{")
@@ -153,7 +146,8 @@ def test_a_report_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     text = capsys.readouterr().out
     assert "WARNING  environment: CUDA_LAUNCH_BLOCKING=1\n           means: the host waits for every kernel" in text
     assert "           do:    unset CUDA_LAUNCH_BLOCKING\n" in text
-    assert "128 MiB       500 us, 268.44 GB/s       400 us, 335.54 GB/s" in text
+    (row,) = [line.split("  ") for line in text.splitlines() if "128 MiB" in line]
+    assert [cell.strip() for cell in row if cell] == ["128 MiB", "500 us, 268.44 GB/s", "400 us, 335.54 GB/s"]
     assert "1 warning: see above" in text
     assert "measured-" in text.splitlines()[-1]
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")

@@ -114,9 +114,7 @@ def prove(mesh: ParallelMesh, wrong_rank: int | None) -> list[SequenceError]:
     """What one rank says, of which another one's kernel may be wrong."""
     if mesh.rank != wrong_rank:
         return list(sequence_errors(mesh.world_size, CPU))
-    run = sabotaged(too_large).run
     with kernel_replaced(too_large):
-        assert GOOD.run is not run
         return list(sequence_errors(mesh.world_size, CPU))
 
 
