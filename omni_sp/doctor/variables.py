@@ -11,9 +11,8 @@ from omni_sp.machine import num_cores
 
 JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID")
-_Harm = tuple[str, str, str]
-# Name -> for which values it does harm (a pattern), what that means, what to do; those of "error" are below.
-_HARMFUL: Mapping[str, _Harm] = {
+# Name -> for which values it does harm (a pattern), what that means, and what to do, or what to add to "unset NAME".
+_HARMFUL: Mapping[str, tuple[str, str, str]] = {
     "NCCL_P2P_DISABLE": ("1", "GPUs send through host memory, not directly to each other: NVLink is not used", ""),
     "NCCL_SHM_DISABLE": ("1", "GPUs without peer access send through network sockets of this machine", ""),
     "NCCL_IB_DISABLE": ("1", "several machines talk over Ethernet, where they have InfiniBand", "unless it has none"),
