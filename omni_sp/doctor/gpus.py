@@ -54,7 +54,7 @@ class TorchCuda:
 
     Attributes:
         version: torch's own.
-        cuda: the CUDA version that it was built for; None for a build without.
+        cuda: the CUDA version that it was built for; None for a build without, as those for ROCm are.
         num_devices: GPUs that it can use.
         capabilities: compute capability of each.
         architectures: what it has kernels for, such as "sm_90".
@@ -116,7 +116,7 @@ def ask_torch() -> TorchCuda:
     import torch
 
     version, cuda = str(torch.__version__), torch.version.cuda
-    if cuda is None or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         error = ""
         if cuda is not None:
             try:
@@ -216,8 +216,8 @@ def _usable(
                 "ok",
                 "GPUs",
                 f"{torch_cuda.num_devices} x {name}",
-                f"as many ranks can have a GPU of their own: torch {torch_cuda.version} is built for CUDA "
-                f"{torch_cuda.cuda}",
+                f"as many ranks can have a GPU of their own: torch {torch_cuda.version} is built for "
+                f"{'CUDA ' + torch_cuda.cuda if torch_cuda.cuda else 'ROCm'}",
             )
         ]
         if len(kinds) > 1:
