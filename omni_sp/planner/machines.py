@@ -129,7 +129,7 @@ def _measured_here() -> Machine:
     measured = load_measured()
     if measured is None:
         raise ConfigError("nothing was measured on this machine: run `omni-sp doctor` first, or name a GPU")
-    return of_measured(measured)
+    return measured_machine(measured)
 
 
 def num_devices_here() -> int:
@@ -138,7 +138,7 @@ def num_devices_here() -> int:
     return 1 if measured is None else measured.num_devices
 
 
-def of_measured(measured: Measured) -> Machine:
+def measured_machine(measured: Measured) -> Machine:
     """The machine that was measured.
 
     Args:
