@@ -66,7 +66,7 @@ class Limits:
 
 
 LIMITS = {
-    torch.float32: Limits(2e-6, 1e-5, 1e-6, 1e-4),
+    torch.float32: Limits(5e-6, 3e-5, 2e-6, 1e-4),
     torch.bfloat16: Limits(2.0**-7, 2.0**-5, 5e-4, 1e-3),
     torch.float16: Limits(2.0**-10, 2.0**-8, 2e-4, 1e-3),
 }

@@ -47,7 +47,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     masked: bool = False
     causal: bool = False
-    allowed: float = 2e-6
+    allowed: float = 5e-6
 
 
 PROBLEMS = (
