@@ -10,6 +10,7 @@ a program of its own with a bound; one that fails does not stop the next. The ex
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
@@ -134,16 +135,13 @@ def run(step: Step) -> Outcome:
 
 def _end(process: subprocess.Popen[str]) -> str:
     """End a program and what it has started, and return what it has printed."""
+    output = ""
     for number in (signal.SIGINT, signal.SIGKILL):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            return process.communicate(timeout=_END_S)[0] or ""
-        except subprocess.TimeoutExpired:
-            continue
-    return ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            output = process.communicate(timeout=_END_S)[0] or output
+    return output
 
 
 def devices() -> list[str]:
@@ -176,7 +174,7 @@ def as_markdown(outcomes: Sequence[Outcome], names: Sequence[str]) -> str:
     lines += ["| step | result | seconds |", "|---|---|---|"]
     lines += [f"| {one.step.name} | {one.result} | {one.seconds:.0f} |" for one in outcomes]
     for one in outcomes:
-        text = one.output.replace(f"{ROOT}/", "").replace(str(Path.home()), "~").strip()
+        text = one.output.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "").replace(str(Path.home()), "~").strip()
         lines += ["", f"## {one.step.name}", "", f"`python {' '.join(one.step.words)}`", "", "```text", text, "```"]
     return "\n".join(lines) + "\n"
 
