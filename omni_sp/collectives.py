@@ -30,8 +30,7 @@ _DIRECT = {"cpu": ("gloo", "mpi", "fake"), "cuda": ("nccl", "fake")}
 
 def _needs_host_staging(device: torch.device, axis: Axis) -> bool:
     """Whether tensors of this device must cross through host memory."""
-    library = axis.backends.get(device.type, "")
-    return device.type != "cpu" and library not in _DIRECT.get(device.type, ())
+    return device.type != "cpu" and axis.backends.get(device.type, "") not in _DIRECT.get(device.type, ())
 
 
 class Exchange(Protocol):
@@ -231,8 +230,7 @@ class _AllGather(_ProcessGroupExchange):
         received = super().wait()
         if self._is_even:
             return received
-        messages = zip(received.split(self._num_sent), self._sizes, strict=True)
-        return torch.cat([message[:size] for message, size in messages])
+        return torch.cat([x[:size] for x, size in zip(received.split(self._num_sent), self._sizes, strict=True)])
 
 
 class PendingShift(Protocol):
@@ -335,12 +333,17 @@ def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:
     return [tuple(values.tolist()) for values in per_rank]
 
 
-def gather_texts(text: str, axis: Axis) -> list[str]:
-    """Gather a text from each rank, in rank order; for errors, since it takes two exchanges and eight bytes a byte."""
-    data = text.encode()
+def gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
+    """Gather a few kB from each rank, in rank order. It takes two exchanges."""
     lengths = [length for (length,) in gather_ints([len(data)], axis)]
-    per_rank = gather_ints([*data, *[0] * (max(lengths) - len(data))], axis)
-    return [bytes(codes[:length]).decode() for codes, length in zip(per_rank, lengths, strict=True)]
+    padded = bytearray(data.ljust(-(-max(lengths) // 8) * 8, b"\0"))
+    per_rank = gather_ints(torch.frombuffer(padded, dtype=torch.int64).tolist() if padded else [], axis)
+    return [torch.tensor(words).numpy().tobytes()[:length] for words, length in zip(per_rank, lengths, strict=True)]
+
+
+def gather_texts(text: str, axis: Axis) -> list[str]:
+    """Gather a text from each rank, in rank order; for errors, since it takes two exchanges."""
+    return [content.decode() for content in gather_bytes(text.encode(), axis)]
 
 
 def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **values: object) -> list[tuple[int, ...]]:

@@ -30,6 +30,10 @@ class DiffusionParallelConfig:
         vae_parallel: whether all ranks decode and encode a picture together, each its part of the rows, which is exact
             and needs no tiles: True, False (one rank decodes), or "auto" for videos, and for pictures whose longer side
             has 1024 pixels or more. Then every rank reads the VAE's weights.
+        text_encoder_parallel: whether each text or image encoder runs on one rank, which gives all others what it makes
+            of a prompt: True, False (every rank runs every encoder), or "auto" within a call of the pipeline alone, so
+            that a program may encode prompts by itself on one rank. Ranks that `Omni` started do not read the weights
+            of encoders that they do not run.
         shard_weights: whether each rank of ulysses_degree × ring_degree keeps only its part of the weights of a
             transformer's blocks. A block's are gathered while the block before it runs, and freed after it.
 
@@ -42,14 +46,16 @@ class DiffusionParallelConfig:
     ring_degree: int = 1
     cfg_parallel_size: int = 1
     vae_parallel: bool | Literal["auto"] = "auto"
+    text_encoder_parallel: bool | Literal["auto"] = "auto"
     shard_weights: bool = False
 
     def __post_init__(self) -> None:
         hint = "each degree is a whole number of at least 1 (1 = do not split on that axis)"
         for axis in ("cfg_parallel_size", "ulysses_degree", "ring_degree"):
             require_int(axis, getattr(self, axis), minimum=1, error=ConfigError, hint=hint)
-        if self.vae_parallel != "auto":
-            require_bool("vae_parallel", self.vae_parallel, error=ConfigError, hint='give True, False or "auto"')
+        for name in ("vae_parallel", "text_encoder_parallel"):
+            if (value := getattr(self, name)) != "auto":
+                require_bool(name, value, error=ConfigError, hint='give True, False or "auto"')
         require_bool("shard_weights", self.shard_weights, error=ConfigError, hint="give True or False")
         if self.shard_weights and self.ulysses_degree * self.ring_degree == 1 < self.world_size:
             raise ConfigError(

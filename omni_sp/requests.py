@@ -179,6 +179,7 @@ def output_of(
         "blocks": dict(done.blocks),
         "attention_kernels": dict(done.kernels),
         "vae_ranks": done.vae_ranks,
+        "encoder_ranks": {name: list(ranks) for name, ranks in done.encoder_ranks.items()},
         "dropped_tokens": dict(next(iter(done.result.dropped_tokens), {})),
         "ranks": ready.ranks,
         "seed": seeds if ready.capabilities.argument_name("generator") is not None else None,

@@ -124,6 +124,7 @@ def test_four_ranks_with_all_axes_at_once_draw_what_one_draws(one: Omni) -> None
     assert abs(pixels(first) - pixels(one.generate(PROMPT, small(seed=7))[0])).max() <= 2
     assert again.metrics["branches"]["units"] == 2 * again.metrics["branches"]["rounds"]
     assert again.metrics["vae_ranks"] == 4
+    assert again.metrics["encoder_ranks"] == {"text_encoder": [0, 2]}  # two prompts, one in each group
 
 
 def test_embeddings_latents_seeds_and_a_scheduler_of_ones_own(one: Omni, two: Omni) -> None:

@@ -204,6 +204,8 @@ _LAYOUT = (
     Option("--vae-parallel", "whether all ranks encode and decode together, each its part of the rows; auto: for "
            "videos, and for pictures whose longer side has 1024 pixels or more",
            DEGREES, convert=_SWITCH.get, default="auto", choices=tuple(_SWITCH)),
+    Option("--text-encoder-parallel", "whether each text or image encoder runs on one rank for all, which alone reads "
+           "its weights; auto: yes", DEGREES, convert=_SWITCH.get, default="auto", choices=tuple(_SWITCH)),
     Option("--shard-weights", "each rank keeps its part of a transformer's weights, and gathers a block's when it runs",
            DEGREES, default=False, action="store_true"),
     Option("--quantization", "keep the weights of transformers in 8 bits; needs torchao", ENGINE,

@@ -211,6 +211,7 @@ class Done:
         blocks: how the calls of blocks were made, see `omni_sp.sharding.BlockCounts`.
         kernels: shape of attention -> the kernel that was timed to be the fastest, with attention_backend="tune".
         vae_ranks: ranks that decoded together, or 1.
+        encoder_ranks: encoder -> the ranks that ran it for all, or all ranks; empty with one rank.
         branches: with ``cfg_parallel_size`` above 1, what its groups shared, see `omni_sp.pipelines.branches`.
         exchanges: of what the rank has sent so far (see ParallelMesh.exchanges_so_far).
     """
@@ -223,6 +224,7 @@ class Done:
     blocks: Mapping[str, Any] = field(default_factory=dict)
     kernels: Mapping[str, str] = field(default_factory=dict)
     vae_ranks: int = 1
+    encoder_ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     branches: Mapping[str, Any] = field(default_factory=dict)
     exchanges: tuple[int, int, int] = (0, 0, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from omni_sp.pipelines.quirks import NO_LATENT_OUTPUT
 from omni_sp.pipelines.run import run_call
 from omni_sp.pipelines.schedulers import scheduler_replaced
 from omni_sp.pipelines.sharded_loading import read_share
+from omni_sp.pipelines.shared_encoders import runs_encoder
 
 _MAX_PREVIEWS = 8  # previews of one call, at most
 
@@ -34,6 +36,7 @@ class PipelineRunner:
     """A pipeline in this process, to be parallelized over a mesh and called.
 
     Args:
+        rank: this process's in the mesh.
         decodes: False where nobody looks at what this process decodes (see load_pipeline).
         on_component: called before each component is read (see load_pipeline).
     """
@@ -43,6 +46,7 @@ class PipelineRunner:
         options: EngineOptions,
         device: str,
         *,
+        rank: int = 0,
         decodes: bool = True,
         on_component: OnComponent = lambda part, done, total: None,
     ) -> None:
@@ -61,6 +65,7 @@ class PipelineRunner:
             quantization=options.quantization,
             offload=options.offload,
             vae_dtype=options.vae_dtype,
+            encodes=functools.partial(runs_encoder, options.config, rank),
             on_component=on_component,
         )
         self._handle: ParallelHandle | None = None
@@ -161,8 +166,7 @@ class PipelineRunner:
                     on_latent=None if previews is None else previews.keep,
                 )
             except BaseException:
-                if self._handle.branches is not None:
-                    self._handle.branches.drop()
+                self._handle.drop()
                 # What a pipeline does at its end: offloaded parts go back, step caches forget.
                 getattr(self._pipe, "maybe_free_model_hooks", lambda: None)()
                 raise
@@ -178,6 +182,7 @@ class PipelineRunner:
             blocks=self._handle.blocks.as_dict(),
             kernels={str(shape): name for shape, name in self._handle.tuned_kernels.items()},
             vae_ranks=vaes.num_ranks,
+            encoder_ranks={name: tuple(sorted(ranks)) for name, ranks in self._handle.encoders.ranks.items()},
             branches={} if (branches := self._handle.branches) is None else branches.counts.as_dict(mesh.cfg.size),
         )
 

@@ -123,6 +123,7 @@ def _load(settings: RankSettings, report: Report) -> PipelineRunner:
     runner = PipelineRunner(
         settings.options,
         settings.placement.device,
+        rank=settings.rank,
         decodes=settings.rank == 0 or settings.options.config.vae_parallel is True,
         on_component=lambda part, done, total: report(Loading(part=part, done=done, total=total)),
     )

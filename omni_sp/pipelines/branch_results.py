@@ -1,4 +1,4 @@
-"""Results of transformer calls that groups computed for all: their shapes, and one exchange of their bytes."""
+"""Results of calls that groups or ranks computed for all: their shapes, and one exchange of their bytes."""
 
 from __future__ import annotations
 
@@ -100,8 +100,18 @@ def exchange_results(results: Sequence[Result], axis: Axis) -> None:
     Raises:
         ShardingError: a group raised an error (which is raised there), or its results look otherwise than before.
     """
+    _require_all_well([result for result in results if result.lengths[axis.rank]], axis)
+    exchange_bytes(results, axis)
+
+
+def exchange_bytes(results: Sequence[Result], axis: Axis) -> None:
+    """Give every lazy tensor its numbers, where it is known that all ranks have what they promised.
+
+    Args:
+        results: the same calls on all ranks, in the same order, with tensors on one device.
+        axis: the groups, or the ranks.
+    """
     own = [result for result in results if result.lengths[axis.rank]]
-    _require_all_well(own, axis)
     sizes = [sum(result.num_bytes(group) for result in results) for group in range(axis.size)]
     device = results[0].lazies[0].device
     pending = all_gather(sizes, torch.uint8, device, axis)

@@ -1,13 +1,15 @@
 """Components of a pipeline whose weights are read only when something uses them.
 
-Ranks that stop at the latent do not decode. Their VAE is built from its config, so that everything that follows from
-the config is right, and its weights stay in the file. Whatever does use them (an image to encode, a picture that all
-ranks decode, or a check) has them read first: that costs time late, and is never wrong.
+Ranks that stop at the latent do not decode, and an encoder runs on one rank for all. Such a component is built from its
+config, so that everything that follows from the config is right, and its weights stay in the file. Whatever does use
+them (an image to encode, a picture that all ranks decode, an adapter, or a check) has them read first: that costs time
+late, and is never wrong.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from omni_sp.sharding.diffusers_internals import kept_in_float32, without_initia
 
 _STORES = ("_parameters", "_buffers", "_modules")
 _KEY = "_omni_sp_unread"
+_OF_FILES = ("config", "generation_config")
+"""Attributes of transformers' models that reading the weights decides: which attention runs, what is generated."""
 
 
 def lazy_component_names(pipeline_class: Any, classes: dict[str, Any]) -> list[str]:
@@ -31,6 +35,15 @@ def lazy_component_names(pipeline_class: Any, classes: dict[str, Any]) -> list[s
             return []  # every rank encodes, and should not have to read the weights during the first request
     known = {name: component for name in quirks.DECODERS if isinstance(component := classes.get(name), type)}
     return [name for name, component in known.items() if issubclass(component, ModelMixin)]
+
+
+def can_be_lazy(component_class: Any, location: str, name: str) -> bool:
+    """Whether `lazy_component` can build a component that is no decoder: one of transformers' models, not quantised."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(component_class, type) or not issubclass(component_class, PreTrainedModel):
+        return False
+    return getattr(_config(component_class, location, name), "quantization_config", None) is None
 
 
 def lazy_component(component_class: Any, location: str, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
@@ -49,6 +62,17 @@ def lazy_component(component_class: Any, location: str, name: str, *, dtype: tor
     vars(component)[_KEY] = (component_class, name, read, device)
     component.__class__ = type(component_class.__name__, (_LazyWeights, component_class), names)
     return component
+
+
+def _from_config(component_class: Any, location: str, name: str) -> Any:
+    if hasattr(component_class, "load_config"):
+        return component_class.from_config(component_class.load_config(location, subfolder=name))
+    return component_class(_config(component_class, location, name))
+
+
+def _config(component_class: Any, location: str, name: str) -> Any:
+    """Of one of transformers' models."""
+    return component_class.config_class.from_pretrained(location, subfolder=name)
 
 
 def has_unread_weights(component: Any) -> bool:
@@ -83,7 +107,7 @@ def _without_weights(component_class: Any, location: str, name: str, dtype: torc
     torch.set_default_dtype(dtype)  # as from_pretrained does: buffers are computed in it
     try:
         with without_initialisation(), init_empty_weights():
-            component = component_class.from_config(component_class.load_config(location, subfolder=name))
+            component = _from_config(component_class, location, name)
     finally:
         torch.set_default_dtype(before)
     in_float32 = {*kept_in_float32(component_class)}
@@ -91,6 +115,16 @@ def _without_weights(component_class: Any, location: str, name: str, dtype: torc
         if weight.is_floating_point():
             weight.data = weight.data.to(dtype if in_float32.isdisjoint(path.split(".")) else torch.float32)
     return component.eval()
+
+
+def _after_reading(method: str) -> Callable[..., Any]:
+    """A method that reads the weights, and then is that of the component's own class."""
+
+    def read_first(component: Any, *args: Any, **kwargs: Any) -> Any:
+        read_weights(component)
+        return getattr(type(component), method)(component, *args, **kwargs)
+
+    return read_first
 
 
 class _LazyWeights:
@@ -108,6 +142,12 @@ class _LazyWeights:
         device: torch.device = vars(self)[_KEY][3]
         return device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        parameters: Iterator[torch.Tensor] = super().parameters()  # type: ignore[misc]
+        return next(x.dtype for x in parameters if x.is_floating_point())
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Do nothing for the device where the weights belong already; read them for anything else."""
         targets = [torch.device(one) if isinstance(one, str) else one for one in (*args, *kwargs.values())]
@@ -115,6 +155,15 @@ class _LazyWeights:
             self.read()
             return self.to(*args, **kwargs)
         return self
+
+    # Loaders of pipelines walk over all modules; these methods are for who needs the weights, or adds some. A forward
+    # may put hooks on its modules before it calls any.
+    forward = _after_reading("forward")
+    state_dict = _after_reading("state_dict")
+    load_state_dict = _after_reading("load_state_dict")
+    load_adapter = _after_reading("load_adapter")
+    add_adapter = _after_reading("add_adapter")
+    _apply = _after_reading("_apply")
 
     def read(self) -> None:
         """Take the weights out of the file."""
@@ -129,5 +178,6 @@ class _LazyWeights:
             ) from error
         for store in _STORES:
             vars(self)[store] = vars(component)[store]
+        vars(self).update({name: vars(component)[name] for name in _OF_FILES if name in vars(component)})
         del vars(self)[_KEY]
         self.__class__ = component_class

@@ -102,6 +102,7 @@ def load_pipeline(
     quantization: str | None = None,
     offload: str | None = None,
     vae_dtype: str | None = None,
+    encodes: Callable[[int], bool] = lambda index: True,
     on_component: OnComponent = lambda name, done, total: None,
 ) -> Any:
     """Load a pipeline with diffusers' own loader and move it to a device.
@@ -115,6 +116,8 @@ def load_pipeline(
         quantization: how the weights of transformers are quantised while they are read (see fitting).
         offload: "model" or "group", by which diffusers moves parts to the device while they run (see fitting).
         vae_dtype: the name of the VAE's dtype, where it is not ``dtype``.
+        encodes: whether this process runs an encoder in every call, by its index in shared_encoders.encoder_names();
+            the weights of others are read only if something needs them.
         on_component: called with the name "" when all classes are imported, then before each component is read.
 
     Raises:
@@ -142,13 +145,14 @@ def load_pipeline(
             location = _folder(source.location) if shares_weights else source.location
             pipeline_class, classes = _classes(location)
             on_component("", 0, len(classes))
-            # Offloading moves whatever there is.
-            lazy_names = [] if decodes or offload else lazy_component_names(pipeline_class, classes)
             on = torch.device(device)
-            options: dict[str, Any] = {
-                name: lazy_component(classes[name], location, name, dtype=own_dtype or torch_dtype, device=on)
-                for name in lazy_names
-            }
+            options: dict[str, Any] = {}
+            if not offload:  # which moves whatever there is
+                lazy = dict.fromkeys(_unread_encoders(classes, location, encodes), torch_dtype)
+                if not decodes:
+                    lazy |= dict.fromkeys(lazy_component_names(pipeline_class, classes), own_dtype or torch_dtype)
+                for name, of_weights in lazy.items():
+                    options[name] = lazy_component(classes[name], location, name, dtype=of_weights, device=on)
             if quantization is not None:
                 options["quantization_config"] = quantized_transformers(quantization, classes, location)
             if shares_weights:
@@ -168,6 +172,15 @@ def load_pipeline(
             reason = " ".join(str(error).split())
             raise ModelNotFoundError(f"{source.name} cannot be loaded ({type(error).__name__}): {reason}") from error
         return place(pipe, device, offload)
+
+
+def _unread_encoders(classes: Mapping[str, Any], location: str, encodes: Callable[[int], bool]) -> list[str]:
+    """The encoders whose weights this process leaves unread, see load_pipeline()."""
+    from omni_sp.pipelines.lazy_components import can_be_lazy
+    from omni_sp.pipelines.shared_encoders import encoder_names
+
+    left = [name for index, name in enumerate(encoder_names(classes)) if not encodes(index)]
+    return [name for name in left if can_be_lazy(classes[name], location, name)]
 
 
 def import_classes(source: ModelSource) -> None:

@@ -12,6 +12,7 @@ from omni_sp.attention import TunedShape, check_kernel, check_strategy, select_s
 from omni_sp.errors import ConfigError, ShardingError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.branches import Branches
+from omni_sp.pipelines.shared_encoders import SharedEncoders
 from omni_sp.pipelines.shared_vaes import SharedVaes
 from omni_sp.sharding import BlockCounts, Plan, ShardHandle, VaeHandle, plan_for, shard
 from omni_sp.sharding.compiled import compile_options, require_no_graphs, require_not_compiled
@@ -27,13 +28,19 @@ class ParallelHandle:
     Attributes:
         mesh: the ranks.
         vaes: its autoencoders.
+        encoders: its text and image encoders.
         branches: what shares the calls of its transformers among the groups of ``cfg_parallel_size``; None with one.
     """
 
     def __init__(
-        self, mesh: ParallelMesh, handles: list[ShardHandle], vaes: SharedVaes, branches: Branches | None = None
+        self,
+        mesh: ParallelMesh,
+        handles: list[ShardHandle],
+        vaes: SharedVaes,
+        encoders: SharedEncoders,
+        branches: Branches | None = None,
     ) -> None:
-        self.mesh, self.vaes, self.branches = mesh, vaes, branches
+        self.mesh, self.vaes, self.encoders, self.branches = mesh, vaes, encoders, branches
         self._handles = [*handles, *vaes.handles]
 
     @property
@@ -77,11 +84,18 @@ class ParallelHandle:
             handle.tapes.on_compile = say
 
     def reset_counts(self) -> None:
-        """Begin anew to count tokens and gathers."""
+        """Begin anew to count tokens and gathers, and to note what ran where."""
         for handle in self._handles:
             handle.reset_counts()
+        self.encoders.reset_counts()
         if self.branches is not None:
             self.branches.reset_counts()
+
+    def drop(self) -> None:
+        """Forget what ranks still had to exchange in a call of the pipeline that was left."""
+        self.encoders.drop()
+        if self.branches is not None:
+            self.branches.drop()
 
     def __reduce_ex__(self, _protocol: object) -> Any:
         """Refuse to be copied or pickled.
@@ -97,6 +111,7 @@ class ParallelHandle:
         """Restore the pipeline. A second call does nothing."""
         if self.branches is not None:
             self.branches.remove()
+        self.encoders.remove()
         for handle in reversed(self._handles):
             handle.remove()
 
@@ -171,6 +186,7 @@ def parallelize(
 
     strategy = select_strategy(attention_strategy, mesh, attention_backend)
     handles: list[ShardHandle] = []
+    vae_handles: list[VaeHandle] = []
     try:
         for model in models:
             if mesh.sequence.size > 1:
@@ -193,15 +209,17 @@ def parallelize(
                 if mesh.sequence.size > 1 or plan is not None or attention_backend != "auto":
                     raise
         vaes = SharedVaes(pipe_or_transformer, mesh)
+        vae_handles = vaes.handles
+        encoders = SharedEncoders(pipe_or_transformer, mesh)
     except BaseException:
-        for handle in handles:
+        for handle in [*handles, *vae_handles]:
             handle.remove()
         raise
     if mesh.cfg.size == 1:
-        return ParallelHandle(mesh, handles, vaes)
+        return ParallelHandle(mesh, handles, vaes, encoders)
     # A ControlNet's results are arguments of the next call, which another group may compute.
     shared = [model for model in models if not type(model).__module__.startswith(_CONTROLNETS_PACKAGE)]
-    return ParallelHandle(mesh, handles, vaes, Branches(pipe_or_transformer, shared, mesh, call_token))
+    return ParallelHandle(mesh, handles, vaes, encoders, Branches(pipe_or_transformer, shared, mesh, call_token))
 
 
 def _require_shareable(pipe: Any, mesh: ParallelMesh, *, cuda_graphs: bool) -> None:

@@ -98,6 +98,9 @@ attribute of the pipeline itself."""
 TEMPLATE_PREFIX = "prompt_template_encode_start_idx"
 """An attribute of pipelines: tokens of their template that they drop from the beginning of the embeddings."""
 
+ENCODERS = r"text_encoder(_\d+)?|image_encoder|vision_language_encoder|prompt_enhancer|siglip|pe"
+"""Names of components that make embeddings of prompts and of pictures to start from; none of them looks at results."""
+
 # Decoding
 
 DECODERS = ("vae", "audio_vae", "vocoder")

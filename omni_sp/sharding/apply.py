@@ -17,6 +17,7 @@ from omni_sp.sharding.compiled import compile_blocks, is_compiled, require_not_c
 from omni_sp.sharding.foreign_code import has_foreign_forward, has_foreign_hooks
 from omni_sp.sharding.forward_context import ShardedForward, activate
 from omni_sp.sharding.hooks import ModuleHooks, install_stream_hook, require_running, resolve_plan
+from omni_sp.sharding.lazy import full_tensors
 from omni_sp.sharding.plan import Plan
 from omni_sp.sharding.replay import BlockCounts, ForwardGraphs, TapeStore
 from omni_sp.sharding.same_call import CallToken, SameCallCheck
@@ -220,7 +221,8 @@ class _ForwardHooks:
             self._weights.refresh()
         return self._hooks.foreign
 
-    def begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        args, kwargs = full_tensors((args, kwargs), type(module).__name__)
         if self._mesh.sequence.size > 1:
             if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
                 raise ShardingError(
@@ -236,6 +238,7 @@ class _ForwardHooks:
         forward = ShardedForward(self._mesh, self._strategy, self._handle.tokens, self._handle.gathers)
         self._exit_stack.enter_context(activate(forward))
         self._exit_stack.enter_context(tracking_flex_attention())
+        return args, kwargs
 
     def end(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
         self._exit_stack.close()

@@ -139,10 +139,16 @@ def _names_in(code: CodeType) -> set[str]:
     return {*code.co_names}.union(*map(_names_in, inner))
 
 
-def has_foreign_hooks(module: torch.nn.Module) -> bool:
-    """True where somebody registered a forward hook, or a forward pre-hook, on the module."""
+def has_foreign_hooks(module: torch.nn.Module, *, known: tuple[str, ...] = ()) -> bool:
+    """True where somebody registered a forward hook, or a forward pre-hook, on the module.
+
+    Args:
+        module: one module.
+        known: prefixes of the names of modules whose hooks are not foreign either.
+    """
     own = vars(module)
-    return _any_foreign(own["_forward_hooks"].values()) or _any_foreign(own["_forward_pre_hooks"].values())
+    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+    return _any_foreign(hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith((*known, _OURS)))
 
 
 def has_global_hooks() -> bool:

@@ -33,7 +33,7 @@ _RECORDED = {
     _aten.expand, _aten.slice, _aten.select, _aten.unbind, _aten.split, _aten.split_with_sizes, _aten.detach,
     _aten.alias, _aten.as_strided, _aten.lift_fresh, _aten._to_copy, _aten.clone, _aten.cat, _aten.stack, _aten.flip,
     _aten.repeat, _aten.constant_pad_nd, _aten.pixel_shuffle, _aten.linalg_vector_norm, _aten.mean, _aten.sum,
-    _aten.std, _aten.var, _aten.amax, _aten.amin, _aten.dot,
+    _aten.std, _aten.var, _aten.amax, _aten.amin, _aten.aminmax, _aten.dot, _aten.index, _aten.index_select,
 }  # fmt: skip
 """What is recorded beside pointwise operators."""
 _REFUSED_TAGS = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -44,8 +44,8 @@ class LazyRound:
     """The lazy tensors of one round, and what is done to them until their numbers come.
 
     Args:
-        exchange: gives every tensor that was made here its numbers, by ``receive``; a collective call. It gets the
-            reason: the operation that needs them.
+        exchange: gives every tensor that was made here and is used its numbers, by ``receive``; a collective call. It
+            gets the reason: the operation that needs them.
     """
 
     def __init__(self, exchange: Callable[[str], None]) -> None:
@@ -77,6 +77,7 @@ class LazyRound:
         # A plain operand may be written to later.
         kept = [x.clone() if isinstance(x, torch.Tensor) and not isinstance(x, LazyTensor) else x for x in flat]
         device = next((x for x in flat if isinstance(x, torch.device)), device)
+        _note_used(flat)
         lazies = [
             LazyTensor(self, x.shape, x.stride(), x.dtype, device) if isinstance(x, torch.Tensor) else x
             for x in outputs
@@ -86,8 +87,15 @@ class LazyRound:
 
 
 class LazyTensor(torch.Tensor):
-    """A tensor of a `LazyRound`: the shape, strides, dtype and device of what it will be."""
+    """A tensor of a `LazyRound`: the shape, strides, dtype and device of what it will be.
 
+    Attributes:
+        is_used: whether any operation has taken it. All ranks run the same program, so they answer alike.
+        computed: on a rank that has the numbers already, these, until all ranks get them.
+    """
+
+    is_used: bool
+    computed: torch.Tensor | None
     _round: LazyRound
     _numbers: torch.Tensor | None
 
@@ -102,6 +110,7 @@ class LazyTensor(torch.Tensor):
     ) -> LazyTensor:
         made: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         made._round, made._numbers = round_, None
+        made.is_used, made.computed = False, None
         return made
 
     # torch.Tensor has one with other arguments.
@@ -115,7 +124,7 @@ class LazyTensor(torch.Tensor):
 
     def receive(self, numbers: torch.Tensor) -> None:
         """Give this tensor its numbers."""
-        self._numbers = numbers
+        self._numbers, self.computed = numbers, None
 
     def full(self, reason: str) -> torch.Tensor:
         """The plain tensor; a collective call where the numbers are still to come.
@@ -124,9 +133,10 @@ class LazyTensor(torch.Tensor):
             ShardingError: they never come, because the call that they belong to was left.
         """
         if self._numbers is None:
+            self.is_used = True
             self._round.complete(reason)
         if self._numbers is None:
-            raise ShardingError("a transformer's result was read after the call that it belongs to had been left")
+            raise ShardingError("another rank's result was read after the call that it belongs to had been left")
         return self._numbers
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -160,6 +170,10 @@ class LazyTensor(torch.Tensor):
 
 def full_tensors(tree: Any, reason: str) -> Any:
     """A structure with plain tensors in the place of lazy ones; a collective call where any is waiting."""
+    leaves = tree_flatten(tree)[0]
+    if not any(isinstance(x, LazyTensor) for x in leaves):
+        return tree  # and not a copy of its lists and dicts, which somebody may write to
+    _note_used(leaves)
     return tree_map(lambda x: x.full(reason) if isinstance(x, LazyTensor) else x, tree)
 
 
@@ -185,10 +199,13 @@ class _Operation:
 def _without_numbers(func: Any, flat: list[Any], spec: TreeSpec, lazy: LazyTensor) -> Any:
     """The result of an operation that needs no numbers yet; NotImplemented for one that does."""
     packet = func.overloadpacket
+    if packet is _aten.index:
+        flat, spec = _with_positions(flat, spec)
     if packet in _NEW_LIKE:
         args, kwargs = tree_unflatten([_empty(x) if isinstance(x, LazyTensor) else x for x in flat], spec)
         return func(*args, **kwargs)
-    if (packet in _RECORDED or torch.Tag.pointwise in func.tags) and _REFUSED_TAGS.isdisjoint(func.tags):
+    is_refused = not _REFUSED_TAGS.isdisjoint(func.tags) and packet is not _aten.index
+    if (packet in _RECORDED or torch.Tag.pointwise in func.tags) and not is_refused:
         # What is large beside the results, such as weights, is not cloned.
         plain = sum(x.numel() for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, LazyTensor))
         if plain <= 4 * lazy.numel() + _SMALL:
@@ -199,6 +216,22 @@ def _without_numbers(func: Any, flat: list[Any], spec: TreeSpec, lazy: LazyTenso
         args, kwargs = tree_unflatten(flat, spec)
         return func.decompose(*args, **kwargs)
     return NotImplemented
+
+
+def _with_positions(flat: list[Any], spec: TreeSpec) -> tuple[list[Any], TreeSpec]:
+    """The arguments of an indexing with the positions in masks that are known here: the result has a shape then."""
+    (x, indices), kwargs = tree_unflatten(flat, spec)
+    positions: list[Any] = []
+    for index in indices:
+        is_mask = isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+        positions += index.nonzero(as_tuple=True) if is_mask and not isinstance(index, LazyTensor) else (index,)
+    return tree_flatten(((x, positions), kwargs))
+
+
+def _note_used(items: Sequence[Any]) -> None:
+    for x in items:
+        if isinstance(x, LazyTensor):
+            x.is_used = True
 
 
 def _meta(x: Any) -> Any:

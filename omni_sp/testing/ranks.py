@@ -71,6 +71,7 @@ class RankPool:
         cfg: int = 1,
         shared_memory: bool = True,
         vae_parallel: Any = "auto",
+        text_encoder_parallel: Any = "auto",
         shard_weights: bool = False,
         timeout: float = 120.0,
     ) -> list[Any]:
@@ -84,6 +85,7 @@ class RankPool:
             cfg: the groups that share branches of guidance.
             shared_memory: let tensors cross between ranks through shared memory; else they go through gloo.
             vae_parallel: whether all ranks decode together.
+            text_encoder_parallel: whether each encoder runs on one rank.
             shard_weights: whether each rank keeps its part of the weights.
             timeout: seconds to wait for an answer.
 
@@ -98,6 +100,7 @@ class RankPool:
             ring_degree=ring,
             cfg_parallel_size=cfg,
             vae_parallel=vae_parallel,
+            text_encoder_parallel=text_encoder_parallel,
             shard_weights=shard_weights,
         )
         job = pickle.dumps((config, shared_memory, function, args))

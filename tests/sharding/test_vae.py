@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding import shard_vae
-from omni_sp.sharding.tracked import TokenTensor
+from omni_sp.testing.live_bytes import LiveBytes
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
 from tests.sharding.vaes import BY_ID, NOT_HERE, draw
@@ -114,36 +111,6 @@ def test_every_class_is_here() -> None:
     named = {name for name in dir(diffusers) if name.startswith("AutoencoderKL") or name == "AutoencoderDC"}
     assert named - NOT_HERE.keys() <= {vae.class_name for vae in BY_ID.values()}
     assert not NOT_HERE.keys() & {vae.class_name for vae in BY_ID.values()}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and the most that there were."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now: int = 0
-        self.peak: int = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(isinstance(x, TokenTensor) for x in tree_leaves((args, kwargs))):
-            return NotImplemented  # to the rules, which call plain operators
-        result = func(*args, **(kwargs or {}))
-        # Memory that was there before, such as that which ranks share, was not allocated for this call.
-        before = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(result):
-            if not isinstance(x, torch.Tensor) or x.is_meta:
-                continue
-            storage = x.untyped_storage()
-            if storage not in before and storage not in self._known:
-                self._known.add(storage)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, storage.nbytes())
-        return result
-
-    def _freed(self, num_bytes: int) -> None:
-        self.now -= num_bytes
 
 
 def larger_vae() -> Any:

@@ -69,7 +69,7 @@ class LocalRank(RankGroup):
             startup.report(WEIGHTS, reading_text(part, done, total), done, total)
 
         startup.report(IMPORTS, f"loading {self._options.source.name}")
-        self._runner = PipelineRunner(self._options, self._device, on_component=on_component)
+        self._runner = PipelineRunner(self._options, self._device, rank=self._mesh.rank, on_component=on_component)
         is_alone = self._mesh.world_size == 1
         startup.report(JOINING, "getting ready" if is_alone else "spreading the model over the ranks")
         return self._runner.parallelize(self._mesh)

@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from omni_sp.mesh import ParallelMesh
+from omni_sp.sharding.lazy import full_tensors
 from omni_sp.sharding.replay.state import ModuleState, aliases, describe, modes
 from omni_sp.sharding.replay.store import TapeStore
 
@@ -54,6 +55,7 @@ class ForwardGraphs:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the transformer."""
+        args, kwargs = full_tensors((args, kwargs), "the transformer")
         arguments: list[torch.Tensor] = []
         try:
             key = (modes(), describe(args, arguments), describe(kwargs, arguments), aliases(arguments))
