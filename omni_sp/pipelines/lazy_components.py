@@ -9,7 +9,7 @@ late, and is never wrong.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,12 +141,6 @@ class _LazyWeights:
         """Where the weights belong: a pipeline's device is that of its first component."""
         device: torch.device = vars(self)[_KEY][3]
         return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the weights."""
-        parameters: Iterator[torch.Tensor] = super().parameters()  # type: ignore[misc]
-        return next(x.dtype for x in parameters if x.is_floating_point())
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Do nothing for the device where the weights belong already; read them for anything else."""

@@ -115,7 +115,8 @@ def _to_share(kind: Any, location: str, name: str, dtype: torch.dtype, device: t
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     if len({id(tensor) for _, tensor in held}) < len(held):
         raise ValueError("some of them are one tensor under two names")
-    saved = {path: tensor for path, tensor in held if path in model.state_dict()}
+    names = torch.nn.Module.state_dict(model).keys()  # its own method would read the weights
+    saved = {path: tensor for path, tensor in held if path in names}
     if saved.keys() != entries.keys():
         differing = sorted(saved.keys() ^ entries.keys())
         raise ValueError(f"its files have other names than the model has, such as {differing[0]}")
