@@ -2,6 +2,7 @@
 
 python -m benchmarks.planner              # every published run
 python -m benchmarks.planner --here       # processor seconds of a rank of 1, 2 and 4 on this machine, for three models
+                                          # (a minute or two on a quiet machine)
 
 Of each stack (a publisher's software on one machine) the figure on one GPU is the base: it gives the efficiency. At
 most two more numbers are fitted to the stack's other figures, as many as it has figures: microseconds that the host
@@ -14,16 +15,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
 from omni_sp import ParallelMesh, parallelize
@@ -117,66 +120,113 @@ def published() -> Iterator[Fitted]:
         yield fit(entry)
 
 
-def here(rounds: int) -> None:
-    """Print the processor seconds of a rank, in parts of one process's, beside the prediction from one process's time.
+@dataclass(frozen=True)
+class Seconds:
+    """The least processor seconds of a forward on one rank.
 
-    Processor seconds, since ranks that share cores wait for each other. Nothing but the efficiency is fitted.
+    Attributes:
+        whole: of the model alone.
+        part: of its part of a parallelized one, replayed.
+        small_whole: of the model alone, on a picture of few tokens.
+        small_part: of its part there, which is mostly what sharing costs.
     """
+
+    whole: float
+    part: float
+    small_whole: float
+    small_part: float
+
+
+def here(names: Sequence[str], rounds: int) -> None:
+    """Print the processor seconds of a rank, in parts of one process's, beside the prediction.
+
+    Processor seconds, since ranks that share cores wait for each other. One process is timed on every rank at once, in
+    turns with its part of the work: a core that shares caches with busy neighbours computes more slowly. Nothing is
+    fitted: the whole model gives the efficiency, and a small picture what sharing costs the processor, which on a CPU
+    hides behind nothing.
+    """
+    every = []
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(RankPool(max(HERE_RANKS))) as pool:
-        for name, (size, changes) in HERE.items():
+        for name in names:
+            size, changes = HERE[name]
             config = {**PUBLISHED[name].config, **changes}
             transformer = Path(folder, name, "transformer")
             transformer.mkdir(parents=True)
             named = {"_class_name": PUBLISHED[name].transformer, **config}
             (transformer / "config.json").write_text(json.dumps(named))
-            cost = _cost(str(transformer.parent), height=size.height, width=size.width, num_frames=size.frames)
-            cost = replace(cost, steps=1, branches=1, encoder_parameters=0.0, vae_flops=0.0)
-            found = {
-                ranks: max(pool.run(forward_seconds, name, size, config, rounds, ulysses=ranks)) for ranks in HERE_RANKS
-            }
-            on = at_base(cost, machine("CPU", host_us=0.0, exchange_us=0.0), found[1])
-            for ranks, seconds in found.items():
-                predicted = estimate(cost, on, Degrees(ulysses_degree=ranks)).seconds / found[1]
-                measured = seconds / found[1]
+            for ranks in HERE_RANKS:
+                found = pool.run(forward_seconds, name, size, config, rounds, ulysses=ranks, timeout=600)
+                whole, part = statistics.mean(one.whole for one in found), max(one.part for one in found)
+                predicted = predicted_here(str(transformer.parent), size, ranks, found) / whole
+                measured = part / whole
+                every.append((abs(predicted / measured - 1), f"{name}, ulysses {ranks}"))
                 print(
-                    f"{name:18}ulysses {ranks}: {measured:.3f} measured ({seconds:.2f} s), {predicted:.3f} predicted, "
-                    f"{predicted / measured - 1:+.1%}",
+                    f"{name:18}ulysses {ranks}: {measured:.3f} measured ({part:.2f} of {whole:.2f} s), "
+                    f"{predicted:.3f} predicted, {predicted / measured - 1:+.1%}",
                     flush=True,
                 )
+    worst, where = max(every)
+    print(f"worst of {len(every)}: {where}, {worst:.1%} (limit {LIMIT:.0%})")
 
 
-def forward_seconds(mesh: ParallelMesh, name: str, size: Size, config: Mapping[str, Any], rounds: int) -> float:
-    """The least processor seconds that this rank takes for a forward, replayed."""
+def predicted_here(folder: str, size: Size, ranks: int, found: Sequence[Seconds]) -> float:
+    """Predicted processor seconds of one rank's part of a forward."""
+
+    def part_of(size: Size, whole_s: float) -> float:
+        cost = _cost(folder, height=size.height, width=size.width, num_frames=size.frames)
+        cost = replace(cost, steps=1, branches=1, encoder_parameters=0.0, vae_flops=0.0)
+        on = at_base(cost, machine("CPU", host_us=0.0, exchange_us=0.0), whole_s)
+        return estimate(cost, on, Degrees(ulysses_degree=ranks)).seconds
+
+    small_whole = statistics.mean(one.small_whole for one in found)
+    small_part = max(one.small_part for one in found)
+    sharing = max(0.0, small_part - part_of(_small(size), small_whole))
+    return part_of(size, statistics.mean(one.whole for one in found)) + sharing
+
+
+def _small(size: Size) -> Size:
+    return replace(size, height=64, width=64, frames=1)
+
+
+def forward_seconds(mesh: ParallelMesh, name: str, size: Size, config: Mapping[str, Any], rounds: int) -> Seconds:
+    """Time a model and its part on one rank."""
     import diffusers
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.no_grad():
-        model = getattr(diffusers, PUBLISHED[name].transformer)(**config).eval()
-        real = tree_map_only(
-            torch.Tensor, lambda x: torch.randn(x.shape) if x.is_meta else x, PUBLISHED[name].inputs(size)
-        )
-        if not getattr(model.config, "guidance_embeds", True):
-            real.pop("guidance", None)
-        handle = parallelize(model, mesh)
-        seconds = []
-        for _ in range(rounds + 2):
-            began = time.thread_time()
-            model(**real)
-            seconds.append(time.thread_time() - began)
+        models = [getattr(diffusers, PUBLISHED[name].transformer)(**config).eval() for _ in range(2)]
+        handle = parallelize(models[1], mesh)
+        least = []
+        for one in (size, _small(size)):
+            real = tree_map_only(
+                torch.Tensor, lambda x: torch.randn(x.shape) if x.is_meta else x, PUBLISHED[name].inputs(one)
+            )
+            if not getattr(models[0].config, "guidance_embeds", True):
+                real.pop("guidance", None)
+            seconds: list[list[float]] = [[], []]
+            for _ in range(rounds + 2):
+                for model, taken in zip(models, seconds, strict=True):
+                    if mesh.world_size > 1:
+                        dist.barrier(group=mesh.world.group)
+                    began = time.thread_time()
+                    model(**real)
+                    taken.append(time.thread_time() - began)
+            least += [min(taken[2:]) for taken in seconds]
         handle.remove()
-    return min(seconds[2:])
+    return Seconds(*least)
 
 
 def main() -> None:
     """Parse and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--here", action="store_true", help="measure CPU ranks of this machine instead")
-    parser.add_argument("--rounds", type=int, default=5, help="forwards of which the quickest counts")
+    parser.add_argument("--models", nargs="*", choices=HERE, default=list(HERE), help="of --here")
+    parser.add_argument("--rounds", type=int, default=3, help="forwards of which the quickest counts")
     options = parser.parse_args()
     if options.here:
         warnings.simplefilter("ignore")
-        here(options.rounds)
+        here(options.models, options.rounds)
         return
     every = []
     for found in published():

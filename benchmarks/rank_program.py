@@ -1,10 +1,14 @@
 """One rank's program of a U x R job on one device, at real size: what a rank computes, and what its exchanges add.
 
 python -m benchmarks.rank_program --model qwen-image-2048 --ulysses 8 --bandwidth 300
+python -m benchmarks.rank_program --model qwen-image-2048 --whole --gpu H800      # whole pictures on up to 8 of them
 
 A fake process group replaces the other ranks: shapes, kernels and packing are real, nothing is exchanged. The
 exchange is added from the bytes that this rank sends over a stated bandwidth, so the step times printed for several
 ranks are *projected*. Weights are random. A few layers are timed and scaled up: time is linear in layers.
+
+``--whole`` projects whole pictures, with guidance and the VAE over the ranks, beside what others have published: by
+the planner, from a forward measured on this GPU, or, for another one (``--gpu``), from a published run on one GPU.
 """
 
 from __future__ import annotations
@@ -21,9 +25,12 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from benchmarks.interleaved import Timing, add_output_options, report, save
+from benchmarks.interleaved import Timing, add_output_options, report, save, write
+from benchmarks.whole_pictures import as_table, machine_for, project
 from omni_sp import DiffusionParallelConfig, ParallelMesh, parallelize
 from omni_sp.mesh import Axis
+from omni_sp.planner import model_cost
+from omni_sp.planner.machines import machine_of_device
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,14 @@ class Workload:
         build: makes a model with so many layers of each kind.
         inputs: makes the arguments of one forward.
         published: speed-ups that others have published for it, by number of ranks.
+        planned: the planner's name of the model, and its height, width and frames.
     """
 
     layers: dict[str, int]
     build: Callable[[dict[str, int]], Any]
     inputs: Callable[[], dict[str, Any]]
     published: dict[int, float]
+    planned: tuple[str, int, int, int | None]
 
 
 def qwen_image(side: int, published: dict[int, float], width: int = 24, layers: int = 60) -> Workload:
@@ -59,7 +68,7 @@ def qwen_image(side: int, published: dict[int, float], width: int = 24, layers: 
             "img_shapes": [[(1, side, side)]],
         }
 
-    return Workload({"blocks": layers}, build, inputs, published)
+    return Workload({"blocks": layers}, build, inputs, published, ("Qwen-Image", side * 16, side * 16, None))
 
 
 def flux(side: int, published: dict[int, float]) -> Workload:
@@ -83,7 +92,8 @@ def flux(side: int, published: dict[int, float]) -> Workload:
             "txt_ids": torch.zeros(512, 3),
         }
 
-    return Workload({"double": 19, "single": 38}, build, inputs, published)
+    planned = ("FLUX.1-dev", side * 16, side * 16, None)
+    return Workload({"double": 19, "single": 38}, build, inputs, published, planned)
 
 
 def wan(height: int, width: int, published: dict[int, float]) -> Workload:
@@ -101,7 +111,7 @@ def wan(height: int, width: int, published: dict[int, float]) -> Workload:
             "encoder_hidden_states": torch.randn(1, 512, 4096),
         }
 
-    return Workload({"blocks": 40}, build, inputs, published)
+    return Workload({"blocks": 40}, build, inputs, published, ("Wan2.2-T2V-A14B", height, width, 81))
 
 
 WORKLOADS: dict[str, Workload] = {
@@ -179,6 +189,29 @@ def measure(workload: Workload, config: DiffusionParallelConfig, options: argpar
     return Measured(seconds, sent)
 
 
+def whole(workload: Workload, options: argparse.Namespace) -> None:
+    """Project whole pictures, print and save."""
+    name, height, width, frames = workload.planned
+    cost = model_cost(name, height=height, width=width, num_frames=frames)
+    gpu, forward_s = options.gpu, None
+    if gpu is None:
+        if not torch.cuda.is_available():
+            raise SystemExit("there is no GPU to measure: name the kind that is meant, such as --gpu H100")
+        here = machine_of_device(torch.cuda.get_device_name())
+        if here is None:
+            raise SystemExit(f"no figures of {torch.cuda.get_device_name()} are known: name another kind with --gpu")
+        with torch.no_grad():
+            gpu, forward_s = here.name, measure(workload, DiffusionParallelConfig(), options).seconds
+    on, source = machine_for(cost, gpu, forward_s)
+    found = project(cost, on, options.gpus)
+    print(as_table(cost, on, source, found))
+    results = {
+        str(one.estimate.degrees): {**one.estimate.parts, "all": one.estimate.seconds, "published": one.published}
+        for one in found
+    }
+    report(write(options.output, f"whole-{options.model}-{on.name}", vars(options), {"seconds": results}))
+
+
 def main() -> None:
     """Parse, run, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,12 +224,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, for one rank and for many")
+    parser.add_argument("--whole", action="store_true", help="project whole pictures instead of a step")
+    parser.add_argument("--gpus", type=int, default=8, help="of --whole: the most of them")
+    parser.add_argument("--gpu", help="of --whole: their kind; without it this GPU is measured")
     add_output_options(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     workload = WORKLOADS[options.model]
+    if options.whole:
+        whole(workload, options)
+        return
     config = DiffusionParallelConfig(ulysses_degree=options.ulysses, ring_degree=options.ring)
     with torch.no_grad():
         alone = measure(workload, DiffusionParallelConfig(), options)

@@ -1,6 +1,7 @@
 """A server under load, and what the engine and HTTP cost over a bare loop that calls the pipeline.
 
 python -m benchmarks.serving --ranks 2 --clients 1 2 4 8
+python -m benchmarks.serving --ranks 2 --replicas 2         # one engine of 2 ranks, then two of one rank, under load
 
 The bare loop runs on ranks of its own: the same pipeline, parallelized alike, called directly. It, AsyncOmni and the
 server take turns with the same requests, in an order drawn anew for every round, one request at a time. Then as many
@@ -79,10 +80,19 @@ def bare_call(mesh: ParallelMesh, size: int, steps: int) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def running_server(ranks: int, size: int) -> Iterator[tuple[str, int]]:
-    """Address and process number of ``omni-sp serve``, ready."""
+def running_server(ranks: int, size: int, replicas: int = 1) -> Iterator[tuple[str, int]]:
+    """Address and process number of ``omni-sp serve``, ready: so many engines of so many ranks."""
     words = [sys.executable, "-m", "omni_sp.server", SHAPES_MODEL, "--device", "cpu", "--port", "0"]
-    words += ["--ulysses-degree", str(ranks), "--warmup", f"{size}x{size}", "--max-queue-length", "64"]
+    words += [
+        "--ulysses-degree",
+        str(ranks),
+        "--data-parallel-size",
+        str(replicas),
+        "--warmup",
+        f"{size}x{size}",
+        "--max-queue-length",
+        "64",
+    ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
@@ -183,6 +193,29 @@ def loads(address: str, pid: int, options: argparse.Namespace) -> list[dict[str,
     return [{name: statistics.median(row[name] for row in found) for name in found[0]} for found in rows.values()]
 
 
+def print_loads(rows: list[dict[str, float]]) -> None:
+    """A line for each number of clients."""
+    print(f"\n{'clients':>8}{'requests/s':>12}{'front CPU ms':>14}{'p50 s':>9}{'p99 s':>9}")
+    for row in rows:
+        print(
+            f"{row['clients']:8}{row['requests_per_s']:12.2f}{row['front_cpu_ms']:14.1f}{row['p50_s']:9.2f}"
+            f"{row['p99_s']:9.2f}",
+            flush=True,
+        )
+
+
+def replicas(options: argparse.Namespace) -> dict[str, Any]:
+    """The load on one engine of all ranks, and on several that have a part of them each."""
+    result = {}
+    for count in (1, options.replicas):
+        with running_server(options.ranks // count, options.size, count) as (address, pid):
+            rows = loads(address, pid, options)
+        print(f"\n{count} x {options.ranks // count} ranks", end="")
+        print_loads(rows)
+        result[f"{count} x {options.ranks // count}"] = rows
+    return result
+
+
 def cpu_seconds(pid: int) -> float:
     """Processor time of a process so far, without its children."""
     times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
@@ -220,14 +253,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             if name != SERVER:
                 line += f"{statistics.median(found['step']) * 1e3:10.1f}{paired(seconds, name, 'step'):8.3f}"
             print(line, flush=True)
-        print(f"\n{'clients':>8}{'requests/s':>12}{'front CPU ms':>14}{'p50 s':>9}{'p99 s':>9}")
         result["load"] = await asyncio.to_thread(loads, address, pid, options)
-        for row in result["load"]:
-            print(
-                f"{row['clients']:8}{row['requests_per_s']:12.2f}{row['front_cpu_ms']:14.1f}{row['p50_s']:9.2f}"
-                f"{row['p99_s']:9.2f}",
-                flush=True,
-            )
+        print_loads(result["load"])
         memory = [resident_mib(pid)]
         for seed in range(options.many):
             await asyncio.to_thread(http_request, address, 64, 2, seed)
@@ -250,9 +277,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--requests", type=int, default=16, help="of all clients together")
     parser.add_argument("--load-rounds", type=int, default=3)
+    parser.add_argument("--replicas", type=int, help="compare one engine of all ranks with so many, and nothing else")
     parser.add_argument("--many", type=int, default=200, help="requests over which memory is watched")
     add_output_options(parser)
     options = parser.parse_args()
+    if options.replicas:
+        if options.replicas < 2 or options.ranks % options.replicas:
+            parser.error(f"--replicas {options.replicas}: give 2 or more, a divisor of --ranks {options.ranks}")
+        found = replicas(options)
+        report(write(options.output, f"serving-replicas{options.replicas}", vars(options), found))
+        return
     result = asyncio.run(measure(options))
     report(write(options.output, f"serving-ulysses{options.ranks}", vars(options), result))
 

@@ -40,7 +40,8 @@ def test_models_of_this_machine_run(name: str) -> None:
     size, changes = HERE[name]
     size = replace(size, height=64, width=64, frames=1)
     config = {**PUBLISHED[name].config, **changes, "num_attention_heads": 1}
-    assert forward_seconds(ParallelMesh(DiffusionParallelConfig()), name, size, config, 1) > 0
+    found = forward_seconds(ParallelMesh(DiffusionParallelConfig()), name, size, config, 1)
+    assert min(found.whole, found.part, found.small_whole, found.small_part) > 0
 
 
 def test_degrees_are_read_from_their_names() -> None:

@@ -12,24 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.batching import Batching
-from omni_sp.engine.dispatcher import STARTING, Dispatcher
-from omni_sp.engine.jobs import EngineStats, Job
-from omni_sp.engine.messages import Call, Done, Progress, Ready, new_seed
+from omni_sp.engine.dispatcher import Dispatcher
+from omni_sp.engine.jobs import EngineStats, Job, ReplicaStats
+from omni_sp.engine.messages import Call, Done, EngineOptions, Progress, Ready, new_seed
 from omni_sp.engine.ranks import Launcher
 from omni_sp.engine.ranks.fork import local_launcher
 from omni_sp.engine.ranks.torchrun import inside_distributed_program, job_rank
 from omni_sp.engine.ranks.torchrun_supervised import TorchrunLauncher, require_supervised_job_of, supervise_rank
+from omni_sp.engine.replica import STARTING
 from omni_sp.engine.startup import warm_up_errors_named
 from omni_sp.errors import ConfigError, EngineClosedError, OmniSPError, SamplingParamsError
 from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProgress, RequestQueued
 from omni_sp.pipelines.arguments import call_arguments, warm_up_arguments
-from omni_sp.requests import Model, PromptInput, engine_options, output_of, parse_prompt, require_known, require_params
+from omni_sp.requests import (
+    Model,
+    PromptInput,
+    engine_options,
+    output_of,
+    parse_prompt,
+    require_known,
+    require_params,
+    with_degrees,
+)
 from omni_sp.validation import require_int, require_number
 
 if TYPE_CHECKING:
     from typing_extensions import Never  # typing has it from Python 3.11 on
 
-__all__ = ["AsyncOmni", "EngineStats"]
+__all__ = ["AsyncOmni", "EngineStats", "ReplicaStats"]
 
 _DRAIN_S = 30.0
 _POLL_S = 0.05
@@ -50,7 +60,10 @@ class AsyncOmni:
     Args:
         model: a hub id, a folder that a diffusers pipeline was saved to, a .safetensors or .gguf file (its path, or
             OWNER/REPOSITORY/FILE on the hub), or "omni-sp/shapes", the embedded demo model.
-        parallel_config: the degrees; None for one rank, which is a process of its own too.
+        parallel_config: the degrees; None for one rank, which is a process of its own too; "auto" to let the planner
+            choose them, as for Omni, and "auto:4" for 4 ranks. ``on_news`` is called with what was chosen, and why.
+            With ``data_parallel_size`` above 1 there are as many engines behind the queue, each with its own ranks; the
+            one that is free draws the next request, and where one fails, the others go on.
         device: "cpu"; "cuda" for one GPU per rank; "cuda:N" to let all ranks share that GPU; None for "cuda" where
             there is a GPU, else "cpu".
         dtype: "float32", "bfloat16", "float16" or the torch dtype; None for bfloat16 on CUDA and float32 on the CPU.
@@ -94,7 +107,7 @@ class AsyncOmni:
     def __init__(
         self,
         model: Model,
-        parallel_config: DiffusionParallelConfig | None = None,
+        parallel_config: DiffusionParallelConfig | str | None = None,
         *,
         device: str | None = None,
         dtype: Any = None,
@@ -121,7 +134,7 @@ class AsyncOmni:
         require_known(unknown, AsyncOmni)
         self._warmup = tuple(warmup)
         self._observers: list[Callable[[RequestEvent], None]] = []
-        self._options = engine_options(
+        options = engine_options(
             model,
             parallel_config,
             device=device,
@@ -139,23 +152,30 @@ class AsyncOmni:
             rank_timeout_s=rank_timeout_s,
             startup_timeout_s=startup_timeout_s,
         )
+        on_news = on_news or (lambda _news: None)
+        self._options = with_degrees(options, parallel_config, on_news, joins=False)
+        config = self._options.config
         self.is_main = True
         if launcher is None and inside_distributed_program():
-            require_supervised_job_of(self._options.config)
+            config.require_one_replica()
+            require_supervised_job_of(config)
             self.is_main = job_rank() == 0
             launcher = TorchrunLauncher() if self.is_main else None
+        if launcher is not None and config.data_parallel_size > 1:
+            raise ConfigError("launcher starts the ranks of one engine: leave it out, or data_parallel_size")
+        launchers = [launcher] if launcher is not None else local_launchers(self._options)
         self._dispatcher = Dispatcher(
             self._options,
-            launcher or local_launcher(self._options.source, thread_stays=True),
+            launchers,
             warm_up=self._warm_up_calls,
             max_queue_length=max_queue_length,
-            on_news=on_news or (lambda _news: None),
+            on_news=on_news,
             batching=_batching(max_batch_size, batch_wait_ms),
         )
 
     @property
     def status(self) -> str:
-        """One of: starting, ready, restarting, draining, closed, failed (the ranks would not start again)."""
+        """One of: starting, ready (a replica is), restarting, draining, closed, failed (no ranks would start again)."""
         return self._dispatcher.status
 
     @property
@@ -176,6 +196,11 @@ class AsyncOmni:
     def stats(self) -> EngineStats:
         """Counts; a copy."""
         return self._dispatcher.stats
+
+    @property
+    def replicas(self) -> tuple[ReplicaStats, ...]:
+        """The engines behind the queue, ``data_parallel_size`` of them; copies."""
+        return self._dispatcher.replica_stats
 
     def add_observer(self, observer: Callable[[RequestEvent], None]) -> None:
         """Have every event of every request passed to ``observer``, on the event loop, before it is yielded."""
@@ -347,6 +372,12 @@ class AsyncOmni:
                 arguments = warm_up_arguments(ready.capabilities, height, width)
             calls.append(Call(request_id=name, arguments=arguments, seeds=(0,)))
         return calls
+
+
+def local_launchers(options: EngineOptions) -> list[Launcher]:
+    """What starts the ranks of each replica on this machine."""
+    replicas = range(options.config.data_parallel_size)
+    return [local_launcher(options.source, thread_stays=True, replica=replica) for replica in replicas]
 
 
 def _refuse_callbacks(params: OmniDiffusionSamplingParams) -> None:

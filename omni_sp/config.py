@@ -36,6 +36,8 @@ class DiffusionParallelConfig:
             of encoders that they do not run.
         shard_weights: whether each rank of ulysses_degree × ring_degree keeps only its part of the weights of a
             transformer's blocks. A block's are gathered while the block before it runs, and freed after it.
+        data_parallel_size: replicas: engines side by side behind the queue of AsyncOmni, each with ``world_size`` ranks
+            of its own. A request is drawn by one of them.
 
     Raises:
         ConfigError: a degree is not a whole number of at least 1, another value is none of those it may be, or a value
@@ -48,10 +50,11 @@ class DiffusionParallelConfig:
     vae_parallel: bool | Literal["auto"] = "auto"
     text_encoder_parallel: bool | Literal["auto"] = "auto"
     shard_weights: bool = False
+    data_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         hint = "each degree is a whole number of at least 1 (1 = do not split on that axis)"
-        for axis in ("cfg_parallel_size", "ulysses_degree", "ring_degree"):
+        for axis in ("cfg_parallel_size", "ulysses_degree", "ring_degree", "data_parallel_size"):
             require_int(axis, getattr(self, axis), minimum=1, error=ConfigError, hint=hint)
         for name in ("vae_parallel", "text_encoder_parallel"):
             if (value := getattr(self, name)) != "auto":
@@ -61,6 +64,18 @@ class DiffusionParallelConfig:
             raise ConfigError(
                 "shard_weights=True shards over the ranks of one group, which are ulysses_degree 1 × ring_degree 1 = 1 "
                 "rank: give a degree above 1, or leave out shard_weights"
+            )
+
+    def require_one_replica(self) -> None:
+        """Refuse replicas where no queue stands before them.
+
+        Raises:
+            ConfigError: data_parallel_size is above 1.
+        """
+        if self.data_parallel_size > 1:
+            raise ConfigError(
+                f"data_parallel_size={self.data_parallel_size}: AsyncOmni and `omni-sp serve`, which have a queue, run "
+                "replicas on this machine, outside of torchrun; leave it out here"
             )
 
     @property

@@ -143,6 +143,7 @@ class ParallelMesh:
         check: bool | None = None,
         shared_memory: bool | None = None,
     ) -> None:
+        config.require_one_replica()
         self.config = config
         sizes = {"cfg": config.cfg_parallel_size, "ring": config.ring_degree, "ulysses": config.ulysses_degree}
         self.world_size = math.prod(sizes.values())

@@ -33,6 +33,7 @@ from omni_sp.requests import (
     prompt_list,
     require_known,
     require_params,
+    with_degrees,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class Omni:
     Args:
         model: a hub id, a folder that a diffusers pipeline was saved to, a .safetensors or .gguf file (its path, or
             OWNER/REPOSITORY/FILE on the hub), or "omni-sp/shapes", the embedded demo model.
-        parallel_config: the degrees; None for one rank.
+        parallel_config: the degrees; None for one rank. "auto" lets the planner choose them for the GPUs, or the cores
+            of the CPU, that are there, or for the ranks of the program around, where rank 0 chooses for all; "auto:4"
+            is for 4 ranks. A line on stderr says what was chosen, and why.
         device: "cpu"; "cuda" for one GPU per rank; "cuda:N" to let all ranks share that GPU (exact, for trying out);
             None for "cuda" where there is a GPU, else "cpu".
         dtype: "float32", "bfloat16", "float16" or the torch dtype; None for bfloat16 on CUDA and float32 on the CPU.
@@ -88,7 +91,7 @@ class Omni:
     def __init__(
         self,
         model: Model,
-        parallel_config: DiffusionParallelConfig | None = None,
+        parallel_config: DiffusionParallelConfig | str | None = None,
         *,
         device: str | None = None,
         dtype: Any = None,
@@ -109,7 +112,7 @@ class Omni:
     ) -> None:
         require_known(unknown, Omni)
         self._show_progress = is_terminal() if show_progress is None else show_progress
-        self._options = engine_options(
+        options = engine_options(
             model,
             parallel_config,
             device=device,
@@ -127,6 +130,8 @@ class Omni:
             rank_timeout_s=rank_timeout_s,
             startup_timeout_s=startup_timeout_s,
         )
+        self._options = with_degrees(options, parallel_config, _print_line if show_progress is not False else _ignore)
+        self._options.config.require_one_replica()
         self._numbers = itertools.count()
         self._opening = threading.Lock()
         self._engine = self._open_engine()
@@ -311,6 +316,14 @@ class Omni:
                     done = self._run(engine, call, lambda news: screen.show(news.done, news.total, news.note))
             require_finite(done.result, engine.ready.capabilities, engine.ready.dtype)
             yield output_of(engine.ready, call, prompt, params, done, startup_s=self._startup_s)
+
+
+def _print_line(line: str) -> None:
+    print(f"omni-sp: {line}", file=sys.stderr, flush=True)
+
+
+def _ignore(line: str) -> None:
+    """Whoever wants no progress on the screen wants no choices there either."""
 
 
 class _StepsOnScreen:

@@ -7,12 +7,14 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
 
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.engine.automatic import automatic_config, is_automatic
 from omni_sp.engine.devices import check_device_name
 from omni_sp.engine.messages import Call, Done, EngineOptions, Ready
 from omni_sp.errors import ConfigError, SamplingParamsError, UnsupportedAttentionError
@@ -37,7 +39,7 @@ Model = str | os.PathLike[str]
 
 def engine_options(
     model: Model,
-    parallel_config: DiffusionParallelConfig | None = None,
+    parallel_config: DiffusionParallelConfig | str | None = None,
     *,
     device: str | None = None,
     dtype: Any = None,
@@ -54,15 +56,17 @@ def engine_options(
     rank_timeout_s: float = 600.0,
     startup_timeout_s: float = 3600.0,
 ) -> EngineOptions:
-    """The options of Omni's constructor, checked; Omni documents them.
+    """The options of Omni's constructor, checked; Omni documents them. Degrees that are to be chosen are 1 for now.
 
     Raises:
         ConfigError: an option that cannot be.
         UnsupportedAttentionError: there is no such strategy.
         ModelNotFoundError: there is no such model.
     """
+    if is_automatic(parallel_config):
+        parallel_config = None
     if parallel_config is not None and not isinstance(parallel_config, DiffusionParallelConfig):
-        raise ConfigError(f"parallel_config={shown(parallel_config)}: give a DiffusionParallelConfig")
+        raise ConfigError(f'parallel_config={shown(parallel_config)}: give a DiffusionParallelConfig, or "auto"')
     check_device_name(device)
     _check_attention(attention_backend, attention_strategy)
     config = parallel_config or DiffusionParallelConfig()
@@ -83,6 +87,32 @@ def engine_options(
         rank_timeout_s=_seconds("rank_timeout_s", rank_timeout_s),
         startup_timeout_s=_seconds("startup_timeout_s", startup_timeout_s),
     )
+
+
+def with_degrees(
+    options: EngineOptions, asked: Any, say: Callable[[str], None], *, joins: bool = True
+) -> EngineOptions:
+    """The options with the degrees that are chosen where ``parallel_config="auto"`` asks for it.
+
+    Args:
+        options: of engine_options().
+        asked: the parallel_config that the user gave.
+        say: called with a line on what was chosen, and why.
+        joins: see automatic_config().
+    """
+    if not isinstance(asked, str):
+        return options
+    config = automatic_config(
+        asked,
+        options.source,
+        device=options.device,
+        dtype=options.dtype,
+        offloads=options.offload is not None,
+        joins=joins,
+        timeout_s=options.rank_timeout_s,
+        say=say,
+    )
+    return replace(options, config=config)
 
 
 def require_known(options: Mapping[str, Any], owner: type) -> None:

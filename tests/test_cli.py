@@ -82,6 +82,12 @@ def run(*words: str) -> int:
         (["--device", "x" * 100_000], "device='xxx"),
         (["--device", "gpu"], "device='gpu': give"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--parallel", "atuo"], "parallel_config='atuo': give"),
+        (["--parallel", "auto", "--usp", "2"], "--parallel chooses ulysses_degree: leave out one of the two"),
+        (["--parallel", "auto", "--model", "no such model"], "unknown model 'no such model'"),
+        (["--lora", "style"], "--lora style: give NAME=PATH"),
+        (["--lora", "style=a", "--lora", "style=b"], "there is a style already"),
+        (["--lora", "style=a@1e999"], "lora="),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

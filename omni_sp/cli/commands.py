@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from omni_sp.cli.options import (
     CHECK,
-    DEGREES,
     DOCTOR,
     ENGINE,
     EXAMINATION,
@@ -21,11 +21,13 @@ from omni_sp.cli.options import (
     SERVE,
     SERVER,
     arguments_for,
+    lora_scales,
+    parallel_config,
     sampling_params,
     with_cfg_scale,
 )
 from omni_sp.command_line import FAILED
-from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.engine.startup import StartupDisplay, format_seconds, is_terminal
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.files import OutputFiles, read_picture
@@ -47,12 +49,12 @@ def generate(options: argparse.Namespace) -> int:
         raise SamplingParamsError("no picture to start from: give --image PATH")
     if not options.prompt and not options.image:
         raise SamplingParamsError('no prompt: give at least one --prompt "..."')
-    config = DiffusionParallelConfig(**arguments_for(DEGREES, GENERATE, options))
     params = sampling_params(options)
     pictures = [read_picture(path) for path in options.image]
     num_outputs = max(len(options.prompt), 1) * (params.num_outputs_per_prompt or 1)
     files = OutputFiles(options.output, num_outputs, metadata=not options.no_metadata)
     options.saved = files.saved
+    config = parallel_config(GENERATE, options, _print_note, request=_what_is_drawn(params, options.cfg_scale))
     # After everything that can be refused without them.
     from omni_sp.omni import Omni
     from omni_sp.pipelines.images import input_image
@@ -78,12 +80,12 @@ def generate(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Run a model on one rank and on many, and print how far apart they are: ``omni-sp check``."""
-    config = DiffusionParallelConfig(**arguments_for(DEGREES, CHECK, options))
+    config = parallel_config(CHECK, options, _print_note)
     if config.world_size == 1:
         raise ConfigError(
             "nothing to check on one rank: give --ulysses-degree, --ring-degree or --cfg-parallel-size above 1"
         )
-    params = OmniDiffusionSamplingParams(**arguments_for(PARAMS, CHECK, options))
+    params = OmniDiffusionSamplingParams(**arguments_for(PARAMS, CHECK, options), lora=lora_scales(options))
     pictures = [read_picture(path) for path in options.image]
     from omni_sp.omni import Omni
     from omni_sp.pipelines.images import input_image
@@ -195,11 +197,12 @@ def serve(options: argparse.Namespace) -> int:
     from omni_sp.async_omni import AsyncOmni
 
     settings = ServerSettings(**arguments_for(SERVER, SERVE, options))
+    on_news = StartupDisplay().show if settings.log_format == "text" else process.log_news
     omni = AsyncOmni(
         options.model,
-        DiffusionParallelConfig(**arguments_for(DEGREES, SERVE, options)),
+        parallel_config(SERVE, options, on_news, joins=False),
         max_queue_length=settings.max_queue_length,
-        on_news=StartupDisplay().show if settings.log_format == "text" else process.log_news,
+        on_news=on_news,
         **arguments_for(ENGINE, SERVE, options),
     )
     return process.serve(omni, settings)
@@ -210,6 +213,22 @@ def serve_llm(options: argparse.Namespace) -> int:
     from omni_sp.llm.vllm.serve import serve_llm
 
     return serve_llm(options.words)
+
+
+def _print_note(line: str) -> None:
+    print(f"omni-sp: {line}", file=sys.stderr, flush=True)
+
+
+def _what_is_drawn(params: OmniDiffusionSamplingParams, cfg_scale: float | None) -> dict[str, Any]:
+    """What of a request the planner looks at."""
+    scale = cfg_scale if cfg_scale is not None else params.true_cfg_scale
+    return {
+        "height": params.height,
+        "width": params.width,
+        "num_frames": params.num_frames,
+        "steps": params.num_inference_steps,
+        "branches": None if scale is None else 2 if scale > 1 else 1,
+    }
 
 
 def _print_layout(omni: Omni, model: str) -> None:

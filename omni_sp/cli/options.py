@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omni_sp.config import OmniDiffusionSamplingParams
+from omni_sp.cli.values import adapters, adapters_of_a_server, extra_args, keys_in, lora_entries, sizes, unless_auto
+from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.server.settings import LOG_FORMATS, LOG_LEVELS, ServerSettings
@@ -102,13 +101,63 @@ def arguments_for(owner: str, table: Sequence[Option], options: argparse.Namespa
     return found
 
 
+def parallel_config(
+    table: Sequence[Option],
+    options: argparse.Namespace,
+    say: Callable[[str], None],
+    *,
+    request: Mapping[str, Any] | None = None,
+    joins: bool = True,
+) -> DiffusionParallelConfig:
+    """The degrees that are given, or those that ``--parallel auto`` chooses.
+
+    Args:
+        table: the options of the command.
+        options: their values.
+        say: called with a line on what was chosen, and why.
+        request: what is drawn, see `omni_sp.engine.automatic.automatic_config`.
+        joins: see there.
+
+    Raises:
+        ConfigError: degrees beside ``--parallel``, or what cannot be.
+    """
+    given = arguments_for(DEGREES, table, options)
+    if options.parallel is None:
+        return DiffusionParallelConfig(**given)
+    for name in ("cfg_parallel_size", "ulysses_degree", "ring_degree"):
+        if given.pop(name) != 1:
+            raise ConfigError(f"--parallel chooses {name}: leave out one of the two")
+    if given.get("data_parallel_size", 1) > 1 and ":" not in options.parallel:
+        raise ConfigError("--parallel auto takes all devices: say how many ranks each engine has, such as auto:4")
+    from omni_sp.engine.automatic import automatic_config, is_automatic
+    from omni_sp.engine.devices import check_device_name
+    from omni_sp.pipelines.load import resolve_model
+
+    engine = arguments_for(ENGINE, table, options)
+    is_automatic(options.parallel)
+    check_device_name(engine.get("device"))
+    config = automatic_config(
+        options.parallel,
+        resolve_model(options.model, engine.get("single_file_config")),
+        device=engine.get("device"),
+        dtype=engine.get("dtype"),
+        offloads=engine.get("offload") is not None,
+        joins=joins,
+        timeout_s=engine.get("rank_timeout_s", 600.0),
+        request=request,
+        say=say,
+    )
+    given["shard_weights"] |= config.shard_weights
+    return dataclasses.replace(config, **given)
+
+
 def sampling_params(options: argparse.Namespace) -> OmniDiffusionSamplingParams:
     """The parameters of ``generate``, with --cfg-scale as true_cfg_scale: see with_cfg_scale().
 
     Raises:
         SamplingParamsError: two options of one thing, or a value that cannot be.
     """
-    params = OmniDiffusionSamplingParams(**arguments_for(PARAMS, GENERATE, options))
+    params = OmniDiffusionSamplingParams(**arguments_for(PARAMS, GENERATE, options), lora=lora_scales(options))
     if options.cfg_scale is None:
         return params
     if options.true_cfg_scale is not None:
@@ -134,60 +183,10 @@ def with_cfg_scale(params: OmniDiffusionSamplingParams, scale: float, *, is_true
     return dataclasses.replace(params, guidance_scale=scale, true_cfg_scale=None)
 
 
-def _unless_auto(value: str) -> str | None:
-    return None if value == "auto" else value
-
-
-def _extra_args(entries: Sequence[str]) -> dict[str, Any]:
-    found = {}
-    for entry in entries:
-        name, equals, value = entry.partition("=")
-        if not equals or not name:
-            raise SamplingParamsError(f"--extra {entry}: give NAME=JSON, such as strength=0.6")
-        if name == "output_type":
-            raise SamplingParamsError(
-                "--extra output_type: files are written from finished results; use Omni(...) for others"
-            )
-        try:
-            found[name] = json.loads(value)
-        except ValueError as error:
-            raise SamplingParamsError(
-                f"--extra {entry}: {value!r} is no JSON; text needs quotes of its own: --extra '{name}=\"{value}\"'"
-            ) from error
-    return found
-
-
-def _sizes(texts: Sequence[str]) -> list[tuple[int, int]]:
-    found = []
-    for text in texts:
-        sides = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
-        if sides is None:
-            raise ConfigError(f"--warmup {text}: give HEIGHTxWIDTH in pixels, such as 1024x768")
-        found.append((int(sides[1]), int(sides[2])))
-    return found
-
-
-def _adapters(entries: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for entry in entries:
-        name, _, path = entry.partition("=")
-        if not name or not path:
-            raise ConfigError(f"--lora {entry}: give NAME=PATH, such as style=loras/style.safetensors")
-        if name in found:
-            raise ConfigError(f"--lora {entry}: there is a {name} already")
-        found[name] = path
-    return found
-
-
-def _keys_in(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {path} cannot be read: {error}") from error
-    keys = tuple(line.strip() for line in lines if line.strip())
-    if not keys:
-        raise ConfigError(f"--api-key-file {path} holds no key: anybody would be let in")
-    return keys
+def lora_scales(options: argparse.Namespace) -> list[tuple[str, float]] | None:
+    """The adapters of ``--lora``, each with its scale: all of them are on. None where there are none."""
+    entries = lora_entries(options.lora)
+    return [(name, 1.0 if scale is None else scale) for name, (_, scale) in entries.items()] or None
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -197,6 +196,8 @@ _SWITCH = {"auto": "auto", "on": True, "off": False}
 # fmt: off
 _MODEL_TEXT = f"what draws: a hub id, the folder of a diffusers pipeline, a file of weights, or {SHAPES_MODEL}"
 _LAYOUT = (
+    Option("--parallel", "auto: the planner chooses the degrees for the GPUs, or the cores of the CPU, that are there; "
+           "auto:4 for 4 ranks", metavar="auto[:N]", otherwise="the degrees that are given"),
     Option("--cfg-parallel-size --cfg", "groups of ranks that share the branches of guidance", DEGREES, type=int,
            default=1),
     Option("--ulysses-degree --usp", "ranks that trade tokens for heads", DEGREES, type=int, default=1),
@@ -214,7 +215,7 @@ _LAYOUT = (
            "layer of all", ENGINE, choices=("model", "group")),
     Option("--vae-dtype", "of the VAE", ENGINE, choices=_DTYPES, otherwise="that of the others"),
     Option("--device", "auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
-           ENGINE, convert=_unless_auto, default="auto"),
+           ENGINE, convert=unless_auto, default="auto"),
     Option("--attention-backend", "the attention kernel; auto chooses an exact one, tune times them",
            ENGINE, default="auto", metavar="NAME"),
     Option("--no-replay", "follow the blocks of a transformer every time, instead of replaying what they did",
@@ -225,9 +226,11 @@ _LAYOUT = (
            ENGINE, action="store_true"),
 )
 _DTYPE = Option("--dtype", "of weights and latents; auto: bfloat16 on GPUs, float32 on CPUs",
-                ENGINE, convert=_unless_auto, default="auto", choices=("auto", *_DTYPES))
+                ENGINE, convert=unless_auto, default="auto", choices=("auto", *_DTYPES))
 _FILE = Option("--single-file-config", "of a model that is one file: the pipeline that it is of, a folder or hub id",
                ENGINE, metavar="MODEL", otherwise="diffusers tells it by the file")
+_LORA = Option("--lora", "a LoRA adapter to draw with: a folder, a file or a hub id, and how much it counts (1 where "
+               "that is left out); repeatable", ENGINE, convert=adapters, action="append", metavar="NAME=PATH[@SCALE]")
 _IMAGE = Option("--image", "a picture to edit or to start from; repeat it where the model takes several",
                 action="append", metavar="PATH")
 _OWN = "the pipeline's own"
@@ -243,6 +246,7 @@ GENERATE = (
     Option("--prompt", "what to draw; repeat it for more outputs", action="append", metavar="TEXT"),
     Option("--negative-prompt", "what to keep away from", PARAMS, metavar="TEXT"),
     _IMAGE,
+    _LORA,
     *_LAYOUT,
     *_SIZE,
     Option("--fps", "frames a second of a video", PARAMS, type=float,
@@ -256,7 +260,7 @@ GENERATE = (
     Option("--num-outputs-per-prompt --num-images-per-prompt", "results of each prompt", PARAMS, type=int,
            otherwise="1"),
     Option("--extra", "another argument of the pipeline's own call, such as strength=0.6 or 'sigmas=[1.0, 0.5]'; "
-           "repeatable", PARAMS, "extra_args", _extra_args, action="append", metavar="NAME=JSON"),
+           "repeatable", PARAMS, "extra_args", extra_args, action="append", metavar="NAME=JSON"),
     Option("--no-metadata", "leave the prompt, the seed and the other settings out of the files of pictures",
            action="store_true"),
     Option("--output", "a folder for new numbered files, or one file: .png, .jpg, .webp, ... for pictures, .mp4 for "
@@ -271,12 +275,13 @@ CHECK = (
     *_LAYOUT,
     Option("--prompt", "what to draw", default="a red circle on a blue background", metavar="TEXT"),
     _IMAGE,
+    _LORA,
     *_SIZE,
     Option("--dtype", "of weights and latents", ENGINE, default="float32", choices=_DTYPES),
 )
 DOCTOR = (
     Option("--device", "auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
-           EXAMINATION, convert=_unless_auto, default="auto"),
+           EXAMINATION, convert=unless_auto, default="auto"),
     Option("--ranks", "how many to start", EXAMINATION, type=int, otherwise="one on each GPU, or two on the CPU"),
     Option("--model", "at whose shapes kernels are timed: a name, a folder or a repository, as for omni-sp plan",
            EXAMINATION, metavar="MODEL", otherwise="Qwen-Image"),
@@ -318,20 +323,22 @@ SERVE = (
     Option("--host", "the address to listen on; 0.0.0.0 for all of this machine", SERVER),
     Option("--port", "the port to listen on; 0 takes a free one", SERVER, type=int),
     *_LAYOUT,
+    Option("--data-parallel-size", "engines side by side behind one queue, each with its own ranks", DEGREES, type=int,
+           default=1),
     _DTYPE,
     Option("--rank-timeout", "the longest silence of ranks between two steps, in seconds, before they count as failed",
            ENGINE, "rank_timeout_s", type=float, default=600.0, metavar="S"),
     Option("--startup-timeout", "the same while they load the model",
            ENGINE, "startup_timeout_s", type=float, default=3600.0, metavar="S"),
     Option("--lora", "a LoRA adapter that requests may name: a folder, a file or a hub id; repeatable",
-           ENGINE, convert=_adapters, action="append", metavar="NAME=PATH"),
+           ENGINE, convert=adapters_of_a_server, action="append", metavar="NAME=PATH"),
     Option("--warmup", "draw one step of this size before /health answers 200; height first, unlike the API's size; "
            "repeatable",
-           ENGINE, convert=_sizes, action="append", metavar="HEIGHTxWIDTH"),
+           ENGINE, convert=sizes, action="append", metavar="HEIGHTxWIDTH"),
     Option("--api-key", "let in only who has this key; repeatable",
            SERVER, "api_keys", action="append", metavar="KEY", otherwise="whoever reaches the port may draw"),
     Option("--api-key-file", "a file of such keys, one a line, which ps does not show",
-           SERVER, "api_keys", _keys_in, type=Path),
+           SERVER, "api_keys", keys_in, type=Path),
     Option("--allow-origin", "web pages of this origin may call from a browser; repeatable",
            SERVER, "allow_origins", action="append", metavar="ORIGIN"),
     Option("--data-dir", "keep videos, pictures and jobs in this folder", SERVER, type=Path,

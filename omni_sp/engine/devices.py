@@ -21,8 +21,8 @@ def check_device_name(device: str | None) -> None:
         raise ConfigError(f'device={shown(device)}: give "cpu", "cuda", "cuda:0" and so on, or None to choose')
 
 
-def rank_devices(device: str | None, config: DiffusionParallelConfig) -> list[str]:
-    """One device for each rank on this machine.
+def rank_devices(device: str | None, config: DiffusionParallelConfig, replica: int = 0) -> list[str]:
+    """One device for each rank of a replica on this machine.
 
     None and "cuda" give every rank a GPU of its own (None: the CPU where there is no GPU). "cuda:N" puts all ranks on
     that one GPU, where they talk through host memory: exact, for trying things out, not fast.
@@ -30,15 +30,17 @@ def rank_devices(device: str | None, config: DiffusionParallelConfig) -> list[st
     Raises:
         ConfigError: fewer GPUs than ranks, or no such GPU.
     """
-    one, num_gpus = _shared_device(device)
+    one, num_gpus = shared_device(device)
     if one is not None:
         return [one] * config.world_size
-    if num_gpus < config.world_size:
+    size, replicas = config.world_size, config.data_parallel_size
+    if num_gpus < size * replicas:
+        each = f"data_parallel_size {replicas} × {config.equation}" if replicas > 1 else config.equation
         raise ConfigError(
-            f"{config.equation} need {_gpus(config.world_size)}, one each, and this machine has {num_gpus}: lower the "
-            f"degrees, or {_ON_CPU}"
+            f"{each} need {_gpus(size * replicas)}, one each, and this machine has {num_gpus}: lower the degrees, or "
+            f"{_ON_CPU}"
         )
-    return [f"cuda:{index}" for index in range(config.world_size)]
+    return [f"cuda:{index}" for index in range(replica * size, (replica + 1) * size)]
 
 
 def joined_device(device: str | None, config: DiffusionParallelConfig) -> str:
@@ -47,7 +49,7 @@ def joined_device(device: str | None, config: DiffusionParallelConfig) -> str:
     Raises:
         ConfigError: fewer GPUs on this machine than ranks on it, or no such GPU.
     """
-    one, num_gpus = _shared_device(device)
+    one, num_gpus = shared_device(device)
     if one is not None:
         return one
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -60,7 +62,7 @@ def joined_device(device: str | None, config: DiffusionParallelConfig) -> str:
     return f"cuda:{local_rank}"
 
 
-def _shared_device(device: str | None) -> tuple[str | None, int]:
+def shared_device(device: str | None) -> tuple[str | None, int]:
     """The one device that all ranks share, if they do, and the number of GPUs here."""
     import torch
 

@@ -49,6 +49,23 @@ class EngineStats:
             self.failed += 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReplicaStats:
+    """One of the engines behind a queue.
+
+    Attributes:
+        status: starting, ready, restarting, or failed (its ranks would not start again).
+        running: requests that it runs.
+        calls: that it has finished.
+        restarts: of its ranks.
+    """
+
+    status: str
+    running: int = 0
+    calls: int = 0
+    restarts: int = 0
+
+
 @dataclass(eq=False, kw_only=True)
 class Job:
     """A call in the queue, and the callbacks for what becomes of it. They run in the dispatcher's threads.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 from omni_sp.errors import ConfigError
 from omni_sp.planner.counting import Operations, fake_forward, of_all_blocks
+from omni_sp.planner.folders import HEADS, PipelineFolder, read_folder
 from omni_sp.planner.inputs import Size
 from omni_sp.planner.published import PUBLISHED, Published
 from omni_sp.validation import require_int, suggestion
@@ -35,6 +38,8 @@ class ModelCost:
         head_dim: channels of one head.
         blocks: calls of attention over this sequence in one forward.
         linear_flops: of one forward, without this attention.
+        whole_flops: of these, what every rank computes: layers that see no token of this sequence, such as those of a
+            text that is attended to from it.
         attention_flops: of this attention in one forward.
         parameters: of one transformer.
         transformers: of the pipeline, of which one runs at a time.
@@ -59,6 +64,7 @@ class ModelCost:
     attention_flops: float
     parameters: float
     transformers: int = 1
+    whole_flops: float = 0.0
     block_elements: float = 0.0
     branches: int = 1
     steps: int = 50
@@ -93,7 +99,7 @@ def model_cost(
 
     Args:
         model: the name of a model that ships with the planner ("Qwen/Qwen-Image", "FLUX.1-dev", "Wan2.2"), a folder, or
-            a repository in the hub's cache: of these, ``transformer/config.json`` is read, and no weights.
+            a repository in the hub's cache: of these, configurations and the heads of files of weights are read.
         height: of the result in pixels; None for the published one, or 1024.
         width: the same.
         num_frames: of a video; None for the published number.
@@ -108,18 +114,20 @@ def model_cost(
     for what, value in {**changes, "steps": steps, "branches": branches}.items():
         if value is not None:
             require_int(what, value, minimum=1, error=ConfigError, hint="give a whole number of at least 1")
-    name, published, config = _find(model)
-    if published is not None:
-        size = replace(published.published_size, **changes)
+    name, published, folder = _find(model)
+    size = replace(published[1].published_size if published else Size(1024, 1024), **changes)
+    if published is None:
+        cost = _from_weights(name, folder.transformer if folder else {}, size)
+    else:
         try:
-            cost = _counted(name, published, size)
+            with _quiet_fake_tensors():
+                cost = _counted(name, published[1], size)
         except Exception as error:  # of the model's own code
-            if config is None:
+            if folder is None:
                 text = " ".join(str(error).split())[:200]
                 raise ConfigError(f"{name} does not run at {size}: {text}") from error
-            cost = _from_weights(name, config, size)
-    else:
-        cost = _from_weights(name, config or {}, replace(Size(1024, 1024), **changes))
+            cost = _from_weights(name, folder.transformer, size)
+    cost = _with_pipeline(cost, _pipelines().get(published[0], {}) if published else {}, folder)
     return replace(
         cost,
         steps=cost.steps if steps is None else steps,
@@ -133,36 +141,32 @@ def _pipelines() -> dict[str, dict[str, Any]]:
     return data
 
 
-def _find(model: str) -> tuple[str, Published | None, Mapping[str, Any] | None]:
-    """A model's name, its description, and its configuration where that was read from a file."""
-    config = _config_of(model)
-    if config is not None:
-        values = {key: value for key, value in config.items() if not key.startswith("_")}
-        for published in PUBLISHED.values():
-            if published.transformer == config.get("_class_name") and not published.note:
-                return model, replace(published, config=values), config
-        return model, None, config
+def _find(model: str) -> tuple[str, tuple[str, Published] | None, PipelineFolder | None]:
+    """A model's name, the published model that describes it, by name, and its folder where there is one."""
+    folder = read_folder(model)
+    if folder is not None:
+        values = {key: value for key, value in folder.transformer.items() if not key.startswith("_")}
+        for name, published in PUBLISHED.items():
+            if published.transformer == folder.transformer.get("_class_name") and not published.note:
+                return model, (name, replace(published, config=values)), folder
+        return model, None, folder
     wanted = model.rstrip("/").split("/")[-1].lower().removesuffix("-diffusers")
     for name in PUBLISHED:
         if name.lower().startswith(wanted) and wanted:
-            return name, PUBLISHED[name], None
+            return name, (name, PUBLISHED[name]), None
     otherwise = "it is no folder, not in the cache of the hub, and none of {known}"
     raise ConfigError(f"nothing is known of {model!r}: {suggestion(model, PUBLISHED, otherwise)}")
 
 
-def _config_of(model: str) -> Mapping[str, Any] | None:
-    """``transformer/config.json`` of a folder or of a cached repository."""
-    path: Any = Path(model).expanduser() / "transformer" / "config.json"
-    if not path.is_file():
-        if model.count("/") != 1:
-            return None
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(model, "transformer/config.json")
-        if not isinstance(path, str):
-            return None
-    config: Mapping[str, Any] = json.loads(Path(path).read_text())
-    return config
+@contextmanager
+def _quiet_fake_tensors() -> Iterator[None]:
+    """Keep torch from logging the traceback of a forward whose arguments do not fit: it is estimated then."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _counted(name: str, published: Published, size: Size) -> ModelCost:
@@ -178,9 +182,9 @@ def _counted(name: str, published: Published, size: Size) -> ModelCost:
                 "elements": operations.elements,
                 "parameters": sum(weight.numel() for weight in model.parameters()),
             }
-            return Counter(sums), operations.attentions
+            return Counter(sums), operations.attentions, operations.rows
 
-    sums, attentions = of_all_blocks(published, count)
+    sums, attentions, rows = of_all_blocks(published, count)
     own = {shape: calls for shape, calls in attentions.items() if shape[0] == shape[1]}
     if own:
         tokens, _, heads, head_dim = max(own)
@@ -188,30 +192,36 @@ def _counted(name: str, published: Published, size: Size) -> ModelCost:
         attention = sum(4 * q * k * h * d * calls for (q, k, h, d), calls in own.items() if q * 2 > tokens)
     else:  # linear attention, which exchanges little
         tokens, heads, head_dim, blocks, attention = 1, published.heads, 1, 0, 0
+        rows = Counter()
     parameters = float(sums["parameters"])
-    cost = ModelCost(
+    # Tokens of other attentions to themselves, as of a text before it joins, are shared too.
+    streams = {length for length, *_ in own} | {length for length in rows if tokens - length in rows}
+    return ModelCost(
         name, size, tokens, heads, head_dim, blocks, float(sums["flops"] - attention), float(attention), parameters,
+        whole_flops=float(sum(flops for length, flops in rows.items() if length not in streams)),
         block_elements=sums["elements"] / max(blocks, 1),
     )  # fmt: skip
-    return _with_pipeline(cost)
 
 
-def _with_pipeline(cost: ModelCost) -> ModelCost:
-    """Add encoder, autoencoder and the pipeline's defaults, where they are known."""
-    entry = _pipelines().get(cost.name, {})
-    vae = _pipelines()["_vaes"].get(entry.get("vae", "AutoencoderKL"), {})
+def _with_pipeline(cost: ModelCost, entry: Mapping[str, Any], folder: PipelineFolder | None) -> ModelCost:
+    """Add encoder, autoencoder and the pipeline's defaults: what the folder says, else what is known by the name."""
+    folder = folder or PipelineFolder({})
+    vaes = _pipelines()["_vaes"]
+    vae = vaes.get(folder.vae) or vaes.get(entry.get("vae", "")) or vaes["AutoencoderKL"]
+    vae_parameters = folder.vae_parameters or vae["gparams"] * 1e9
     size = cost.size
     pixels = size.height * size.width
     per_pixel = vae["mflop_per_pixel"] + vae.get("mflop_per_later_pixel", vae["mflop_per_pixel"]) * (size.frames - 1)
     latent_frames = size.latent(8)[0]
+    flops = pixels * per_pixel * 1e6 + latent_frames * 4 * vae.get("attention_channels", 0) * (pixels / 64) ** 2
     return replace(
         cost,
-        transformers=entry.get("transformers", 1),
-        branches=entry.get("branches", 1),
-        steps=entry.get("steps", 50),
-        encoder_parameters=entry.get("encoder_gparams", 0.0) * 1e9,
-        vae_flops=pixels * per_pixel * 1e6 + latent_frames * 4 * vae.get("attention_channels", 0) * (pixels / 64) ** 2,
-        vae_parameters=vae["gparams"] * 1e9,
+        transformers=max(entry.get("transformers", 1), folder.transformers),
+        branches=folder.branches or entry.get("branches", 1),
+        steps=folder.steps or entry.get("steps", 50),
+        encoder_parameters=folder.encoder_parameters or entry.get("encoder_gparams", 0.0) * 1e9,
+        vae_flops=flops * vae_parameters / (vae["gparams"] * 1e9),  # a smaller one of the class has narrower layers
+        vae_parameters=vae_parameters,
         vae_elements=pixels * min(size.frames, 4) * 128.0 * 3,
     )
 
@@ -227,7 +237,7 @@ def _from_weights(name: str, config: Mapping[str, Any], size: Size) -> ModelCost
     with torch.device("meta"):
         model = kind.from_config(dict(config))
     config = model.config  # with the defaults of the class
-    heads = int(_first(config, "num_attention_heads", "n_heads", "num_heads", "heads") or 1)
+    heads = int(_first(config, *HEADS) or 1)
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     lists = [one for one in lists if any(hasattr(block, "attn") or "Block" in type(block).__name__ for block in one)]
     blocks = sum(len(one) for one in lists)
@@ -244,13 +254,11 @@ def _from_weights(name: str, config: Mapping[str, Any], size: Size) -> ModelCost
     frame_patch, side = (patch[0], patch[-1]) if isinstance(patch, (list, tuple)) else (1, patch)
     frames, height, width_latent = size.latent(8 if side > 1 else 16)
     tokens = math.ceil(frames / frame_patch) * (height // side) * (width_latent // side)
-    return _with_pipeline(
-        ModelCost(
-            name, size, tokens, heads, width // heads, blocks,
-            2.0 * weights * tokens, 4.0 * blocks * width * tokens**2,
-            float(sum(weight.numel() for weight in model.parameters())),
-            block_elements=10.0 * tokens * width, is_estimate=True,
-        )
+    return ModelCost(
+        name, size, tokens, heads, width // heads, blocks,
+        2.0 * weights * tokens, 4.0 * blocks * width * tokens**2,
+        float(sum(weight.numel() for weight in model.parameters())),
+        block_elements=10.0 * tokens * width, is_estimate=True,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ class Operations(TorchDispatchMode):
     Attributes:
         flops: by the path of the innermost module; numbers in paths are "*".
         attentions: the calls of attention, by (query tokens, key tokens, heads, head_dim).
+        rows: the FLOPs of linear layers, by the tokens that they see.
         elements: of the results of all that is counted, together.
     """
 
@@ -43,6 +44,7 @@ class Operations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops: Counter[str] = Counter()
         self.attentions: Counter[tuple[int, int, int, int]] = Counter()
+        self.rows: Counter[int] = Counter()
         self.elements = 0
         self._paths = {id(module): re.sub(r"\b\d+\b", "*", path) for path, module in model.named_modules()}
         self._running: list[str] = []
@@ -86,6 +88,8 @@ class Operations(TorchDispatchMode):
             self.flops[self._running[-1] if self._running else ""] += number
             output = result[0] if isinstance(result, tuple) else result
             self.elements += output.numel()
+            if func.overloadpacket in (aten.mm, aten.addmm):
+                self.rows[args[-2].shape[0]] += number
             if "scaled_dot_product" in str(func):
                 (_, heads, query, head_dim), key = args[0].shape, args[1].shape[2]
                 self.attentions[query, key, heads, head_dim] += 1

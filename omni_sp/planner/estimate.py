@@ -133,7 +133,7 @@ def estimate(cost: ModelCost, machine: Machine, degrees: Degrees) -> Estimate:
     one = exchange(cost.tokens, cost.heads, cost.head_dim, ulysses, ring)
     rate = machine.tflops * 1e12 * machine.efficiency
     blocks = max(cost.blocks, 1)
-    linear = cost.linear_flops * one.token_share / blocks / rate
+    linear = (cost.whole_flops + (cost.linear_flops - cost.whole_flops) * one.token_share) / blocks / rate
     attention = cost.attention_flops * one.share / blocks / rate
     swap = step = merge = 0.0
     messages = 0
@@ -188,8 +188,8 @@ def _transfer_seconds(cost: ModelCost, machine: Machine, degrees: Degrees, forwa
     weights = cost.parameters * _BYTES
     if degrees.offload:
         return max(0.0, forwards * weights / (machine.host.gb_per_s * 1e9 * machine.link_efficiency) - busy)
-    if degrees.shard_weights and degrees.one_result > 1:
-        missing = weights * (degrees.one_result - 1) / degrees.one_result
+    if degrees.shard_weights and degrees.sequence > 1:
+        missing = weights * (degrees.sequence - 1) / degrees.sequence
         return max(0.0, forwards * missing / (machine.link.gb_per_s * 1e9 * machine.link_efficiency) - busy)
     return 0.0
 
@@ -200,10 +200,10 @@ def memory_gb(cost: ModelCost, degrees: Degrees, token_share: float) -> float:
     if degrees.offload:
         weights = 2 * transformer / max(cost.blocks, 1)
     else:
-        others = transformer * cost.transformers + (cost.encoder_parameters + cost.vae_parameters) * _BYTES
-        weights = others
-        if degrees.shard_weights:
-            weights = others / degrees.one_result + 2 * transformer / max(cost.blocks, 1)
+        weights = transformer * cost.transformers
+        if degrees.shard_weights and degrees.sequence > 1:  # over the ranks of a group, two blocks gathered at a time
+            weights = weights / degrees.sequence + 2 * transformer / max(cost.blocks, 1)
+        weights += (cost.encoder_parameters + cost.vae_parameters) * _BYTES
     block = cost.block_elements * _BYTES * token_share
     decode = cost.vae_elements * _BYTES / (degrees.one_result if degrees.vae_parallel else 1)
     encode = cost.encoder_parameters * _BYTES if degrees.offload else 0.0

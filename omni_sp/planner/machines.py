@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -168,6 +169,23 @@ def measured_machine(measured: Measured) -> Machine:
         head_groups=1 if on_cpu else Machine.head_groups,
         source=source,
     )
+
+
+def machine_of_device(device_name: str, *, memory_gb: float | None = None) -> Machine | None:
+    """The machine whose name is in the name that a driver gives a device; None where it is not known.
+
+    Args:
+        device_name: such as "NVIDIA H100 80GB HBM3" or "NVIDIA GeForce RTX 4090".
+        memory_gb: of the device, in 10^9 bytes; None for that of the data file.
+    """
+    for name in sorted(gpu_names(), key=len, reverse=True):
+        words = re.sub(r"(?<=[A-Z]{3})(?=\d)", "[ -]?", name)
+        if re.search(rf"(?<![a-z0-9]){words}(?![a-z0-9])", device_name, re.IGNORECASE):
+            found = machine(name)
+            if "pcie" in device_name.lower():
+                found = replace(found, link=found.host)
+            return found if memory_gb is None else replace(found, memory_gb=memory_gb)
+    return None
 
 
 def _known(what: str, name: str, names: tuple[str, ...]) -> str:

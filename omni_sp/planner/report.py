@@ -52,6 +52,24 @@ def as_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def best_in_words(plan: Plan) -> str:
+    """Why the best choice is that, for one line."""
+
+    def text_of(seconds: float) -> str:
+        return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+
+    best, cost = plan.choices[0], plan.cost
+    frames = f" x {cost.size.frames} frames" if cost.size.frames > 1 else ""
+    text = f"{text_of(best.seconds)} are predicted for {cost.size.width} x {cost.size.height}{frames}"
+    if plan.alone is not None and best is not plan.alone:
+        text += f", {text_of(plan.alone.seconds)} on one rank"
+    if len(plan.choices) > 1:
+        second = plan.choices[1]
+        reason = dict(plan.reasons).get(second.degrees, "it takes longer")
+        text += f"; then comes {second.degrees} with {text_of(second.seconds)}: {reason}"
+    return text
+
+
 def as_svg(plan: Plan) -> str:
     """A bar for each choice, of the seconds that each part takes."""
     scale = 480 / max(one.seconds for one in plan.choices)

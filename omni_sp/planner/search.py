@@ -162,7 +162,7 @@ def fastest_that_fits(cost: ModelCost, on: Machine, one: Degrees, usable: Collec
     found = [
         estimate(cost, on, replace(one, vae_parallel=vae, shard_weights=shard, offload=offload))
         for offload in values("offload", True)
-        for shard in values("shard_weights", several and not offload)
+        for shard in values("shard_weights", one.sequence > 1 and not offload)
         for vae in values("vae_parallel", several)
     ]
     fitting = [each for each in found if each.memory_gb <= on.memory_gb]

@@ -104,10 +104,11 @@ def _server_router(omni: AsyncOmni, settings: ServerSettings, files: FileStore, 
     @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="200 once requests are drawn, else 503 and why", responses=_HEALTH)
     async def health() -> Response:
-        status = omni.status
+        status, replicas = omni.status, [replica.status for replica in omni.replicas]
+        body = {"status": status, **({"replicas": replicas} if len(replicas) > 1 else {})}
         if status == "ready":
-            return JSONResponse({"status": status})
-        return JSONResponse({"status": status}, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+            return JSONResponse(body)
+        return JSONResponse(body, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
 
     @router.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)
     async def metrics_page() -> Response:

@@ -107,6 +107,18 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("omni_sp_steps", "Denoising steps", stats.steps)
         yield CounterMetricFamily("omni_sp_restarts", "Restarts of the ranks", stats.restarts)
         yield GaugeMetricFamily("omni_sp_ready", "1 if requests are drawn", float(status == "ready"))
+        ready = GaugeMetricFamily("omni_sp_replica_ready", "1 if this replica draws", labels=["replica"])
+        running = GaugeMetricFamily("omni_sp_replica_running", "Requests that this replica draws", labels=["replica"])
+        calls = CounterMetricFamily("omni_sp_replica_calls", "Calls that this replica has finished", labels=["replica"])
+        restarts = CounterMetricFamily(
+            "omni_sp_replica_restarts", "Restarts of this replica's ranks", labels=["replica"]
+        )
+        for number, replica in enumerate(self._omni.replicas):
+            ready.add_metric([str(number)], float(replica.status == "ready"))
+            running.add_metric([str(number)], replica.running)
+            calls.add_metric([str(number)], replica.calls)
+            restarts.add_metric([str(number)], replica.restarts)
+        yield from (ready, running, calls, restarts)
         for phase, seconds in stats.start_s.items():
             yield GaugeMetricFamily(f"omni_sp_start_{phase}_seconds", "Seconds of the last start", seconds)
         memory = GaugeMetricFamily("omni_sp_resident_memory_bytes", "Memory of a process", labels=["process"])

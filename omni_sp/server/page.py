@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -57,12 +58,13 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
 
     Returns:
         ``status`` (of the AsyncOmni), ``model``, counts (``queued``, ``running``, ``done``, ``failed``, ``aborted``,
-        ``restarts``, ``steps``), ``steps_per_second`` (denoising steps, on average since the start; None before the
-        first) and ``limits`` always. Once it is loaded also ``pipeline`` (a class; None until then), ``examples``
-        (prompts for the demo model), ``makes`` ("picture", "video", "sound"), ``makes_videos``, ``takes_image``,
-        ``takes_many_images``, ``takes_mask``, ``needs_image``, ``parameters`` (name -> ``default``, and where they are
-        known ``multiple``, ``minimum``, ``maximum``), ``layout`` (for people), ``rings`` (ranks: a list for each
-        Ulysses group), ``ranks``, ``device``, ``dtype``, ``load_s``.
+        ``restarts``, ``steps``), ``replicas`` (of each ``status``, ``running``, ``calls``, ``restarts``),
+        ``steps_per_second`` (denoising steps, on average since the start; None before the first) and ``limits`` always.
+        Once it is loaded also ``pipeline`` (a class; None until then), ``examples`` (prompts for the demo model),
+        ``makes`` ("picture", "video", "sound"), ``makes_videos``, ``takes_image``, ``takes_many_images``,
+        ``takes_mask``, ``needs_image``, ``parameters`` (name -> ``default``, and where they are known ``multiple``,
+        ``minimum``, ``maximum``; of ``lora`` the ``names``), and of the first replica ``layout`` (for people),
+        ``rings`` (ranks: a list for each Ulysses group), ``ranks``, ``device``, ``dtype``, ``load_s``.
     """
     stats = omni.stats
     state: dict[str, Any] = {
@@ -70,6 +72,7 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
         "status": omni.status,
         "model": settings.names[0],
         **{name: getattr(stats, name) for name in _COUNTS},
+        "replicas": [asdict(replica) for replica in omni.replicas],
         "steps_per_second": _steps_per_second(stats),
         "limits": {
             "pixels": settings.max_pixels,
@@ -133,6 +136,8 @@ def _parameters(capabilities: PipelineCapabilities, settings: ServerSettings) ->
             found["n"] = {"default": 1, "multiple": 1, "minimum": 1, "maximum": settings.max_n}
         if "strength" in capabilities.parameters:
             found["strength"] = {"default": capabilities.parameters["strength"], "minimum": 0, "maximum": 1}
+    if capabilities.adapters:
+        found["lora"] = {"default": None, "names": list(capabilities.adapters)}
     if capabilities.argument_name("generator") is not None:
         found["seed"] = {"default": None, "multiple": 1, "minimum": 0, "maximum": MAX_SEED}
     return found

@@ -15,6 +15,7 @@ from vllm_omni import Omni, OmniRequestOutput
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.entrypoints.omni import Omni as ByItsPath
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.lora.request import LoRARequest
 
 assert Omni is ByItsPath is omni_sp.Omni
 assert OmniRequestOutput is omni_sp.OmniRequestOutput
@@ -37,7 +38,16 @@ for wrong in (
     except omni_sp.ConfigError:
         continue
     raise AssertionError(wrong)
-assert OmniDiffusionSamplingParams is omni_sp.OmniDiffusionSamplingParams
+assert issubclass(OmniDiffusionSamplingParams, omni_sp.OmniDiffusionSamplingParams)
+request = LoRARequest("style", 1, "loras/style")
+assert OmniDiffusionSamplingParams(lora_request=request, lora_scale=0.5).adapters == (("style", 0.5),)
+assert OmniDiffusionSamplingParams(lora_request=request, seed=1).adapters == (("style", 1.0),)
+for wrong in ({"lora_scale": 2.0}, {"lora_request": request, "lora": "style"}):
+    try:
+        OmniDiffusionSamplingParams(**wrong)
+    except omni_sp.SamplingParamsError:
+        continue
+    raise AssertionError(wrong)
 """
 
 # As vLLM's command does it, once it has seen --omni among its arguments.

@@ -48,6 +48,10 @@ def translated(words: Any) -> Callable[..., str]:
         ("serve M --omni --enable-cpu-offload", "serve M --offload=model"),
         ("serve M --omni --enable_layerwise_offload", "serve M --offload=group"),
         ("serve M --omni --quantization fp8", "serve M --quantization fp8"),
+        ("serve M --omni --data_parallel_size 2 --usp 2", "serve M --data-parallel-size 2 --usp 2"),
+        ("serve M --omni --enable-lora --lora-modules a=p b=q", "serve M --lora=a=p --lora=b=q"),
+        ('serve M --omni --lora-modules {"name":"a","path":"p"}', "serve M --lora=a=p"),
+        ("serve M --omni --lora-path x/my.style.st --usp 2", "serve M --lora=my-style=x/my.style.st --usp 2"),
         ("serve --omni --help=all", "serve --help"),
         ("generate --omni --prompt x --seed 7", "generate --prompt x --seed 7"),
         ("serve M --omni --not-known 1", "serve M --not-known 1"),
@@ -81,6 +85,8 @@ def test_a_server_that_an_environment_variable_locks_stays_locked(translated: Ca
         ("serve M --omni --vae-use-tiling", "--vae-parallel on"),
         ("serve M --omni --model", "needs a value"),
         ("serve --omni --api-key K M", "name the model first"),
+        ("serve M --omni --lora-backend distill", "requests name them"),
+        ('serve M --omni --lora-modules {"name":"a"}', "NAME=PATH, or a JSON object"),
     ],
 )
 def test_what_is_refused_is_named_with_the_way_out(line: str, way_out: str, translated: Callable[..., str]) -> None:

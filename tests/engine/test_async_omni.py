@@ -15,6 +15,7 @@ import pytest
 
 import omni_sp.attention.kernels.optional
 import omni_sp.engine.dispatcher
+import omni_sp.engine.replica
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.engine.jobs import Job
@@ -199,7 +200,7 @@ def test_a_death_is_tried_once_more_and_the_queue_survives(tmp_path: Path) -> No
 
 
 def test_a_rank_that_dies_while_nothing_runs_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(omni_sp.engine.dispatcher, "RESTART_AFTER_S", (0.0, 0.3))
+    monkeypatch.setattr(omni_sp.engine.replica, "RESTART_AFTER_S", (0.0, 0.3))
 
     async def program() -> None:
         news: list[str] = []
@@ -259,7 +260,7 @@ def test_a_rank_that_hangs_is_noticed() -> None:
 
 
 def test_ranks_that_never_start_again_fail_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(omni_sp.engine.dispatcher, "RESTART_AFTER_S", (0.0, 0.1))
+    monkeypatch.setattr(omni_sp.engine.replica, "RESTART_AFTER_S", (0.0, 0.1))
 
     async def program() -> None:
         omni = scripted("starts_once")
@@ -456,6 +457,6 @@ def test_a_killed_front_leaves_no_rank_not_even_a_stopped_one(tmp_path: Path) ->
 
 def ranks_of(omni: AsyncOmni) -> list[int]:
     """Process numbers of the ranks."""
-    engine = omni._dispatcher._engine
+    engine = omni._dispatcher.replicas[0].engine
     assert engine is not None
     return [process.pid for process in engine._group._processes._ranks]  # type: ignore[attr-defined]

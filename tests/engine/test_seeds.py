@@ -68,13 +68,13 @@ def test_requests_that_wait_together_draw_what_they_draw_alone(folder: Path) -> 
     async def program() -> None:
         async with AsyncOmni(str(folder), device="cpu", max_batch_size=2, batch_wait_ms=500) as omni:
             # A scheduler that draws only in some calls is not seen when the ranks start.
-            omni._dispatcher._batching.proven.update({True, False})
+            omni._dispatcher.queue.batching.proven.update({True, False})
             alone = [await draw(omni, place) for place in (0, 1)]
             for _ in range(2):
                 together = await asyncio.gather(draw(omni, 0), draw(omni, 1))
                 for one, other in zip(together, alone, strict=True):
                     assert np.abs(one - other).max() <= 2
             assert omni.stats.restarts == 0
-            assert omni._dispatcher._batching.refused
+            assert omni._dispatcher.queue.batching.refused
 
     asyncio.run(asyncio.wait_for(program(), 120))

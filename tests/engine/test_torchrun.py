@@ -59,7 +59,7 @@ def test_a_job_of_one_is_none(environment: pytest.MonkeyPatch, stranger: int) ->
         assert omni.info.ranks == 1
     omni_of_two = AsyncOmni(SHAPES_MODEL, TWO, device="cpu")
     assert omni_of_two.is_main
-    assert isinstance(omni_of_two._dispatcher._launcher, ForkLauncher)
+    assert isinstance(omni_of_two._dispatcher.replicas[0].launcher, ForkLauncher)
     tell(environment, "0", "2", stranger)
     assert torchrun.inside_distributed_program()
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from omni_sp import ConfigError, DiffusionParallelConfig, Omni, ParallelMesh, SamplingParamsError, ShardingError
 from omni_sp import OmniDiffusionSamplingParams as Params
+from omni_sp.cli import main
 from omni_sp.engine.messages import Call
 from omni_sp.engine.pipeline_runner import PipelineRunner
 from omni_sp.pipelines.adapters import LoraAdapters
+from omni_sp.pipelines.metadata import read_settings
 from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL, shapes_folder
 from omni_sp.requests import engine_options
 from omni_sp.testing.ranks import RankPool
@@ -213,3 +215,11 @@ def test_omni_takes_adapters_by_name(loras: dict[str, str], wanted: dict[Any, to
 def test_what_names_no_adapters(lora: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         engine_options(SHAPES_MODEL, lora=lora)
+
+
+def test_the_command_line_draws_with_them(loras: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    small = ["--height", "80", "--width", "48", "--num-inference-steps", "1", "--seed", "1", "--device", "cpu"]
+    words = ["generate", "--prompt", PROMPT, *small, "--output", str(file)]
+    assert main([*words, "--lora", f"style={loras['style']}@0.5", "--lora", f"light={loras['light']}"]) == 0
+    assert read_settings(file)["lora"] == "light=1, style=0.5"

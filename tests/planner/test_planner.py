@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from omni_sp import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
+from omni_sp.pipelines.shapes import shapes_folder
 from omni_sp.planner import Degrees, Machine, ModelCost, Size, estimate, machine, model_cost, plan
 from omni_sp.planner.cost import MODELS_FILE
 from omni_sp.planner.estimate import exchange
-from omni_sp.planner.machines import gpu_names, link, link_names
+from omni_sp.planner.folders import read_folder
+from omni_sp.planner.machines import gpu_names, link, link_names, machine_of_device
 from omni_sp.planner.published import PUBLISHED
 from omni_sp.planner.report import as_svg, as_text
 from omni_sp.planner.search import ALL
@@ -99,6 +101,39 @@ def test_machines_are_known_by_name() -> None:
         assert one.source
         assert one.tflops >= one.fp32_tflops > 0
     assert all(link(name).source for name in link_names())
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA RTX A1000", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_machines_are_known_by_what_drivers_call_them(device: str, name: str | None) -> None:
+    found = machine_of_device(device, memory_gb=7.0)
+    assert (found and (found.name, found.memory_gb)) == (name and (name, 7.0))
+
+
+def test_a_card_for_pcie_has_no_nvlink() -> None:
+    found = machine_of_device("NVIDIA A100-PCIE-40GB")
+    assert found is not None
+    assert found.link == link("pcie4")
+
+
+def test_the_parts_of_a_folder_are_counted_from_the_heads_of_its_files() -> None:
+    folder = read_folder(str(shapes_folder()))
+    assert folder is not None
+    assert (folder.transformers, folder.branches, folder.vae) == (1, 2, "AutoencoderKLQwenImage")
+    assert folder.vae_parameters == pytest.approx(1.81e6, rel=0.01)
+    assert folder.encoder_parameters > 0
+    assert read_folder("no/such-model") is None
 
 
 @pytest.mark.parametrize(

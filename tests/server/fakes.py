@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from omni_sp.async_omni import AsyncOmni
+from omni_sp.async_omni import AsyncOmni, ReplicaStats
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.engine.jobs import EngineStats
 from omni_sp.engine.messages import Ready
@@ -104,7 +104,8 @@ class FakeOmni(AsyncOmni):
         dropped: tokens that every prompt loses, by tokenizer.
 
     Attributes:
-        requests: all so far. go_on: see hold_at. restarts, force_status: set them to pretend ("restarting").
+        requests: all so far. go_on: see hold_at. restarts, force_status, force_replicas: set them to
+            pretend ("restarting").
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class FakeOmni(AsyncOmni):
         self.requests: list[FakeRequest] = []
         self.go_on = threading.Event()
         self.force_status: str | None = None
+        self.force_replicas: tuple[ReplicaStats, ...] = ()
         self.restarts = 0
         self._capabilities, self._steps, self._step_s, self._hold_at = capabilities, steps, step_s, hold_at
         self._start_s, self._start_error, self._errors = start_s, start_error, list(errors)
@@ -161,6 +163,10 @@ class FakeOmni(AsyncOmni):
             steps=self._num_steps,
             start_s={"load": 0.5, "warm_up": 0.0},
         )
+
+    @property
+    def replicas(self) -> tuple[ReplicaStats, ...]:
+        return self.force_replicas or (ReplicaStats(status=self.status),)
 
     async def start(self) -> None:
         if self._is_started or self._state != "starting":

@@ -438,3 +438,27 @@ def test_the_demo_model_has_examples(browser: Browser) -> None:
         page = opened(browser, url)
         assert not page.run("document.querySelector('#examples').checkVisibility()")
         page.close()
+
+
+def test_adapters_are_chosen_with_their_scales(browser: Browser) -> None:
+    omni = FakeOmni(capabilities=replace(PICTURES, adapters=("style", "light")))
+    omni.go_on.set()
+    with served(omni) as url:
+        page = opened(browser, url)
+        page.type_in("#prompt", "four stars")
+        page.type_in("#lora-style", "0.8")
+        page.click("#draw")
+        page.wait_for(f"{CARDS} === 1")
+        assert omni.requests[0].params.adapters == (("style", 0.8),)
+        page.click("#reset")
+        assert page.run("document.querySelector('#lora-style').value") == ""
+        page.click("#items button")
+        assert "style=0.8" in text_of(page, "#facts")
+        page.click("#reuse")
+        assert page.run("document.querySelector('#lora-style').value") == "0.8"
+        assert page.complaints == []
+        page.close()
+    with served(FakeOmni()) as url:
+        page = opened(browser, url)
+        assert page.run("document.querySelector('[data-takes=lora]').hidden")
+        page.close()

@@ -86,12 +86,13 @@ class ForkLauncher(Launcher):
     Args:
         source: the model whose classes the ranks will need.
         thread_stays: the thread that starts the ranks lives until they have ended.
+        replica: which of the replicas its ranks are of.
     """
 
-    def __init__(self, source: ModelSource, *, thread_stays: bool = False) -> None:
+    def __init__(self, source: ModelSource, *, thread_stays: bool = False, replica: int = 0) -> None:
         self._source = source
         self._owner = os.getpid()
-        self._spawn = SpawnLauncher(__name__, "serve_forks", thread_stays=thread_stays)
+        self._spawn = SpawnLauncher(__name__, "serve_forks", thread_stays=thread_stays, replica=replica)
         self._server: _Server | None = None
 
     @property
@@ -129,11 +130,11 @@ class ForkLauncher(Launcher):
         return self._server
 
 
-def local_launcher(source: ModelSource, *, thread_stays: bool = False) -> Launcher:
+def local_launcher(source: ModelSource, *, thread_stays: bool = False, replica: int = 0) -> Launcher:
     """The launcher for ranks on this machine; the arguments are ForkLauncher's."""
     if platform.system() == "Linux":
-        return ForkLauncher(source, thread_stays=thread_stays)
-    return SpawnLauncher(thread_stays=thread_stays)
+        return ForkLauncher(source, thread_stays=thread_stays, replica=replica)
+    return SpawnLauncher(thread_stays=thread_stays, replica=replica)
 
 
 class _Server:

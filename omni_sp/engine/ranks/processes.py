@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -33,6 +34,8 @@ class RankProcesses:
         self._exited: set[int] = set()
         self._sending = threading.Lock()
         self._store, port = _store(launcher.rendezvous_host)
+        # Each rank knows its own replica.
+        options = replace(options, config=replace(options.config, data_parallel_size=1))
         backend = group_backend([(placement.host, placement.device) for placement in placements])
         try:
             for rank, placement in enumerate(placements):

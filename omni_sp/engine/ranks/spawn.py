@@ -77,11 +77,20 @@ class SpawnLauncher(Launcher):
         module: where the function that a rank runs is defined.
         function: its name; it is called with the rank's end of the pipe.
         thread_stays: the thread that starts the ranks lives until they have ended.
+        replica: which of the replicas its ranks are of.
     """
 
-    def __init__(self, module: str = RANK_MAIN[0], function: str = RANK_MAIN[1], *, thread_stays: bool = False) -> None:
+    def __init__(
+        self,
+        module: str = RANK_MAIN[0],
+        function: str = RANK_MAIN[1],
+        *,
+        thread_stays: bool = False,
+        replica: int = 0,
+    ) -> None:
         self._target = (module, function)
         self._thread_stays = thread_stays
+        self._replica = replica
 
     @property
     @override
@@ -90,8 +99,8 @@ class SpawnLauncher(Launcher):
 
     @override
     def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
-        devices = rank_devices(device, config)
-        threads, parent_pid = threads_per_rank(len(devices)), self.parent_pid()
+        devices = rank_devices(device, config, self._replica)
+        threads, parent_pid = threads_per_rank(len(devices) * config.data_parallel_size), self.parent_pid()
         return [
             RankPlacement(host=platform.node(), device=own, num_threads=threads, parent_pid=parent_pid)
             for own in devices

@@ -41,3 +41,6 @@ async function fillFrom(file) {
   writeForm(settings);
   say("The form has the settings of the picture.");
 }
+
+// LoRA adapters stand in the form, in the gallery and in files as "style=0.8, light=1", and in requests as names with scales.
+const adaptersIn = (text) => [...`${text ?? ""}`.matchAll(/([\w-]+)=([^,\s]+)/g)].map(([, name, scale]) => ({ name, scale: Number(scale) }));

@@ -4,8 +4,8 @@
 const $ = (id) => document.getElementById(id);
 const empty = $("empty");  // now and then not in the document
 const FIELDS = ["prompt", "negative_prompt", "width", "height", "n", "num_frames", "fps", "num_inference_steps",
-  "true_cfg_scale", "guidance_scale", "strength", "seed"];
-const NUMBERS = FIELDS.slice(2);
+  "true_cfg_scale", "guidance_scale", "strength", "seed", "lora"];
+const NUMBERS = FIELDS.slice(2, -1);
 // What the server calls a field -> what the form calls it.
 const CALLED = { size: "width", input_reference: "image", mask_image: "mask" };
 // key: the API key. info: what GET v1/info said last. works: requests under way; work: the one on the stage.
@@ -138,6 +138,7 @@ function showServer() {
   const ulysses = info.rings[0]?.length ?? 1;
   const facts = {
     Ranks: info.ranks > 1 ? `${info.ranks} = ${ulysses} Ulysses × ${info.ranks / ulysses} ring` : "1",
+    ...(info.replicas.length > 1 ? { Replicas: info.replicas.map((one) => one.running ? "drawing" : one.status).join(" · ") } : {}),
     Device: `${info.device}, ${info.dtype}`,
     Speed: info.steps_per_second ? `${short(info.steps_per_second)} steps/s` : "not measured yet",
   };
@@ -176,11 +177,26 @@ function fitForm() {
     use.onclick = () => { $("prompt").value = prompt; keepForm(); $("prompt").focus(); };
     return make("li", {}, use);
   }));
+  $("loras").replaceChildren(...(info.parameters.lora?.names ?? []).map((name) => {
+    const scale = make("input", { id: `lora-${name}`, type: "number", inputmode: "decimal", step: "any", placeholder: "off" });
+    return make("div", { class: "field" }, make("label", { for: scale.id }, name), scale);
+  }));
+  showAdapters();
   $("image").multiple = info.takes_many_images;
   if (!info.takes_image) state.sources = [];
   showSources();
   showLength();
   if (!state.work && empty.isConnected) shapeCanvas({});
+}
+
+const scales = () => [...document.querySelectorAll("#loras input")];
+function showAdapters() {
+  const on = Object.fromEntries(adaptersIn($("lora").value).map(({ name, scale }) => [`lora-${name}`, scale]));
+  for (const input of scales()) input.value = on[input.id] ?? "";
+}
+function readAdapters() {
+  const on = scales().filter((input) => input.value !== "");
+  $("lora").value = on.map((input) => `${input.id.slice(5)}=${input.value}`).join(", ");
 }
 
 // Frames and frames a second as seconds.
@@ -266,6 +282,11 @@ function wrongWith(input) {
 function readForm() {
   const { info, sources } = state;
   const settings = {};
+  readAdapters();
+  for (const input of scales()) {
+    const wrong = wrongWith(input);
+    if (wrong) throw new Problem(wrong, { param: input.id });
+  }
   for (const name of FIELDS) {
     const text = $(name).value.trim();
     if ($(name).closest("[hidden]")) continue;
@@ -295,6 +316,7 @@ function readForm() {
 
 function writeForm(settings) {
   for (const name of FIELDS) $(name).value = settings[name] ?? "";
+  showAdapters();
   keepForm();
 }
 function keepForm() {
@@ -308,7 +330,7 @@ function showProblem(error) {
     field.removeAttribute("aria-invalid");
     field.removeAttribute("aria-errormessage");
   }
-  const name = error?.param?.replace(/\W.*/, "");
+  const name = error?.param?.replace(/[^\w-].*/, "");
   const field = name ? $(CALLED[name] ?? name) : null;
   const place = field && $("form").contains(field) ? field.closest(".field:not([hidden])") : null;
   $("problem").textContent = "";
@@ -331,7 +353,7 @@ $("form").onsubmit = (event) => {
     begin(readForm());
   } catch (error) { showProblem(error); }
 };
-$("form").oninput = keepForm;
+$("form").oninput = () => { if (state.info?.pipeline) readAdapters(); keepForm(); };
 $("reset").onclick = () => {
   writeForm({});
   Object.assign(state, { sources: [], mask: null });

@@ -186,8 +186,13 @@ async function drawPictures(work) {
   }
 }
 
+// Adapters as the server reads them, in JSON and in forms alike.
+function asSent({ lora, ...rest }) {
+  return lora ? { ...rest, lora: JSON.stringify(adaptersIn(lora)) } : rest;
+}
+
 async function drawOnce(work) {
-  const { width, height, ...rest } = work.settings;
+  const { width, height, ...rest } = asSent(work.settings);
   const { signal } = work.abort;
   const requested = { ...rest, response_format: "b64_json", output_format: "png", stream: true, progress: true, partial_images: 3 };
   if (width) requested.size = `${width}x${height}`;
@@ -271,7 +276,7 @@ async function makeVideo(work) {
 }
 
 async function orderVideo(work) {
-  const { width, height, ...rest } = work.settings;
+  const { width, height, ...rest } = asSent(work.settings);
   const body = new FormData();
   for (const [name, value] of Object.entries(rest)) body.append(name, `${value}`);
   if (width) body.append("size", `${width}x${height}`);

@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 
 from omni_sp.command_line import split_flag, with_dashes
 from omni_sp.errors import ConfigError
 
-_SEVERAL_VALUES = ("--served-model-name", "--api-key")
+_SEVERAL_VALUES = ("--served-model-name", "--api-key", "--lora-modules", "--lora-path")
 _OURS = ("--model", "--dtype", "--allowed-origins", "--vae-patch-parallel-size")
 """Options that have another name here, or other values."""
-_SWITCHES = {
+_SWITCHES: dict[str, str | None] = {
     "--use-hsdp": "--shard-weights",
     "--enable-cpu-offload": "--offload=model",
     "--enable-layerwise-offload": "--offload=group",
+    "--enable-lora": None,  # adapters that are named are loaded
 }
-"""Options without a value that have another name here."""
+"""Options without a value that have another name here, or none."""
 _DTYPES = {"half": "float16", "float": "float32"}
 _WHY_NOT = {
     "--cfg, --usp and --ring say how many processes or GPUs share a picture; leave it out": (
-        "--tensor-parallel-size -tp --pipeline-parallel-size -pp --data-parallel-size -dp "
-        "--enable-expert-parallel -ep --num-gpus"
+        "--tensor-parallel-size -tp --pipeline-parallel-size -pp --enable-expert-parallel -ep --num-gpus"
     ),
     "it is for vLLM's text engine, which does not run here; leave it out": (
         "--gpu-memory-utilization --max-model-len --max-num-seqs --max-num-batched-tokens --kv-cache-dtype "
@@ -49,6 +50,10 @@ _WHY_NOT = {
     "one diffusers pipeline is served, from its own folder; leave it out": "--stage-configs-path --deploy-config",
     "token and head counts that nothing divides are always taken; leave it out": "--ulysses-mode",
     "results are exact, and nothing is kept from step to step; leave it out": "--cache-backend --cache-config",
+    "adapters stay beside the weights, all of them, and requests name them; leave it out": (
+        "--lora-backend --lora-scale --max-loras --max-lora-rank --max-cpu-loras --lora-dtype --fully-sharded-loras "
+        "--default-mm-loras --lora-extra-vocab-size"
+    ),
     "--vae-parallel on lets all ranks decode a picture together, exactly and without tiles; leave it out": (
         "--vae-use-slicing --vae-use-tiling"
     ),
@@ -93,19 +98,41 @@ def _translate(words: Sequence[str]) -> Iterator[str]:
         elif name in _SWITCHES:
             if value is not None:
                 raise ConfigError(f"{name} takes no value")
-            yield _SWITCHES[name]
+            ours = _SWITCHES[name]
+            yield from [] if ours is None else [ours]
         elif name in _SEVERAL_VALUES:
             while rest and value is None and not rest[0].startswith("-"):
                 values.append(rest.pop(0))
             if len(values) > 1 and not is_model_known:
                 raise ConfigError(f"{name} takes every word after it: name the model first, vllm serve MODEL --omni")
-            yield from (f"{name}={one}" for one in values) if values else [name]
+            yield from _several(name, values) if values else [name]
         elif name in _OURS:
             if not values and not rest:
                 raise ConfigError(f"{name} needs a value")
             yield from _with_our_name(name, values[0] if values else rest.pop(0))
         else:
             yield with_dashes(word)
+
+
+def _several(name: str, values: Sequence[str]) -> Iterator[str]:
+    for value in values:
+        if name == "--lora-modules":
+            yield f"--lora={_adapter(value)}"
+        elif name == "--lora-path":
+            yield f"--lora={re.sub('[^A-Za-z0-9_-]', '-', PurePath(value).stem)}={value}"
+        else:
+            yield f"{name}={value}"
+
+
+def _adapter(value: str) -> str:
+    """``NAME=PATH`` of vLLM's ``--lora-modules``, which takes that, or a JSON object with name and path."""
+    if not value.startswith("{"):
+        return value
+    try:
+        entry = json.loads(value)
+        return f"{entry['name']}={entry['path']}"
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"--lora-modules {value}: give NAME=PATH, or a JSON object with name and path") from None
 
 
 def _with_our_name(name: str, value: str) -> Iterator[str]:
