@@ -282,7 +282,7 @@ def test_what_takes_something_for_granted_runs(block: Block, workplace: Path, mo
 
 def test_what_cannot_run_says_why() -> None:
     reasons = {block.where: block.why for block in all_blocks("python") if block.mark is not None}
-    assert len(reasons) <= 4, reasons
+    assert len(reasons) <= 5, reasons
 
 
 # Servers

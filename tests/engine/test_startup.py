@@ -169,8 +169,8 @@ def test_ranks_that_stop_at_the_latent_read_no_vae(monkeypatch: pytest.MonkeyPat
         read_for_check = Read.by(1)
         parts = omni.generate("a star", OmniDiffusionSamplingParams(num_inference_steps=1))[0].metrics
     assert read[0].parts == ["text_encoder", "transformer", "vae"]
-    assert read[1].parts == ["text_encoder", "transformer"]
-    assert read[1].num_parameters == read[0].num_parameters - read[0].of_vae
+    assert read[1].parts == ["transformer"]  # rank 0 encodes for both
+    assert read[1].num_parameters < read[0].num_parameters - read[0].of_vae
     assert read[1].num_bytes < read[0].num_bytes
     # A check decodes on every rank: the weights that it needs are read then.
     assert read_for_check == read[0]

@@ -227,7 +227,7 @@ def test_everything_has_a_name(browser: Browser) -> None:
         assert len(roles) > 10
         assert all(name for _, name in roles.values()), roles
         # A placeholder would do for a name, and is none.
-        fields = "[...document.querySelectorAll('input, textarea')]"
+        fields = "[...document.querySelectorAll('input:not([type=hidden]), textarea')]"
         assert page.run(f"{fields}.filter((it) => !it.labels.length && !it.ariaLabel).map((it) => it.id)") == []
         page.close()
 

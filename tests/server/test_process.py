@@ -93,6 +93,8 @@ def test_every_option_reaches_what_takes_it() -> None:
         match option.owner:
             case "server":
                 known = {field.name for field in fields(ServerSettings)}
+            case None:  # the command, which chooses the degrees by it
+                known = {"parallel"}
             case "degrees":
                 known = set(inspect.signature(DiffusionParallelConfig).parameters)
             case _:
