@@ -96,7 +96,7 @@ def examine(
         model: at whose shapes kernels are timed, as `omni_sp.planner.model_cost` takes it; None for Qwen-Image.
         quick: look only, and start no ranks.
         timeout_s: the longest that ranks may take to start, or for one thing that they measure or prove, in seconds.
-        on_step: told of each step.
+        on_step: called with each step.
 
     Raises:
         ConfigError: no such device or model, or a number out of range.

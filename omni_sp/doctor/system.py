@@ -20,7 +20,7 @@ _SHM_LEAST = 1 << 30
 _FILES_LEAST, _FILES_FEW = 128, 1024
 _DISK_FEW = 60 << 30
 PORTS = {8091: "omni-sp serve", 29500: "torchrun"}
-"""Ports that commands take where they are not told otherwise."""
+"""Ports that commands take by default."""
 
 
 def shared_memory_findings(total: int | None, free: int, *, has_anonymous: bool) -> list[Finding]:
@@ -155,7 +155,7 @@ def port_findings(taken: Collection[int], *, loopback: bool = True) -> list[Find
             "note",
             "ports",
             f"port {port} is taken by another program",
-            f"{PORTS[port]} takes it where it is not told otherwise, and fails",
+            f"{PORTS[port]} takes it by default, and fails",
             f"give it another one ({'--port' if port == 8091 else '--master-port'}), or end that program",
         )
         for port in sorted(taken)

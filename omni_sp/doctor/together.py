@@ -42,7 +42,7 @@ def examine_ranks(
         options: the degrees and devices.
         shape: at which kernels are timed.
         timeout_s: the longest that each step may take, in seconds.
-        on_step: told what is done next, and how many steps are over.
+        on_step: called with what is done next, and how many steps are over.
 
     Returns:
         The findings, and what was measured; None where that failed.

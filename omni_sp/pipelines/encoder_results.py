@@ -149,7 +149,7 @@ class EncoderResults:
             if any(flag for (flag,) in watched):  # a rank that has not read the weights may not know
                 return run(*args, **kwargs), _WATCHED
             answer, leaves = _answer_of(run, args, kwargs) if self._axis.rank == owner else (_Answer(), None)
-            output = self._told(call, key, answer)
+            output = self._broadcast_answer(call, key, answer)
             if isinstance(output, str) and leaves is not None:
                 return leaves[0], output
         elif is_watched:
@@ -161,21 +161,21 @@ class EncoderResults:
         self._calls.append(call)
         return self._lazy_result(call, output, leaves, tree_flatten((args, kwargs))[0]), None
 
-    def _told(self, call: EncoderCall, key: Any, answer: _Answer) -> Output | str:
-        """Tell all ranks what a call of new shapes has given on its owner, whose answer it is."""
+    def _broadcast_answer(self, call: EncoderCall, key: Any, answer: _Answer) -> Output | str:
+        """Send all ranks what a call of new shapes has given on its owner, and remember its shapes."""
         is_own = self._axis.rank == call.owner
         payload = pickle.dumps(replace(answer, error=_sendable(answer.error))) if is_own else b""
-        told: _Answer = _loaded(gather_bytes(payload, self._axis)[call.owner])
-        if told.error is not None:
+        sent: _Answer = _loaded(gather_bytes(payload, self._axis)[call.owner])
+        if sent.error is not None:
             self.drop()
-            self._raise(answer.error if is_own else told.error, call)
+            self._raise(answer.error if is_own else sent.error, call)
         if not is_own:
-            _set_random_states(told.random_states)
-        if key is not None and (told.is_lasting or isinstance(told.output, str)):
-            self._known[key] = told.output
+            _set_random_states(sent.random_states)
+        if key is not None and (sent.is_lasting or isinstance(sent.output, str)):
+            self._known[key] = sent.output
             if len(self._known) > _MAX_KNOWN:  # the first one is the same on all ranks
                 del self._known[next(iter(self._known))]
-        return told.output
+        return sent.output
 
     def _lazy_result(self, call: EncoderCall, output: Output, leaves: Any, given: Sequence[Any]) -> Any:
         """The structure of a result with lazy tensors, which on the owner have their numbers beside them."""
