@@ -9,14 +9,14 @@ bound every wait.
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from omni_sp.checksum import checksum
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
 from omni_sp.shared_memory import SharedMemoryChannel
@@ -317,7 +317,10 @@ def all_reduce(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     dtype = torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
     total = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     axis.traffic.add("all_reduce", total.nbytes)
-    dist.all_reduce(total, group=axis.group)
+    if device.type == "cpu" and axis.channel is not None:
+        total = reduce(torch.add, axis.channel.gather(total))  # in the order of the ranks, so that all round alike
+    else:
+        dist.all_reduce(total, group=axis.group)
     return total.to(tensor.device, tensor.dtype)
 
 
@@ -327,9 +330,12 @@ def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:
         return [tuple(values)]
     device = "cpu" if axis.backends.get("cpu") in _DIRECT["cpu"] else "cuda"
     own = torch.tensor(list(values), dtype=torch.int64, device=device)
-    per_rank = [torch.empty_like(own) for _ in range(axis.size)]
     axis.traffic.add("gather_ints", own.numel() * 8 * (axis.size - 1))
-    dist.all_gather(per_rank, own, group=axis.group)
+    if device == "cpu" and axis.channel is not None:
+        per_rank = axis.channel.gather(own)
+    else:
+        per_rank = [torch.empty_like(own) for _ in range(axis.size)]
+        dist.all_gather(per_rank, own, group=axis.group)
     return [tuple(values.tolist()) for values in per_rank]
 
 
@@ -382,19 +388,4 @@ def _comparable(value: object) -> int:
         return _DTYPES.index(value)
     if isinstance(value, int) and -(2**63) <= value < 2**63:
         return int(value)
-    return _checksum(value, 0)
-
-
-def _checksum(value: object, before: int) -> int:
-    """A checksum of a value and of what was before it."""
-    if isinstance(value, torch.Tensor):
-        content = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-        return zlib.crc32(content.tobytes(), _checksum((tuple(value.shape), str(value.dtype)), before))
-    if isinstance(value, (list, tuple)):
-        return reduce(lambda sum_, item: _checksum(item, sum_), value, _checksum(len(value), before))
-    if isinstance(value, Mapping):
-        return _checksum(sorted(((str(key), item) for key, item in value.items()), key=lambda pair: pair[0]), before)
-    if hasattr(value, "tobytes"):  # an array or a PIL image
-        described = [getattr(value, name, None) for name in ("shape", "dtype", "mode", "size")]
-        return zlib.crc32(value.tobytes(), zlib.crc32(repr(described).encode(), before))
-    return zlib.crc32(repr(value).encode(), before)
+    return checksum(value)

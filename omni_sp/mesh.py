@@ -191,9 +191,8 @@ class ParallelMesh:
             own_group = group if rank in ranks else own_group
         if own_group is None:
             return Axis(name, (rank,), 0, None, {})
-        # Along "sequence" tensors are gathered; what else followed tensors exchange there is small.
-        is_exchanged = name in ("cfg", "ring", "ulysses", "world")
-        return Axis.of_group(own_group, name, shared_memory=self._shared_memory and is_exchanged)
+        # Whole blocks of weights would stay in memory twice.
+        return Axis.of_group(own_group, name, shared_memory=self._shared_memory and name != "weights")
 
     def _group(self, ranks: list[int], is_own: bool) -> dist.ProcessGroup | None:
         """The process group of some ranks of the mesh, or one of its own; None where this rank takes no part."""

@@ -1,8 +1,8 @@
 """Memory that the ranks of one machine can read from each other: a CPU tensor crosses with one copy, not by a socket.
 
-Every rank has a `SharedMemoryChannel`. It writes what it sends into its own memory, a small message over the
-process group says where that lies, and the receiver copies it out. The messages are the only synchronisation: they have
-the group's timeout and its error when a rank dies, and nobody polls.
+Every rank has a `SharedMemoryChannel`. It writes what it sends into its own memory, a small message through a pipe
+says where that lies, and the receiver copies it out. The messages are the only synchronisation: they have the process
+group's timeout, a rank that dies is an error on the others, and nobody polls.
 
 The memory is anonymous (``memfd_create``), and other ranks open it under ``/proc/<pid>/fd``: it has no name that a
 killed process could leave behind, and does not count against a container's small ``/dev/shm``. Linux only.
@@ -21,6 +21,9 @@ import torch
 import torch.distributed as dist
 
 from omni_sp.errors import ShardingError
+from omni_sp.pipes import Inbox, Message, Pipes, open_outbox, timeout_of
+
+_MESSAGE_LENGTH = 8
 
 
 class Memory:
@@ -67,27 +70,19 @@ def _open_segment(pid: int, descriptor: int, num_bytes: int) -> Memory:
 
 
 class _Slot:
-    """Memory for one exchange at a time, and for the messages that say where it lies.
+    """Memory for one exchange at a time.
 
     Attributes:
         segment: its memory.
         free_from: every exchange from this number on is prepared after the exchange in this slot was received; None
             while that was not received.
-        sent: this rank's message to each rank.
-        received: each rank's message to this one.
+        messages: for each rank, what tells it where its bytes lie.
     """
 
-    def __init__(self, segment: Segment, num_ranks: int) -> None:
+    def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.free_from: int | None = None
-        self.sent = torch.empty(num_ranks, 7, dtype=torch.int64)
-        self.received = torch.empty_like(self.sent)
-        self._sent_array = self.sent.numpy()
-
-    def write_messages(self, location: Sequence[int], starts: Sequence[int]) -> None:
-        """Write what all ranks are to know, and for each rank where its bytes start."""
-        self._sent_array[:, :6] = location
-        self._sent_array[:, 6] = starts
+        self.messages: list[Message] = []
 
 
 def _probe_segment() -> Segment | None:
@@ -127,10 +122,8 @@ class SharedMemoryChannel:
         num_prepared: exchanges so far.
     """
 
-    def __init__(self, group: dist.ProcessGroup, pids: Sequence[int]) -> None:
-        self.group = group
-        self._rank = dist.get_rank(group)
-        self._pids = tuple(pids)
+    def __init__(self, rank: int, pids: Sequence[int], pipes: Pipes) -> None:
+        self._rank, self._pids, self._pipes = rank, tuple(pids), pipes
         self._slots: list[_Slot] = []
         self._num_segments = 0
         self.num_prepared = 0
@@ -145,19 +138,28 @@ class SharedMemoryChannel:
         Whether all can read each other's memory is tried out, not guessed from host names. None is returned where they
         cannot, where the system lacks what it takes, or where a rank does not want a channel.
         """
-        size = dist.get_world_size(group)
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
         probe = _probe_segment() if wanted else None
+        inbox = Inbox(size, rank) if probe is not None else None
         token = int.from_bytes(os.urandom(7), "little")
         if probe is not None:
             probe.bytes.view(torch.int64)[0] = token
-        own = torch.tensor([os.getpid(), -1 if probe is None else probe.descriptor, token])
-        probes = torch.empty(size, 3, dtype=torch.int64)
+        descriptors = [-1] * (size + 1) if inbox is None or probe is None else [probe.descriptor, *inbox.writable]
+        own = torch.tensor([os.getpid(), token, *descriptors])
+        probes = torch.empty(size, len(own), dtype=torch.int64)
         dist.all_gather(list(probes), own, group=group)
-        able = torch.tensor([probe is not None and all(can_read(*x) for x in probes.tolist())], dtype=torch.uint8)
+        pids, tokens, segments, *writable = probes.T.tolist()
+        outbox = None
+        if probe is not None and all(map(can_read, pids, segments, tokens)):
+            outbox = open_outbox(pids, writable[rank], rank)
+        able = torch.tensor([outbox is not None], dtype=torch.uint8)
         answers = torch.empty(size, 1, dtype=torch.uint8)
         # After this gather, too, all ranks have looked at this rank's probe, which may be freed.
         dist.all_gather(list(answers), able, group=group)
-        return cls(group, probes[:, 0].tolist()) if answers.all() else None
+        if outbox is None or inbox is None:
+            return None
+        pipes = Pipes(inbox, outbox, rank, _MESSAGE_LENGTH, timeout_of(group))
+        return cls(rank, pids, pipes) if answers.all() else None
 
     def prepare(self, sizes: Sequence[int], *, is_same_for_all: bool = False) -> ChannelExchange:
         """Reserve memory for the next exchange: write its ``memory``, then ``send`` it.
@@ -169,7 +171,7 @@ class SharedMemoryChannel:
         *starts, num_bytes = [0] * len(sizes) + [max(sizes)] if is_same_for_all else accumulate(sizes, initial=0)
         index = next((i for i, slot in enumerate(self._slots) if self._is_free(slot)), len(self._slots))
         if index == len(self._slots):
-            self._slots.append(_Slot(self._new_segment(num_bytes), len(sizes)))
+            self._slots.append(_Slot(self._new_segment(num_bytes)))
         slot = self._slots[index]
         if slot.segment.num_bytes < num_bytes:
             slot.segment = self._new_segment(num_bytes)
@@ -178,21 +180,30 @@ class SharedMemoryChannel:
         self.num_prepared += 1
         new_readers = {rank for rank, size in enumerate(sizes) if size} - segment.readers - {self._rank}
         segment.readers |= new_readers
-        location = (number, index, segment.number, segment.descriptor, segment.num_bytes, bool(new_readers))
-        slot.write_messages(location, starts)
+        location = (number, index, segment.number, segment.descriptor, segment.num_bytes, int(bool(new_readers)))
+        slot.messages = [(*location, start, size) for start, size in zip(starts, sizes, strict=True)]
         return ChannelExchange(self, number, slot)
 
+    def gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks, which have one shape and dtype and are contiguous."""
+        num_ranks = len(self._pids)
+        exchange = self.prepare([own.nbytes] * num_ranks, is_same_for_all=True)
+        exchange.memory(own.dtype)[: own.numel()].copy_(own.view(-1))
+        exchange.send()
+        return list(exchange.receive([own.numel()] * num_ranks, own.dtype).view(num_ranks, *own.shape))
+
     def _received_views(
-        self, number: int, own_slot: _Slot, sizes: Sequence[int], dtype: torch.dtype
+        self, number: int, own_slot: _Slot, messages: Sequence[Message], sizes: Sequence[int], dtype: torch.dtype
     ) -> list[torch.Tensor]:
         """What each rank has sent to this one in exchange ``number``, as views of its memory."""
-        views, messages = [], own_slot.received.tolist()
+        views = []
         for rank, (message, size) in enumerate(zip(messages, sizes, strict=True)):
-            sent_number, slot, segment, descriptor, num_bytes, _, start = message
-            if sent_number != number:
+            sent_number, slot, segment, descriptor, num_bytes, _, start, sent_size = message
+            if (sent_number, sent_size) != (number, size * dtype.itemsize):
                 raise ShardingError(
-                    f"the ranks fell out of step: this one waits for exchange {number}, rank {rank} of its row "
-                    f"sends exchange {sent_number}; every rank must run the same attentions in the same order"
+                    f"the ranks fell out of step: this one waits for exchange {number} of {size * dtype.itemsize} "
+                    f"bytes, rank {rank} of its row sends exchange {sent_number} of {sent_size} bytes; every rank must "
+                    "run the same attentions in the same order"
                 )
             if not size:
                 continue
@@ -204,9 +215,9 @@ class SharedMemoryChannel:
             # Messages of one exchange have one dtype, so each starts at a multiple of its size.
             first = start // dtype.itemsize
             views.append(memory.as_dtype(dtype)[first : first + size])
-        if any(is_opened_first for *_, is_opened_first, _ in messages):
+        if any(message[5] for message in messages):
             # Every rank got the same answer to this question from every rank, so all take part.
-            dist.all_reduce(torch.zeros(1), group=self.group)
+            self._pipes.receive(self._pipes.send([(0,) * _MESSAGE_LENGTH] * len(messages)))
         return views
 
     def _mark_received(self, number: int, slot: _Slot) -> None:
@@ -230,7 +241,7 @@ class ChannelExchange:
     _channel: SharedMemoryChannel
     _number: int
     _slot: _Slot
-    _work: dist.Work | None = None
+    _sent: int | None = None
 
     def memory(self, dtype: torch.dtype) -> torch.Tensor:
         """Where this rank writes what it sends, flat; there may be more of it than was asked for."""
@@ -238,8 +249,7 @@ class ChannelExchange:
 
     def send(self) -> None:
         """Let all ranks know that what is for them can be read."""
-        slot = self._slot
-        self._work = dist.all_to_all_single(slot.received, slot.sent, group=self._channel.group, async_op=True)
+        self._sent = self._channel._pipes.send(self._slot.messages)
 
     def receive(self, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Wait for all ranks, and copy what they have sent to this one.
@@ -251,9 +261,9 @@ class ChannelExchange:
         Returns:
             The messages, flat, one behind the other.
         """
-        assert self._work is not None, "send() comes first"
-        self._work.wait()
-        views = self._channel._received_views(self._number, self._slot, sizes, dtype)
+        assert self._sent is not None, "send() comes first"
+        messages = self._channel._pipes.receive(self._sent)
+        views = self._channel._received_views(self._number, self._slot, messages, sizes, dtype)
         received = torch.cat(views) if views else torch.empty(0, dtype=dtype)
         self._channel._mark_received(self._number, self._slot)
         return received

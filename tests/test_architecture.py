@@ -20,6 +20,8 @@ LEVELS = {
     "version": 0,
     "tested_versions": 0,
     "machine": 0,
+    "pipes": 0,
+    "checksum": 0,
     "command_line": 1,
     "config": 1,
     "outputs": 1,

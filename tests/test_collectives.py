@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from omni_sp.collectives import Exchange, exchange, shift
+from omni_sp.collectives import Exchange, all_reduce, exchange, gather_ints, shift
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.shared_memory import Segment, can_read
-from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.ranks import RankError, RankPool
 
 WAYS = pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "gloo"])
 
@@ -117,8 +119,8 @@ def run_steadily(mesh: ParallelMesh) -> tuple[int, int, int]:
 def test_two_segments_take_turns_and_nothing_is_left(ranks: RankPool) -> None:
     for before, during, after in ranks.run(run_steadily, ulysses=4):
         # Two of this rank's and two of each peer's; each is held by a mapping (which has a descriptor of its own), and
-        # this rank's also by the descriptor that the peers open.
-        assert during - before == 10
+        # this rank's also by the descriptor that the peers open. And a pipe from and to each peer along three axes.
+        assert during - before == 10 + 3 * 2 * 3
         assert after == before
 
 
@@ -155,6 +157,59 @@ def test_ranks_out_of_step_are_found_out(ranks: RankPool) -> None:
     for message in ranks.run(run_out_of_step, ulysses=2):
         assert "out of step" in message
         assert "same order" in message
+
+
+def send_another_size(job: ParallelMesh) -> str:
+    """Rank 1 has one number more than the others."""
+    own = ParallelMesh(job.config, ranks=job.ranks)
+    try:
+        gather_ints([1] * (1 + (own.rank == 1)), own.sequence)
+    except ShardingError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_messages_of_another_size_are_found_out(ranks: RankPool) -> None:
+    first, second = ranks.run(send_another_size, ulysses=2)
+    assert "of 8 bytes, rank 1 of its row sends exchange 0 of 16 bytes" in first
+    assert "of 16 bytes, rank 0 of its row sends exchange 0 of 8 bytes" in second
+
+
+def reduce_and_gather(mesh: ParallelMesh) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, ...]]]:
+    x = torch.arange(12.0).view(3, 4).T / (3 + mesh.rank)
+    total = all_reduce(x, mesh.sequence)
+    return total, all_reduce(x.bfloat16(), mesh.sequence), gather_ints([mesh.rank, -(2**62)], mesh.sequence)
+
+
+@WAYS
+def test_sums_are_the_same_on_all_ranks(ranks: RankPool, shared_memory: bool) -> None:
+    parts = [torch.arange(12.0).view(3, 4).T / (3 + rank) for rank in range(4)]
+    answers = ranks.run(reduce_and_gather, ulysses=2, ring=2, shared_memory=shared_memory)
+    for total, rounded, numbers in answers:
+        assert torch.equal(total, answers[0][0])
+        torch.testing.assert_close(total, torch.stack(parts).sum(0), rtol=1e-6, atol=1e-6)
+        wide = torch.stack([part.bfloat16().float() for part in parts]).sum(0)
+        torch.testing.assert_close(rounded, wide.bfloat16(), rtol=1e-2, atol=0)
+        assert rounded.dtype == torch.bfloat16
+        assert numbers == [(rank, -(2**62)) for rank in range(4)]
+
+
+def die_in_an_exchange(job: ParallelMesh) -> str:
+    """Rank 1 dies, and the others wait for it."""
+    own = ParallelMesh(job.config, ranks=job.ranks)
+    if own.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(dist.DistNetworkError, match="closed by peer") as error:
+        run_exchanges(own, [0, -1], torch.float32)
+    raise TimeoutError(f"after {time.monotonic() - began:.1f} s: {error.value}")
+
+
+def test_a_rank_that_dies_is_noticed_at_once() -> None:
+    pool = RankPool(3)
+    with pytest.raises(RankError, match=r"TimeoutError: after [01]\.\d s: .* closed by peer"):
+        pool.run(die_in_an_exchange, ulysses=3)
+    assert not pool.alive
 
 
 def has_channels(mesh: ParallelMesh, unwilling: int) -> list[bool]:

@@ -96,7 +96,8 @@ def is_foreign_function(value: Any) -> bool:
         # What has none, such as a cache around a function, is of its class's package.
         names = getattr(function, "__globals__", None)
         home = type(function).__module__ if names is None else str(names.get("__name__"))
-        if home.partition(".")[0] not in KNOWN_PACKAGES | _HARMLESS:
+        package = home.partition(".")[0]
+        if package not in KNOWN_PACKAGES and package not in _HARMLESS:
             return True
         function = getattr(function, "__wrapped__", None)
     return False

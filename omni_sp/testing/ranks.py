@@ -5,6 +5,7 @@ Importing torch and diffusers takes seconds: tests that each started their own p
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -154,6 +155,8 @@ def _serve(rank: int, num_ranks: int, port: int, pipe: Connection) -> None:
     """Run what the pool asks for until its pipe closes. ``multiprocessing`` has set the parent's import path."""
     die_with_parent(os.getppid())  # a test run that is killed must not leave its ranks
     torch.set_num_threads(1)
+    # What was imported stays. To look through it for garbage takes a third of a second, and copies shared memory.
+    gc.freeze()
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     if num_ranks > 1:
         timeout = timedelta(seconds=60)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cache
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +21,12 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from omni_sp.sharding.replay.operators import Traits, traits_of
 from omni_sp.sharding.tracked import TokenTensor
+from omni_sp.sharding.tracked.nesting import map_nested, tensors_in
 from omni_sp.sharding.tracked.recording import activate_recording, is_constant
 from omni_sp.sharding.tracked.tensor import GatheredView, memory_of
 
@@ -34,8 +35,6 @@ T = TypeVar("T")
 
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor})
 """Of other kinds of tensors an operator may do more than compute. Fake ones have shapes and no numbers."""
-_SHAPED_BY_NUMBERS = frozenset({aten.nonzero_numpy, aten.argwhere, aten.tensor_split, aten.bincount})
-"""Composite operators, which have no tag that says so."""
 # On the CPU these never reach the dispatcher.
 _UNSEEN_READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__})
 _PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -80,6 +79,11 @@ class Recorder(TorchDispatchMode):
             self._add_input(f"argument_{index}", x, frozenset({index}))
         for index, x in enumerate(weights):
             self._add_input(f"weight_{index}", x, frozenset({_WEIGHT}))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Dynamo is off already where blocks are recorded: torch need not switch it off again at every operator.
+        return False
 
     def record(self, function: Callable[[], T]) -> T:
         """Call a function, and take down what it does."""
@@ -150,38 +154,53 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-        if any(isinstance(x, (TokenTensor, GatheredView)) for x in tensors):
+        if TokenTensor in types or GatheredView in types:
             return NotImplemented  # to the rules, which call plain operations
-        with _views_of_weights() if _is_composite(func) else nullcontext():
+        tensors = tensors_in((args, kwargs))
+        if any(isinstance(x, (TokenTensor, GatheredView)) for x in tensors):
+            return NotImplemented
+        traits = _traits_of(func)
+        if traits.is_composite:
+            with _views_of_weights():
+                result = func(*args, **kwargs)
+        else:
             result = func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
             return result  # fake tensors are asked by an operator
+        made = tensors_in((result,))
         # What gives a number instead of a tensor, such as item() or a comparison of tensors, was read.
-        reads = not _tensors(result) and bool(func._schema.returns)
-        if not reads and _is_shaped_by_numbers(func, args):
+        reads = not made and traits.returns
+        is_shaped = traits.is_shaped_by_numbers or (traits.is_index and _has_mask(args[1]))
+        if not reads and is_shaped:
             self.waits = f"calls {func}, whose result's shape depends on numbers"
-        elif _crosses(func, tensors, result):
+        elif _crosses(traits, tensors, made):
             self.waits = f"calls {func}, which moves numbers between host and device"
-        if reads or _is_shaped_by_numbers(func, args):
+        if reads or is_shaped:
             for x in tensors:
                 self.read(x)
         if self.refusal is None and not reads and not self._inside:
-            self._take_down(func, args, kwargs, tensors, result)
+            self._take_down(func, traits, args, kwargs, tensors, made, result)
         return result
 
     def _take_down(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor], result: Any
+        self,
+        func: Any,
+        traits: Traits,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[torch.Tensor],
+        made: list[torch.Tensor],
+        result: Any,
     ) -> None:
-        if any(x.is_meta for x in (*tensors, *_tensors(result))):
+        if any(x.is_meta for x in (*tensors, *made)):
             return  # arithmetic with shapes
         if any(type(x) not in PLAIN_TENSORS for x in tensors):
             self.refuse(f"uses a {next(type(x).__name__ for x in tensors if type(x) not in PLAIN_TENSORS)}")
-        elif func.overloadpacket in (aten.lift_fresh, aten.lift_fresh_copy) and args[0] not in self._nodes:
+        elif traits.is_lift and args[0] not in self._nodes:
             # Made of plain numbers. A replay works on a copy, since the program may write to it.
             constant = self._add_constant(args[0].detach().clone())
             self._nodes[args[0]] = self._nodes[result] = self.graph.call_function(aten.clone.default, (constant,))
-        elif not any(result is x for x in tensors) or func._schema.is_mutable:  # else it did nothing, as dropout here
+        elif not any(result is x for x in tensors) or traits.is_mutable:  # else it did nothing, as dropout here
             self._add_call(func, args, kwargs, result)
 
     def _add_input(self, name: str, tensor: torch.Tensor, sources: frozenset[int]) -> fx.Node:
@@ -197,22 +216,29 @@ class Recorder(TorchDispatchMode):
         return self._add_input(f"constant_{len(self.constants)}", tensor, _NO_SOURCE)
 
     def _add_call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
-        flat = tree_flatten((list(args), kwargs))[0]
-        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
-        others = [type(x).__name__ for x in flat if not isinstance(x, (torch.Tensor, *_PLAIN))]
-        if others:
-            self.refuse(f"passes a {others[0]}")
-        nodes = {id(x): self.node_of(x) for x in tensors}
+        nodes: list[fx.Node] = []
+
+        def as_node(x: Any) -> Any:
+            if isinstance(x, torch.Tensor):
+                node = self.node_of(x)
+                if node is not None:
+                    nodes.append(node)
+                return node
+            if not isinstance(x, _PLAIN):
+                self.refuse(f"passes a {type(x).__name__}")
+            return x
+
+        mapped, options = map_nested(as_node, tuple(args)), map_nested(as_node, kwargs)
         if self.refusal is not None:
             return
-        sources = _NO_SOURCE.union(*(self._sources.get(node, _NO_SOURCE) for node in nodes.values() if node))
-        if torch.Tag.nondeterministic_seeded in getattr(function, "tags", ()):
+        traits = _traits_of(function)
+        sources = _NO_SOURCE.union(*(self._sources.get(node, _NO_SOURCE) for node in nodes))
+        if traits.is_random:
             sources |= {_RANDOM}
-        mapped, options = tree_map(lambda x: nodes[id(x)] if isinstance(x, torch.Tensor) else x, (list(args), kwargs))
-        node = self.graph.call_function(function, tuple(mapped), options)
-        self._bind(node, result, sources)
-        for x in _written(function, args, kwargs):
-            self._spread(x, sources)
+        self._bind(self.graph.call_function(function, mapped, options), result, sources)
+        for index, name in traits.written:
+            for x in tensors_in((args[index] if index < len(args) else kwargs.get(name),)):
+                self._spread(x, sources)
 
     def _bind(self, node: fx.Node, result: Any, sources: frozenset[int]) -> None:
         self._sources[node] = sources
@@ -240,12 +266,12 @@ def _views_of_weights() -> AbstractContextManager[Any]:
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
 
 
-@cache
-def _is_composite(func: Any) -> bool:
-    """Whether an operator runs others, and gives no view itself."""
-    if func.namespace == "prim":  # what fake tensors call; the dispatcher knows none of it
-        return False
-    return bool(func._can_decompose()) and all(x.alias_info is None for x in func._schema.returns)
+_OF_OURS = Traits()
+
+
+def _traits_of(function: Any) -> Traits:
+    """What there is to know of an operator, or of one operation of ours."""
+    return _OF_OURS if isinstance(function, Operation) else traits_of(function)
 
 
 @contextmanager
@@ -273,7 +299,7 @@ class Operation:
         self._rest = [None if isinstance(x, torch.Tensor) else x for x in flat]
         self._function, self._spec = function, spec
         name = getattr(getattr(function, "func", function), "__name__", "operation").strip("_")
-        # By these names the graph's code calls it.
+        # torch names a graph's nodes by these.
         self.__name__ = self.__qualname__ = f"{name}_{id(self)}"
         self.__module__ = __name__
 
@@ -311,33 +337,17 @@ def is_impure(node: fx.Node) -> bool:
     return node.target is not operator.getitem
 
 
-def _is_shaped_by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the shape of an operator's result depends on the numbers of its arguments."""
-    if func.overloadpacket is aten.index:
-        return any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-    return func.overloadpacket in _SHAPED_BY_NUMBERS or torch.Tag.dynamic_output_shape in func.tags
+def _has_mask(indices: Sequence[Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
 
-def _crosses(func: Any, tensors: Sequence[torch.Tensor], result: Any) -> bool:
+def _crosses(traits: Traits, tensors: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> bool:
     """Whether an operator moves numbers between host and device. One number of the host is an argument of a kernel."""
-    copies = func.overloadpacket in (aten.to, aten._to_copy, aten.copy_)
-    moved = [x for x in (*tensors, *_tensors(result)) if copies or x.ndim or x.device.type != "cpu"]
+    involved = (*tensors, *made)
+    if all(x.is_cpu for x in involved):
+        return False
+    moved = [x for x in involved if traits.is_copy or x.ndim or x.device.type != "cpu"]
     return len({x.device.type for x in moved} - {"meta"}) > 1
-
-
-def _written(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    schema = getattr(function, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    found: list[torch.Tensor] = []
-    for index, argument in enumerate(schema.arguments):
-        if argument.is_write:
-            found += _tensors(args[index] if index < len(args) else kwargs.get(argument.name))
-    return found
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [x for x in tree_flatten(value)[0] if isinstance(x, torch.Tensor)]
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -65,8 +65,11 @@ class ModuleState:
 def attribute_owners(modules: Sequence[torch.nn.Module]) -> list[Any]:
     """Modules, their processors, and the plain objects among their attributes: all whose attributes count."""
     owners: list[Any] = list(modules)
+    known = set(map(id, owners))
     for owner in owners:  # it grows on the way
-        owners += [x for x in vars(owner).values() if _has_attributes(x) and not any(x is known for known in owners)]
+        found = [x for x in vars(owner).values() if _has_attributes(x) and id(x) not in known]
+        known.update(map(id, found))
+        owners += found
     return owners
 
 

@@ -5,37 +5,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from omni_sp.sharding.replay.compiler import compiled
+from omni_sp.sharding.replay.program import as_function
 from omni_sp.sharding.replay.recorder import PLAIN_TENSORS, Recorder, is_impure
 from omni_sp.sharding.tracked import TokenTensor
 from omni_sp.sharding.tracked.tensor import GatheredView
 
 Signature = tuple[Any, ...]
 _SIGNATURE = "_omni_sp_signature"
-_BINDINGS = {
-    name: getattr(torch, name)
-    for name in (
-        "add", "sub", "mul", "div", "cat", "stack", "split", "chunk", "unbind", "transpose", "permute", "unsqueeze",
-        "squeeze", "reshape", "flatten", "matmul", "mm", "bmm", "addmm", "sigmoid", "tanh", "neg", "rsqrt", "pow",
-        "layer_norm", "rms_norm", "narrow", "select", "index_select", "clone", "mean", "sum", "relu", "unflatten",
-        "view_as_complex", "view_as_real",
-    )
-} | {
-    "view": torch.Tensor.view,
-    "view_as": torch.Tensor.view_as,
-    "expand": torch.Tensor.expand,
-    "linear": torch._C._nn.linear,
-    "gelu": torch._C._nn.gelu,
-    "silu": torch._C._nn.silu,
-}  # fmt: skip
-"""torch's own Python functions of these operators. They do the same, and are quicker to call than an overload."""
 
 
 @dataclass
@@ -101,7 +83,7 @@ class Tape:
         self.waits = recorder.waits or ("decides by the numbers of an argument" if self.guards else "")
         self.replays = 0
         self._constants = recorder.constants
-        self._function = _as_function(recorder.graph)
+        self._function = as_function(recorder.graph)
         self.is_compiled = False
 
     def compile(self, options: Mapping[str, Any]) -> None:
@@ -190,15 +172,3 @@ def _maker(value: Any, arguments: Sequence[torch.Tensor]) -> Callable[[Any, Sequ
         return sharded
 
     return make
-
-
-def _as_function(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
-    """The graph as a Python function."""
-    for node in graph.nodes:
-        packet = getattr(node.target, "overloadpacket", None) if node.op == "call_function" else None
-        if packet is not None and str(packet).startswith("aten."):
-            node.target = _BINDINGS.get(packet.__name__, node.target)
-    code = graph.python_code("self")
-    names: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, "<a recorded block>", "exec"), names)
-    return partial(names["forward"], None)
