@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -27,6 +28,11 @@ def pytest_sessionstart() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files whose tests start programs come first: they take longest, and at the end each would run alone."""
     items.sort(key=lambda item: not _starts_programs(item.path.relative_to(Path(__file__).parent.parent)))
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays. pytest looks for garbage five times at the end, half a second each with all of that.
+    gc.freeze()
 
 
 def _starts_programs(path: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
@@ -81,6 +82,7 @@ def _run(
     path: list[str],
 ) -> None:
     os.setsid()
+    gc.freeze()  # as in omni_sp.engine.ranks.fork
     for descriptor in (1, 2):
         os.dup2(stderr.descriptor, descriptor)
     os.close(stderr.descriptor)

@@ -16,16 +16,13 @@ from tests.thorough import THOROUGH
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CLASSES = {"0.40": 67, "0.41": 68, "0.42": 75}
 FIRST = {entry.name: entry_id for entry_id, entry in reversed(ENTRIES.items())}
-# Every entry where Ulysses meets ring, and every class on one of the other layouts in turn; OMNI_SP_THOROUGH=1 runs
-# every class on all layouts, and further modes also on uneven shares.
-_OTHERS = [layout for layout in LAYOUTS if layout != (2, 2)]
-_IN_TURN = {entry_id: _OTHERS[number % len(_OTHERS)] for number, entry_id in enumerate(FIRST.values())}
+# Every class on all layouts, further modes of it where Ulysses meets ring; thoroughly, also on uneven shares.
 RUNS = [
     (entry_id, layout)
     for entry_id, entry in ENTRIES.items()
     for layout in LAYOUTS
     if entry.runs_here
-    if layout in ((2, 2), _IN_TURN.get(entry_id)) or (THOROUGH and (FIRST[entry.name] == entry_id or layout == (3, 1)))
+    if FIRST[entry.name] == entry_id or layout == (2, 2) or (THOROUGH and layout == (3, 1))
 ]
 
 
