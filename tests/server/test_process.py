@@ -182,7 +182,7 @@ def test_where_hangups_are_ignored_they_stay_ignored() -> None:
 
 
 @pytest.mark.parametrize("how", ["second signal", "timeout"])
-def test_a_drain_has_an_end(how: str) -> None:
+def test_a_drain_has_an_end(how: str, caplog: pytest.LogCaptureFixture) -> None:
     omni = held()
     answers: list[httpx2.Response] = []
 
@@ -199,6 +199,7 @@ def test_a_drain_has_an_end(how: str) -> None:
 
     assert run(omni, after_start, drain_timeout_s=60.0 if how == "second signal" else 0.2) == 0
     assert [answer.status_code for answer in answers] == [503]
+    assert "Traceback" not in caplog.text
 
 
 def test_a_start_that_fails_ends_the_server() -> None:
