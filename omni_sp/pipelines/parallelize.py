@@ -14,7 +14,7 @@ from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.branches import Branches
 from omni_sp.pipelines.shared_encoders import SharedEncoders
 from omni_sp.pipelines.shared_vaes import SharedVaes
-from omni_sp.sharding import BlockCounts, Plan, ShardHandle, VaeHandle, plan_for, shard
+from omni_sp.sharding import BlockCounts, Plan, ShardHandle, VaeHandle, shard
 from omni_sp.sharding.compiled import compile_options, require_no_graphs, require_not_compiled
 from omni_sp.sharding.weights import held_bytes
 from omni_sp.tested_versions import warn_if_untested
@@ -195,7 +195,7 @@ def parallelize(
                 handle = shard(
                     model,
                     mesh,
-                    plan if plan is not None else plan_for(model),
+                    plan,
                     strategy=strategy,
                     kernel=attention_backend,
                     call_token=call_token,

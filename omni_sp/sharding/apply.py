@@ -18,6 +18,7 @@ from omni_sp.sharding.foreign_code import has_foreign_forward, has_foreign_hooks
 from omni_sp.sharding.forward_context import ShardedForward, activate
 from omni_sp.sharding.hooks import ModuleHooks, install_stream_hook, require_running, resolve_plan
 from omni_sp.sharding.lazy import full_tensors
+from omni_sp.sharding.models import plan_for
 from omni_sp.sharding.plan import Plan
 from omni_sp.sharding.replay import BlockCounts, ForwardGraphs, TapeStore
 from omni_sp.sharding.same_call import CallToken, SameCallCheck
@@ -104,7 +105,7 @@ def refresh_hooks(model: torch.nn.Module) -> None:
 def shard(
     model: torch.nn.Module,
     mesh: ParallelMesh,
-    plan: Plan,
+    plan: Plan | None,
     *,
     strategy: Strategy,
     kernel: str = "auto",
@@ -118,7 +119,7 @@ def shard(
     Args:
         model: a diffusers transformer.
         mesh: the ranks.
-        plan: where its token streams begin.
+        plan: where its token streams begin; None finds that out, see `omni_sp.sharding.plan_for`.
         strategy: carries out attention over all ranks (``omni_sp.attention.select_strategy``).
         kernel: name of the attention kernel. With "auto" on one rank the model runs as it is.
         call_token: gives an object that is another one in every call of the pipeline, see
@@ -160,7 +161,7 @@ def shard(
         hooks.refresh()
         handle.refresh = hooks.refresh
         handle.on_remove(model.register_forward_pre_hook(forward_hooks.begin, with_kwargs=True).remove)
-        for path, module, inputs in resolve_plan(model, plan):
+        for path, module, inputs in resolve_plan(model, plan_for(model) if plan is None else plan):
             if not path:
                 name = type(model).__name__
                 handle.on_remove(install_stream_hook(module, name, inputs, mesh, tracks=tracks).remove)

@@ -33,6 +33,7 @@ KNOWN_PACKAGES = {
 
 _HARMLESS = {"omni_sp", "numpy", "einops", "PIL", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
 _CALLS = ("forward", "__call__", "_wrapped_call_impl", "_call_impl")
+_ATTENTION_DISPATCHER = "dispatch_attention_fn"
 _FORWARDS = ("forward", "_old_forward", "_compiled_call_impl")
 _ACCELERATE, _OURS = "accelerate.hooks", "omni_sp."
 
@@ -129,6 +130,9 @@ def _called_by(kind: type) -> Iterator[tuple[object, Mapping[str, Any], str]]:
             for name in called & names.keys():
                 yield names, names, name
                 value = names[name]
+                if name == _ATTENTION_DISPATCHER:  # its backends are found in a table; ours calls torch's attention
+                    attention = vars(torch.nn.functional)
+                    yield attention, attention, "scaled_dot_product_attention"
                 is_diffusers = str(getattr(value, "__module__", "")).partition(".")[0] == "diffusers"
                 if is_diffusers and hasattr(value, "__code__") and value not in functions:
                     functions += {value, inspect.unwrap(value)}

@@ -27,7 +27,7 @@ from omni_sp.sharding.foreign_code import (
     num_hooks_registered,
 )
 from omni_sp.sharding.forward_context import OnShard, ShardedForward, current_forward
-from omni_sp.sharding.models import TOKENWISE
+from omni_sp.sharding.models import TOKENWISE, plan_for
 from omni_sp.sharding.plan import Plan, Split, matches
 from omni_sp.sharding.replay import BlockPlayer, TapeStore, block_lists
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard
@@ -68,6 +68,9 @@ class ModuleHooks:
     """The hooks on all modules of a transformer but the transformer itself.
 
     Args:
+        model: the transformer.
+        mesh: the ranks.
+        plan: where its token streams begin; None finds that out, and does so again when its modules change.
         tracks: sharded tensors are tracked, see ``tracked``. Else there is one rank, and its streams are only counted.
         tapes: what was recorded of blocks; None where they are followed every time.
         weights: of the blocks, where they are sharded.
@@ -80,7 +83,7 @@ class ModuleHooks:
         self,
         model: torch.nn.Module,
         mesh: ParallelMesh,
-        plan: Plan,
+        plan: Plan | None,
         *,
         tracks: bool,
         tapes: TapeStore | None,
@@ -150,7 +153,8 @@ class ModuleHooks:
         return has_foreign_code(module) or not kinds.isdisjoint(self._watch.foreign)
 
     def _install(self) -> None:
-        for path, module, inputs in resolve_plan(self._model, self._plan):
+        plan = plan_for(self._model) if self._plan is None else self._plan
+        for path, module, inputs in resolve_plan(self._model, plan):
             if path:
                 hook = install_stream_hook(module, path, inputs, self._mesh, tracks=self._tracks)
                 self._undo.callback(hook.remove)

@@ -266,6 +266,52 @@ def patched_library(model: Any) -> None:
         transformer_qwenimage.dispatch_attention_fn = attend
 
 
+def patched_attention(model: Any) -> None:
+    """As people do to have another kernel; diffusers' dispatcher finds torch's function in a table."""
+    original = torch.nn.functional.scaled_dot_product_attention
+    if not hasattr(original, "patched"):
+
+        def attend(*args: Any, **kwargs: Any) -> Tensor:
+            out: Tensor = original(*args, **kwargs) * 1.5
+            return out
+
+        attend.patched = original  # type: ignore[attr-defined]
+        torch.nn.functional.scaled_dot_product_attention = attend
+
+
+def patched_class(model: Any) -> None:
+    """As scripts of step caches do, without a word of what the forward takes."""
+    kind = type(blocks_of(model)[0])
+    original = kind.forward
+    if not hasattr(original, "patched"):
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return tuple(1.5 * x for x in original(self, *args, **kwargs))
+
+        forward.patched = original  # type: ignore[attr-defined]
+        kind.forward = forward
+
+
+def fewer_blocks(model: Any) -> None:
+    model.transformer_blocks = blocks_of(model)[:1]
+
+
+def another_block(model: Any) -> None:
+    blocks_of(model).append(blocks_of(model)[0])
+
+
+def unpatch() -> None:
+    """Give back what the changes have replaced in libraries."""
+    from diffusers.models.transformers import transformer_qwenimage as module
+
+    for owner, name in (
+        (module, "dispatch_attention_fn"),
+        (torch.nn.functional, "scaled_dot_product_attention"),
+        (module.QwenImageTransformerBlock, "forward"),
+    ):
+        setattr(owner, name, getattr(vars(owner)[name], "patched", vars(owner)[name]))
+
+
 def dropout(model: Any) -> None:
     """A mode that changes nothing here; what it does not change must still be right."""
     model.train()
@@ -283,7 +329,8 @@ CHANGES: list[tuple[Callable[[Any], None], Callable[[Any], None]]] = [
         (lambda model: None, change)
         for change in (
             replaced_weight, weight_in_place, new_data, replaced_processor, changed_attribute, hooked, inner_hook,
-            other_dtype, patched_library, dropout, *([offloaded] if OFFLOADS_GROUPS_ON_CPU else []),
+            other_dtype, patched_library, patched_attention, patched_class, fewer_blocks, another_block, dropout,
+            *([offloaded] if OFFLOADS_GROUPS_ON_CPU else []),
         )
     ],
 ]  # fmt: skip
@@ -305,13 +352,13 @@ def changed_after_recording(mesh: ParallelMesh, number: int) -> tuple[float, flo
         for _ in range(2):
             before = first_tensor(model(**ENTRIES[QWEN].inputs()))
         counts = handle.blocks
-        change(reference)
-        change(model)
-        wanted = first_tensor(reference(**ENTRIES[QWEN].inputs()))
-        errors = [relative_error(first_tensor(model(**ENTRIES[QWEN].inputs())), wanted) for _ in range(2)]
-    from diffusers.models.transformers import transformer_qwenimage as module
-
-    module.dispatch_attention_fn = getattr(module.dispatch_attention_fn, "patched", module.dispatch_attention_fn)
+        try:
+            change(reference)
+            change(model)
+            wanted = first_tensor(reference(**ENTRIES[QWEN].inputs()))
+            errors = [relative_error(first_tensor(model(**ENTRIES[QWEN].inputs())), wanted) for _ in range(2)]
+        finally:
+            unpatch()
     return max(errors), relative_error(before, wanted), counts
 
 
@@ -321,6 +368,28 @@ def test_a_change_is_seen_at_the_next_call(ranks: RankPool, number: int) -> None
         assert counts.replayed
         assert effect > 1e-4
         assert error <= 1e-5
+
+
+def under_autocast(mesh: ParallelMesh, entry_id: str) -> tuple[float, float, bool]:
+    """Errors to float32 of one process and of several ranks, both in bfloat16 by autocast; whether dtypes agree."""
+    entry = ENTRIES[entry_id]
+    reference, model = randomise(entry.build()), randomise(entry.build())
+    with torch.no_grad():
+        exact = first_tensor(reference(**entry.inputs()))
+        handle = parallelize(model, mesh)
+        model(**entry.inputs())
+        with torch.autocast("cpu", torch.bfloat16):
+            alone, found = (first_tensor(one(**entry.inputs())) for one in (reference, model))
+        handle.remove()
+    errors = [relative_error(one.float(), exact) for one in (alone, found)]
+    return errors[0], errors[1], found.dtype == alone.dtype
+
+
+@pytest.mark.parametrize("entry_id", [QWEN, SD3, FIRST["AnyFlowFARTransformer3DModel"]])
+def test_autocast_rounds_as_in_one_process(ranks: RankPool, entry_id: str) -> None:
+    for alone, found, has_same_dtype in ranks.run(under_autocast, entry_id, ulysses=2):
+        assert has_same_dtype
+        assert 0 < found <= 1.5 * alone
 
 
 class Reading(nn.Module):

@@ -18,6 +18,8 @@ from omni_sp.sharding.tracked.recording import as_one_operation, will_read
 from omni_sp.sharding.tracked.tensor import FUNCTION_RULES, TokenTensor
 
 F = torch.nn.functional
+_torch_attention = torch._C._nn.scaled_dot_product_attention
+"""What torch.nn.functional has, unless somebody has put another function there."""
 _MAX_CACHED_MASKS = 4
 _NEGLIGIBLE = -9000.0
 """exp() of it is 0 in every dtype: models write -10000 where they mean minus infinity."""
@@ -47,6 +49,7 @@ def scaled_dot_product_attention(
     """The rule for torch's function of that name: (…, heads, tokens, head_dim) tensors of which some are sharded."""
     if dropout_p:
         raise UnsupportedAttentionError(f"dropout {dropout_p} in attention is for training; this is inference")
+    query, key, value = map(_as_autocast_does, (query, key, value))
     mask = attn_mask
     if isinstance(mask, TokenTensor) and not _mask_follows_query(mask, query):
         mask = mask.full_tensor("mask")
@@ -67,6 +70,13 @@ def scaled_dot_product_attention(
     placements = query.placement, key.placement
     out = as_one_operation(_under_any_mask, query.local, key.local, value.local, given, placements, query.axis, options)
     return query.wrap(out.transpose(1, 2))
+
+
+def _as_autocast_does(x: torch.Tensor) -> torch.Tensor:
+    """A query, key or value in the dtype in which torch's attention would compute it."""
+    if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 class _Mask(NamedTuple):
@@ -142,7 +152,7 @@ def _mask_follows_query(mask: TokenTensor, query: Any) -> bool:
 
 def _on_full_tensors(query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> torch.Tensor:
     q, k, v, mask = map(_full, (query, key, value, mask))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    return _torch_attention(q, k, v, attn_mask=mask, **options)
 
 
 def _along_batch(query: TokenTensor, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Any:
@@ -162,7 +172,7 @@ def _along_batch(query: TokenTensor, key: Any, value: Any, mask: Any, options: d
         mask = mask if mask.shape[dim_from_end] == 1 else query.shard_like(mask, mask.ndim + dim_from_end)
     if q.numel() == 0:
         return query.wrap(q.new_empty((*q.shape[:-1], v.shape[-1])))
-    return query.wrap(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
+    return query.wrap(_torch_attention(q, k, v, attn_mask=mask, **options))
 
 
 def _local_queries(
@@ -178,7 +188,7 @@ def _local_queries(
     if query.local.numel() == 0:
         return query.wrap(query.local.new_empty((*query.local.shape[:-1], value.shape[-1])))
     options = {**options, "is_causal": False}
-    return query.wrap(F.scaled_dot_product_attention(query.local, key, value, attn_mask=mask, **options))
+    return query.wrap(_torch_attention(query.local, key, value, attn_mask=mask, **options))
 
 
 @dataclass(frozen=True)
@@ -335,11 +345,13 @@ def tracked_attention(
     if isinstance(attn_mask, BlockMask):
         if attn_mask.mask_mod is noop_mask:
             return _under_block_mask(q, k, v, attn_mask, options).transpose(1, 2)
-        attn_mask = _dense_mask(attn_mask)
-    # Torch's own function, so that a mode that somebody activated for it (to skip attention, for one) sees the call.
-    mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[:, None, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, **options)
+        out = scaled_dot_product_attention(q, k, v, _dense_mask(attn_mask), dropout_p, is_causal, **options)
+    else:
+        # Looked up as models do, so that a mode that somebody activated for it (to skip attention, for one) sees the
+        # call, and so does a function that somebody put in its place.
+        mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, **options)
     return out.transpose(1, 2)
 
 
-FUNCTION_RULES[F.scaled_dot_product_attention] = scaled_dot_product_attention
+FUNCTION_RULES[_torch_attention] = scaled_dot_product_attention
