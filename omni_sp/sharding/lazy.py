@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from omni_sp.errors import ShardingError
+from omni_sp.sharding.torch_functions import torchs_own
 
 _aten = torch.ops.aten
 _READS = {
@@ -146,7 +147,8 @@ class LazyTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        func, kwargs = torchs_own(func), kwargs or {}
+        name = getattr(func, "__name__", "")
         if name in _READS:
             return func(*full_tensors(args, name), **full_tensors(kwargs, name))
         with torch._C.DisableTorchFunctionSubclass():

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_map
 
+from omni_sp.sharding.torch_functions import torchs_own
+
 
 class Owner(Protocol):
     """Has the parts of some weights."""
@@ -77,7 +79,7 @@ class ShardedWeight(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = torchs_own(func), kwargs or {}
         if func in _CHOICES:  # the weight may require gradients or not without being read
             with torch._C.DisableTorchFunctionSubclass():
                 func(args[0].weight, *args[1:], **kwargs)

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor, nn
 
 from omni_sp import ParallelMesh, parallelize
@@ -251,45 +252,37 @@ def other_dtype(model: Any) -> None:
     blocks_of(model)[0].to(torch.float32)
 
 
-def patched_library(model: Any) -> None:
-    """As people do to have another attention called; patched for the reference too, since it is one module."""
-    from diffusers.models.transformers import transformer_qwenimage
-
-    original = transformer_qwenimage.dispatch_attention_fn
+def put_around(owner: Any, name: str) -> None:
+    """Put a function around another; once for all models."""
+    original = vars(owner)[name]
     if not hasattr(original, "patched"):
 
-        def attend(*args: Any, **kwargs: Any) -> Tensor:
-            out: Tensor = original(*args, **kwargs) * 1.5
-            return out
+        def louder(*args: Any, **kwargs: Any) -> Any:
+            out = original(*args, **kwargs)
+            return tuple(1.5 * x for x in out) if isinstance(out, tuple) else 1.5 * out
 
-        attend.patched = original  # type: ignore[attr-defined]
-        transformer_qwenimage.dispatch_attention_fn = attend
+        louder.patched = original  # type: ignore[attr-defined]
+        setattr(owner, name, louder)
+
+
+def patched_library(model: Any) -> None:
+    """As people do to have another attention called."""
+    put_around(transformer_qwenimage, "dispatch_attention_fn")
 
 
 def patched_attention(model: Any) -> None:
     """As people do to have another kernel; diffusers' dispatcher finds torch's function in a table."""
-    original = torch.nn.functional.scaled_dot_product_attention
-    if not hasattr(original, "patched"):
+    put_around(torch.nn.functional, "scaled_dot_product_attention")
 
-        def attend(*args: Any, **kwargs: Any) -> Tensor:
-            out: Tensor = original(*args, **kwargs) * 1.5
-            return out
 
-        attend.patched = original  # type: ignore[attr-defined]
-        torch.nn.functional.scaled_dot_product_attention = attend
+def patched_norm(model: Any) -> None:
+    """A function of torch's that is written in Python, and names itself by its name there."""
+    put_around(torch.nn.functional, "layer_norm")
 
 
 def patched_class(model: Any) -> None:
     """As scripts of step caches do, without a word of what the forward takes."""
-    kind = type(blocks_of(model)[0])
-    original = kind.forward
-    if not hasattr(original, "patched"):
-
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return tuple(1.5 * x for x in original(self, *args, **kwargs))
-
-        forward.patched = original  # type: ignore[attr-defined]
-        kind.forward = forward
+    put_around(transformer_qwenimage.QwenImageTransformerBlock, "forward")
 
 
 def fewer_blocks(model: Any) -> None:
@@ -302,12 +295,11 @@ def another_block(model: Any) -> None:
 
 def unpatch() -> None:
     """Give back what the changes have replaced in libraries."""
-    from diffusers.models.transformers import transformer_qwenimage as module
-
     for owner, name in (
-        (module, "dispatch_attention_fn"),
+        (transformer_qwenimage, "dispatch_attention_fn"),
+        (transformer_qwenimage.QwenImageTransformerBlock, "forward"),
         (torch.nn.functional, "scaled_dot_product_attention"),
-        (module.QwenImageTransformerBlock, "forward"),
+        (torch.nn.functional, "layer_norm"),
     ):
         setattr(owner, name, getattr(vars(owner)[name], "patched", vars(owner)[name]))
 
@@ -329,8 +321,8 @@ CHANGES: list[tuple[Callable[[Any], None], Callable[[Any], None]]] = [
         (lambda model: None, change)
         for change in (
             replaced_weight, weight_in_place, new_data, replaced_processor, changed_attribute, hooked, inner_hook,
-            other_dtype, patched_library, patched_attention, patched_class, fewer_blocks, another_block, dropout,
-            *([offloaded] if OFFLOADS_GROUPS_ON_CPU else []),
+            other_dtype, patched_library, patched_attention, patched_norm, patched_class, fewer_blocks, another_block,
+            dropout, *([offloaded] if OFFLOADS_GROUPS_ON_CPU else []),
         )
     ],
 ]  # fmt: skip

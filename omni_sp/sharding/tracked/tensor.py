@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +20,7 @@ from omni_sp.collectives import exchange, gather
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
 from omni_sp.sharding.forward_context import current_forward
+from omni_sp.sharding.torch_functions import torchs_own
 from omni_sp.sharding.tracked.placement import Placement, Range, gather_order, intersect, local_shard
 from omni_sp.sharding.tracked.recording import as_one_operation
 
@@ -33,9 +33,6 @@ OPERATOR_RULES: dict[Any, Rule] = {}
 
 A rule returns NotImplemented for arguments that it does not handle.
 """
-
-
-_FUNCTIONS = {name: x for name, x in vars(torch.nn.functional).items() if isinstance(x, FunctionType)}
 
 
 class TokenTensor(torch.Tensor):
@@ -149,12 +146,13 @@ class TokenTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = FUNCTION_RULES.get(func) or FUNCTION_RULES.get(_as_torch_has_it(func))
+        func = torchs_own(func)
+        rule = FUNCTION_RULES.get(func)
         result = NotImplemented if rule is None else rule(*args, **kwargs)
         if result is not NotImplemented:
             return result
         with torch._C.DisableTorchFunctionSubclass():
-            return _as_torch_has_it(func)(*args, **kwargs)
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -221,16 +219,6 @@ def _local_range(shard: torch.Tensor, dim: int, placement: Placement, rank: int,
 def _shape_of(shard: torch.Tensor, dim: int, ranges: Sequence[Range]) -> list[int]:
     """The shape of a part of a shard."""
     return [sum(b - a for a, b in ranges) if d == dim else size for d, size in enumerate(shard.shape)]
-
-
-def _as_torch_has_it(func: Any) -> Any:
-    """Return torch's own function where somebody put another one around it.
-
-    What torch calls here is the function that bears the name now, and that has been run already.
-    """
-    if not isinstance(func, FunctionType) or str(func.__globals__.get("__name__")).startswith("torch."):
-        return func
-    return _FUNCTIONS.get(func.__name__, func)
 
 
 @cache
