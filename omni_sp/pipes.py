@@ -16,9 +16,11 @@ import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from struct import Struct
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import default_pg_timeout
 
 Message = tuple[int, ...]
 
@@ -177,5 +179,8 @@ def open_outbox(pids: Sequence[int], descriptors: Sequence[int], rank: int) -> l
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long a process group waits for its ranks."""
-    timeout: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    backend: Any = group._get_backend(torch.device("cpu"))
+    # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it.
+    options = getattr(getattr(backend, "wrapped_pg", backend), "options", None)
+    timeout: timedelta = default_pg_timeout if options is None else options._timeout
     return timeout

@@ -120,9 +120,7 @@ class Recorder(TorchDispatchMode):
         finally:
             self._inside = was_inside
         if not was_inside:
-            flat, spec = tree_flatten((args, kwargs))
-            operation = Operation(function, flat, spec, result)
-            self._add_call(operation, [flat[place] for place in operation.places], {}, result)
+            self._add_call(Operation(function, args, kwargs, result), tensors_in((args, kwargs)), {}, result)
         return result
 
     def will_read(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
@@ -288,14 +286,20 @@ class Operation:
     """A function with its plain arguments, to be called with its tensors alone.
 
     Attributes:
-        places: where its tensors stand among all its arguments.
         shape: of the tensor that it gives.
         dtype: of the tensor that it gives.
     """
 
-    def __init__(self, function: Callable[..., Any], flat: list[Any], spec: Any, result: Any) -> None:
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
         self.shape, self.dtype = tuple(result.shape), result.dtype
-        self.places = [place for place, x in enumerate(flat) if isinstance(x, torch.Tensor)]
+        flat, spec = tree_flatten((args, kwargs))
+        # Where all its tensors are arguments by themselves, a call need not put them among nested ones.
+        are_arguments = len(tensors_in(flat)) == sum(isinstance(x, torch.Tensor) for x in args)
+        self._kwargs = kwargs if are_arguments else None
+        flat = list(args) if are_arguments else flat
+        self._places = [place for place, x in enumerate(flat) if isinstance(x, torch.Tensor)]
         self._rest = [None if isinstance(x, torch.Tensor) else x for x in flat]
         self._function, self._spec = function, spec
         name = getattr(getattr(function, "func", function), "__name__", "operation").strip("_")
@@ -306,8 +310,10 @@ class Operation:
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """Call the function with these tensors in its tensors' places."""
         flat = list(self._rest)
-        for place, x in zip(self.places, tensors, strict=True):
+        for place, x in zip(self._places, tensors, strict=True):
             flat[place] = x
+        if self._kwargs is not None:
+            return self._function(*flat, **self._kwargs)
         args, kwargs = tree_unflatten(flat, self._spec)
         return self._function(*args, **kwargs)
 
