@@ -22,7 +22,12 @@ def key_of(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the shapes of a call's results follow from. Numbers with a point are no sizes."""
     leaves, spec = tree_flatten((args, kwargs))
     described = tuple(Shape.of(x) if isinstance(x, torch.Tensor) else _value(x) for x in leaves)
-    return described, spec, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
+    return described, spec, *autocast_modes()
+
+
+def autocast_modes() -> tuple[bool, bool]:
+    """Whether autocast is enabled on this rank, for CUDA and for the CPU."""
+    return torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
 
 
 def _value(x: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Results of calls that groups or ranks computed for all: their shapes, and one exchange of their bytes."""
+"""Results of calls that groups or ranks computed for all: how many, their shapes, and one exchange of their bytes."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ class Output:
 
     leaves: tuple[Any, ...]
     spec: TreeSpec
-    modules: int
+    modules: tuple[Any, ...]
     rows: BatchRows | str | None = None
 
 
@@ -50,6 +51,33 @@ class Shape:
     def of(cls, x: torch.Tensor) -> Shape:
         """The shape of this tensor."""
         return cls(x.shape, x.stride(), x.dtype, x.device)
+
+
+@dataclass
+class BranchCounts:
+    """What the groups of the cfg axis shared.
+
+    Attributes:
+        steps: steps of schedulers that came after calls of a transformer.
+        units: calls of transformers; of a call that groups shared by rows, its rows.
+        rounds: how many of them came one after the other; the others ran at the same time.
+        rows: how many of them were rows of a batch.
+        reasons: why calls were computed by every group, or batches by one -> how many.
+    """
+
+    steps: int = 0
+    units: int = 0
+    rounds: int = 0
+    rows: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def as_dict(self, size: int) -> dict[str, Any]:
+        """The counts as plain values, with a "note" that says why ``size`` groups shared nothing, or None."""
+        note = None
+        if self.units and self.rounds == self.units:
+            reason = "; ".join(self.reasons) or "a step calls the transformer once"
+            note = f"cfg_parallel_size {size} found nothing to share: {reason}"
+        return {**vars(self), "reasons": dict(self.reasons), "note": note}
 
 
 @dataclass

@@ -7,7 +7,8 @@ what they are in one process. Where the branches, or several prompts, are rows o
 rows of the call, if following the rows through the model has shown that they are computed apart.
 
 Ranks cannot part: all run the same program on the same shapes, so all count the same calls, and whether a call is
-shared follows from what all of them see, or from one exchange at the first call of its shape, which all compute.
+shared follows from what all of them see, or from one exchange at the first call of its shape, which all compute. What
+one rank alone may have, such as a hook, is compared where a call of the pipeline begins.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from omni_sp.collectives import gather_ints
+from omni_sp.collectives import gather_ints, gather_texts
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.pipelines.branch_learning import PLAIN, key_of, reason_against, rows_of
-from omni_sp.pipelines.branch_results import Output, Result, Shape, exchange_results
+from omni_sp.pipelines.branch_learning import PLAIN, autocast_modes, key_of, reason_against, rows_of
+from omni_sp.pipelines.branch_results import BranchCounts, Output, Result, Shape, exchange_results
 from omni_sp.pipelines.schedulers import step_function
 from omni_sp.sharding.batch_rows import BatchRows
 from omni_sp.sharding.call_state import CallState, call_state, changes_while
@@ -37,33 +38,6 @@ from omni_sp.sharding.same_call import CallToken, SameCallCheck
 
 _ATTEMPTS = 3
 _MARK = "_omni_sp_exchanges"
-
-
-@dataclass
-class BranchCounts:
-    """What the groups of the cfg axis shared.
-
-    Attributes:
-        steps: steps of schedulers that came after calls of a transformer.
-        units: calls of transformers; of a call that groups shared by rows, its rows.
-        rounds: how many of them came one after the other; the others ran at the same time.
-        rows: how many of them were rows of a batch.
-        reasons: why calls were computed by every group, or batches by one -> how many.
-    """
-
-    steps: int = 0
-    units: int = 0
-    rounds: int = 0
-    rows: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-
-    def as_dict(self, size: int) -> dict[str, Any]:
-        """The counts as plain values, with a "note" that says why ``size`` groups shared nothing, or None."""
-        note = None
-        if self.units and self.rounds == self.units:
-            reason = "; ".join(self.reasons) or "a step calls the transformer once"
-            note = f"cfg_parallel_size {size} found nothing to share: {reason}"
-        return {**vars(self), "reasons": dict(self.reasons), "note": note}
 
 
 class Branches:
@@ -84,6 +58,8 @@ class Branches:
         self.counts = BranchCounts()
         self._token: object = None
         self._begin_round()
+        self._models = list(models)
+        self._modules: list[Any] = []
         self._calls = self._calls_per_step = 0
         self._known: dict[Any, Output | str] = {}
         self._attempts: Counter[Any] = Counter()
@@ -216,14 +192,30 @@ class Branches:
         return self._shared_call(output, self._lengths(output, index, state), run, args, kwargs)
 
     def _begin_call(self) -> None:
-        """Forget what an earlier call of the pipeline has left behind. A collective call.
+        """Forget what an earlier call of the pipeline has left behind, and compare the ranks. A collective call.
 
-        One that failed may have ended on some ranks before others learned something: then all learn it anew.
+        One that failed may have ended on some ranks before others learned something, and somebody may have replaced a
+        module on one rank: then all learn it anew.
+
+        Raises:
+            ShardingError: other code runs around the transformers of one rank than around those of another.
         """
         self.drop()
         self._calls = 0
+        states = [call_state(model) for model in self._models]
+        before, self._modules = self._modules, [state.modules for state in states]
+        found = [state.reason for state in states] + ["autocast is enabled" if any(autocast_modes()) else None]
+        reasons = "; ".join(dict.fromkeys(filter(None, found)))
         learned = [self._calls_per_step, len(self._known), sum(self._attempts.values()), len(self._owners)]
-        if len(set(gather_ints(learned, self._mesh.world))) > 1:
+        told = gather_ints([zlib.crc32(reasons.encode()), int(self._modules != before), *learned], self._mesh.world)
+        if len({reason for reason, *_ in told}) > 1 and "fake" not in self._mesh.world.backends.values():
+            texts = gather_texts(reasons or "nothing", self._mesh.world)
+            shown = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
+            raise ShardingError(
+                f"the ranks cannot share their transformers' calls, since they have other code around them: {shown}. "
+                "Every rank must put the same there, before the pipeline is called"
+            )
+        if len(set(told)) > 1:
             self._calls_per_step = 0
             for one in (self._known, self._attempts, self._owners):
                 one.clear()
@@ -232,8 +224,6 @@ class Branches:
         """Why every group has to compute a call; None where one can for all."""
         if state.reason is not None:
             return state.reason
-        if torch.is_grad_enabled():
-            return "gradients are enabled"
         for leaf in tree_flatten((args, kwargs))[0]:
             if not isinstance(leaf, (torch.Tensor, *PLAIN)):
                 return f"a call gets an object that it may write to, {type(leaf).__name__}"
@@ -257,7 +247,8 @@ class Branches:
             return lengths
         turns = [sum(result.lengths[group] for result in self._results) for group in range(size)]
         # Where a step's calls are one for each group, none needs to be shared, and the bits are those of one process.
-        fills_rounds = self._calls_per_step > 0 and self._calls_per_step % size == 0
+        # That may hold for the first step too, of which nobody knows yet.
+        fills_rounds = self._calls_per_step % size == 0
         is_shared = isinstance(output.rows, BatchRows) and not fills_rounds
         for _ in range(output.rows.count if isinstance(output.rows, BatchRows) and is_shared else 1):
             lengths[min(range(size), key=lambda group: (turns[group] + lengths[group], group))] += 1

@@ -8,11 +8,12 @@ all these crosses in one exchange; hidden states and logits that nobody looks at
 from __future__ import annotations
 
 import functools
+import operator
 import pickle
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -26,13 +27,15 @@ from omni_sp.pipelines.branch_learning import reason_against
 from omni_sp.pipelines.branch_results import Output, Result, Shape, exchange_bytes
 from omni_sp.sharding.lazy import LazyRound, LazyTensor
 
-_WATCHED = "code of others runs around it"
+OWN_REASONS = ("code of others runs around it", "gradients are enabled (torch.no_grad() ends that)")
+"""Why a rank has to make a call itself, for which it looks at what other ranks may not have."""
+_BITS = len(OWN_REASONS)
 _MAX_KNOWN = 1024
 """Shapes of inputs whose results are remembered; prompts that are not padded have as many as there are lengths."""
 _CACHES = "transformers.cache_utils"
 _DIFFERENT = (
-    "the ranks call {what} with different inputs: {{values}} (checksums). Every rank must run the same program on the "
-    "same prompts and pictures"
+    "the ranks call {what} with different inputs, or in different modes: {{values}} (checksums). Every rank must run "
+    "the same program on the same prompts and pictures"
 )
 
 
@@ -96,7 +99,8 @@ class Unsent:
 class EncoderResults:
     """The calls of a pipeline's encoders whose results are still to be exchanged.
 
-    All ranks make the same calls in the same order, so they all know who makes which, and what crosses when.
+    All ranks make the same calls in the same order, so they all know who makes which, and what crosses when. What one
+    rank alone may have, such as a hook on an encoder, is told to all before the first of several calls.
 
     Args:
         axis: all ranks.
@@ -105,6 +109,7 @@ class EncoderResults:
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
         self._known: dict[Any, Output | str] = {}
+        self._agreed: dict[str, str | None] = {}
         self.drop()
 
     def drop(self) -> None:
@@ -121,7 +126,8 @@ class EncoderResults:
         name: str,
         owner: int,
         key: Any,
-        is_watched: bool,
+        modes: tuple[bool, ...],
+        reason_of: Mapping[str, Callable[[], str | None]],
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -132,7 +138,9 @@ class EncoderResults:
             name: of the component and its method.
             owner: the rank that makes it for all.
             key: what the shapes of its results follow from; None where they follow from more than shapes.
-            is_watched: whether code of others looks on on this rank, so that every rank has to make it.
+            modes: of the encoder and of this rank, from which shapes follow too.
+            reason_of: gives, for each encoder, why this rank has to make its calls, one of OWN_REASONS or None: then
+                every rank makes them.
             run: makes it.
             args: for ``run``, plain values and tensors.
             kwargs: for ``run``, plain values and tensors.
@@ -141,25 +149,43 @@ class EncoderResults:
             ShardingError: the ranks make different calls.
             Exception: what the call raised, on all ranks.
         """
-        call = EncoderCall(name, owner, _checksum(args, kwargs))
+        call = EncoderCall(name, owner, _checksum(modes, args, kwargs))
+        key = None if key is None else (name, modes, *key)
         output = None if key is None else self._known.get(key)
-        leaves: Sequence[Any] | None = None
-        if output is None:
-            watched = self._require_same([*self._calls, call], int(is_watched))
-            if any(flag for (flag,) in watched):  # a rank that has not read the weights may not know
-                return run(*args, **kwargs), _WATCHED
-            answer, leaves = _answer_of(run, args, kwargs) if self._axis.rank == owner else (_Answer(), None)
-            output = self._broadcast_answer(call, key, answer)
-            if isinstance(output, str) and leaves is not None:
-                return leaves[0], output
-        elif is_watched:
-            output = _WATCHED
-        elif isinstance(output, Output) and self._axis.rank == owner:
-            leaves = _computed(call, output, run, args, kwargs)
         if isinstance(output, str):
             return run(*args, **kwargs), output
+        if output is None or not self._calls:
+            self._agree(call, reason_of)
+        encoder = name.partition(".")[0]
+        if (reason := self._agreed[encoder]) is not None:
+            return run(*args, **kwargs), reason
+        leaves: Sequence[Any] | None = None
+        if output is None:
+            answer, leaves = _answer_of(run, args, kwargs) if self._axis.rank == owner else (_Answer(), None)
+            output = self._broadcast_answer(call, key, answer)
+            if isinstance(output, str):
+                return run(*args, **kwargs) if leaves is None else leaves[0], output
+        elif (late := reason_of[encoder]()) is not None:
+            # The others have begun a round without knowing of it. They hear of it in the exchange that ends the round.
+            call.error = ShardingError(
+                f"{encoder} changed between two calls of encoders on rank {self._axis.ranks[self._axis.rank]}: {late}. "
+                "Let every rank do that before it calls the pipeline, or give text_encoder_parallel=False"
+            )
+        elif self._axis.rank == owner:
+            leaves = _computed(call, output, run, args, kwargs)
         self._calls.append(call)
         return self._lazy_result(call, output, leaves, tree_flatten((args, kwargs))[0]), None
+
+    def _agree(self, call: EncoderCall, reason_of: Mapping[str, Callable[[], str | None]]) -> None:
+        """Find out for which encoders any rank has a reason to make their calls itself. A collective call."""
+        own = [reason() for reason in reason_of.values()]
+        flags = sum(1 << _BITS * place + OWN_REASONS.index(one) for place, one in enumerate(own) if one is not None)
+        told = self._require_same([*self._calls, call], flags)
+        of_any = functools.reduce(operator.or_, (flags for (flags,) in told))
+        self._agreed = {
+            name: next((one for bit, one in enumerate(OWN_REASONS) if of_any >> _BITS * place + bit & 1), None)
+            for place, name in enumerate(reason_of)
+        }
 
     def _broadcast_answer(self, call: EncoderCall, key: Any, answer: _Answer) -> Output | str:
         """Send all ranks what a call of new shapes has given on its owner, and remember its shapes."""
@@ -168,7 +194,7 @@ class EncoderResults:
         sent: _Answer = _loaded(gather_bytes(payload, self._axis)[call.owner])
         if sent.error is not None:
             self.drop()
-            self._raise(answer.error if is_own else sent.error, call)
+            self._raise(answer.error if is_own else sent.error, call, call.owner)
         if not is_own:
             _set_random_states(sent.random_states)
         if key is not None and (sent.is_lasting or isinstance(sent.output, str)):
@@ -233,12 +259,13 @@ class EncoderResults:
         failure = b"" if own is None else pickle.dumps((own, _sendable(calls[own].error)))
         rank, sent = next((rank, sent) for rank, sent in enumerate(gather_bytes(failure, self._axis)) if sent)
         place, error = _loaded(sent)
-        self._raise(calls[place].error if rank == self._axis.rank else error, calls[place])
+        self._raise(calls[place].error if rank == self._axis.rank else error, calls[place], rank)
 
-    def _raise(self, error: Any, call: EncoderCall) -> NoReturn:
-        """Raise on every rank what the call raised on its owner."""
+    def _raise(self, error: Any, call: EncoderCall, rank: int) -> NoReturn:
+        """Raise on every rank what the call raised on one."""
         if hasattr(error, "add_note"):  # from Python 3.11 on
-            error.add_note(f"{call.name} raised this on rank {self._axis.ranks[call.owner]}, which makes it for all")
+            for_all = ", which makes it for all" if rank == call.owner else ""
+            error.add_note(f"{call.name} raised this on rank {self._axis.ranks[rank]}{for_all}")
         raise error
 
 
@@ -259,7 +286,7 @@ def _answer_of(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     is_same = structure == tree_flatten((args, kwargs))[1]
     reason = reason_against([x for x in leaves if not _is_cache(x)], given, before, is_same)
     described = tuple(map(_described, leaves))
-    output = Output(described, spec, 0)
+    output = Output(described, spec, ())
     if reason is not None or not _can_be_sent(output):
         return _Answer(output=reason or "a call returns what cannot be sent"), [result]
     drawn = {kind: state for kind, state in _random_states().items() if state != states.get(kind)}
@@ -323,10 +350,10 @@ def _sendable(error: Exception | None) -> Exception | None:
     return error if _can_be_sent(error) else ShardingError(f"{type(error).__name__}: {error}")
 
 
-def _checksum(args: Any, kwargs: Any) -> int:
+def _checksum(modes: tuple[bool, ...], args: Any, kwargs: Any) -> int:
     """Of what a call gets: structure, plain values and whole numbers. Ranks may round other numbers differently."""
     leaves, spec = tree_flatten((args, kwargs))
-    checksum = zlib.crc32(repr(spec).encode())
+    checksum = zlib.crc32(repr((modes, spec)).encode())
     for x in leaves:
         if isinstance(x, torch.Tensor):
             checksum = zlib.crc32(repr((tuple(x.shape), x.dtype)).encode(), checksum)

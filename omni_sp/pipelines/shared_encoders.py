@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_flatten
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines import quirks
-from omni_sp.pipelines.branch_learning import PLAIN, key_of
-from omni_sp.pipelines.encoder_results import EncoderResults
+from omni_sp.pipelines.branch_learning import PLAIN, autocast_modes, key_of
+from omni_sp.pipelines.encoder_results import OWN_REASONS, EncoderResults
 from omni_sp.pipelines.lazy_components import has_unread_weights
 from omni_sp.sharding import ShardHandle
 from omni_sp.sharding.foreign_code import has_foreign_forward, has_foreign_hooks, has_global_hooks
@@ -53,7 +53,8 @@ def runs_encoder(config: DiffusionParallelConfig, rank: int, index: int) -> bool
 class SharedEncoders:
     """The encoders of a pipeline, each on one rank of a mesh as its ``text_encoder_parallel`` says.
 
-    All ranks decide alike: by the configuration, the pipeline and its call, and by what the encoders are called with.
+    All ranks decide alike: by the configuration, the pipeline and its call, by what the encoders are called with, and
+    by what the ranks tell each other before the first encoder of a call.
 
     Args:
         pipe: a pipeline; a transformer alone has no encoder.
@@ -75,6 +76,7 @@ class SharedEncoders:
         if self._mode is False or mesh.world_size == 1:
             return
         self._results = EncoderResults(mesh.world)
+        self._own_reasons = {name: functools.partial(_own_reason, model) for name, model in self._models.items()}
         self._code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None) if self._models else None
         try:
             for index, (name, model) in enumerate(self._models.items()):
@@ -141,7 +143,7 @@ class SharedEncoders:
             is_in_call = self._is_in_call()
             reason: str | None = 'it is called outside of the pipeline\'s call, and text_encoder_parallel is "auto"'
             if is_in_call or self._mode is True:
-                reason = _reason_for_all(model, args, kwargs)
+                reason = _reason_for_all(args, kwargs)
             if reason is not None:
                 self._note(name, range(self._mesh.world_size), reason)
                 return run(*args, **kwargs)
@@ -149,8 +151,9 @@ class SharedEncoders:
             called = f"{name}.{method}" if method else name
             turn = self._results.num_pending(name) % self._mesh.cfg.size
             owner = (index + turn * self._mesh.sequence.size) % self._mesh.world_size
-            key = None if method == "generate" else (called, model.training, *key_of(args, kwargs))
-            result, reason = self._results.get(called, owner, key, _is_watched(model), run, args, kwargs)
+            key = None if method == "generate" else key_of(args, kwargs)
+            modes = (model.training, *autocast_modes())
+            result, reason = self._results.get(called, owner, key, modes, self._own_reasons, run, args, kwargs)
             self._note(name, [owner] if reason is None else range(self._mesh.world_size), reason)
             # Outside of the pipeline's call anybody may read it, on one rank alone.
             return result if is_in_call else full_tensors(result, "the caller")
@@ -201,16 +204,23 @@ def _encoders_of(pipe: Any) -> dict[str, torch.nn.Module]:
     return dict(found.values())
 
 
-def _reason_for_all(model: torch.nn.Module, args: Any, kwargs: Any) -> str | None:
-    """Why every rank has to make a call, by what it gets; None where one may make it for all."""
+def _reason_for_all(args: Any, kwargs: Any) -> str | None:
+    """Why every rank has to make a call, by what all ranks know of it; None where one may make it for all."""
     if current_forward() is not None:
         return "a transformer calls it"
     for leaf in tree_flatten((args, kwargs))[0]:
         if not isinstance(leaf, (torch.Tensor, *PLAIN)):
             return f"a call gets an object that it may write to, {type(leaf).__name__}"
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
-        return "gradients are enabled (torch.no_grad() ends that)"
     return None
+
+
+def _own_reason(model: torch.nn.Module) -> str | None:
+    """Why this rank has to make an encoder's calls, whatever other ranks have; see OWN_REASONS."""
+    if _is_watched(model):
+        return OWN_REASONS[0]
+    # Whoever lets a model go without gradients has had its weights read.
+    has_gradients = has_unread_weights(model) or any(parameter.requires_grad for parameter in model.parameters())
+    return OWN_REASONS[1] if torch.is_grad_enabled() and has_gradients else None
 
 
 def _is_watched(model: torch.nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,24 +20,27 @@ class CallState:
     """What a call of a model will find.
 
     Attributes:
-        reason: why no call may be skipped: code that may keep something, and nobody knows for which calls.
+        reason: why no call may be skipped: gradients, or code that may keep something, and nobody knows for which
+            calls.
         context: the name of diffusers' cache context, where hooks keep something for each context; else None.
-        modules: a number that another set of modules and attention processors changes.
+        modules: equal for the same modules and attention processors; another one is never taken for one that is gone.
     """
 
     reason: str | None
     context: str | None
-    modules: int
+    modules: tuple[Any, ...]
 
 
 def call_state(model: torch.nn.Module) -> CallState:
-    """Look at the modules of a model, before a call of it. All ranks find the same."""
+    """Look at the modules of a model on this rank, before a call of it."""
     contexts: set[str | None] = set()
-    reason = "hooks run around all modules" if has_global_hooks() else None
+    reason = "gradients are enabled" if torch.is_grad_enabled() else None
+    if has_global_hooks():
+        reason = "hooks run around all modules"
     seen = []
     for module in model.modules():
         attributes = vars(module)
-        seen += [id(module), id(attributes.get("processor"))]
+        seen += [_reference(module), _reference(attributes.get("processor"))]
         if "_diffusers_hook" in attributes:
             contexts.update(contexts_of_stateful_hooks(attributes["_diffusers_hook"]))
         if has_foreign_hooks(module) or ("forward" in attributes and has_foreign_forward(module, of_diffusers=False)):
@@ -45,7 +49,15 @@ def call_state(model: torch.nn.Module) -> CallState:
         reason = "a step cache keeps results without a context"
     elif len(contexts) > 1:
         reason = "step caches are in several contexts at once"
-    return CallState(reason, next(iter(contexts), None), hash(tuple(seen)))
+    return CallState(reason, next(iter(contexts), None), tuple(seen))
+
+
+def _reference(x: Any) -> Any:
+    """What equals this object's alone, also once it is gone and another has its address, as happens on some ranks."""
+    try:
+        return weakref.ref(x)
+    except TypeError:
+        return x
 
 
 def changes_while(model: torch.nn.Module, run: Callable[[], Any]) -> tuple[Any, bool]:

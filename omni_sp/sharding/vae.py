@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
+from omni_sp.collectives import gather_ints, gather_texts
+from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.apply import ShardHandle
 from omni_sp.sharding.compiled import is_any_compiled
@@ -96,7 +99,7 @@ class VaeHandle(ShardHandle):
         setattr(vae, method, call)
 
     def _is_shared(self, method: str, picture: Any) -> bool:
-        """Whether a call runs over all ranks. They decide alike: they make the same calls on VAEs in the same state."""
+        """Whether a call runs over all ranks. Collective where shapes do not forbid it: one rank's VAE may be tiled."""
         if self._is_alone or self._mesh.world.size == 1 or current_forward() is not None:
             return False
         if not isinstance(picture, torch.Tensor) or not picture.is_floating_point() or not 3 <= picture.ndim <= 5:
@@ -104,6 +107,7 @@ class VaeHandle(ShardHandle):
         if picture.shape[_longer_side(picture)] < 2 or not self._chooses(method, picture):
             return False
         reason = self._reason_for_whole()
+        self._require_same_on_all(method, reason)
         if reason is not None and not self._has_warned and self._mesh.rank == 0:
             self._has_warned = True
             warnings.warn(
@@ -112,6 +116,18 @@ class VaeHandle(ShardHandle):
                 stacklevel=3,
             )
         return reason is None
+
+    def _require_same_on_all(self, method: str, reason: str | None) -> None:
+        """Refuse a call that some ranks would make whole, and others together. A collective call."""
+        world = self._mesh.world
+        if "fake" in world.backends.values() or len(set(gather_ints([zlib.crc32(str(reason).encode())], world))) == 1:
+            return
+        reasons = enumerate(gather_texts(reason or "nothing", world))
+        shown = ", ".join(f"rank {rank}: {text}" for rank, text in reasons)
+        raise ShardingError(
+            f"the ranks would run {type(self.model).__name__}.{method}() in different ways, since they have other "
+            f"reasons to run it whole: {shown}. Every rank must do the same to it"
+        )
 
     def _reason_for_whole(self) -> str | None:
         vae = self.model

@@ -279,7 +279,19 @@ def with_an_interval(mesh: ParallelMesh) -> None:
     assert (counts["steps"], counts["units"], counts["rounds"]) == (4, 6, 4)
 
 
-@pytest.mark.parametrize("case", [with_a_lora, with_an_interval])
+def with_texts_of_one_length(mesh: ParallelMesh) -> None:
+    """The first step of all has a call for each group too, though nobody knows yet: no rows are shared."""
+    pipe, arguments = qwen(2)
+    arguments |= {f"negative_{name}": arguments[name].flip(0) for name in ("prompt_embeds", "prompt_embeds_mask")}
+    expected = draw(pipe, arguments)
+    handle = parallelize(pipe, mesh)
+    assert handle.branches is not None
+    assert torch.equal(draw(pipe, arguments), expected)
+    assert (handle.branches.counts.rows, handle.branches.counts.units, handle.branches.counts.rounds) == (0, 4, 3)
+    handle.remove()
+
+
+@pytest.mark.parametrize("case", [with_a_lora, with_an_interval, with_texts_of_one_length])
 def test_calls_that_differ_from_step_to_step(ranks: RankPool, case: Any) -> None:
     ranks.run(case, cfg=2, vae_parallel=False)
 
@@ -393,6 +405,42 @@ def differing(mesh: ParallelMesh) -> str:
     finally:
         handle.remove()
     return str(error.value)
+
+
+def changed_on_one_rank(mesh: ParallelMesh) -> tuple[str, list[bool], list[int]]:
+    """After a picture one rank alone gets a hook, and then other processors of the same class."""
+    pipe, arguments = qwen(3)
+    expected = draw(pipe, arguments)
+    handle = parallelize(pipe, mesh)
+    equal = [torch.equal(draw(pipe, arguments), expected)]
+    is_one = mesh.rank == 1
+    hook = pipe.transformer.norm_out.register_forward_hook(lambda *_: None) if is_one else None
+    with pytest.raises(ShardingError) as error:
+        draw(pipe, arguments)
+    if hook is not None:
+        hook.remove()
+    handle.drop()
+    with torch.autocast("cpu", enabled=is_one), pytest.raises(ShardingError, match="rank 1: autocast is enabled"):
+        draw(pipe, arguments)
+    handle.drop()
+    equal.append(torch.equal(draw(pipe, arguments), expected))
+    if is_one:
+        for block in pipe.transformer.transformer_blocks:
+            block.attn.set_processor(type(block.attn.processor)())
+    equal.append(torch.equal(draw(pipe, arguments), expected))
+    assert handle.branches is not None
+    handle.reset_counts()
+    equal.append(torch.equal(draw(pipe, arguments), expected))
+    counts = [handle.branches.counts.units, handle.branches.counts.rounds]
+    handle.remove()
+    return str(error.value), equal, counts
+
+
+def test_what_one_rank_alone_changes(ranks: RankPool) -> None:
+    for text, equal, counts in ranks.run(changed_on_one_rank, cfg=2, vae_parallel=False):
+        assert "rank 0: nothing, rank 1: code of others runs around a AdaLayerNormContinuous" in text
+        assert equal == [True] * 4
+        assert counts == [6, 3]
 
 
 def test_groups_that_draw_something_else_are_found(ranks: RankPool) -> None:

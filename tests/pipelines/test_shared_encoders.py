@@ -173,6 +173,11 @@ def differing(mesh: ParallelMesh, folder: Path) -> list[str]:
             )
         texts.append(str(error.value))
         handle.drop()
+    call_of(pipe)
+    with torch.autocast("cpu", enabled=mesh.rank == 1), pytest.raises(ShardingError) as error:
+        call_of(pipe)
+    texts.append(str(error.value))
+    handle.drop()
     if mesh.rank == 0:
         texts.append(str(drawn_alone(pipe).shape))
     handle.remove()
@@ -190,8 +195,8 @@ def test_ranks_with_other_prompts_are_found_and_one_rank_may_encode_alone(
 ) -> None:
     answers = ranks.run(differing, folders["sd3"], ulysses=2, vae_parallel=False)
     for texts in answers:
-        assert all(text.startswith("the ranks call text_encoder") and "different inputs" in text for text in texts[:2])
-    assert len(answers[0]) == 3
+        assert all(text.startswith("the ranks call text_encoder") and "different inputs" in text for text in texts[:3])
+    assert [len(texts) for texts in answers] == [4, 3]
 
 
 def outside(mesh: ParallelMesh, folder: Path) -> dict[str, Any]:
@@ -231,6 +236,8 @@ def outside(mesh: ParallelMesh, folder: Path) -> dict[str, Any]:
         again = [model(ids, past_key_values=DynamicCache(config=whole.config)).logits for model in (whole, encoder)]
         found["with a cache"] = torch.equal(*again), handle.encoders.reasons["text_encoder"]
     found["gradient"] = encoder(ids).logits.requires_grad
+    with torch.set_grad_enabled(mesh.rank == 1):
+        found["gradient of one"] = encoder(ids).logits.requires_grad, handle.encoders.reasons["text_encoder"]
     handle.remove()
     return found
 
@@ -244,6 +251,56 @@ def test_calls_outside_of_the_pipeline(ranks: RankPool, folders: dict[str, Path]
         assert found["is unread"] == (rank == 1)
         assert found["with a cache"] == (True, "a call gets an object that it may write to, DynamicCache")
         assert found["hook"] == (2, "code of others runs around it")
+        assert found["gradient of one"] == (rank == 1, "gradients are enabled (torch.no_grad() ends that)")
+
+
+def watched_by_one(mesh: ParallelMesh, folder: Path) -> dict[str, Any]:
+    """One rank alone hooks an encoder between two pictures, and then between two encoders of a picture."""
+    pipe, seen, hooks = loaded(mesh, folder), [], []
+    wanted = call_of(load_pipeline(resolve_model(folder)))
+    handle = parallelize(pipe, mesh)
+
+    def watch() -> None:
+        if mesh.rank == 1:
+            hooks.append(pipe.text_encoder_2.register_forward_hook(lambda *given: seen.append(given)))
+
+    def drawn_right() -> tuple[bool, dict[str, str]]:
+        handle.reset_counts()
+        return relative_error(call_of(pipe), wanted) <= 1e-5, dict(handle.encoders.reasons)
+
+    def then_watch(*args: Any, **kwargs: Any) -> Any:
+        embeddings = type(pipe)._get_clip_prompt_embeds(pipe, *args, **kwargs)
+        watch()
+        return embeddings
+
+    found: dict[str, Any] = {"drawn": [drawn_right()]}
+    watch()
+    found["drawn"].append(drawn_right())
+    found["seen"] = len(seen)
+    for hook in hooks:
+        hook.remove()
+    found["drawn"].append(drawn_right())
+    pipe._get_clip_prompt_embeds = then_watch
+    with pytest.raises(ShardingError) as error:
+        call_of(pipe)
+    found["late"] = str(error.value)
+    del pipe._get_clip_prompt_embeds
+    handle.drop()
+    for hook in hooks:
+        hook.remove()
+    found["drawn"].append(drawn_right())
+    handle.remove()
+    return found
+
+
+def test_a_hook_on_one_rank_alone(ranks: RankPool, folders: dict[str, Path]) -> None:
+    for rank, found in enumerate(ranks.run(watched_by_one, folders["sd3"], ulysses=2, vae_parallel=False)):
+        watched = {"text_encoder_2": "code of others runs around it"}
+        assert found["drawn"] == [(True, {}), (True, watched), (True, {}), (True, {})]
+        assert found["seen"] == 2 * rank
+        assert found["late"].startswith(
+            "text_encoder_2 changed between two calls of encoders on rank 1: code of others"
+        )
 
 
 def with_callback_and_adapter(mesh: ParallelMesh, folder: Path) -> dict[str, Any]:

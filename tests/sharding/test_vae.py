@@ -221,3 +221,26 @@ def other_latents(mesh: ParallelMesh) -> str:
 def test_ranks_that_decode_something_else_are_named(ranks: RankPool) -> None:
     for said in ranks.run(other_latents, ulysses=2):
         assert "the ranks call AutoencoderKL with different numbers than rank 0: z on ranks [1]" in said
+
+
+def tiled_by_one(mesh: ParallelMesh) -> str:
+    """What is said where one rank alone enables tiling; then all ranks decode together again."""
+    vae = BY_ID["AutoencoderKL"].build()
+    latents = draw(1, (1, 4, 7, 6))
+    with torch.no_grad():
+        wanted = vae.decode(latents).sample
+        handle = shard_vae(vae, mesh)
+        if mesh.rank == 1:
+            vae.enable_tiling()
+        with pytest.raises(ShardingError) as error:
+            vae.decode(latents)
+        vae.disable_tiling()
+        assert relative_error(vae.decode(latents).sample, wanted) <= 1e-5
+    handle.remove()
+    return str(error.value)
+
+
+def test_a_vae_that_one_rank_would_run_whole(ranks: RankPool) -> None:
+    for said in ranks.run(tiled_by_one, ulysses=2):
+        assert "the ranks would run AutoencoderKL.decode() in different ways" in said
+        assert "rank 0: nothing, rank 1: its tiling is enabled" in said
