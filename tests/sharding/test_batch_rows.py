@@ -142,6 +142,25 @@ def test_sizes_are_found_by_the_numbers() -> None:
         assert rows.are_rows([whole[0][:2] * (1 + 1e-6)], whole, 0, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_limit_is_what_the_dtype_rounds(dtype: torch.dtype) -> None:
+    """Numbers that are a few roundings apart are alike; code that looks at the size of its batch is no rounding."""
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.randn(2, 64, 16, generator=generator).to(dtype)
+    rows, eps = BatchRows(2, (0,), (0,)), torch.finfo(dtype).eps
+    rounded = (whole[:1].float() * (1 + 3 * eps * torch.randn(1, 64, 16, generator=generator).clamp(-2, 2))).to(dtype)
+    assert rows.are_rows([rounded], [whole], 0, 1)
+    shifted = (whole[:1].float() * 1.05).to(dtype)  # the size of the batch is a factor
+    assert not rows.are_rows([shifted], [whole], 0, 1)
+    one_token = whole[:1].clone()
+    one_token[0, 5] *= 1.15
+    assert not rows.are_rows([one_token], [whole], 0, 1)
+    infinite = whole.clone()
+    infinite[0, 0, 0] = torch.inf
+    assert rows.are_rows([infinite[:1]], [infinite], 0, 1)
+    assert not rows.are_rows([whole[:1]], [infinite], 0, 1)
+
+
 def test_what_is_no_batch() -> None:
     model = Model(lambda _, x: x)
     one = WIDE["x"][:1]
