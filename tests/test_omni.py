@@ -289,7 +289,7 @@ def test_groups_of_guidance_come_back_from_every_accident() -> None:
             hit("branch")
         assert (draw() == drawn).all()
         assert rank_pids(omni) == ranks
-        for stage in ("exchange", "decode", "encode") if THOROUGH else ("exchange",):
+        for stage in ("exchange", "encode", "decode") if THOROUGH else ("exchange", "encode"):
             if stage == "encode":
                 hit(stage)  # the next call dies while it encodes
             with pytest.raises(RankFailedError, match="rank 1 of 2 was killed by signal 9"):

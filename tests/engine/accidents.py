@@ -51,7 +51,8 @@ class AccidentIn:
     """On one rank, kills its process in a later stage, or raises in its next branch of guidance.
 
     Attributes:
-        stage: "exchange" of the branches, "decode", "encode" of the next call, or "branch", which raises.
+        stage: "exchange" of the branches, "decode", "encode" of the next call, in the encoder that this rank runs for
+            all, or "branch", which raises.
     """
 
     rank: int
@@ -72,6 +73,8 @@ class AccidentIn:
             vars(branches)["exchange_results"] = kill
         elif self.stage == "branch":
             pipe.transformer._call_impl = fail
+        elif self.stage == "encode":
+            pipe.text_encoder._call_impl = kill
         else:
-            setattr(*{"decode": (pipe.vae, "decode"), "encode": (type(pipe), "encode_prompt")}[self.stage], kill)
+            pipe.vae.decode = kill
         return tensors
