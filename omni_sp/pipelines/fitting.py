@@ -79,6 +79,27 @@ def quantization_config(quantization: str) -> Any:
     return TorchAoConfig(getattr(torchao.quantization, _QUANTIZATIONS[quantization])())
 
 
+def quantised_weight(quantization: str, weight: torch.Tensor) -> torch.nn.Parameter:
+    """A linear layer's weight in 8 bits, as ``from_pretrained`` with quantization_config() makes it."""
+    import torch
+    import torchao.quantization
+
+    layer = torch.nn.Linear(1, 1, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    torchao.quantization.quantize_(layer, quantization_config(quantization).get_apply_tensor_subclass())
+    return layer.weight
+
+
+def mark_quantised(model: Any, quantization: str) -> None:
+    """Let diffusers know of a model's quantised weights, as after ``from_pretrained``."""
+    from diffusers.quantizers import DiffusersAutoQuantizer
+
+    quantizer = DiffusersAutoQuantizer.from_config(quantization_config(quantization), pre_quantized=False)
+    quantizer.preprocess_model(model, device_map=None, keep_in_fp32_modules=[])
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+
+
 def quantized_transformers(quantization: str, classes: Mapping[str, Any], location: str) -> Any:
     """Diffusers' configuration for ``from_pretrained`` of a pipeline, which quantises its transformers.
 

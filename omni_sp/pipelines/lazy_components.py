@@ -46,16 +46,26 @@ def can_be_lazy(component_class: Any, location: str, name: str) -> bool:
     return getattr(_config(component_class, location, name), "quantization_config", None) is None
 
 
-def lazy_component(component_class: Any, location: str, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+def lazy_component(
+    component_class: Any, location: str, name: str, *, dtype: torch.dtype, device: torch.device, **options: Any
+) -> Any:
     """Build a component without its weights, otherwise as ``component_class.from_pretrained`` would.
 
     The first access to a submodule, a parameter or a buffer reads the weights.
+
+    Args:
+        component_class: the class.
+        location: of the pipeline.
+        name: of the component.
+        dtype: of its weights.
+        device: where these belong.
+        **options: of ``from_pretrained``, which reads them.
     """
 
     def read() -> Any:
         # A call may be under way that uses the global generator, which must stay equal on all ranks.
         with torch.random.fork_rng(devices=[]):
-            return component_class.from_pretrained(location, subfolder=name, dtype=dtype).to(device)
+            return component_class.from_pretrained(location, subfolder=name, dtype=dtype, **options).to(device)
 
     component = _without_weights(component_class, location, name, dtype)
     names = {"__module__": component_class.__module__, "__qualname__": component_class.__qualname__}

@@ -156,8 +156,9 @@ def load_pipeline(
             if quantization is not None:
                 options["quantization_config"] = quantized_transformers(quantization, classes, location)
             if shares_weights:
-                reason = None if quantization is None else f"quantization={quantization!r} needs them whole"
-                options |= transformers_to_share(classes, location, dtype=torch_dtype, device=on, why_not=reason)
+                options |= transformers_to_share(
+                    classes, location, dtype=torch_dtype, device=on, quantization=quantization
+                )
             with _loading_reported(on_component):
                 dtypes = dtype_of_components(torch_dtype, own_dtype)
                 # By its own class, which takes components that it could do without, too.
@@ -171,6 +172,13 @@ def load_pipeline(
         except (OSError, ValueError, AttributeError, ImportError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ModelNotFoundError(f"{source.name} cannot be loaded ({type(error).__name__}): {reason}") from error
+        except RuntimeError as error:  # of diffusers, which takes bitsandbytes' weights to GPUs alone
+            if "No GPU found" not in str(error):
+                raise
+            raise ConfigError(
+                f"{source.name} was quantised when it was saved, by what diffusers runs on GPUs alone, and device is "
+                f"{device!r}: take weights that are not, with quantization='int8' where memory is short"
+            ) from error
         return place(pipe, device, offload)
 
 

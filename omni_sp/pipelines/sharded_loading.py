@@ -2,11 +2,13 @@
 
 They are built without weights, and stay so until the ranks are known. Then the weights outside of blocks are read
 whole, and those of blocks are left to `omni_sp.sharding.weights`, which reads this rank's bytes of one block after the
-other. What touches a transformer before has it read whole: that takes memory, and is never wrong.
+other. What touches a transformer before has it read whole: that takes memory, and is never wrong. Weights that are
+quantised while they are read, are so one after the other.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
@@ -17,12 +19,14 @@ from typing import Any
 import torch
 
 from omni_sp.errors import ModelNotFoundError
+from omni_sp.pipelines.fitting import mark_quantised, quantised_weight, quantization_config
 from omni_sp.pipelines.lazy_components import lazy_component, leave_unread
+from omni_sp.sharding.diffusers_internals import kept_in_float32
 from omni_sp.sharding.replay import block_lists
 from omni_sp.sharding.weight_parts import StoredWeight, mark_stored
 
 _FILE = "diffusion_pytorch_model.safetensors"
-_STORED = "_omni_sp_stored_weights"
+_STORED, _QUANTIZATION = "_omni_sp_stored_weights", "_omni_sp_quantization"
 _MAX_HEADER = 2**27
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,7 +43,7 @@ def transformers_to_share(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    why_not: str | None = None,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Build the transformers of a pipeline without their weights. Warns of those that each rank has to read whole.
 
@@ -48,7 +52,8 @@ def transformers_to_share(
         location: the folder of the pipeline.
         dtype: of their weights.
         device: where these are to be.
-        why_not: why none of them can be read in parts.
+        quantization: how their weights are quantised, see fitting: each block's are read whole, one block after the
+            other, and a rank keeps its part of what they become.
     """
     from diffusers import ModelMixin
 
@@ -57,9 +62,7 @@ def transformers_to_share(
         if not name.startswith("transformer") or not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
             continue
         try:
-            if why_not is not None:
-                raise ValueError(why_not)
-            found[name] = _to_share(kind, location, name, dtype, device)
+            found[name] = _to_share(kind, location, name, dtype, device, quantization)
         except ValueError as reason:
             warn_of_whole(name, str(reason))
     return found
@@ -83,6 +86,7 @@ def read_share(model: torch.nn.Module) -> None:
         ModelNotFoundError: a file cannot be read.
     """
     weights: Mapping[str, StoredWeight] = vars(model).pop(_STORED, {})
+    quantization = vars(model).pop(_QUANTIZATION, None)
     device = torch.device("cpu") if not weights else next(iter(weights.values())).device
     if not leave_unread(model):
         return
@@ -99,9 +103,13 @@ def read_share(model: torch.nn.Module) -> None:
                     mark_stored(tensor, stored)
                 else:
                     held[name] = _whole(stored, tensor)
+    if quantization is not None:
+        mark_quantised(model, quantization)
 
 
-def _to_share(kind: Any, location: str, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _to_share(
+    kind: Any, location: str, name: str, dtype: torch.dtype, device: torch.device, quantization: str | None
+) -> Any:
     """A transformer that knows where its weights are.
 
     Raises:
@@ -111,7 +119,8 @@ def _to_share(kind: Any, location: str, name: str, dtype: torch.dtype, device: t
     if kind.load_config(location, subfolder=name).get("quantization_config") is not None:
         raise ValueError("they are quantised")
     entries = _entries(folder)
-    model = lazy_component(kind, location, name, dtype=dtype, device=device)
+    options = {} if quantization is None else {"quantization_config": quantization_config(quantization)}
+    model = lazy_component(kind, location, name, dtype=dtype, device=device, **options)
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     if len({id(tensor) for _, tensor in held}) < len(held):
         raise ValueError("some of them are one tensor under two names")
@@ -120,14 +129,19 @@ def _to_share(kind: Any, location: str, name: str, dtype: torch.dtype, device: t
     if saved.keys() != entries.keys():
         differing = sorted(saved.keys() ^ entries.keys())
         raise ValueError(f"its files have other names than the model has, such as {differing[0]}")
+    linear = {f"{path}.weight" for path, x in model.named_modules() if isinstance(x, torch.nn.Linear)}
+    in_float32 = kept_in_float32(kind)  # which are not quantised either
     weights = {}
     for path, tensor in saved.items():
         file, offset, stored, shape = entries[path]
         if shape != tensor.shape:
             raise ValueError(f"{path} is {(*shape,)} in its files, and {(*tensor.shape,)} in the model")
         target = tensor.dtype if stored.is_floating_point else stored
-        weights[path] = StoredWeight(file, offset, stored, target, device)
-    vars(model)[_STORED] = weights
+        quantise = None
+        if quantization is not None and path in linear and not any(f"{one}." in path for one in in_float32):
+            quantise = functools.partial(quantised_weight, quantization)
+        weights[path] = StoredWeight(file, offset, stored, target, device, quantise)
+    vars(model).update({_STORED: weights, _QUANTIZATION: quantization})
     return model
 
 
@@ -171,12 +185,8 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _whole(stored: StoredWeight, tensor: torch.Tensor) -> torch.Tensor:
-    content = torch.empty(tensor.shape, dtype=stored.dtype, device=stored.device)
+def _whole(stored: StoredWeight, tensor: torch.Tensor) -> Any:
     try:
-        stored.read_into(content.view(-1))
+        return stored.whole(tensor)
     except OSError as error:
         raise ModelNotFoundError(f"a weight cannot be read: {error}") from error
-    if not isinstance(tensor, torch.nn.Parameter):
-        return content
-    return torch.nn.Parameter(content, requires_grad=tensor.requires_grad)

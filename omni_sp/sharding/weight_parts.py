@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ class StoredWeight:
         stored: the dtype that it has there.
         dtype: the dtype that it is to have.
         device: where it is to be.
+        quantise: makes of the whole weight the one that the model is to have; None where that is the weight itself.
     """
 
     file: str
@@ -28,6 +30,23 @@ class StoredWeight:
     stored: torch.dtype
     dtype: torch.dtype
     device: torch.device
+    quantise: Callable[[torch.Tensor], torch.nn.Parameter] | None = None
+
+    def whole(self, like: torch.Tensor) -> Any:
+        """The weight with its numbers, quantised where it is to be.
+
+        Args:
+            like: of its shape; where it is a parameter, so is the weight.
+
+        Raises:
+            OSError: as of ``read_into``.
+        """
+        content = torch.empty(like.shape, dtype=self.dtype, device=self.device)
+        self.read_into(content.view(-1))
+        if self.quantise is not None:
+            return self.quantise(content)
+        is_parameter = isinstance(like, torch.nn.Parameter)
+        return torch.nn.Parameter(content, requires_grad=like.requires_grad) if is_parameter else content
 
     def read_into(self, target: torch.Tensor, first: int = 0) -> None:
         """Read as many elements as there are in ``target``, which is flat, from number ``first`` on.

@@ -142,7 +142,11 @@ class BlockWeights:
                 if real is None or type(real) is ShardedWeight:
                     continue
                 stored = stored_weight(real)
-                if stored is not None:
+                if stored is not None and stored.quantise is not None:  # its bytes are not those of the file
+                    with _plain_tensors():
+                        real = weights[name] = stored.whole(real)
+                    stored = None
+                elif stored is not None:
                     with _plain_tensors():
                         real = weights[name] = stored.without_numbers(real)
                 parts = list(leaves_of(real))

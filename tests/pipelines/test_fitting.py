@@ -97,6 +97,9 @@ def test_what_a_model_cannot_have_is_refused_by_name(tmp_path: Path, monkeypatch
     )
     with pytest.raises(ConfigError, match=r"quantization='int8': transformer of .* was quantised .* \(bitsandbytes\)"):
         load_pipeline(resolve_model(tmp_path), quantization="int8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="quantised when it was saved, by what diffusers runs on GPUs alone"):
+            load_pipeline(resolve_model(tmp_path))
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
     weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ConfigError, match="vae_dtype='float32' is for pipelines in folders"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import warnings
@@ -15,17 +16,20 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from omni_sp import ParallelMesh, parallelize
+from omni_sp.pipelines import sharded_loading
 from omni_sp.pipelines.lazy_components import has_unread_weights
 from omni_sp.pipelines.load import ModelSource, load_pipeline, resolve_model
 from omni_sp.pipelines.sharded_loading import read_share, transformers_to_share
 from omni_sp.sharding.replay import block_lists
-from omni_sp.sharding.weight_parts import StoredWeight
+from omni_sp.sharding.weight_parts import StoredWeight, leaves_of
 from omni_sp.testing.models import save_wan
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import relative_error
+from tests.sharding.quantised import ScaledWeight
 
 CALL = {"prompt": "a cat walks", "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
 PARTS = ("transformer", "transformer_2")
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -107,6 +111,58 @@ def test_each_rank_reads_its_part(ranks: RankPool, folder: Path, dtype: str, uly
         # Each weight begins at a multiple of 256 bytes in what is cut, so parts are not just alike.
         assert found["read"] <= total - blocks + 1.25 * blocks / (ulysses * ring)
         assert found["held"][0] == found["held"][1]
+
+
+def quantised_by_blocks(mesh: ParallelMesh, folder: Path, is_real: bool) -> dict[str, Any]:
+    """Weights that are quantised while they are read, in parts and whole; without torchao by a class of the tests."""
+    warnings.simplefilter("error", UserWarning)
+    source, kept = resolve_model(folder), vars(sharded_loading).copy()
+    if not is_real:
+        fakes = {"quantised_weight": lambda _, x: ScaledWeight.of(x), "mark_quantised": lambda *_: None}
+        vars(sharded_loading).update({**fakes, "quantization_config": lambda _: None})
+        with warnings.catch_warnings():
+            whole = load_pipeline(source)
+        for path, part in (x for name in PARTS for x in getattr(whole, name).named_modules()):
+            if isinstance(part, torch.nn.Linear) and "time_embedder" not in path:  # which the class keeps in float32
+                part.weight = ScaledWeight.of(part.weight)
+        pipe = load_pipeline(source)
+        classes = dict.fromkeys(PARTS, WanTransformer3DModel)
+        on: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "quantization": "int8"}
+        for name, model in transformers_to_share(classes, str(folder), **on).items():
+            setattr(pipe, name, model)
+    else:
+        warnings.simplefilter("ignore")
+        whole = load_pipeline(source, quantization="int8")
+        pipe = load_pipeline(source, quantization="int8", shares_weights=True)
+    unread = [has_unread_weights(getattr(pipe, name)) for name in PARTS]
+    try:
+        for name in PARTS:
+            read_share(getattr(pipe, name))
+    finally:
+        vars(sharded_loading).update(kept)
+    handle = parallelize(pipe, mesh)
+    held, drawn = handle.weight_bytes, draw(pipe)
+    handle.remove()
+    weights = [[x for name in PARTS for x in getattr(one, name).parameters()] for one in (pipe, whole)]
+    restored, wanted = ([leaf for x in of_one for leaf in leaves_of(x)] for of_one in weights)
+    same = len(restored) == len(wanted) > len(weights[0]) and all(map(torch.equal, restored, wanted))
+    alone = draw(whole)
+    handle = parallelize(whole, mesh)
+    found = {"held": (held, handle.weight_bytes), "unread": unread}
+    handle.remove()
+    kinds = [type(getattr(one, name).blocks[0].ffn.net[2].weight) for one in (pipe, whole) for name in PARTS]
+    return {**found, "error": relative_error(drawn, alone), "restored": same, "kinds": kinds}
+
+
+@pytest.mark.parametrize("is_real", [False, *([True] if HAS_TORCHAO else [])])
+def test_each_block_is_quantised_as_it_is_read(ranks: RankPool, folder: Path, is_real: bool) -> None:
+    for found in ranks.run(quantised_by_blocks, folder, is_real, ulysses=2, shard_weights=True):
+        assert found["unread"] == [True, True]
+        assert found["held"][0] == found["held"][1]
+        assert found["error"] <= 1e-5
+        assert found["restored"]
+        assert len(set(found["kinds"])) == 1
+        assert found["kinds"][0] is not torch.nn.Parameter
 
 
 def test_what_touches_a_transformer_before_has_it_read_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
