@@ -108,6 +108,7 @@ def with_degrees(
         device=options.device,
         dtype=options.dtype,
         offloads=options.offload is not None,
+        quantization=options.quantization,
         joins=joins,
         timeout_s=options.rank_timeout_s,
         say=say,

@@ -142,6 +142,7 @@ def parallel_config(
         device=engine.get("device"),
         dtype=engine.get("dtype"),
         offloads=engine.get("offload") is not None,
+        quantization=engine.get("quantization"),
         joins=joins,
         timeout_s=engine.get("rank_timeout_s", 600.0),
         request=request,

@@ -27,7 +27,9 @@ def as_text(report: Report) -> str:
             lines.append(f"{_bytes(exchange.num_bytes):>32}{_rate(exchange):>28}{_rate(ring):>28}")
     lines += ["", _sum(report)]
     if report.kept:
-        lines.append(f"measurements are kept in {report.kept}: `omni-sp plan MODEL --here` uses them")
+        lines.append(
+            f"measurements are kept in {report.kept}: `omni-sp plan MODEL --here` and --parallel auto use them"
+        )
     return "\n".join(lines)
 
 

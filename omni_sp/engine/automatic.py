@@ -46,6 +46,8 @@ class Devices:
         machine: the planner's figures of one; None where it has none.
         note: why not.
         shares_memory: whether ``machine.memory_gb`` is of all ranks together.
+        element_bytes: of a number in the dtype that the model is to have.
+        when: `omni-sp doctor` measured the figures; "" where they are published ones.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Devices:
     machine: Machine | None = None
     note: str = ""
     shares_memory: bool = False
+    element_bytes: int = 2
+    when: str = ""
 
     def of_each(self, ranks: int) -> Machine:
         """The figures that each of so many ranks has.
@@ -101,6 +105,7 @@ def automatic_config(
     device: str | None,
     dtype: str | None,
     offloads: bool = False,
+    quantization: str | None = None,
     joins: bool = True,
     timeout_s: float = 600.0,
     request: Mapping[str, Any] | None = None,
@@ -114,6 +119,7 @@ def automatic_config(
         device: as for Omni.
         dtype: a torch dtype's name, or None for the device's default.
         offloads: whether weights wait in the host's memory; they are not sharded then.
+        quantization: as for Omni: the transformer's weights take a byte each then.
         joins: in a distributed program, become one of its ranks, and take what rank 0 chooses. Without it, processes
             above rank 0 get degrees whose product is right: nobody looks at them.
         timeout_s: the longest wait for the other ranks, in seconds.
@@ -126,20 +132,26 @@ def automatic_config(
     number = _AUTO.fullmatch(asked)
     assert number is not None, asked
     ranks = int(number[1]) if number[1] else None
+
+    def choose(devices: Devices) -> DiffusionParallelConfig:
+        choice = choose_degrees(source, devices, request, offloads=offloads, quantization=quantization)
+        say(str(choice))
+        return choice.config
+
     if not inside_distributed_program():
-        return _chosen(source, devices_here(device, dtype, ranks), request, offloads, say)
+        return choose(devices_here(device, dtype, ranks))
     size = _program_size()
     if ranks not in (None, size):
         raise ConfigError(f'parallel_config="{asked}", but the program around has {size} ranks: give "auto"')
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
     provisional = DiffusionParallelConfig(ulysses_degree=size)
 
-    def choose() -> DiffusionParallelConfig:
-        return _chosen(source, replace(devices_here(device, dtype, size), per_node=per_node), request, offloads, say)
+    def choose_here() -> DiffusionParallelConfig:
+        return choose(replace(devices_here(device, dtype, size), per_node=per_node))
 
     if joins:
-        return _from_rank_0(choose, provisional, device, timeout_s)
-    return choose() if job_rank() == 0 else provisional
+        return _from_rank_0(choose_here, provisional, device, timeout_s)
+    return choose_here() if job_rank() == 0 else provisional
 
 
 def _program_size() -> int:
@@ -168,20 +180,13 @@ def _from_rank_0(
     )
 
 
-def _chosen(
+def choose_degrees(
     source: ModelSource,
     devices: Devices,
-    request: Mapping[str, Any] | None,
-    offloads: bool,
-    say: Callable[[str], None],
-) -> DiffusionParallelConfig:
-    choice = choose_degrees(source, devices, request, offloads=offloads)
-    say(str(choice))
-    return choice.config
-
-
-def choose_degrees(
-    source: ModelSource, devices: Devices, request: Mapping[str, Any] | None = None, *, offloads: bool = False
+    request: Mapping[str, Any] | None = None,
+    *,
+    offloads: bool = False,
+    quantization: str | None = None,
 ) -> Choice:
     """The planner's choice, or that of a simple rule where the planner has none. Nothing is raised.
 
@@ -190,14 +195,17 @@ def choose_degrees(
         devices: what its ranks run on.
         request: as for automatic_config().
         offloads: as there.
+        quantization: as there.
     """
     where = f"{devices.count} x {devices.name}"
+    if devices.when:
+        where += f" (as omni-sp doctor measured it, {devices.when})"
     if devices.count == 1:
         return Choice(DiffusionParallelConfig(), f"since there is one {devices.name}")
     location = source.single_file_config or source.location
     try:
         _fetch_configurations(location)
-        config, why = _planned(location, devices, {**_size_of(source), **_given(request)}, offloads)
+        config, why = _planned(location, devices, {**_size_of(source), **_given(request)}, offloads, quantization)
         return Choice(config, f"on {where}: {why}")
     except Exception as error:  # whatever a model's configuration does to the planner, there is the simple rule
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
@@ -229,7 +237,7 @@ def simple_config(location: str, devices: Devices, branches: int | None = None) 
 
 
 def _planned(
-    location: str, devices: Devices, size: Mapping[str, Any], offloads: bool
+    location: str, devices: Devices, size: Mapping[str, Any], offloads: bool, quantization: str | None
 ) -> tuple[DiffusionParallelConfig, str]:
     from omni_sp.planner import model_cost, plan
     from omni_sp.planner.report import best_in_words
@@ -237,6 +245,8 @@ def _planned(
 
     devices.of_each(1)  # which there may not be, whatever the model
     cost, count = model_cost(location, **size), devices.count
+    if quantization is not None:  # estimates count two bytes a weight, and float32 as half the memory
+        cost = replace(cost, parameters=cost.parameters / devices.element_bytes)
     considered = CONFIGURABLE - {"vae_parallel", "data_parallel_size"}
     if offloads:
         considered = considered - {"shard_weights"} | {"offload"}
@@ -302,21 +312,42 @@ def devices_here(device: str | None = None, dtype: str | None = None, asked: int
     from omni_sp.planner import machine
 
     one, num_gpus = shared_device(device)
+    dtype = dtype or ("float32" if one == "cpu" else "bfloat16")
+    element_bytes = 4 if dtype == "float32" else 2
     if one == "cpu":
         count = num_cores() if asked is None else asked
-        on = replace(machine("CPU"), memory_gb=memory_bytes() / 1e9)
-        on = _with_dtype(on, dtype or "float32")
-        return Devices("CPU core", count, asked is not None, count, on, shares_memory=True)
+        on, when = _measured("cpu", dtype)
+        on = _with_dtype(replace(on or machine("CPU"), memory_gb=memory_bytes() / 1e9), dtype)
+        return Devices(
+            "CPU core", count, asked is not None, count, on,
+            shares_memory=True, element_bytes=element_bytes, when=when,
+        )  # fmt: skip
     if one is not None:
         count = asked or 1
         return Devices(one, count, asked is not None, count, note=f"ranks that share {one} are for trying out")
     count = num_gpus if asked is None else asked
     name, gpu = _gpu()
-    note = f"no figures of {name} are known"
-    return Devices(name, count, asked is not None, count, _with_dtype(gpu, dtype) if gpu else None, note)
+    measured, when = _measured("cuda", dtype, name)
+    if measured is not None:
+        gpu = replace(measured, memory_gb=gpu.memory_gb) if gpu else measured
+    return Devices(
+        name, count, asked is not None, count, _with_dtype(gpu, dtype) if gpu else None,
+        f"no figures of {name} are known", element_bytes=element_bytes, when=when,
+    )  # fmt: skip
 
 
-def _with_dtype(on: Machine, dtype: str | None) -> Machine:
+def _measured(device_type: str, dtype: str, name: str | None = None) -> tuple[Machine | None, str]:
+    """What `omni-sp doctor` measured of such devices in this dtype, and when; None and "" where it measured others."""
+    from omni_sp.planner.machines import measured_machine
+    from omni_sp.planner.measured import load_measured
+
+    found = load_measured(device_type)
+    if found is None or found.dtype != dtype or name not in (None, found.device):
+        return None, ""
+    return measured_machine(found), found.when
+
+
+def _with_dtype(on: Machine, dtype: str) -> Machine:
     """A machine as the planner sees it, which counts in bf16."""
     return replace(on, tflops=on.fp32_tflops, memory_gb=on.memory_gb / 2) if dtype == "float32" else on
 

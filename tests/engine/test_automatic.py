@@ -11,10 +11,19 @@ from unittest.mock import patch
 import pytest
 
 from omni_sp import DiffusionParallelConfig, Omni, ParallelMesh
-from omni_sp.engine.automatic import Choice, Devices, automatic_config, choose_degrees, is_automatic, simple_config
+from omni_sp.engine.automatic import (
+    Choice,
+    Devices,
+    automatic_config,
+    choose_degrees,
+    devices_here,
+    is_automatic,
+    simple_config,
+)
 from omni_sp.errors import ConfigError
 from omni_sp.pipelines.load import ModelSource
 from omni_sp.planner import ModelCost, Size, machine
+from omni_sp.planner.measured import Measured, Transfer, save_measured
 from omni_sp.testing.ranks import RankPool
 
 H100 = machine("H100")
@@ -87,6 +96,53 @@ def test_weights_that_do_not_fit_are_sharded_unless_they_are_offloaded(source: M
     offloaded = choose_degrees(source, devices, offloads=True)
     assert (offloaded.config.shard_weights, offloaded.config.world_size) == (False, 4)
     assert "by a simple rule" not in offloaded.why
+
+
+def test_quantised_weights_need_less(source: ModelSource) -> None:
+    devices = Devices("L40S", 2, True, 2, replace(machine("L40S"), memory_gb=44.0))
+    for quantization, is_sharded in ((None, True), ("int8", False)):
+        found = choose_degrees(source, devices, {"branches": 1}, quantization=quantization)
+        assert found.config.shard_weights == is_sharded, found
+        assert "by a simple rule" not in found.why
+    in_float32 = replace(devices, element_bytes=4, machine=replace(machine("L40S"), memory_gb=22.0))
+    assert choose_degrees(source, in_float32, {"branches": 1}, quantization="fp8").config.world_size == 2
+
+
+def measured(device_type: str, device: str, dtype: str) -> Measured:
+    exchange = (Transfer(1000, 50e-6), Transfer(10**8, 1e-3))
+    return Measured(
+        when="2026-01-02T03:04:05+00:00", host="here", device_type=device_type, device=device, num_devices=2,
+        torch="2", transport="gloo", model="m", shape="s", attention_share=0.5, dtype=dtype, kernels=(),
+        linear_tflops=0.123, exchange=exchange, memory_gb=8.0, memory_gb_per_s=20.0, host_gb_per_s=9.0,
+    )  # fmt: skip
+
+
+def test_what_the_doctor_measured_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: ModelSource
+) -> None:
+    monkeypatch.setenv("OMNI_SP_CACHE", str(tmp_path))
+    published = devices_here("cpu", None, 2)
+    save_measured(measured("cpu", "some CPU", "float32"))
+    here = devices_here("cpu", None, 2)
+    assert published.machine is not None
+    assert here.machine is not None
+    assert (published.when, here.when) == ("", "2026-01-02T03:04:05+00:00")
+    assert here.machine.tflops == pytest.approx(0.123) != published.machine.tflops
+    assert here.machine.memory_gb == published.machine.memory_gb  # as it is now
+    assert (
+        "on 2 x CPU core (as omni-sp doctor measured it, 2026-01-02T03:04:05+00:00)" in choose_degrees(source, here).why
+    )
+    assert devices_here("cpu", "bfloat16", 2).when == ""  # another dtype was measured
+    monkeypatch.setattr("omni_sp.engine.automatic.shared_device", lambda _: (None, 2))
+    monkeypatch.setattr("omni_sp.engine.automatic._gpu", lambda: ("NVIDIA H100", replace(H100, memory_gb=79.0)))
+    save_measured(measured("cuda", "NVIDIA H100", "bfloat16"))
+    gpu = devices_here()
+    assert gpu.machine is not None
+    assert gpu.machine.tflops == pytest.approx(0.123)
+    assert (gpu.machine.memory_gb, gpu.count) == (79.0, 2)
+    assert devices_here(dtype="float32").when == ""
+    save_measured(measured("cuda", "another GPU", "bfloat16"))
+    assert devices_here().machine == replace(H100, memory_gb=79.0)
 
 
 @pytest.mark.parametrize(
