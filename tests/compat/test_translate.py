@@ -83,6 +83,8 @@ def test_a_server_that_an_environment_variable_locks_stays_locked(translated: Ca
         ("serve M --omni --allowed-origins [1]", "a JSON list"),
         ("serve M --omni --vae-patch-parallel-size all", "a whole number"),
         ("serve M --omni --vae-use-tiling", "--vae-parallel on"),
+        ("serve M --omni --vae-parallel-mode tile", "--vae-parallel on"),
+        ("serve M --omni --text-encoder-tp-size 2", "one rank"),
         ("serve M --omni --model", "needs a value"),
         ("serve --omni --api-key K M", "name the model first"),
         ("serve M --omni --lora-backend distill", "requests name them"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
 
 from omni_sp.command_line import split_flag, with_dashes
 from omni_sp.errors import ConfigError
+from vllm_omni.lora.request import lora_of_path
 
 _SEVERAL_VALUES = ("--served-model-name", "--api-key", "--lora-modules", "--lora-path")
 _OURS = ("--model", "--dtype", "--allowed-origins", "--vae-patch-parallel-size")
@@ -35,7 +35,9 @@ _WHY_NOT = {
         "--disable-log-requests --disable-log-stats --log-stats --logging-config --log-config-file"
     ),
     "every request has its own seed, steps and guidance; name them there": "--seed --default-sampling-params",
-    "--quantization int8 or fp8 says how weights are kept; leave it out": "-q --quantization-config",
+    "--quantization int8 or fp8 says how weights are kept; leave it out": (
+        "-q --quantization-config --diffusion-quantization-config"
+    ),
     "weights are read as they are; leave it out": "--load-format",
     "--use-hsdp shards over the ranks of --usp and --ring, and --cfg has a copy for each group; leave it out": (
         "--hsdp-shard-size --hsdp-replicate-size"
@@ -55,7 +57,15 @@ _WHY_NOT = {
         "--default-mm-loras --lora-extra-vocab-size"
     ),
     "--vae-parallel on lets all ranks decode a picture together, exactly and without tiles; leave it out": (
-        "--vae-use-slicing --vae-use-tiling"
+        "--vae-use-slicing --vae-use-tiling --vae-parallel-mode"
+    ),
+    "each text encoder runs on one rank, which gives all others what it makes; leave it out": "--text-encoder-tp-size",
+    "--enable-cpu-offload and --enable-layerwise-offload say what waits on the CPU; leave it out": (
+        "--diffusion-offload-config --enable-distributed-layerwise-offload --dlo-use-allgather --dlo-no-use-allgather "
+        "--dlo-resident-layers"
+    ),
+    "--attention-backend names the kernel; leave it out": (
+        "--diffusion-attention-backend --diffusion-attention-config -dac"
     ),
 }
 REFUSED = {option: why for why, options in _WHY_NOT.items() for option in options.split()}
@@ -119,7 +129,7 @@ def _several(name: str, values: Sequence[str]) -> Iterator[str]:
         if name == "--lora-modules":
             yield f"--lora={_adapter(value)}"
         elif name == "--lora-path":
-            yield f"--lora={re.sub('[^A-Za-z0-9_-]', '-', PurePath(value).stem)}={value}"
+            yield f"--lora={'='.join(lora_of_path(value))}"
         else:
             yield f"{name}={value}"
 
