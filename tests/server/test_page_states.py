@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from omni_sp.async_omni import ReplicaStats
 from omni_sp.errors import EngineClosedError
 from tests.server.browser import Browser
 from tests.server.fakes import FakeOmni, held
@@ -73,6 +74,23 @@ def test_asks_for_a_key_and_keeps_it_for_the_tab(browser: Browser) -> None:
         page.type_in("#prompt", "a star")
         page.click("#draw")
         page.wait_for(f"{CARDS} === 1")
+        page.close()
+
+
+def test_shows_what_each_replica_does(browser: Browser) -> None:
+    omni = FakeOmni()
+    with served(omni) as url:
+        page = opened(browser, url)
+        assert "Replicas" not in text_of(page, "#server-facts")  # a single one is the server itself
+        omni.force_replicas = (
+            ReplicaStats(status="ready", running=1),
+            ReplicaStats(status="ready"),
+            ReplicaStats(status="restarting", restarts=2),
+        )
+        shown = "document.querySelector('#server-facts').textContent"
+        page.wait_for(f"{shown}.includes('Replicasdrawing · ready · restartingDevice')")
+        omni.force_replicas = (ReplicaStats(status="ready"), ReplicaStats(status="failed"))
+        page.wait_for(f"{shown}.includes('Replicasready · failedDevice')")
         page.close()
 
 
