@@ -14,11 +14,11 @@ from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.batching import Batching
 from omni_sp.engine.dispatcher import Dispatcher
 from omni_sp.engine.jobs import EngineStats, Job, ReplicaStats
-from omni_sp.engine.messages import Call, Done, EngineOptions, Progress, Ready, new_seed
+from omni_sp.engine.launchers import RAY, check_launcher, for_other_machines, launchers_for
+from omni_sp.engine.messages import Call, Done, Progress, Ready, new_seed
 from omni_sp.engine.ranks import Launcher
-from omni_sp.engine.ranks.fork import local_launcher
-from omni_sp.engine.ranks.torchrun import inside_distributed_program, job_rank
-from omni_sp.engine.ranks.torchrun_supervised import TorchrunLauncher, require_supervised_job_of, supervise_rank
+from omni_sp.engine.ranks.torchrun import job_rank
+from omni_sp.engine.ranks.torchrun_supervised import supervise_rank
 from omni_sp.engine.replica import STARTING
 from omni_sp.engine.startup import warm_up_errors_named
 from omni_sp.errors import ConfigError, EngineClosedError, OmniSPError, SamplingParamsError
@@ -62,8 +62,9 @@ class AsyncOmni:
             OWNER/REPOSITORY/FILE on the hub), or "omni-sp/shapes", the embedded demo model.
         parallel_config: the degrees; None for one rank, which is a process of its own too; "auto" to let the planner
             choose them, as for Omni, and "auto:4" for 4 ranks. ``on_news`` is called with what was chosen, and why.
-            With ``data_parallel_size`` above 1 there are as many engines behind the queue, each with its own ranks; the
-            one that is free draws the next request, and where one fails, the others go on.
+            With ``data_parallel_size`` above 1 there are as many engines behind the queue, each with its own ranks
+            (under torchrun the job has a process for each of them); the one that is free draws the next request, and
+            where one fails, the others go on.
         device: "cpu"; "cuda" for one GPU per rank; "cuda:N" to let all ranks share that GPU; None for "cuda" where
             there is a GPU, else "cpu".
         dtype: "float32", "bfloat16", "float16" or the torch dtype; None for bfloat16 on CUDA and float32 on the CPU.
@@ -93,7 +94,9 @@ class AsyncOmni:
         warmup: (height, width) of pictures that are drawn, a step each, before it is ready. Where the pipeline starts
             from pictures, plain grey ones are given to it.
         on_news: called with a few words on what a start is doing.
-        launcher: starts the rank processes; by default on this machine.
+        launcher: what starts the ranks, as for Omni: "spawn", "torchrun" or "ray", or None to let the surroundings
+            decide; or a Launcher of your own.
+        nodes: with launcher="ray", how many nodes share the ranks of each engine equally; None for as few as can be.
         unknown: none: any other keyword is an error that names the nearest option.
 
     Attributes:
@@ -128,10 +131,13 @@ class AsyncOmni:
         batch_wait_ms: float = 0.0,
         warmup: Sequence[tuple[int, int]] = (),
         on_news: Callable[[str], None] | None = None,
-        launcher: Launcher | None = None,
+        launcher: Launcher | str | None = None,
+        nodes: int | None = None,
         **unknown: Never,
     ) -> None:
         require_known(unknown, AsyncOmni)
+        if launcher is None or isinstance(launcher, str):
+            check_launcher(launcher, nodes, parallel_config)
         self._warmup = tuple(warmup)
         self._observers: list[Callable[[RequestEvent], None]] = []
         options = engine_options(
@@ -154,16 +160,9 @@ class AsyncOmni:
         )
         on_news = on_news or (lambda _news: None)
         self._options = with_degrees(options, parallel_config, on_news, joins=False)
-        config = self._options.config
-        self.is_main = True
-        if launcher is None and inside_distributed_program():
-            config.require_one_replica()
-            require_supervised_job_of(config)
-            self.is_main = job_rank() == 0
-            launcher = TorchrunLauncher() if self.is_main else None
-        if launcher is not None and config.data_parallel_size > 1:
-            raise ConfigError("launcher starts the ranks of one engine: leave it out, or data_parallel_size")
-        launchers = [launcher] if launcher is not None else local_launchers(self._options)
+        if launcher == RAY:
+            self._options = for_other_machines(self._options)
+        launchers, self.is_main = launchers_for(self._options, launcher, nodes)
         self._dispatcher = Dispatcher(
             self._options,
             launchers,
@@ -372,12 +371,6 @@ class AsyncOmni:
                 arguments = warm_up_arguments(ready.capabilities, height, width)
             calls.append(Call(request_id=name, arguments=arguments, seeds=(0,)))
         return calls
-
-
-def local_launchers(options: EngineOptions) -> list[Launcher]:
-    """What starts the ranks of each replica on this machine."""
-    replicas = range(options.config.data_parallel_size)
-    return [local_launcher(options.source, thread_stays=True, replica=replica) for replica in replicas]
 
 
 def _refuse_callbacks(params: OmniDiffusionSamplingParams) -> None:

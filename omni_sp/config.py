@@ -11,6 +11,9 @@ from typing import Any, Literal
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.validation import keyword_only, require_bool, require_int, require_number, require_str, shown
 
+LAUNCHERS = ("spawn", "torchrun", "ray")
+"""What may start the ranks of an engine: see `Omni`."""
+
 
 @keyword_only(ConfigError)
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +78,26 @@ class DiffusionParallelConfig:
         if self.data_parallel_size > 1:
             raise ConfigError(
                 f"data_parallel_size={self.data_parallel_size}: AsyncOmni and `omni-sp serve`, which have a queue, run "
-                "replicas on this machine, outside of torchrun; leave it out here"
+                "replicas; leave it out here"
             )
 
     @property
     def world_size(self) -> int:
         """Number of ranks that work on one image or video."""
         return self.cfg_parallel_size * self.ulysses_degree * self.ring_degree
+
+    @property
+    def num_processes(self) -> int:
+        """Number of ranks of all replicas."""
+        return self.data_parallel_size * self.world_size
+
+    @property
+    def full_equation(self) -> str:
+        """``equation``, with data_parallel_size where it is above 1."""
+        if self.data_parallel_size == 1:
+            return self.equation
+        factors = self.equation.partition(" = ")[0]
+        return f"data_parallel_size {self.data_parallel_size} × {factors} = {self.num_processes} ranks"
 
     @property
     def equation(self) -> str:

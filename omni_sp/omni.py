@@ -18,6 +18,7 @@ from tqdm import tqdm
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.engine import Engine, open_engine
 from omni_sp.engine.interrupts import DeferredInterrupt
+from omni_sp.engine.launchers import RAY, check_launcher, for_other_machines, ray_launchers
 from omni_sp.engine.messages import Call, Done, OnProgress, Ready
 from omni_sp.engine.startup import StartupDisplay, is_terminal
 from omni_sp.errors import RankFailedError
@@ -77,12 +78,18 @@ class Omni:
         rank_timeout_s: the longest silence of ranks during a call, in seconds, before they count as failed. One
             denoising step, or one pass of the VAE, must fit into it.
         startup_timeout_s: the longest silence of ranks while they load the model, in seconds.
+        launcher: what starts the ranks: "spawn", on this machine; "torchrun", which has started them; "ray", on a Ray
+            cluster (one that the program is connected to, or that ``RAY_ADDRESS`` or this machine has; needs the extra
+            ``ray``); None for torchrun's ranks inside such a job, and else for this machine.
+        nodes: with launcher="ray", how many nodes share the ranks equally; None for as few as can be. The ranks of a
+            Ulysses group are on one node either way.
         show_progress: on stderr, a bar over the parts of the start, how long each took, and a bar over the denoising
             steps; None for where stderr is a terminal.
         unknown: none: any other keyword is an error that names the nearest option.
 
     Raises:
-        ConfigError: an option that cannot be, an unknown one, or fewer GPUs than ranks.
+        ConfigError: an option that cannot be, an unknown one, or fewer GPUs than ranks; Ray is not installed, or its
+            cluster is not there or too small.
         ModelNotFoundError: no such model, or no diffusers pipeline.
         UnsupportedModelError: a transformer whose token streams cannot be found, on several ranks.
         RankFailedError: a rank failed while starting.
@@ -107,10 +114,14 @@ class Omni:
         lora: Mapping[str, Model] | None = None,
         rank_timeout_s: float = 600.0,
         startup_timeout_s: float = 3600.0,
+        launcher: str | None = None,
+        nodes: int | None = None,
         show_progress: bool | None = None,
         **unknown: Never,
     ) -> None:
         require_known(unknown, Omni)
+        check_launcher(launcher, nodes, parallel_config)
+        self._launcher, self._nodes = launcher, nodes
         self._show_progress = is_terminal() if show_progress is None else show_progress
         options = engine_options(
             model,
@@ -132,6 +143,8 @@ class Omni:
         )
         self._options = with_degrees(options, parallel_config, _print_line if show_progress is not False else _ignore)
         self._options.config.require_one_replica()
+        if launcher == RAY:
+            self._options = for_other_machines(self._options)
         self._numbers = itertools.count()
         self._opening = threading.Lock()
         self._engine = self._open_engine()
@@ -271,7 +284,8 @@ class Omni:
     def _open_engine(self) -> Engine:
         began, screen = time.perf_counter(), StartupDisplay(self._show_progress)
         try:
-            engine = open_engine(self._options, screen.show)
+            [launcher] = ray_launchers(self._options, self._nodes) if self._launcher == RAY else [None]
+            engine = open_engine(self._options, screen.show, launcher)
             engine.start.finish()
         finally:
             screen.close()

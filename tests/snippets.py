@@ -124,6 +124,15 @@ def parsed(words: list[str]) -> argparse.Namespace | None:
         case "vllm":
             for_vllm(rest)
             return None
+        case "srun":
+            return parsed(rest[rest.index("torchrun") :])
+        case "ray":
+            return None if "--" not in rest else parsed(rest[rest.index("--") + 1 :])
+        case "sbatch" | "kubectl":
+            assert all((ROOT / word).is_file() for word in rest if "/" in word and "service/" not in word), (
+                f"no {words}"
+            )
+            return None
         case "torchrun":
             place = next(place for place, word in enumerate(rest) if word == "-m" or word.endswith(".py"))
             return parsed(["python", *rest[place:]])

@@ -49,7 +49,7 @@ LEVELS = {
 RESERVED = {
     "diffusers": {"sharding", "pipelines", "planner", "testing"},
     "transformers": {"pipelines", "llm", "testing"},
-    "ray": set(),
+    "ray": {"engine"},
     "vllm": {"llm"},
 }
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}

@@ -58,6 +58,10 @@ NOT_RUN = {
     "python examples/offline_inference_ulysses.py": "needs vLLM",
     "omni-sp serve": "a server: test_servers_start_and_answer",
     "torchrun --nnodes": "needs several machines",
+    "srun": "needs Slurm",
+    "sbatch": "needs Slurm",
+    "kubectl": "needs Kubernetes",
+    "ray": "needs Ray",
     "omni-sp check MODEL": "names no model",
 }
 COMMANDS = [

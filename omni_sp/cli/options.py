@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_sp.cli.values import adapters, adapters_of_a_server, extra_args, keys_in, lora_entries, sizes, unless_auto
-from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
+from omni_sp.config import LAUNCHERS, DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.errors import ConfigError, SamplingParamsError
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.server.settings import LOG_FORMATS, LOG_LEVELS, ServerSettings
@@ -131,10 +131,12 @@ def parallel_config(
         raise ConfigError("--parallel auto takes all devices: say how many ranks each engine has, such as auto:4")
     from omni_sp.engine.automatic import automatic_config, is_automatic
     from omni_sp.engine.devices import check_device_name
+    from omni_sp.engine.launchers import check_launcher
     from omni_sp.pipelines.load import resolve_model
 
     engine = arguments_for(ENGINE, table, options)
     is_automatic(options.parallel)
+    check_launcher(options.launcher, options.nodes, options.parallel)
     check_device_name(engine.get("device"))
     config = automatic_config(
         options.parallel,
@@ -217,6 +219,10 @@ _LAYOUT = (
     Option("--vae-dtype", "of the VAE", ENGINE, choices=_DTYPES, otherwise="that of the others"),
     Option("--device", "auto (GPUs where there are any), cpu, cuda, or cuda:N for all ranks on one GPU",
            ENGINE, convert=unless_auto, default="auto"),
+    Option("--launcher", "what starts the ranks: spawn, on this machine; torchrun, which has started them; ray, on a "
+           "Ray cluster", ENGINE, choices=LAUNCHERS, otherwise="torchrun inside its jobs, else spawn"),
+    Option("--nodes", "with --launcher ray, how many nodes share the ranks of an engine equally", ENGINE, type=int,
+           otherwise="as few as can be"),
     Option("--attention-backend", "the attention kernel; auto chooses an exact one, tune times them",
            ENGINE, default="auto", metavar="NAME"),
     Option("--no-replay", "follow the blocks of a transformer every time, instead of replaying what they did",

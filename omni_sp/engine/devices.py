@@ -35,10 +35,9 @@ def rank_devices(device: str | None, config: DiffusionParallelConfig, replica: i
         return [one] * config.world_size
     size, replicas = config.world_size, config.data_parallel_size
     if num_gpus < size * replicas:
-        each = f"data_parallel_size {replicas} × {config.equation}" if replicas > 1 else config.equation
         raise ConfigError(
-            f"{each} need {_gpus(size * replicas)}, one each, and this machine has {num_gpus}: lower the degrees, or "
-            f"{_ON_CPU}"
+            f"{config.full_equation} need {_gpus(size * replicas)}, one each, and this machine has {num_gpus}: lower "
+            f"the degrees, or {_ON_CPU}"
         )
     return [f"cuda:{index}" for index in range(replica * size, (replica + 1) * size)]
 

@@ -170,10 +170,13 @@ def require_owner(pid: int) -> None:
 
 
 def open_engine(options: EngineOptions, on_news: OnNews, launcher: Launcher | None = None) -> Engine:
-    """Join the ranks of the program around; else run one rank in this process; else start processes."""
+    """Start processes with the launcher, which ends with the engine; without one, do as the surroundings say.
+
+    Join the ranks of the program around; else run one rank in this process; else start processes on this machine.
+    """
     joined, start = inside_distributed_program(), Startup(on_news)
-    if options.config.world_size > 1 and not joined:
-        return Engine(RemoteRanks(options, launcher), start)
+    if launcher is not None or (options.config.world_size > 1 and not joined):
+        return Engine(RemoteRanks(options, launcher, owns_launcher=True), start)
     # It imports diffusers, which a front of other processes never needs.
     from omni_sp.engine.ranks.local import LocalRank
 

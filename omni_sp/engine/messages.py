@@ -59,12 +59,15 @@ class RankPlacement:
         device: the rank's own, such as "cuda:1".
         num_threads: for the CPU's kernels; 0 leaves torch's choice.
         parent_pid: the process on that machine whose death must end the rank; 0 where the rank cannot watch it.
+        gpu: what tells its GPU from others there, such as "cuda:5", where ``device`` is counted among those that the
+            rank may see; "" where ``device`` says it.
     """
 
     host: str
     device: str
     num_threads: int
     parent_pid: int
+    gpu: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ import os
 import pickle
 import queue
 import signal
+import socket
+import struct
 import sys
 import threading
 import warnings
@@ -18,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from omni_sp.engine.messages import Abort, Alive, Call, Loaded, Loading, Ping, RankSettings, Stop
 from omni_sp.engine.ranks import LOOPBACK
+from omni_sp.engine.ranks.addresses import address_towards
 from omni_sp.engine.ranks.failures import as_message
 from omni_sp.errors import SamplingParamsError
-from omni_sp.pipelines.load import silence_downloads, silence_libraries
+from omni_sp.pipelines.load import silence_downloads, silence_libraries, source_here
 
 if TYPE_CHECKING:
     from omni_sp.engine.pipeline_runner import PipelineRunner
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 _FRONT_FIRST_S = 10.0
 """So much later than the front an exchange gives up: the front knows which rank is to blame."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 Inbox = queue.SimpleQueue[Any]
 Report = Callable[[Any], None]
@@ -121,7 +125,7 @@ def _load(settings: RankSettings, report: Report) -> PipelineRunner:
     if settings.placement.num_threads:
         torch.set_num_threads(settings.placement.num_threads)
     runner = PipelineRunner(
-        settings.options,
+        replace(settings.options, source=source_here(settings.options.source)),
         settings.placement.device,
         rank=settings.rank,
         decodes=settings.rank == 0 or settings.options.config.vae_parallel is True,
@@ -139,9 +143,9 @@ def join_ranks(settings: RankSettings) -> Any:
     from omni_sp.mesh import ParallelMesh
 
     host, port = settings.store
-    if host == LOOPBACK:
-        # Ranks of one machine meet on its loopback, whatever its name resolves to.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    interface = _interface_towards(host, port)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout = timedelta(seconds=settings.options.rank_timeout_s + _FRONT_FIRST_S)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         host, port, is_master=False, timeout=timeout
@@ -154,6 +158,29 @@ def join_ranks(settings: RankSettings) -> Any:
         timeout=timeout,
     )
     return ParallelMesh(settings.options.config)
+
+
+def _interface_towards(host: str, port: int) -> str | None:
+    """The network interface on which ranks meet: the one that leads to the front, or that has its address.
+
+    What this machine's name resolves to need not be an address at which the others reach it. None where it is unknown.
+    """
+    if host == LOOPBACK:
+        return "lo0" if sys.platform == "darwin" else "lo"
+    if sys.platform != "linux":
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        own = address_towards(host, port)
+        import fcntl
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # it has no address
+                    # struct ifreq: a name of 16 bytes, and a sockaddr_in, whose address comes after family and port
+                    answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                    if socket.inet_ntoa(answer[20:24]) == own:
+                        return name
+    return None
 
 
 def _listen(connection: Connection, inbox: Inbox, aborted: Aborted, report: Report) -> None:

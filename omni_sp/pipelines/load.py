@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -90,6 +91,23 @@ def _resolved(model: str | os.PathLike[str]) -> ModelSource:
         raise ModelNotFoundError(f"unknown model {shown(name)}: {_WAY_OUT}")
     _require_on_hub(name)
     return ModelSource(name=name, location=name)
+
+
+def source_here(source: ModelSource) -> ModelSource:
+    """The source as it is on this machine, for a rank that was started from another one.
+
+    Raises:
+        ModelNotFoundError: it is a folder or file, and this machine has none.
+    """
+    if source.name == SHAPES_MODEL and not os.path.exists(source.location):
+        return replace(source, location=str(shapes_folder()))  # the package lies elsewhere here
+    for path in (source.location, source.single_file_config):
+        if path is not None and os.path.isabs(path) and not os.path.exists(path):
+            raise ModelNotFoundError(
+                f"machine {platform.node()} has no {shown(path)}: each rank reads the weights on its own machine, so "
+                "put them there too, on a disk that all machines share, or name a model on the hub"
+            )
+    return source
 
 
 def load_pipeline(

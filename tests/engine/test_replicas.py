@@ -33,7 +33,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def launchers(_options: Any) -> list[SpawnLauncher]:
         return [SpawnLauncher("tests.engine.scripted", script, thread_stays=True) for script in found]
 
-    monkeypatch.setattr("omni_sp.async_omni.local_launchers", launchers)
+    monkeypatch.setattr("omni_sp.engine.launchers.local_launchers", launchers)
     return found
 
 

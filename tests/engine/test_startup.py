@@ -181,7 +181,7 @@ def test_ranks_that_stop_at_the_latent_read_no_vae(monkeypatch: pytest.MonkeyPat
         assert abs(two - drawn(omni)).max() <= 2
 
 
-def _with_watched_ranks(options: EngineOptions, on_news: Any) -> Engine:
+def _with_watched_ranks(options: EngineOptions, on_news: Any, _launcher: None) -> Engine:
     return Engine(RemoteRanks(options, SpawnLauncher("tests.engine.readers", "watched")), Startup(on_news))
 
 

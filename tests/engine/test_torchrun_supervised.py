@@ -135,10 +135,26 @@ def test_a_killed_front_leaves_no_rank(program: Path) -> None:
 
 def test_a_job_of_another_size_is_refused(program: Path) -> None:
     source = (program / "program.py").read_text()
-    (program / "program.py").write_text(source.replace("ulysses_degree=2", "ulysses_degree=3"))
+    (program / "program.py").write_text(source.replace("ulysses_degree=2", "ulysses_degree=2, data_parallel_size=2"))
     with torchrun(program, "program.py", stderr=subprocess.PIPE) as job:
         _, told = job.communicate(timeout=PATIENCE_S)
+    assert "data_parallel_size 2 × ulysses_degree 2 × ring_degree 1 = 4 ranks, " in told
     assert "but torchrun started 2 processes: the product of the degrees must be their number" in told
+
+
+@thorough_only
+def test_replicas_have_a_process_for_each_of_their_ranks(program: Path) -> None:
+    source = (program / "program.py").read_text()
+    begin = source.index("        before = await")
+    replicated = """\
+        drawn = await asyncio.gather(*(draw(omni, str(number)) for number in range(6)))
+        Path("told.json").write_text(json.dumps([len(set(drawn)), [one.calls > 0 for one in omni.replicas]]))
+"""
+    source = source[:begin] + replicated + source[source.index('    Path("over")') :]
+    (program / "program.py").write_text(source.replace("ulysses_degree=2", "data_parallel_size=2"))
+    with torchrun(program, "program.py") as job:
+        assert job.wait(PATIENCE_S) == 0
+    assert json.loads((program / "told.json").read_text()) == [1, [True, True]]
 
 
 @thorough_only

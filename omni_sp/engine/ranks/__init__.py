@@ -1,7 +1,8 @@
 """What an engine knows of its ranks (RankGroup), and how rank processes are started (Launcher, RankProcess).
 
 A group is this process itself (``local``) or processes of their own (``remote``), which a launcher starts on this
-machine (``spawn``) or through the processes of a torchrun job (``torchrun_supervised``).
+machine (``spawn``, ``fork``) or through agents elsewhere (``agents``): the processes of a torchrun job
+(``torchrun_supervised``), or actors on a Ray cluster (``ray``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from omni_sp.engine.messages import Call, Done, OnProgress, RankPlacement, Ready
 from omni_sp.engine.startup import Startup
 
 LOOPBACK = "127.0.0.1"
+OUT_OF_REACH = 1000
+"""In place of an exit code, which no process can have: the machine is gone, or whoever watched the rank there."""
+OnWait = Callable[[str], None]
+"""Called with what is waited for, several times a second. It may raise, to give up."""
 
 
 class RankGroup(Protocol):
@@ -85,11 +90,13 @@ class Launcher(Protocol):
     def rendezvous_host(self) -> str:
         """The address of the front's machine at which all ranks reach it; LOOPBACK where all are on that machine."""
 
-    def placements(self, config: DiffusionParallelConfig, device: str | None) -> Sequence[RankPlacement]:
-        """Where the ranks will run, in rank order; ``device`` is what the user gave.
+    def placements(
+        self, config: DiffusionParallelConfig, device: str | None, on_wait: OnWait
+    ) -> Sequence[RankPlacement]:
+        """Where the ranks will run, in rank order; ``device`` is what the user gave. Also again, after ranks failed.
 
         Raises:
-            ConfigError: there are too few GPUs, or too few processes to start ranks from.
+            ConfigError: there are too few GPUs, or too few machines or processes to start ranks from.
         """
 
     def start(self, rank: int) -> RankProcess:
@@ -99,4 +106,4 @@ class Launcher(Protocol):
         """No rank will be started again. Idempotent."""
 
 
-__all__ = ["LOOPBACK", "Launcher", "RankGroup", "RankProcess"]
+__all__ = ["LOOPBACK", "OUT_OF_REACH", "Launcher", "OnWait", "RankGroup", "RankProcess"]

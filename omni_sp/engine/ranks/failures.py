@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from omni_sp import errors
 from omni_sp.engine.messages import Done, Failed, RankExited
+from omni_sp.engine.ranks import OUT_OF_REACH
 from omni_sp.errors import (
     CallFailedError,
     FailureKind,
@@ -158,6 +159,8 @@ def _cause_order(failure: Failed | RankExited) -> int:
 def _describe_exit(exitcode: int | None) -> str:
     if exitcode is None:
         return "closed its connection"
+    if exitcode == OUT_OF_REACH:
+        return "is out of reach: its machine, the network, or the process there that watched it"
     if exitcode >= 0:
         return f"ended with exit code {exitcode}"
     hint = " (out of memory?)" if exitcode == -9 else ""

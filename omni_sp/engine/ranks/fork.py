@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.engine.messages import RankPlacement
-from omni_sp.engine.ranks import Launcher, RankProcess
+from omni_sp.engine.ranks import Launcher, OnWait, RankProcess
 from omni_sp.engine.ranks.spawn import RANK_MAIN, SpawnLauncher, command_of, rank_title
 from omni_sp.engine.worker import die_with_parent
 from omni_sp.pipelines.load import ModelSource, import_classes
@@ -101,11 +101,11 @@ class ForkLauncher(Launcher):
         return self._spawn.rendezvous_host
 
     @override
-    def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
+    def placements(self, config: DiffusionParallelConfig, device: str | None, on_wait: OnWait) -> list[RankPlacement]:
         # Before anything else, which may take a while: it imports meanwhile.
         server = self._running_server()
         try:
-            placements = self._spawn.placements(config, device)
+            placements = self._spawn.placements(config, device, on_wait)
         except BaseException:
             self.close()
             raise

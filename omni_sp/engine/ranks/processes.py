@@ -16,7 +16,7 @@ from typing import Any
 
 from omni_sp.engine.devices import group_backend
 from omni_sp.engine.messages import EngineOptions, RankExited, RankSettings, Stop
-from omni_sp.engine.ranks import LOOPBACK, Launcher, RankProcess
+from omni_sp.engine.ranks import LOOPBACK, Launcher, OnWait, RankProcess
 
 _POLL_S = 0.5
 _LEAVE_S = 2.0
@@ -26,8 +26,8 @@ _DIE_S = 5.0
 class RankProcesses:
     """All rank processes of one engine. After the constructor they are loading; ``end()`` leaves no process."""
 
-    def __init__(self, options: EngineOptions, launcher: Launcher) -> None:
-        placements = launcher.placements(options.config, options.device)
+    def __init__(self, options: EngineOptions, launcher: Launcher, on_wait: OnWait = lambda waited_for: None) -> None:
+        placements = launcher.placements(options.config, options.device, on_wait)
         self.size = len(placements)
         self._owner = os.getpid()
         self._ranks: list[RankProcess] = []
@@ -36,7 +36,7 @@ class RankProcesses:
         self._store, port = _store(launcher.rendezvous_host)
         # Each rank knows its own replica.
         options = replace(options, config=replace(options.config, data_parallel_size=1))
-        backend = group_backend([(placement.host, placement.device) for placement in placements])
+        backend = group_backend([(one.host, one.gpu or one.device) for one in placements])
         try:
             for rank, placement in enumerate(placements):
                 process = launcher.start(rank)

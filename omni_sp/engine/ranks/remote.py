@@ -47,15 +47,22 @@ _PING_S = 2.0  # for the answer to a Ping
 class RemoteRanks(RankGroup):
     """A RankGroup of processes. Without a launcher, it has one of its own, on this machine.
 
+    Args:
+        options: of the engine.
+        launcher: starts the processes.
+        owns_launcher: the launcher is closed when the ranks end.
+
     Idle ranks wait for their pipe, never inside an exchange. Every wait for them has a bound, and a process that ends
     is noticed at once.
     """
 
     is_main = True
 
-    def __init__(self, options: EngineOptions, launcher: Launcher | None = None) -> None:
+    def __init__(
+        self, options: EngineOptions, launcher: Launcher | None = None, *, owns_launcher: bool = False
+    ) -> None:
         self._options = options
-        self._owns_launcher = launcher is None
+        self._owns_launcher = owns_launcher or launcher is None
         self._launcher = launcher or local_launcher(options.source)
         self._processes: RankProcesses | None = None
 
@@ -63,11 +70,16 @@ class RemoteRanks(RankGroup):
     def start(self, startup: Startup, is_cancelled: Callable[[], bool]) -> Ready:
         # Loading, then joining, each in lockstep, so that no rank waits in the rendezvous for a slow loader.
         startup.report(IMPORTS, f"starting {self._options.config.world_size} ranks")
-        self._processes = RankProcesses(self._options, self._launcher)
 
         def raise_if_cancelled() -> None:
             if is_cancelled():
                 raise EngineClosedError("it was closed")
+
+        def on_wait(waited_for: str) -> None:
+            startup.report(IMPORTS, waited_for)
+            raise_if_cancelled()
+
+        self._processes = RankProcesses(self._options, self._launcher, on_wait)
 
         def on_loading(states: Mapping[int, Loading | None]) -> None:
             _report_loading(startup, states, self._size)

@@ -20,7 +20,7 @@ from typing_extensions import override
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.engine.devices import rank_devices, threads_per_rank
 from omni_sp.engine.messages import RankPlacement
-from omni_sp.engine.ranks import LOOPBACK, Launcher, RankProcess
+from omni_sp.engine.ranks import LOOPBACK, Launcher, OnWait, RankProcess
 from omni_sp.errors import ConfigError
 
 _BOOTSTRAP = """
@@ -98,7 +98,7 @@ class SpawnLauncher(Launcher):
         return LOOPBACK
 
     @override
-    def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
+    def placements(self, config: DiffusionParallelConfig, device: str | None, on_wait: OnWait) -> list[RankPlacement]:
         devices = rank_devices(device, config, self._replica)
         threads, parent_pid = threads_per_rank(len(devices) * config.data_parallel_size), self.parent_pid()
         return [

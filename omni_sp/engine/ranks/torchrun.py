@@ -60,15 +60,16 @@ def require_job_of(config: DiffusionParallelConfig) -> None:
         ConfigError: the job has another number of processes than the degrees need.
     """
     size = job_size()
-    if size == config.world_size:
+    if size == config.num_processes:
         return
     if _is_torchrun():
         raise ConfigError(
-            f"{config.equation}, but torchrun started {size} processes: the product of the degrees must be their number"
+            f"{config.full_equation}, but torchrun started {size} processes: the product of the degrees must be "
+            "their number"
         )
     raise ConfigError(
-        f"{config.equation}, but {_described()} in the environment say that this is one process of a job of {size}: "
-        f"give degrees whose product is {size}; {_WAY_OUT}"
+        f"{config.full_equation}, but {_described()} in the environment say that this is one process of a job of "
+        f"{size}: give degrees whose product is {size}; {_WAY_OUT}"
     )
 
 

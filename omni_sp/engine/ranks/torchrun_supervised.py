@@ -1,7 +1,8 @@
 """Rank processes under torchrun, on one machine or several, that a front can start again.
 
-Each process that torchrun started is the agent of one rank, which is a child process: the rank may die and be started
-again while its agent stays. The process of rank 0 also holds the front, which tells the other agents what to do.
+Each process that torchrun started is the agent of one rank (see agents.py). The process of rank 0 also holds the front,
+which tells the other agents what to do; its own rank is a child of it. With replicas the job has a process for each of
+their ranks.
 """
 
 from __future__ import annotations
@@ -10,16 +11,11 @@ import contextlib
 import os
 import pickle
 import platform
-import secrets
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge, wait
 from typing import Any
 
 from typing_extensions import override
@@ -27,56 +23,16 @@ from typing_extensions import override
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.engine.devices import joined_device, threads_per_rank
 from omni_sp.engine.messages import RankPlacement
-from omni_sp.engine.ranks import LOOPBACK, Launcher, RankProcess
-from omni_sp.engine.ranks.spawn import SpawnLauncher, rank_title
+from omni_sp.engine.ranks import LOOPBACK, Launcher, OnWait, RankProcess
+from omni_sp.engine.ranks.addresses import address_towards
+from omni_sp.engine.ranks.agents import Agents, run_agent
+from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.engine.ranks.torchrun import job_around, job_rank, rendezvous, require_job_of
-from omni_sp.errors import ConfigError, RankFailedError
+from omni_sp.errors import ConfigError
 
 GATHER_S = 300.0
 """How long the processes of a job may take to find each other."""
-_START_S = 60.0
-_LOST = 255  # the exit code of a rank whose agent is gone
 _KEY = "omni_sp/front"
-_POLL_S = 0.2
-
-
-@dataclass(frozen=True)
-class _AgentReady:
-    """Agent -> front: its rank, and where that runs, or why it cannot run."""
-
-    rank: int
-    placement: RankPlacement | ConfigError
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Front -> agent: start the rank, on a connection that sends this number."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class _Started:
-    """A rank's connection -> front: which rank it belongs to."""
-
-    rank: int
-    number: int
-
-
-@dataclass(frozen=True)
-class _Signal:
-    """Front -> agent: send this signal to the process of this number."""
-
-    number: int
-    signal: int
-
-
-@dataclass(frozen=True)
-class _Exited:
-    """Agent -> front: the process of this number has ended."""
-
-    number: int
-    exitcode: int
 
 
 def require_supervised_job_of(config: DiffusionParallelConfig) -> None:
@@ -96,86 +52,90 @@ def require_supervised_job_of(config: DiffusionParallelConfig) -> None:
     require_job_of(config)
 
 
-class TorchrunLauncher(Launcher):
-    """The front's side, in the process of rank 0. Its own rank is a plain child of it."""
+class TorchrunAgents:
+    """The agents of a torchrun job, as the process of rank 0 has them: one for each rank of all replicas but its own.
 
-    def __init__(self) -> None:
-        self._own = SpawnLauncher(thread_stays=True)
-        self._host, bound = _addresses()
-        self._key = secrets.token_bytes(32)
-        self._listener = Listener((bound, 0), backlog=128)
+    They are looked for when a replica starts first. An agent's number is its process's rank in the job.
+    """
+
+    def __init__(self, config: DiffusionParallelConfig) -> None:
+        self.host, bound = _addresses()
+        self.agents = Agents(self.host, bound)
+        self._others = range(1, config.num_processes)
+        self._lock = threading.Lock()
         self._store: Any = None
-        self._changed = threading.Condition()
-        self._agents: dict[int, _Agent] = {}
-        self._arrived: dict[tuple[int, int], Connection] = {}
+        self._is_complete = False
+
+    def gather(self, on_wait: OnWait) -> None:
+        """Wait until all are there.
+
+        Raises:
+            ConfigError: some are not there in time.
+        """
+        with self._lock:
+            if self._is_complete:
+                return
+            on_wait("looking for the other processes of the job")
+            if self._store is None:
+                self._store = rendezvous(GATHER_S)
+                self._store.set(_KEY, pickle.dumps(self.agents.address))
+            missing = self.agents.missing(
+                self._others, GATHER_S, lambda: on_wait("waiting for the other processes of the job")
+            )
+            if missing:
+                ranks = ", ".join(map(str, missing))
+                raise ConfigError(f"no word from the processes of ranks {ranks} of the job in {GATHER_S:g} s")
+            # All have read it. A second front of this job must not be looked for at this address.
+            self._store.delete_key(_KEY)
+            self._is_complete = True
+
+
+class TorchrunLauncher(Launcher):
+    """The front's side, in the process of rank 0. The first rank of the first replica is a plain child of it.
+
+    Args:
+        job: the agents of all replicas.
+        replica: which of the replicas its ranks are of.
+    """
+
+    def __init__(self, job: TorchrunAgents, replica: int = 0) -> None:
+        self._job, self._replica = job, replica
+        self._own = SpawnLauncher(thread_stays=True)
+        self._first = 0
 
     @property
     @override
     def rendezvous_host(self) -> str:
-        return self._host
+        return self._job.host
 
     @override
-    def placements(self, config: DiffusionParallelConfig, device: str | None) -> list[RankPlacement]:
-        is_first = self._store is None
-        if is_first:
-            threading.Thread(target=self._accept_connections, name="omni-sp-agents", daemon=True).start()
-            self._store = rendezvous(GATHER_S)
-            self._store.set(_KEY, pickle.dumps((self._host, self._listener.address[1], self._key)))
-        others = range(1, config.world_size)
-        with self._changed:
-            if not self._changed.wait_for(lambda: len(self._agents) == len(others), GATHER_S):
-                missing = ", ".join(str(rank) for rank in others if rank not in self._agents)
-                raise ConfigError(f"no word from the processes of ranks {missing} of the job in {GATHER_S:g} s")
-        if is_first:
-            # All have read it. A second front of this job must not be looked for at this address.
-            self._store.delete_key(_KEY)
-        own = placement_here(config, device, parent_pid=self._own.parent_pid())
-        return [own, *(self._agents[rank].placement() for rank in others)]
+    def placements(self, config: DiffusionParallelConfig, device: str | None, on_wait: OnWait) -> list[RankPlacement]:
+        self._job.gather(on_wait)
+        self._first = self._replica * config.world_size
+        processes = range(self._first, self._first + config.world_size)
+        if lost := self._job.agents.lost(processes):
+            ranks = ", ".join(map(str, lost))
+            raise ConfigError(f"out of reach or gone: the job's process of rank {ranks}; start the job anew")
+        own = self._own.parent_pid()
+        return [
+            self._job.agents.placement(number) if number else placement_here(config, device, parent_pid=own)
+            for number in processes
+        ]
 
     @override
     def start(self, rank: int) -> RankProcess:
-        if rank == 0:
-            return self._own.start(0)
-        agent = self._agents[rank]
-        number = agent.start()
-        with self._changed:
-            self._changed.wait_for(lambda: (rank, number) in self._arrived or agent.is_lost, _START_S)
-            connection = self._arrived.pop((rank, number), None)
-        if connection is None:
-            raise RankFailedError(f"rank {rank} of the job cannot be started: its process is gone or silent", rank=rank)
-        return _SupervisedRank(agent, number, connection)
+        process = self._first + rank
+        return self._job.agents.start(process, rank) if process else self._own.start(rank)
 
     @override
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.close()
-        for agent in self._agents.values():
-            agent.disconnect()
+        self._job.agents.close()
 
-    def _accept_connections(self) -> None:
-        """Take connections: the first one of each agent, and one for every rank process that it starts."""
-        while True:
-            try:
-                connection = self._listener.accept()
-            except OSError:
-                return  # closed
-            # Each on its own: one that says nothing must not keep the others out.
-            threading.Thread(target=self._handshake, args=(connection,), daemon=True).start()
 
-    def _handshake(self, connection: Connection) -> None:
-        try:
-            deliver_challenge(connection, self._key)
-            answer_challenge(connection, self._key)
-            said = pickle.loads(connection.recv_bytes())  # from somebody who has the key
-        except (AuthenticationError, EOFError, OSError):
-            connection.close()
-            return
-        with self._changed:
-            if isinstance(said, _Started):
-                self._arrived[said.rank, said.number] = connection
-            else:
-                self._agents[said.rank] = _Agent(connection, said.placement, self._changed)
-            self._changed.notify_all()
+def torchrun_launchers(config: DiffusionParallelConfig) -> list[TorchrunLauncher]:
+    """What starts the ranks of each replica, in the process of rank 0."""
+    job = TorchrunAgents(config)
+    return [TorchrunLauncher(job, replica) for replica in range(config.data_parallel_size)]
 
 
 def supervise_rank(config: DiffusionParallelConfig, device: str | None) -> None:
@@ -192,9 +152,9 @@ def supervise_rank(config: DiffusionParallelConfig, device: str | None) -> None:
         store.wait([_KEY], timedelta(seconds=GATHER_S))
     except Exception as error:
         raise ConfigError(f"no word from the process of rank 0 in {GATHER_S:g} s: {error}") from error
-    host, port, key = pickle.loads(store.get(_KEY))
-    with _ignoring_signals(), Client((host, port), authkey=key) as front:
-        _AgentLoop((host, port), key, front).run(_placement_or_error(config, device))
+    address = pickle.loads(store.get(_KEY))
+    with _ignoring_signals():
+        run_agent(address, job_rank(), _placement_or_error(config, device))
 
 
 def placement_here(config: DiffusionParallelConfig, device: str | None, *, parent_pid: int) -> RankPlacement:
@@ -210,125 +170,6 @@ def placement_here(config: DiffusionParallelConfig, device: str | None, *, paren
         num_threads=threads_per_rank(local_size),
         parent_pid=parent_pid,
     )
-
-
-class _Agent:
-    """An agent as the front sees it."""
-
-    def __init__(
-        self, connection: Connection, placement: RankPlacement | ConfigError, changed: threading.Condition
-    ) -> None:
-        self._connection, self._placement, self._changed = connection, placement, changed
-        self._ends: dict[int, int] = {}
-        self._number = 0
-        self.is_lost = False
-        threading.Thread(target=self._listen, name="omni-sp-agent", daemon=True).start()
-
-    def placement(self) -> RankPlacement:
-        if isinstance(self._placement, ConfigError):
-            raise self._placement
-        return self._placement
-
-    def start(self) -> int:
-        """Have a rank started; its number."""
-        self._number += 1
-        self._send(_Start(self._number))
-        return self._number
-
-    def send_signal(self, number: int, which: int) -> None:
-        self._send(_Signal(number, which))
-
-    def end_of(self, number: int, timeout_s: float = 0.0) -> int | None:
-        """The exit code of the rank of this number; None while it runs."""
-        with self._changed:
-            self._changed.wait_for(lambda: number in self._ends or self.is_lost, timeout_s)
-            return self._ends.get(number, _LOST if self.is_lost else None)
-
-    def disconnect(self) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.close()
-
-    def _send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # lost; heard where it is waited for
-            self._connection.send_bytes(pickle.dumps(message))
-
-    def _listen(self) -> None:
-        while True:
-            try:
-                said = pickle.loads(self._connection.recv_bytes())
-            except (EOFError, OSError):
-                said = None
-            with self._changed:
-                if isinstance(said, _Exited):
-                    self._ends[said.number] = said.exitcode
-                else:
-                    self.is_lost = True
-                self._changed.notify_all()
-            if said is None:
-                return
-
-
-class _SupervisedRank(RankProcess):
-    """A rank process that an agent started."""
-
-    def __init__(self, agent: _Agent, number: int, connection: Connection) -> None:
-        self._agent, self._number, self._connection = agent, number, connection
-
-    @property
-    def connection(self) -> Connection:
-        return self._connection
-
-    def poll(self) -> int | None:
-        return self._agent.end_of(self._number)
-
-    def wait(self, timeout_s: float) -> int | None:
-        return self._agent.end_of(self._number, timeout_s)
-
-    def terminate(self) -> None:
-        self._agent.send_signal(self._number, signal.SIGTERM)
-
-    def kill(self) -> None:
-        self._agent.send_signal(self._number, signal.SIGKILL)
-
-
-class _AgentLoop:
-    """Starts, signals and reports the exits of one rank's processes, until the front is gone."""
-
-    def __init__(self, address: tuple[str, int], key: bytes, front: Connection) -> None:
-        self._address, self._key, self._front = address, key, front
-        self._launcher = SpawnLauncher()
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
-
-    def run(self, placement: RankPlacement | ConfigError) -> None:
-        self._send(_AgentReady(job_rank(), placement))
-        try:
-            while True:
-                if wait([self._front], _POLL_S):
-                    self._handle(pickle.loads(self._front.recv_bytes()))
-                self._report_exits()
-        except (EOFError, OSError):
-            pass  # the front is gone
-        finally:
-            for child in self._children.values():
-                child.kill()
-                child.wait()
-
-    def _handle(self, order: Any) -> None:
-        if isinstance(order, _Start):
-            with Client(self._address, authkey=self._key) as connection:
-                connection.send_bytes(pickle.dumps(_Started(job_rank(), order.number)))
-                self._children[order.number] = self._launcher.start_on(connection, rank_title(job_rank()))
-        elif isinstance(order, _Signal) and order.number in self._children:
-            self._children[order.number].send_signal(order.signal)
-
-    def _report_exits(self) -> None:
-        for number, child in list(self._children.items()):
-            if (exitcode := child.poll()) is not None:
-                del self._children[number]
-                self._send(_Exited(number, exitcode))
-
-    def _send(self, message: Any) -> None:
-        self._front.send_bytes(pickle.dumps(message))
 
 
 def _placement_or_error(config: DiffusionParallelConfig, device: str | None) -> RankPlacement | ConfigError:
@@ -348,10 +189,7 @@ def _addresses() -> tuple[str, str]:
         return LOOPBACK, LOOPBACK
     master = os.environ["MASTER_ADDR"]
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            # Sends nothing; asks the kernel which of its addresses would be the sender's.
-            probe.connect((master, int(os.environ["MASTER_PORT"])))
-            own = str(probe.getsockname()[0])
+        own = address_towards(master, int(os.environ["MASTER_PORT"]))
         is_master = own == socket.gethostbyname(master) or own.startswith("127.")
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"no such address as MASTER_ADDR and MASTER_PORT say ({error}): {job_around()}") from error

@@ -34,6 +34,7 @@ _WHY_NOT = {
         "--uvicorn-log-level --disable-uvicorn-access-log --disable-access-log-for-endpoints --enable-log-requests "
         "--disable-log-requests --disable-log-stats --log-stats --logging-config --log-config-file"
     ),
+    "--launcher spawn, torchrun or ray says what starts the ranks; leave it out": "--distributed-executor-backend",
     "every request has its own seed, steps and guidance; name them there": "--seed --default-sampling-params",
     "--quantization int8 or fp8 says how weights are kept; leave it out": (
         "-q --quantization-config --diffusion-quantization-config"
