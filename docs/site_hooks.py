@@ -21,7 +21,7 @@ PAGES_ELSEWHERE = {
     "compat/README.md": "compat.md",
 }
 _LINK = re.compile(r"\[([^\]]*)\]\(([^()#\s:]+)(#[^()\s]*)?\)")
-_LANGUAGES = {".py": "python", ".yml": "yaml", ".toml": "toml", ".sh": "bash"}
+_LANGUAGES = {".py": "python", ".yml": "yaml", ".toml": "toml", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml"}
 
 
 def on_files(files: Files, config: Any) -> Files:
