@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 from omni_sp.cli import main
+from omni_sp.llm.speculation.checkpoint import SpeculatorConfig
 from omni_sp.llm.vllm.cli_flags import for_vllm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ def parsed(words: list[str]) -> argparse.Namespace | None:
             assert all(re.search(rf"^{name} = \[", project, re.MULTILINE) for name in extras), f"no extra for {words}"
             return None
         case "vllm":
-            for_vllm(rest)
+            _require_known_flags(rest)
             return None
         case "srun":
             return parsed(rest[rest.index("torchrun") :])
@@ -139,7 +140,7 @@ def parsed(words: list[str]) -> argparse.Namespace | None:
         case "omni-sp":
             return None if rest[0] == "serve-llm" else _parsed_by(lambda: main(rest))
         case "python" if rest[:2] == ["-m", "vllm.entrypoints.openai.api_server"]:
-            for_vllm(rest[2:])
+            _require_known_flags(rest[2:])
             return None
         case "python" if rest[0] == "-m":
             return _parsed_by(lambda: runpy.run_module(rest[1], run_name="__main__"), rest[1:])
@@ -148,6 +149,13 @@ def parsed(words: list[str]) -> argparse.Namespace | None:
             assert path.is_file(), f"no program {rest[0]}"
             return _parsed_by(lambda: runpy.run_path(str(path), run_name="__main__"), rest)
     raise AssertionError(f"{program}: tell this test how its options are checked")
+
+
+def _require_known_flags(words: list[str]) -> None:
+    """Our flags for vLLM, where a speculator that they name is one of three tokens."""
+    found = SpeculatorConfig(kind="lstm", n_predict=3, vocab_size=1, input_width=1, width=1)
+    with mock.patch("omni_sp.llm.speculation.settings.read_config", return_value=found):
+        for_vllm(words)
 
 
 def _parsed_by(run: Any, argv: list[str] | None = None) -> argparse.Namespace:

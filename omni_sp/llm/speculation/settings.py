@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from omni_sp.errors import ConfigError
-from omni_sp.validation import require_int
+from omni_sp.llm.speculation.checkpoint import read_config
+from omni_sp.validation import require_bool, require_int, require_str
 
-PROPOSER = "omni_sp.llm.speculation.proposer.SuffixProposer"
+PROPOSER = "omni_sp.llm.speculation.proposer.Proposer"
 WORKER = "omni_sp.llm.speculation.worker.Worker"
 _METHODS = ("suffix", "arctic")
+_DRAFTERS = ("model", "enable_suffix_decoding")
 # Our field -> vLLM's name and Arctic's. What vLLM's own suffix decoding does not know is Arctic's alone.
 _NAMES: dict[str, tuple[str, ...]] = {
     "num_speculative_tokens": ("num_speculative_tokens",),
@@ -33,7 +35,7 @@ class SpeculationSettings:
     """How drafts are made.
 
     Attributes:
-        num_speculative_tokens: the most tokens of a draft.
+        num_speculative_tokens: the most tokens of a draft by suffix decoding.
         max_depth: up to how many of the last tokens are compared.
         max_requests: answers of so many of the latest requests are kept for others; 0 keeps none.
         max_spec_factor: a draft has at most ``max_spec_factor * match + max_spec_offset`` tokens, where ``match``
@@ -41,6 +43,9 @@ class SpeculationSettings:
         max_spec_offset: see ``max_spec_factor``.
         min_token_prob: a draft ends before a token whose estimated probability, of it and all before it, is lower.
         disable_by_batch_size: no drafts in a step of more requests; None: no such limit.
+        enable_suffix: draft by suffix decoding.
+        head: the folder or hub id of a trained speculator; None: none drafts.
+        head_tokens: tokens of its drafts. Beside it, suffix decoding drafts where it expects to be right as often.
     """
 
     num_speculative_tokens: int = 32
@@ -50,6 +55,9 @@ class SpeculationSettings:
     max_spec_offset: float = 0.0
     min_token_prob: float = 0.1
     disable_by_batch_size: int | None = 64
+    enable_suffix: bool = True
+    head: str | None = None
+    head_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name, minimum in (("num_speculative_tokens", 1), ("max_depth", 1), ("max_requests", 0)):
@@ -83,17 +91,18 @@ class SpeculationSettings:
             return None
         if method == "suffix" and _VLLM_NAMES.issuperset(options) and importlib.util.find_spec("arctic_inference"):
             return None
-        if method == "arctic":
-            _require_suffix_alone(options)
-        options.pop("enable_suffix_decoding", None)
-        fields = {name: field for field, names in _NAMES.items() for name in names}
         values: dict[str, Any] = {}
+        if method == "arctic":
+            values = _take_drafters(options)
+        else:
+            options.pop("enable_suffix_decoding", None)
+        known = [name for names in _NAMES.values() for name in names]
+        fields = {name: field for field, names in _NAMES.items() for name in names}
         for name, value in options.items():
             if name not in fields:
-                near = difflib.get_close_matches(name, [*fields, "enable_suffix_decoding", "method"], n=1, cutoff=0.0)
-                raise ConfigError(
-                    f"speculative_config has no option {name!r} for suffix decoding; the nearest is {near[0]!r}"
-                )
+                others = _DRAFTERS if method == "arctic" else ()
+                near = difflib.get_close_matches(name, [*known, *others, "method"], n=1, cutoff=0.0)
+                raise ConfigError(f"speculative_config has no option {name!r}; the nearest is {near[0]!r}")
             if fields[name] in values:
                 raise ConfigError(f"speculative_config gives {' and '.join(_NAMES[fields[name]])}: give one of them")
             values[fields[name]] = value
@@ -101,11 +110,8 @@ class SpeculationSettings:
 
     def for_vllm(self) -> dict[str, Any]:
         """The ``speculative_config`` by which stock vLLM makes our proposer."""
-        return {
-            "method": "custom_class",
-            "model": PROPOSER,
-            "num_speculative_tokens": self.num_speculative_tokens,
-        }
+        longest = max(self.head_tokens, self.num_speculative_tokens if self.enable_suffix else 0)
+        return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": longest}
 
 
 def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -118,13 +124,21 @@ def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(speculative_config) if isinstance(speculative_config, Mapping) else {}
 
 
-def _require_suffix_alone(options: Mapping[str, Any]) -> None:
-    if options.get("model") is not None:
-        raise ConfigError(
-            f"speculation by the trained heads of {options['model']!r} is not handled: leave 'model' and give "
-            "'enable_suffix_decoding': true, for suffix decoding alone"
-        )
-    if options.get("enable_suffix_decoding") is not True:
-        raise ConfigError(
-            "speculative_config with the method 'arctic' and no 'enable_suffix_decoding': true drafts nothing: add it"
-        )
+def _take_drafters(options: dict[str, Any]) -> dict[str, Any]:
+    """Take from the options of method "arctic" what says who drafts, as values of fields."""
+    head, is_suffix = options.pop("model", None), options.pop("enable_suffix_decoding", False)
+    require_bool("enable_suffix_decoding", is_suffix, error=ConfigError)
+    if head is None:
+        if not is_suffix:
+            raise ConfigError(
+                "speculative_config with the method 'arctic' drafts nothing: give 'model', the folder or hub id of a "
+                "trained speculator, or 'enable_suffix_decoding': true, or both"
+            )
+        return {}
+    require_str("model", head, error=ConfigError)
+    drafts = read_config(head).n_predict
+    # As in Arctic: beside a speculator, the number is about its drafts, and those of suffix decoding may be longer.
+    count = options.pop("num_speculative_tokens", drafts)
+    hint = f"the speculator {head} drafts from 1 to {drafts} tokens"
+    require_int("num_speculative_tokens", count, minimum=1, maximum=drafts, error=ConfigError, hint=hint)
+    return {"head": head, "head_tokens": count, "enable_suffix": is_suffix}

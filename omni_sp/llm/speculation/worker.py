@@ -1,12 +1,14 @@
-"""vLLM's worker, which hands its runner to our proposer: vLLM tells a proposer no names of requests."""
+"""vLLM's worker, which hands its runner to our proposer: vLLM tells a proposer neither the names of requests, nor
+which token is where in a step.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from omni_sp.llm.vllm import internals
+from omni_sp.llm.vllm.speculation_internals import proposer_of, stock_worker_class
 
-_STOCK: Any = internals.stock_worker_class()
+_STOCK: Any = stock_worker_class()
 
 
 class Worker(_STOCK):  # type: ignore[misc]  # known when it runs
@@ -15,5 +17,5 @@ class Worker(_STOCK):  # type: ignore[misc]  # known when it runs
     def load_model(self, *arguments: Any, **named: Any) -> Any:
         """Load the model, then attach the proposer."""
         result = super().load_model(*arguments, **named)
-        internals.proposer_of(self.model_runner).attach(self.model_runner)
+        proposer_of(self.model_runner).attach(self.model_runner)
         return result

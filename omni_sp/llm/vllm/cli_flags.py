@@ -13,7 +13,7 @@ from omni_sp.command_line import CommandLine
 from omni_sp.errors import ConfigError
 from omni_sp.llm.speculation.settings import WORKER, SpeculationSettings
 from omni_sp.llm.vllm.config import CONFIG_KEY, LlmParallelConfig
-from omni_sp.llm.vllm.model_support import require_supported_model, speculation_method
+from omni_sp.llm.vllm.model_support import require_heads_for, require_supported_model, speculation_method
 from omni_sp.llm.vllm.step_metrics import start_step_counter
 
 _SEQUENCE = ("--ulysses-sequence-parallel-size", "--sequence-parallel-size")
@@ -64,11 +64,13 @@ def for_vllm(arguments: Sequence[str], *, count_steps: bool = False) -> list[str
         return [*line.rest, *unchanged, _TENSOR[0], str(settings.world_size)]
     if settings.is_sharded:
         _require_supported(line, settings)
+    if settings.keeps_states:
+        require_heads_for(line.value_of("--model") or line.positional_after("serve"), settings)
     user_entries = _parse_json(user_config) if user_config is not None else None
     if count_steps:
         settings = replace(settings, step_counts_file=str(start_step_counter().path))
     merged = json.dumps(settings.additional_config(user_entries))
-    eager = [_EAGER] if settings.is_sharded and _EAGER not in line.flags() else []
+    eager = [_EAGER] if settings.runs_eagerly and _EAGER not in line.flags() else []
     ours = [_TENSOR[0], str(settings.world_size), _ADDITIONAL_CONFIG, merged]
     if speculation is not None:
         ours += [_SPECULATION[0], json.dumps(speculation.for_vllm()), _WORKER, WORKER]
@@ -106,7 +108,7 @@ def _take_speculation(line: CommandLine) -> SpeculationSettings | None:
     if settings is not None:
         line.take_value(*_SPECULATION)
         if line.value_of(_WORKER) is not None:
-            raise ConfigError(f"suffix decoding brings a worker class of its own: leave {_WORKER}")
+            raise ConfigError(f"our speculation brings a worker class of its own: leave {_WORKER}")
     return settings
 
 

@@ -26,7 +26,7 @@ class LlmParallelConfig:
         shift_parallel_threshold: the most tokens of such a step. None: measured at the first step, each way in turns.
         step_counts_file: where rank 0 counts the steps. vLLM hashes it with the rest of ``additional_config`` into the
             key of its compile cache, so that no start finds another's entries. Steps run eagerly, nothing is compiled.
-        speculation: our suffix decoding; None: none, or vLLM's own speculation.
+        speculation: ours; None: none, or vLLM's own speculation.
     """
 
     sequence_parallel_size: int = 1
@@ -63,6 +63,16 @@ class LlmParallelConfig:
     def is_enabled(self) -> bool:
         """False where vLLM runs as it does without us."""
         return self.is_sharded or self.speculation is not None
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether the model keeps its hidden states of a step: a trained speculator drafts from them."""
+        return self.speculation is not None and self.speculation.head is not None
+
+    @property
+    def runs_eagerly(self) -> bool:
+        """Whether steps run by our own Python, which CUDA graphs of whole steps would leave out."""
+        return self.is_sharded or self.keeps_states
 
     def additional_config(self, user_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The ``additional_config`` for vLLM: these settings beside the user's own entries."""
@@ -132,8 +142,8 @@ class EngineFeatures:
         is_ours = settings.speculation is not None and self.speculation == "custom_class"
         if self.speculation is not None and not is_ours and self.speculation not in _SPECULATION_WITHOUT_A_MODEL:
             raise ConfigError(
-                f"speculation by {self.speculation!r} runs a model of its own, which is not handled: use n-gram "
-                "speculation or suffix decoding, or none"
+                f"speculation by {self.speculation!r} runs a model of its own, which is not handled: use a speculator "
+                "(method 'arctic'), n-gram speculation or suffix decoding, or none"
             )
         if self.attention_heads is not None and self.attention_heads % settings.world_size:
             raise ConfigError(

@@ -77,7 +77,7 @@ def stock_class(architecture: str) -> type[Any]:
     try:
         stock: type[Any] = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
     except (ImportError, AttributeError) as error:
-        raise _unknown(f"has no {name} in vllm.model_executor.models.{module}") from error
+        raise unknown_vllm(f"has no {name} in vllm.model_executor.models.{module}") from error
     return stock
 
 
@@ -91,20 +91,20 @@ def require_known_vllm() -> None:
     for module, name, parameters in _FUNCTIONS:
         found = getattr(importlib.import_module(module), name, None)
         if not callable(found):
-            raise _unknown(f"has no {module}.{name}")
+            raise unknown_vllm(f"has no {module}.{name}")
         missing = [one for one in parameters if one not in inspect.signature(found).parameters]
         if missing:
-            raise _unknown(f"has no argument {missing[0]!r} of {module}.{name}")
+            raise unknown_vllm(f"has no argument {missing[0]!r} of {module}.{name}")
     parallel_state = importlib.import_module(_PARALLEL)
     if not hasattr(parallel_state, "_TP"):
-        raise _unknown(f"has no {_PARALLEL}._TP")
-    _require(parallel_state.get_tp_group(), _GROUP_ATTRIBUTES, "its tensor parallel group")
-    _require(parallel_state.get_world_group(), ("local_rank",), "its group of all ranks")
+        raise unknown_vllm(f"has no {_PARALLEL}._TP")
+    require_attributes(parallel_state.get_tp_group(), _GROUP_ATTRIBUTES, "its tensor parallel group")
+    require_attributes(parallel_state.get_world_group(), ("local_rank",), "its group of all ranks")
 
 
 def require_supported_config(vllm_config: Any, settings: LlmParallelConfig) -> None:
     """Raise ConfigError for settings of vLLM with which results would be wrong, or silently not parallel."""
-    read = functools.partial(_read_config, vllm_config)
+    read = functools.partial(read_config, vllm_config)
     world = read("parallel_config.tensor_parallel_size")
     if world != settings.world_size:
         raise ConfigError(
@@ -141,15 +141,15 @@ def require_supported_config(vllm_config: Any, settings: LlmParallelConfig) -> N
 def decoder_layers(model: Any) -> list[Any]:
     """The decoder's layers; raises UnsupportedModelError where one lacks an attribute that we use."""
     name = type(model).__name__
-    _require(model, ("model",), name)
-    _require(model.model, ("layers", "embed_input_ids"), f"{name}.model")
+    require_attributes(model, ("model",), name)
+    require_attributes(model.model, ("layers", "embed_input_ids"), f"{name}.model")
     layers = list(model.model.layers)
     for layer in layers:
         name = type(layer).__name__
-        _require(layer, ("self_attn", "mlp"), name)
-        _require(layer.self_attn, (*_ATTENTION_ATTRIBUTES, "attn"), f"{name}.self_attn")
-        _require(layer.self_attn.attn, _KV_CACHE_ATTRIBUTES, f"{name}.self_attn.attn")
-        _require(layer.mlp, _MLP_ATTRIBUTES, f"{name}.mlp")
+        require_attributes(layer, ("self_attn", "mlp"), name)
+        require_attributes(layer.self_attn, (*_ATTENTION_ATTRIBUTES, "attn"), f"{name}.self_attn")
+        require_attributes(layer.self_attn.attn, _KV_CACHE_ATTRIBUTES, f"{name}.self_attn.attn")
+        require_attributes(layer.mlp, _MLP_ATTRIBUTES, f"{name}.mlp")
         if getattr(layer, "ada_rms_norm_t_cond", None) is not None:
             raise UnsupportedModelError("layers with an adaptive norm (ada_rms_norm_t_cond) are not handled")
     return layers
@@ -165,27 +165,29 @@ def require_slots(layer_name: str, tokens: int) -> None:
 
     slots = get_forward_context().slot_mapping
     if not isinstance(slots, dict):
-        raise _unknown(f"names the cache's places by a {type(slots).__name__}, not by layer")
+        raise unknown_vllm(f"names the cache's places by a {type(slots).__name__}, not by layer")
     own = slots.get(layer_name)
     if own is not None and own.shape[0] != tokens:
-        raise _unknown(f"runs a step of {tokens} tokens with {own.shape[0]} places in the cache, not one for each")
+        raise unknown_vllm(f"runs a step of {tokens} tokens with {own.shape[0]} places in the cache, not one for each")
 
 
-def _read_config(vllm_config: Any, path: str) -> Any:
+def read_config(vllm_config: Any, path: str) -> Any:
     """The value at a dotted path in vLLM's configuration."""
     for name in path.split("."):
-        _require(vllm_config, (name,), f"its configuration ({path})")
+        require_attributes(vllm_config, (name,), f"its configuration ({path})")
         vllm_config = getattr(vllm_config, name)
     return vllm_config
 
 
-def _require(owner: Any, attributes: Iterable[str], what: str) -> None:
+def require_attributes(owner: Any, attributes: Iterable[str], what: str) -> None:
+    """Raise UnsupportedModelError where a part of vLLM, ``what``, lacks an attribute that we use."""
     for attribute in attributes:
         if not hasattr(owner, attribute):
-            raise _unknown(f"has no {attribute} in {what}")
+            raise unknown_vllm(f"has no {attribute} in {what}")
 
 
-def _unknown(difference: str) -> UnsupportedModelError:
+def unknown_vllm(difference: str) -> UnsupportedModelError:
+    """The error for a vLLM that differs from those that are tested."""
     return UnsupportedModelError(
         f"vLLM {version()} {difference}, and sequence parallelism relies on that: use vLLM {TESTED}, which it is "
         "tested with"
@@ -236,36 +238,12 @@ def runs_on_cpu() -> bool:
 
 def max_step_tokens(vllm_config: Any) -> int:
     """The most tokens of a step."""
-    return int(_read_config(vllm_config, "scheduler_config.max_num_batched_tokens"))
+    return int(read_config(vllm_config, "scheduler_config.max_num_batched_tokens"))
 
 
 def max_model_length(vllm_config: Any) -> int:
     """The most tokens of a request, prompt and answer together."""
-    return int(_read_config(vllm_config, "model_config.max_model_len"))
-
-
-def stock_worker_class() -> type[Any]:
-    """The class of vLLM's own workers on this platform."""
-    module, name = ("cpu_worker", "CPUWorker") if runs_on_cpu() else ("gpu_worker", "Worker")
-    try:
-        stock: type[Any] = getattr(importlib.import_module(f"vllm.v1.worker.{module}"), name)
-    except (ImportError, AttributeError) as error:
-        raise _unknown(f"has no {name} in vllm.v1.worker.{module}") from error
-    _require(stock, ("load_model",), name)
-    return stock
-
-
-def proposer_of(runner: Any) -> Any:
-    """The proposer of a worker's runner."""
-    _require(runner, ("drafter",), "its runner")
-    return runner.drafter
-
-
-def request_batch(runner: Any) -> Any:
-    """A runner's requests: ``req_ids`` by row, and ``req_id_to_index``."""
-    _require(runner, ("input_batch",), "its runner")
-    _require(runner.input_batch, ("req_ids", "req_id_to_index"), "its runner's input_batch")
-    return runner.input_batch
+    return int(read_config(vllm_config, "model_config.max_model_len"))
 
 
 def synchronize(device: torch.device) -> None:
@@ -318,15 +296,15 @@ def clone_linear_for(stock: Any, kind: str, inner: InnerRank) -> Any:
 
     cls = getattr(layers, kind, None)
     if cls is None:
-        raise _unknown(f"has no {kind}")
+        raise unknown_vllm(f"has no {kind}")
     if type(stock) is not cls:
         raise UnsupportedModelError(f"a {type(stock).__name__} stands where a {kind} is expected")
     names = (*_LINEAR_ARGUMENTS[kind], *_SHARED_LINEAR_ARGUMENTS)
-    _require(stock, (*names, "bias", "tp_size", *_LINEAR_SETTINGS[kind]), kind)
+    require_attributes(stock, (*names, "bias", "tp_size", *_LINEAR_SETTINGS[kind]), kind)
     arguments = {name: getattr(stock, name) for name in names} | {"bias": stock.bias is not None}
     unknown = set(arguments) - set(inspect.signature(cls.__init__).parameters)
     if unknown:
-        raise _unknown(f"has no argument {min(unknown)!r} of {kind}")
+        raise unknown_vllm(f"has no argument {min(unknown)!r} of {kind}")
     expected = _LINEAR_SETTINGS[kind] | {"tp_size": parallel_state.get_tp_group().world_size}
     if kind == "QKVParallelLinear":
         expected["v_head_size"] = stock.head_size
@@ -338,10 +316,10 @@ def clone_linear_for(stock: Any, kind: str, inner: InnerRank) -> Any:
             )
     with layers_sharded_for(inner):
         linear = cls(**arguments)
-    _require(linear, ("tp_rank", "tp_size", "quant_method"), kind)
-    _require(linear.quant_method, ("apply",), f"{kind}.quant_method")
+    require_attributes(linear, ("tp_rank", "tp_size", "quant_method"), kind)
+    require_attributes(linear.quant_method, ("apply",), f"{kind}.quant_method")
     if (linear.tp_rank, linear.tp_size) != (inner.rank_in_group, inner.world_size):
-        raise _unknown(f"makes a {kind} for another group than {_PARALLEL}._TP")
+        raise unknown_vllm(f"makes a {kind} for another group than {_PARALLEL}._TP")
     return linear
 
 
@@ -356,4 +334,4 @@ def require_unpacked(linear: Any) -> None:
     expected = linear.output_size_per_partition, linear.input_size_per_partition
     found = tuple(getattr(getattr(linear, "weight", None), "shape", ()))
     if found != expected:
-        raise _unknown(f"turned the matrix {linear.prefix}, {expected}, into {found or 'something else'}")
+        raise unknown_vllm(f"turned the matrix {linear.prefix}, {expected}, into {found or 'something else'}")

@@ -12,7 +12,7 @@ from omni_sp.errors import ConfigError
 from omni_sp.llm.speculation.settings import WORKER, SpeculationSettings
 from omni_sp.llm.vllm import cpu_env, internals
 from omni_sp.llm.vllm.config import LlmParallelConfig
-from omni_sp.llm.vllm.model_support import require_supported_model, speculation_method
+from omni_sp.llm.vllm.model_support import require_heads_for, require_supported_model, speculation_method
 from omni_sp.llm.vllm.step_metrics import StepCounts, start_step_counter
 
 _FEATURES = ("enable_lora", "pipeline_parallel_size", "data_parallel_size", "quantization")
@@ -59,7 +59,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
         )
         if speculation is not None:
             if options.setdefault("worker_cls", WORKER) != WORKER:
-                raise ConfigError("suffix decoding brings a worker class of its own: leave worker_cls")
+                raise ConfigError("our speculation brings a worker class of its own: leave worker_cls")
             speculative_config = speculation.for_vllm()
         self._counter = None
         if settings.is_sharded:
@@ -71,6 +71,9 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
             )
             if internals.runs_on_cpu():
                 cpu_env.set_defaults(settings.world_size, memory_is_set=not _MEMORY.isdisjoint(options))
+        if settings.keeps_states:
+            require_heads_for(model, settings)
+        if settings.runs_eagerly:
             options.setdefault("enforce_eager", True)
         if settings.is_enabled:
             self._counter = start_step_counter()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from omni_sp.errors import UnsupportedModelError
+from omni_sp.llm.model_files import model_file
+from omni_sp.llm.speculation.checkpoint import read_config
 from omni_sp.llm.speculation.settings import parse
 from omni_sp.llm.vllm.config import EngineFeatures, LlmParallelConfig
 from omni_sp.llm.vllm.internals import ARCHITECTURES
-
-_HUB_TIMEOUT_S = 10
 
 
 def require_supported_model(model: str | os.PathLike[str] | None, settings: LlmParallelConfig, **features: Any) -> None:
@@ -39,6 +38,24 @@ def require_supported_model(model: str | os.PathLike[str] | None, settings: LlmP
     EngineFeatures(**features, has_mrope="mrope_section" in rope, attention_heads=heads).require_supported(settings)
 
 
+def require_heads_for(model: str | os.PathLike[str] | None, settings: LlmParallelConfig) -> None:
+    """Check that the settings' trained speculator is of this model.
+
+    A model without a readable configuration passes: the ranks check vLLM's own.
+
+    Raises:
+        ConfigError: it is of another one.
+    """
+    assert settings.speculation is not None, "the caller has looked"
+    assert settings.speculation.head is not None, "the caller has looked"
+    config = {} if model is None else _read_config(os.fspath(model))
+    vocab_size, width, architectures = map(config.get, ("vocab_size", "hidden_size", "architectures"))
+    if isinstance(vocab_size, int) and isinstance(width, int) and architectures:
+        read_config(settings.speculation.head).require_fits(
+            settings.speculation.head, vocab_size=vocab_size, width=width, architecture=architectures[0]
+        )
+
+
 def speculation_method(speculation: str | Mapping[str, Any] | None) -> str | None:
     """The method in a ``speculative_config``; None where vLLM chooses it."""
     return parse(speculation).get("method")
@@ -51,20 +68,8 @@ def _mapping(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _read_config(model: str) -> dict[str, Any]:
     """The ``config.json`` of a folder or hub id; empty where it cannot be read, or not within the time-out."""
-    folder = Path(model).expanduser()
     try:
-        path = folder / "config.json" if folder.is_dir() else _path_from_hub(model)
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(model_file(model, "config.json").read_text(encoding="utf-8"))
     except Exception:  # which class says "no network" depends on the hub client's version
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def _path_from_hub(repo: str) -> Path:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(repo, "config.json")
-    if isinstance(cached, str):
-        return Path(cached)
-    get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=_HUB_TIMEOUT_S)  # one request, without retries
-    return Path(hf_hub_download(repo, "config.json"))

@@ -20,11 +20,14 @@ def sequence_parallel_class(architecture: str) -> Any:
 
         def __init__(self, *, vllm_config: Any, prefix: str = "", **more: Any) -> None:
             settings = internals.settings_of(vllm_config)
+            keeps_states = settings is not None and settings.keeps_states
             settings = settings if settings is not None and settings.is_sharded else None
             if settings is not None:
                 internals.require_known_vllm()
                 internals.require_supported_config(vllm_config, settings)
             super().__init__(vllm_config=vllm_config, prefix=prefix, **more)
+            self._keeps_states = keeps_states
+            self.kept_states: Any = None  # of the current step, for a trained speculator
             self._shift_parallel = (
                 None if settings is None else ShiftParallelModel(self, settings, internals.max_step_tokens(vllm_config))
             )
@@ -39,9 +42,13 @@ def sequence_parallel_class(architecture: str) -> Any:
         ) -> Any:
             """The last hidden states of all tokens of the step, on every rank."""
             if self._shift_parallel is None:
-                return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
-            assert intermediate_tensors is None, "pipeline parallelism was refused"
-            return self._shift_parallel.run(self.model, input_ids, positions, inputs_embeds)
+                states = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
+            else:
+                assert intermediate_tensors is None, "pipeline parallelism was refused"
+                states = self._shift_parallel.run(self.model, input_ids, positions, inputs_embeds)
+            if self._keeps_states:
+                self.kept_states = states
+            return states
 
     SequenceParallelModel.__name__ = SequenceParallelModel.__qualname__ = architecture
     return SequenceParallelModel

@@ -19,7 +19,8 @@ Starts vLLM's own server. With `vllm serve` itself, these flags work just as wel
   --tensor-parallel-size N             ranks, within each of those, that split the weights; the product is what runs
   --enable-shift-parallel              steps of few tokens run by tensor parallelism over all ranks
   --shift-parallel-threshold N         the most tokens of such a step (else measured at the first step)
-  --speculative-config JSON            '{"method": "suffix"}': drafts from what was generated before (also on one rank)
+  --speculative-config JSON            '{"method": "suffix"}': drafts from what was generated before (also on one rank);
+                                       '{"method": "arctic", "model": DIR}': by a speculator trained for the model
 
 Llama, Mistral, Qwen2 and Qwen3. The rest is vLLM's:
 """

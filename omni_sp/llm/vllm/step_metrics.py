@@ -17,7 +17,7 @@ _DRAFTS = {
     "draft_tokens": "Tokens of these drafts",
     "accepted_tokens": "Tokens of these drafts that the model accepted",
 }
-_FORMAT = struct.Struct("<9q")
+_DRAFTERS = {"suffix": "", "head": "head_"}  # who drafts -> the beginning of its counts' names
 
 
 class StepCounts(NamedTuple):
@@ -34,6 +34,9 @@ class StepCounts(NamedTuple):
         drafts: drafts that suffix decoding made.
         draft_tokens: tokens of these drafts.
         accepted_tokens: those that the model would have generated itself.
+        head_drafts: drafts that a trained speculator made.
+        head_draft_tokens: tokens of these drafts.
+        head_accepted_tokens: those that the model would have generated itself.
     """
 
     ulysses_steps: int
@@ -45,6 +48,12 @@ class StepCounts(NamedTuple):
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    head_drafts: int = 0
+    head_draft_tokens: int = 0
+    head_accepted_tokens: int = 0
+
+
+_FORMAT = struct.Struct(f"<{len(StepCounts._fields)}q")
 
 
 class StepCounter:
@@ -77,9 +86,11 @@ class StepCounter:
         mode = "ulysses" if is_ulysses else "tensor"
         self._add(**{f"{mode}_steps": 1, f"{mode}_tokens": tokens})
 
-    def add_drafts(self, drafts: int, tokens: int, accepted: int) -> None:
-        """Count drafts, their tokens, and the accepted tokens of those before them."""
-        self._add(drafts=drafts, draft_tokens=tokens, accepted_tokens=accepted)
+    def add_drafts(self, by: str, *, drafts: int = 0, tokens: int = 0, accepted: int = 0) -> None:
+        """Count drafts by "suffix" or "head", their tokens, and accepted tokens of earlier ones."""
+        prefix = _DRAFTERS[by]
+        increments = {"drafts": drafts, "draft_tokens": tokens, "accepted_tokens": accepted}
+        self._add(**{f"{prefix}{name}": count for name, count in increments.items()})
 
     def _add(self, **increments: int) -> None:
         counts = self.read()._asdict()
@@ -125,7 +136,8 @@ class _Collector:
         yield tokens
         for name, text in _DRAFTS.items():
             counter = CounterMetricFamily(f"omni_sp_llm_{name}", text, labels=["by"])
-            counter.add_metric(["suffix"], getattr(counts, name))
+            for by, prefix in _DRAFTERS.items():
+                counter.add_metric([by], getattr(counts, f"{prefix}{name}"))
             yield counter
         text = "The most tokens of a step that runs by tensor parallelism; -1: not known yet, or not asked for"
         yield GaugeMetricFamily("omni_sp_llm_shift_threshold_tokens", text, value=counts.threshold)

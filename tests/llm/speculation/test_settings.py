@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,10 +92,55 @@ def test_suffix_decoding_is_vllms_own_where_its_package_is_installed_and_no_opti
         ({"suffix_max_spec_factor": -1.0}, "from 0 on"),
         ({"suffix_max_spec_factor": "1"}, "give a number"),
         ({"suffix_min_token_prob": 1.5}, "from 0 to 1"),
-        ({"method": "arctic", "model": "x"}, "trained heads of 'x'"),
         ({"method": "arctic"}, "drafts nothing"),
+        ({"method": "arctic", "enable_suffix_decoding": "yes"}, "enable_suffix_decoding='yes'"),
+        ({"method": "arctic", "model": "no-such-folder"}, "no-such-folder/config.json cannot be read"),
+        ({"method": "arctic", "model": 3}, "model=3"),
+        ({"model": "x"}, "no option 'model'"),
     ],
 )
 def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SpeculationSettings.from_config({"method": "suffix"} | options)
+
+
+@pytest.fixture
+def speculator(tmp_path: Path) -> str:
+    """A folder whose speculator drafts three tokens."""
+    config = {"architectures": "MLPSpeculatorPreTrainedModel", "n_predict": 3, "vocab_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"emb_dim": 8, "inner_dim": 4}))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "longest"),
+    [
+        ({}, {"head_tokens": 3, "enable_suffix": False}, 3),
+        ({"num_speculative_tokens": 2}, {"head_tokens": 2, "enable_suffix": False}, 2),
+        (
+            {"enable_suffix_decoding": True, "disable_by_batch_size": 8},
+            {"head_tokens": 3, "disable_by_batch_size": 8},
+            32,
+        ),
+        ({"enable_suffix_decoding": True, "num_speculative_tokens": 1}, {"head_tokens": 1}, 32),
+    ],
+)
+def test_a_speculator_alone_and_beside_suffix_decoding(
+    speculator: str, options: dict[str, Any], expected: dict[str, Any], longest: int
+) -> None:
+    settings = SpeculationSettings.from_config({"method": "arctic", "model": speculator, **options})
+    assert settings == SpeculationSettings(head=speculator, **expected)
+    assert settings.for_vllm()["num_speculative_tokens"] == longest
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_speculative_tokens": 4}, "drafts from 1 to 3 tokens"),
+        ({"enable_sufix_decoding": True}, "nearest is 'enable_suffix_decoding'"),
+        ({"modell": "x"}, "nearest is 'model'"),
+    ],
+)
+def test_invalid_options_of_a_speculator_are_refused(speculator: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SpeculationSettings.from_config({"method": "arctic", "model": speculator, **options})

@@ -7,12 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from omni_sp.testing.models import memory_of_rank
 
 
 def measure_again(model: Any) -> None:
     """Let a rank measure its threshold at the next step."""
     model._shift_parallel._threshold = None
+
+
+def drafts_of(worker: Any, states: list[list[float]], tokens: list[int]) -> list[list[int]]:
+    """What a rank's part of the trained speculator drafts, all ranks at once."""
+    heads = worker.model_runner.drafter._heads
+    chosen = torch.tensor(states, dtype=next(heads._speculator.parameters()).dtype)
+    drafted: list[list[int]] = heads._speculator.draft(chosen, torch.tensor(tokens), heads._count).tolist()
+    return drafted
 
 
 def main() -> None:
@@ -25,7 +35,7 @@ def main() -> None:
     from omni_sp.llm.vllm import models
 
     # By the module's own name: vLLM's processes look it up there.
-    from tests.llm.vllm.run_vllm import measure_again
+    from tests.llm.vllm.run_vllm import drafts_of, measure_again
 
     llm = LLM(**case["options"])
     assert issubclass(as_embedding_model(models.LlamaForCausalLM), models.LlamaForCausalLM)
@@ -44,6 +54,14 @@ def main() -> None:
             for _ in range(4):
                 llm.llm_engine.step()
             llm.llm_engine.abort_request(["aborted"])
+    if "states" in case:
+        result["drafts"] = llm.collective_rpc(drafts_of, args=(case["states"], case["state_tokens"]))
+        metrics = {metric.name: metric for metric in llm.get_metrics()}
+        result["accepted_by_place"] = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
+        result["verified"] = metrics["vllm:spec_decode_num_drafts"].value
+        drawn = SamplingParams(temperature=0.8, seed=1, max_tokens=case["count"], ignore_eos=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], drawn, use_tqdm=False)
+        result["drawn"] = [list(output.outputs[0].token_ids) for output in outputs]
     result |= {"steps": llm.steps, "memory": llm.apply_model(memory_of_rank)}
     if llm.steps is not None and llm.steps.threshold >= 0:
         llm.apply_model(measure_again)

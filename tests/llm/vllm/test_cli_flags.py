@@ -75,7 +75,7 @@ def test_suffix_decoding_becomes_vllms_custom_class_on_one_rank_and_on_several(s
     rewritten = for_vllm(line + ["--sequence-parallel-size", "2"] * sharded)
     assert json.loads(rewritten[rewritten.index("--speculative-config") + 1]) == {
         "method": "custom_class",
-        "model": "omni_sp.llm.speculation.proposer.SuffixProposer",
+        "model": "omni_sp.llm.speculation.proposer.Proposer",
         "num_speculative_tokens": 8,
     }
     assert "-sc" not in rewritten
@@ -86,6 +86,46 @@ def test_suffix_decoding_becomes_vllms_custom_class_on_one_rank_and_on_several(s
     assert settings.speculation == SpeculationSettings(num_speculative_tokens=8, max_spec_offset=1)
     assert settings.is_sharded == sharded
     assert for_vllm(rewritten) == rewritten  # a child process reads the line again
+
+
+def speculator(folder: Path, **entries: object) -> str:
+    """An option with a speculator for a Llama of 16 tokens and 8 channels, in a folder."""
+    folder.mkdir(exist_ok=True)
+    config: dict[str, object] = {"architectures": ["ArcticMLPSpeculatorPreTrainedModel"], "n_predict": 3}
+    config |= {"vocab_size": 16, "emb_dim": 8, "inner_dim": 4, "base_model_archs": ["LlamaForCausalLM"], **entries}
+    (folder / "config.json").write_text(json.dumps(config))
+    return json.dumps({"method": "arctic", "model": folder.name})
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_speculator_runs_eagerly_on_one_rank_and_on_several(sharded: bool) -> None:
+    model = {"architectures": ["LlamaForCausalLM"], "vocab_size": 16, "hidden_size": 8}
+    Path("M/config.json").write_text(json.dumps(model))
+    line = ["serve", "M", "--speculative-config", speculator(Path("S"))]
+    rewritten = for_vllm(line + ["--sequence-parallel-size", "2"] * sharded)
+    assert json.loads(rewritten[rewritten.index("--speculative-config") + 1])["num_speculative_tokens"] == 3
+    assert rewritten.count("--enforce-eager") == 1
+    settings = LlmParallelConfig.from_additional_config({"omni_sp": settings_in(rewritten)})
+    assert settings is not None
+    assert settings.keeps_states
+    assert settings.speculation == SpeculationSettings(head="S", head_tokens=3, enable_suffix=False)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"vocab_size": 17}, "vocab_size 17, and the model 16"),
+        ({"emb_dim": 16}, "width of hidden states 16, and the model 8"),
+        ({"base_model_archs": ["Qwen2ForCausalLM"]}, "trained for Qwen2ForCausalLM .* is a LlamaForCausalLM"),
+    ],
+)
+def test_a_speculator_of_another_model_is_refused_before_anything_starts(
+    entries: dict[str, object], message: str
+) -> None:
+    model = {"architectures": ["LlamaForCausalLM"], "vocab_size": 16, "hidden_size": 8}
+    Path("M/config.json").write_text(json.dumps(model))
+    with pytest.raises(ConfigError, match=message):
+        for_vllm(["serve", "M", "--speculative-config", speculator(Path("S"), **entries)])
 
 
 @pytest.mark.parametrize(
@@ -165,10 +205,15 @@ def test_steps_are_counted_in_a_file_that_the_settings_name() -> None:
     main.remove()
     main.remove()
     main = start_step_counter()
-    main.add_drafts(2, 9, 4)
+    main.add_drafts("suffix", drafts=2, tokens=9, accepted=4)
     main.add_step(3, is_ulysses=True)
-    main.add_drafts(1, 1, 1)
-    assert main.read() == StepCounts(1, 3, 0, 0, 0, -1, 3, 10, 5)
+    main.add_drafts("head", drafts=4, tokens=12)
+    main.add_drafts("head", accepted=7)
+    main.add_drafts("suffix", drafts=1, tokens=1, accepted=1)
+    drafts = {"drafts": 3, "draft_tokens": 10, "accepted_tokens": 5}
+    by_head = {"head_drafts": 4, "head_draft_tokens": 12, "head_accepted_tokens": 7}
+    assert main.read() == StepCounts(1, 3, 0, 0, 0, -1, **drafts, **by_head)
+    assert REGISTRY.get_sample_value("omni_sp_llm_accepted_tokens_total", {"by": "head"}) == 7
     assert REGISTRY.get_sample_value("omni_sp_llm_accepted_tokens_total", {"by": "suffix"}) == 5
     assert StepCounter.open(path) is None
     assert StepCounter.open(None) is None

@@ -60,18 +60,6 @@ def test_a_custom_class_is_handled_where_it_is_ours() -> None:
         internals.require_supported_config(custom, SETTINGS)
 
 
-def test_a_runner_without_what_the_proposer_needs_is_named() -> None:
-    batch = SimpleNamespace(req_ids=[], req_id_to_index={})
-    runner = SimpleNamespace(drafter="ours", input_batch=batch)
-    assert internals.proposer_of(runner) == "ours"
-    assert internals.request_batch(runner) is batch
-    for missing in (SimpleNamespace(), SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]))):
-        with pytest.raises(UnsupportedModelError, match=r"runner"):
-            internals.request_batch(missing)
-    with pytest.raises(UnsupportedModelError, match="drafter"):
-        internals.proposer_of(SimpleNamespace())
-
-
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

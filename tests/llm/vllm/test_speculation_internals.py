@@ -1,0 +1,98 @@
+"""What speculation takes from vLLM's runner and model, and how it names what is unknown or does not fit."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omni_sp.errors import ConfigError, UnsupportedModelError
+from omni_sp.llm.speculation.checkpoint import SpeculatorConfig
+from omni_sp.llm.vllm import internals
+from omni_sp.llm.vllm.speculation_internals import RequestBatch, proposer_of, require_heads_fit, take_states
+
+
+@pytest.fixture(autouse=True)
+def _version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(internals, "version", lambda: "0.99.0")
+
+
+def test_a_runner_without_what_the_proposer_needs_is_named() -> None:
+    batch = SimpleNamespace(req_ids=["a"], req_id_to_index={"a": 0})
+    runner = SimpleNamespace(drafter="ours", input_batch=batch)
+    assert proposer_of(runner) == "ours"
+    requests = RequestBatch(runner)
+    assert requests.names == ["a"]
+    assert "a" in requests
+    assert "b" not in requests
+    for missing in (SimpleNamespace(), SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]))):
+        with pytest.raises(UnsupportedModelError, match=r"0\.99\.0 has no \w+ in its runner"):
+            RequestBatch(missing)
+    with pytest.raises(UnsupportedModelError, match="num_computed_tokens_cpu"):
+        RequestBatch(runner, needs_rows=True)
+    batch.num_computed_tokens_cpu = []
+    with pytest.raises(UnsupportedModelError, match="query_start_loc"):
+        RequestBatch(runner, needs_rows=True)
+    with pytest.raises(UnsupportedModelError, match="drafter"):
+        proposer_of(SimpleNamespace())
+
+
+def test_the_row_of_a_state_is_that_of_the_token_before_the_last_one() -> None:
+    """A prompt at once, a prompt's last chunk, one token, and drafts of which two of three, and none, were accepted."""
+    steps = [(0, 5, 6), (3, 4, 8), (9, 1, 11), (20, 4, 24), (30, 4, 32)]  # computed before, in the step, tokens now
+    computed, tokens, counts = map(np.array, zip(*steps, strict=True))
+    starts = np.cumsum([0, *tokens])
+    batch = SimpleNamespace(req_ids=[], req_id_to_index={}, num_computed_tokens_cpu=computed)
+    runner = SimpleNamespace(input_batch=batch, query_start_loc=SimpleNamespace(np=starts))
+    rows = RequestBatch(runner, needs_rows=True).hidden_rows([0, 1, 2, 3, 4], counts)
+    assert rows == [4, 5 + 3, 9, 10 + 2, 14 + 0]
+
+
+CONFIG = SpeculatorConfig(
+    kind="mlp", n_predict=3, vocab_size=16, input_width=8, width=4, base_architectures=("LlamaForCausalLM",)
+)
+
+
+def vllm_config(**changed: Any) -> SimpleNamespace:
+    text = SimpleNamespace(vocab_size=16, hidden_size=8)
+    model = {"hf_text_config": text, "architectures": ["LlamaForCausalLM"], "enforce_eager": True}
+    parallel = {"pipeline_parallel_size": 1, "use_ubatching": False}
+    entries = model | parallel | changed
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**{name: entries[name] for name in model}),
+        parallel_config=SimpleNamespace(**{name: entries[name] for name in parallel}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hf_text_config": SimpleNamespace(vocab_size=17, hidden_size=8)}, "speculator S has the vocab_size 16"),
+        (
+            {"hf_text_config": SimpleNamespace(vocab_size=16, hidden_size=9)},
+            "width of hidden states 8, .* 9",
+        ),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "is a Qwen2ForCausalLM"),
+        ({"enforce_eager": False}, "add --enforce-eager"),
+        ({"pipeline_parallel_size": 2}, "leave --pipeline-parallel-size"),
+        ({"use_ubatching": True}, "leave --enable-dbo"),
+    ],
+)
+def test_a_speculator_that_does_not_fit_is_refused_on_the_ranks(changed: dict[str, Any], message: str) -> None:
+    target = SimpleNamespace(kept_states=None)
+    require_heads_fit(vllm_config(), "S", CONFIG, target)
+    with pytest.raises(ConfigError, match=message):
+        require_heads_fit(vllm_config(**changed), "S", CONFIG, target)
+
+
+def test_a_model_whose_class_keeps_no_states_is_refused_and_states_are_given_once() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"SimpleNamespace keeps no hidden states.*LlamaForCausalLM"):
+        require_heads_fit(vllm_config(), "S", CONFIG, SimpleNamespace())
+    states = torch.zeros(1)
+    target = SimpleNamespace(kept_states=states)
+    assert take_states(target) is states
+    with pytest.raises(AssertionError):
+        take_states(target)
