@@ -49,6 +49,10 @@ def main() -> None:
     for batch in case["batches"]:
         result["tokens"].append(answers(batch))
         result["steps_after"].append(llm.steps)
+        if "states" in case and "verified" not in result:
+            metrics = {metric.name: metric for metric in llm.get_metrics()}
+            result["accepted_by_place"] = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
+            result["verified"] = metrics["vllm:spec_decode_num_drafts"].value
         if case["aborts"]:  # a request that ends early, of which nothing may be left
             llm.llm_engine.add_request("aborted", {"prompt_token_ids": batch[0]}, sampling)
             for _ in range(4):
@@ -56,11 +60,8 @@ def main() -> None:
             llm.llm_engine.abort_request(["aborted"])
     if "states" in case:
         result["drafts"] = llm.collective_rpc(drafts_of, args=(case["states"], case["state_tokens"]))
-        metrics = {metric.name: metric for metric in llm.get_metrics()}
-        result["accepted_by_place"] = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
-        result["verified"] = metrics["vllm:spec_decode_num_drafts"].value
         drawn = SamplingParams(temperature=0.8, seed=1, max_tokens=case["count"], ignore_eos=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], drawn, use_tqdm=False)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in case["batches"][0]], drawn, use_tqdm=False)
         result["drawn"] = [list(output.outputs[0].token_ids) for output in outputs]
     result |= {"steps": llm.steps, "memory": llm.apply_model(memory_of_rank)}
     if llm.steps is not None and llm.steps.threshold >= 0:

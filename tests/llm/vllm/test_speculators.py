@@ -110,7 +110,7 @@ def test_tokens_are_the_models_and_drafts_those_of_a_simulation(
     assert after[9] - before[9] < len(many) * ANSWER / (PLACES + 1)
     assert not any(before[6:9]), "nothing by suffix decoding"
     assert abs(before[11] - sum(simulated.by_place)) <= 1
-    assert [len(answer) for answer in result["drawn"]] == [ANSWER] * len(many)
+    assert [len(answer) for answer in result["drawn"]] == [ANSWER] * len(case.batch)
 
 
 @thorough_only
