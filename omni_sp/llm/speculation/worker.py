@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from omni_sp.llm.vllm.speculation_internals import proposer_of, stock_worker_class
+from omni_sp.llm.vllm.speculation_internals import proposer_of, repair_sampling, stock_worker_class
 
 _STOCK: Any = stock_worker_class()
 
@@ -17,5 +17,6 @@ class Worker(_STOCK):  # type: ignore[misc]  # known when it runs
     def load_model(self, *arguments: Any, **named: Any) -> Any:
         """Load the model, then attach the proposer."""
         result = super().load_model(*arguments, **named)
+        repair_sampling()
         proposer_of(self.model_runner).attach(self.model_runner)
         return result

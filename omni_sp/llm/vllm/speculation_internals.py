@@ -15,6 +15,7 @@ from omni_sp.llm.speculation.checkpoint import SpeculatorConfig
 from omni_sp.llm.vllm.internals import ARCHITECTURES, read_config, require_attributes, runs_on_cpu, unknown_vllm
 
 _VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
+_SAMPLER = "vllm.v1.sample.rejection_sampler"
 _LOGITS = "vllm.model_executor.layers.logits_processor"
 
 
@@ -31,6 +32,43 @@ def proposer_of(runner: Any) -> Any:
     """The proposer of a worker's runner."""
     require_attributes(runner, ("drafter",), "its runner")
     return runner.drafter
+
+
+def repair_sampling() -> None:
+    """Replace a function of vLLM's verification of drafts where this build's gives numbers that nobody has written.
+
+    In 0.32's build for CPUs, ``expand_batch_to_tokens`` fills a copy of its result, and returns the result unfilled. It
+    brings each request's temperature, top-k and top-p to the tokens of its draft, so a step with drafts in which one
+    request is sampled at a temperature would give any token at all. Greedy steps do not call it.
+    """
+    if not runs_on_cpu():
+        return
+    sampler = importlib.import_module(_SAMPLER)
+    require_attributes(sampler, ("expand_batch_to_tokens",), _SAMPLER)
+    values, ends = torch.tensor([0.5, 0.0, 1.5]), torch.tensor([2, 2, 5], dtype=torch.int32)
+    expected = [0.5, 0.5, 1.5, 1.5, 1.5]
+    if sampler.expand_batch_to_tokens(values, ends, 5, replace_from=0, replace_to=1).tolist() != expected:
+        sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def expand_batch_to_tokens(
+    values: Tensor, ends: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Tensor:
+    """Repeat each request's value for each token of its draft.
+
+    Args:
+        values: (requests,).
+        ends: (requests,) the number of tokens up to each request's last one.
+        num_tokens: of all requests.
+        replace_from: a value that is replaced ...
+        replace_to: ... by this one.
+
+    Returns:
+        (num_tokens,) values.
+    """
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    replaced = values.masked_fill(values == replace_from, replace_to)
+    return replaced.repeat_interleave(counts.long(), output_size=num_tokens)
 
 
 class RequestBatch:

@@ -39,7 +39,7 @@ def main() -> None:
 
     llm = LLM(**case["options"])
     assert issubclass(as_embedding_model(models.LlamaForCausalLM), models.LlamaForCausalLM)
-    sampling = SamplingParams(temperature=0.0, max_tokens=case["count"], ignore_eos=True, detokenize=False)
+    sampling = greedy = SamplingParams(temperature=0.0, max_tokens=case["count"], ignore_eos=True, detokenize=False)
 
     def answers(batch: list[list[int]]) -> list[list[int]]:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], sampling, use_tqdm=False)
@@ -60,9 +60,11 @@ def main() -> None:
             llm.llm_engine.abort_request(["aborted"])
     if "states" in case:
         result["drafts"] = llm.collective_rpc(drafts_of, args=(case["states"], case["state_tokens"]))
-        drawn = SamplingParams(temperature=0.8, seed=1, max_tokens=case["count"], ignore_eos=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in case["batches"][0]], drawn, use_tqdm=False)
-        result["drawn"] = [list(output.outputs[0].token_ids) for output in outputs]
+        shared = {"temperature": 0.8, "seed": 1, "max_tokens": case["count"], "ignore_eos": True, "detokenize": False}
+        for name, top_k in (("drawn", 0), ("drawn_of_one", 1)):
+            sampling = SamplingParams(top_k=top_k, **shared)
+            result[name] = answers(case["batches"][0])
+        sampling = greedy
     result |= {"steps": llm.steps, "memory": llm.apply_model(memory_of_rank)}
     if llm.steps is not None and llm.steps.threshold >= 0:
         llm.apply_model(measure_again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,14 @@ import torch
 
 from omni_sp.errors import ConfigError, UnsupportedModelError
 from omni_sp.llm.speculation.checkpoint import SpeculatorConfig
-from omni_sp.llm.vllm import internals
-from omni_sp.llm.vllm.speculation_internals import RequestBatch, proposer_of, require_heads_fit, take_states
+from omni_sp.llm.vllm import internals, speculation_internals
+from omni_sp.llm.vllm.speculation_internals import (
+    RequestBatch,
+    expand_batch_to_tokens,
+    proposer_of,
+    require_heads_fit,
+    take_states,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +56,29 @@ def test_the_row_of_a_state_is_that_of_the_token_before_the_last_one() -> None:
     runner = SimpleNamespace(input_batch=batch, query_start_loc=SimpleNamespace(np=starts))
     rows = RequestBatch(runner, needs_rows=True).hidden_rows([0, 1, 2, 3, 4], counts)
     assert rows == [4, 5 + 3, 9, 10 + 2, 14 + 0]
+
+
+def test_values_of_requests_are_repeated_for_the_tokens_of_their_drafts() -> None:
+    temperatures, ends = torch.tensor([0.8, 0.0, 0.5, 1.5]), torch.tensor([2, 3, 3, 6], dtype=torch.int32)
+    found = expand_batch_to_tokens(temperatures, ends, 6, replace_from=0, replace_to=1)
+    assert torch.equal(found, torch.tensor([0.8, 0.8, 1.0, 1.5, 1.5, 1.5]))
+    top_k = expand_batch_to_tokens(torch.tensor([5, 7], dtype=torch.int32), ends[:2], 3)
+    assert (top_k.tolist(), top_k.dtype) == ([5, 5, 7], torch.int32)
+
+
+@pytest.mark.parametrize("is_right", [False, True])
+def test_a_build_that_leaves_them_unfilled_is_repaired(monkeypatch: pytest.MonkeyPatch, is_right: bool) -> None:
+    def stock(values: Any, ends: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Any:
+        found = expand_batch_to_tokens(values, ends, num_tokens, replace_from, replace_to)
+        return found if is_right else torch.full_like(found, 7)
+
+    sampler = SimpleNamespace(expand_batch_to_tokens=stock)
+    monkeypatch.setattr(speculation_internals, "runs_on_cpu", lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm.v1.sample.rejection_sampler", sampler)  # type: ignore[arg-type]
+    for name in ("vllm", "vllm.v1", "vllm.v1.sample"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))  # type: ignore[arg-type]
+    speculation_internals.repair_sampling()
+    assert (sampler.expand_batch_to_tokens is stock) == is_right
 
 
 CONFIG = SpeculatorConfig(
