@@ -60,10 +60,9 @@ def main() -> None:
             llm.llm_engine.abort_request(["aborted"])
     if "states" in case:
         result["drafts"] = llm.collective_rpc(drafts_of, args=(case["states"], case["state_tokens"]))
-        shared = {"temperature": 0.8, "seed": 1, "max_tokens": case["count"], "ignore_eos": True, "detokenize": False}
-        for name, top_k in (("drawn", 0), ("drawn_of_one", 1)):
-            sampling = SamplingParams(top_k=top_k, **shared)
-            result[name] = answers(case["batches"][0])
+        # Without a seed: vLLM's build for CPUs fails with one where a prompt is computed in chunks.
+        sampling = SamplingParams(temperature=0.8, max_tokens=case["count"], ignore_eos=True, detokenize=False)
+        result["drawn"] = answers(case["batches"][0])
         sampling = greedy
     result |= {"steps": llm.steps, "memory": llm.apply_model(memory_of_rank)}
     if llm.steps is not None and llm.steps.threshold >= 0:
