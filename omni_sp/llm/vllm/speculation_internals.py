@@ -43,7 +43,7 @@ def repair_sampling() -> None:
     """
     if not runs_on_cpu():
         return
-    sampler = importlib.import_module(_SAMPLER)
+    sampler: Any = importlib.import_module(_SAMPLER)
     require_attributes(sampler, ("expand_batch_to_tokens",), _SAMPLER)
     values, ends = torch.tensor([0.5, 0.0, 1.5]), torch.tensor([2, 2, 5], dtype=torch.int32)
     expected = [0.5, 0.5, 1.5, 1.5, 1.5]

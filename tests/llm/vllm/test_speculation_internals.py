@@ -74,9 +74,9 @@ def test_a_build_that_leaves_them_unfilled_is_repaired(monkeypatch: pytest.Monke
 
     sampler = SimpleNamespace(expand_batch_to_tokens=stock)
     monkeypatch.setattr(speculation_internals, "runs_on_cpu", lambda: True)
-    monkeypatch.setitem(sys.modules, "vllm.v1.sample.rejection_sampler", sampler)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.v1.sample.rejection_sampler", sampler)
     for name in ("vllm", "vllm.v1", "vllm.v1.sample"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
     speculation_internals.repair_sampling()
     assert (sampler.expand_batch_to_tokens is stock) == is_right
 
