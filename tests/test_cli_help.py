@@ -9,6 +9,7 @@ import pytest
 
 from omni_sp import AsyncOmni, DiffusionParallelConfig
 from omni_sp.cli import example, main
+from omni_sp.cli.embedding_options import SERVE_EMBEDDINGS
 from omni_sp.cli.options import CHECK, DOCTOR, ENGINE, GENERATE, INFO, MODELS, PLAN, SERVE, Option
 from omni_sp.requests import engine_options
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "models": MODELS,
     "plan": PLAN,
     "serve": SERVE,
+    "serve-embeddings": SERVE_EMBEDDINGS,
 }
 
 

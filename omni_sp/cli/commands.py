@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from omni_sp.cli.embedding_options import EMBEDDING, SERVE_EMBEDDINGS
 from omni_sp.cli.options import (
     CHECK,
     DOCTOR,
@@ -26,7 +28,7 @@ from omni_sp.cli.options import (
     sampling_params,
     with_cfg_scale,
 )
-from omni_sp.command_line import FAILED
+from omni_sp.command_line import FAILED, CommandLine
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.engine.startup import StartupDisplay, format_seconds, is_terminal
 from omni_sp.errors import ConfigError, SamplingParamsError
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from omni_sp.omni import Omni
     from omni_sp.outputs import OmniRequestOutput
 
+_SPELT_ALIKE = 0.85
 EXACT, AMPLIFIED = 1e-5, 1e-3
 """Relative differences in float32: of one transformer call, and of what later steps and the VAE may make of it."""
 
@@ -206,6 +209,28 @@ def serve(options: argparse.Namespace) -> int:
         **arguments_for(ENGINE, SERVE, options),
     )
     return process.serve(omni, settings)
+
+
+def serve_embeddings(options: argparse.Namespace) -> int:
+    """Serve embeddings over HTTP until SIGTERM or Ctrl-C: ``omni-sp serve-embeddings``."""
+    if options.words[1:2] != [options.model]:
+        raise ConfigError("give the model first: omni-sp serve-embeddings MODEL [options] [options of vllm serve]")
+    known = [flag for option in SERVE_EMBEDDINGS for flag in option.flags]
+    for flag in CommandLine(options.passed_on).flags():
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=_SPELT_ALIKE)
+        if near:
+            raise ConfigError(f"no option {flag}; did you mean {near[0]}?")
+    try:
+        from omni_sp.server.embedding import process
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serving needs {error.name}: pip install '.[serve]'") from error
+    from omni_sp.llm.embedding.settings import EmbeddingSettings
+
+    settings = ServerSettings(model=options.model, **arguments_for(SERVER, SERVE_EMBEDDINGS, options))
+    embedding = EmbeddingSettings(
+        **arguments_for(EMBEDDING, SERVE_EMBEDDINGS, options), vllm_arguments=tuple(options.passed_on)
+    )
+    return process.serve_embeddings(embedding, settings)
 
 
 def serve_llm(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from omni_sp import __version__
 from omni_sp.cli import commands
+from omni_sp.cli.embedding_options import SERVE_EMBEDDINGS
 from omni_sp.cli.options import CHECK, DOCTOR, GENERATE, INFO, MODELS, PLAN, SERVE, Option
 from omni_sp.command_line import BAD_INPUT, FAILED, INTERRUPTED, UNREAD, with_dashes
 from omni_sp.errors import InvalidInputError, OmniSPError, shortened
@@ -34,7 +35,15 @@ _COMMANDS: tuple[tuple[str, str, _Command, tuple[Option, ...]], ...] = (
     ("models", "list the transformer classes of diffusers, and what is proven of each", commands.models, MODELS),
     ("plan", "predict which degrees pay for a model on given devices", commands.plan, PLAN),
     ("serve", "answer OpenAI's clients over HTTP", commands.serve, SERVE),
+    (
+        "serve-embeddings",
+        "embed texts over HTTP with several replicas of vLLM; all flags of `vllm serve` are passed on",
+        commands.serve_embeddings,
+        SERVE_EMBEDDINGS,
+    ),
 )
+_PASSES_ON = ("serve-embeddings",)
+"""Commands that take unknown options as well, for another program."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,8 +127,9 @@ def _run(parser: _Parser, words: Sequence[str]) -> int:
             stream.reconfigure(errors="replace")  # a terminal without × must not end a run
     try:
         options, unknown = parser.parse_known_args([with_dashes(word) for word in words])
-        if unknown:
+        if unknown and getattr(options, "command", None) not in _PASSES_ON:
             options.parser.refuse(unknown[0])
+        options.passed_on, options.words = unknown, words
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]  # its other arguments are not looked at
             return _exit_code(options.run, options)

@@ -13,14 +13,14 @@ import ssl
 import sys
 import time
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Protocol, TextIO
 
 import uvicorn
 from fastapi import FastAPI
 
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.command_line import FAILED, INTERRUPTED
-from omni_sp.errors import ConfigError, EngineClosedError
+from omni_sp.errors import ConfigError, EngineClosedError, EngineError
 from omni_sp.server.app import create_app
 from omni_sp.server.connections import http_protocol
 from omni_sp.server.logs import logging_to_stderr
@@ -30,6 +30,70 @@ _FLUSH_S = 10
 """Seconds that finished answers may take to reach their clients once the server ends."""
 _POLL_S = 0.2
 _LOG = logging.getLogger(__name__)
+
+
+class Service(Protocol):
+    """What a server serves, as its process sees it.
+
+    Attributes:
+        usage: what is found at the server's address; ``{}`` stands for the address.
+        deeds: what whoever reaches the address may do there.
+    """
+
+    usage: str
+    deeds: str
+
+    @property
+    def status(self) -> str:
+        """Say "ready", "failed" once it will not be ready again, or anything else."""
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+
+    @property
+    def summary(self) -> str:
+        """What is ready, in a few words."""
+
+    @property
+    def failure(self) -> EngineError:
+        """The error with which the server ends once it has failed."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take on nothing new, and let what is running finish, for so many seconds."""
+
+    async def close(self) -> None:
+        """End at once."""
+
+
+class OmniService:
+    """A pipeline as a Service."""
+
+    usage, deeds = "a page to try it on; the API at {}/v1", "draw"
+
+    def __init__(self, omni: AsyncOmni) -> None:
+        self._omni = omni
+        self.drain, self.close = omni.drain, omni.close
+
+    @property
+    def status(self) -> str:
+        """The engine's."""
+        return self._omni.status
+
+    @property
+    def running(self) -> int:
+        """Requests that are being drawn."""
+        return self._omni.stats.running
+
+    @property
+    def summary(self) -> str:
+        """The layout of the ranks."""
+        return self._omni.info.layout
+
+    @property
+    def failure(self) -> EngineError:
+        """The error with which the server ends."""
+        return EngineClosedError("the ranks failed, and did not start again")
 
 
 def serve(omni: AsyncOmni, settings: ServerSettings) -> int:
@@ -83,7 +147,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 async def run_server(omni: AsyncOmni, settings: ServerSettings, listener: socket.socket) -> int:
     """Start the engine and serve until a signal, in the main thread. Returns the exit code."""
-    return await ServerProcess(create_app(omni, settings), omni, settings, listener).run()
+    return await ServerProcess(create_app(omni, settings), OmniService(omni), settings, listener).run()
 
 
 def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
@@ -106,8 +170,8 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
 class ServerProcess:
     """One run of the server: listen, load, serve, drain."""
 
-    def __init__(self, app: FastAPI, omni: AsyncOmni, settings: ServerSettings, listener: socket.socket) -> None:
-        self._app, self._omni, self._settings, self._listener = app, omni, settings, listener
+    def __init__(self, app: FastAPI, service: Service, settings: ServerSettings, listener: socket.socket) -> None:
+        self._app, self._service, self._settings, self._listener = app, service, settings, listener
         self._server = _Server(uvicorn_config(app, settings))
         self._signals: list[int] = []
         self._is_to_end = asyncio.Event()
@@ -145,7 +209,7 @@ class ServerProcess:
         if len(self._signals) > 1 and number != signal.SIGHUP and self._hurrying is None:
             self._say("again: ending at once")
             self._server.force_exit = True
-            self._hurrying = asyncio.create_task(self._omni.close())
+            self._hurrying = asyncio.create_task(self._service.close())
         self._is_to_end.set()
 
     async def _watch(self) -> None:
@@ -155,26 +219,26 @@ class ServerProcess:
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         scheme = "http" if self._settings.ssl_certfile is None else "https"
         address = f"{scheme}://{host}:{self._listener.getsockname()[1]}"
-        self._say(f"listening on {address} (a page to try it on; the API at {address}/v1)", sys.stdout)
+        self._say(f"listening on {address} ({self._service.usage.format(address)})", sys.stdout)
         if not self._settings.api_keys and not _is_loopback(self._listener.getsockname()[0]):
-            self._say("note: whoever reaches this address may draw; --api-key KEY lets in only who has it")
+            deeds = self._service.deeds
+            self._say(f"note: whoever reaches this address may {deeds}; --api-key KEY lets in only who has it")
         began = time.monotonic()
         await asyncio.shield(self._app.state.starting)
-        if self._omni.status == "ready":
-            info = self._omni.info
+        if self._service.status == "ready":
             took = time.monotonic() - began
-            self._say(f"{self._settings.names[0]} is ready after {took:.1f} s: {info.layout}", sys.stdout)
-        while self._omni.status != "failed":
+            self._say(f"{self._settings.names[0]} is ready after {took:.1f} s: {self._service.summary}", sys.stdout)
+        while self._service.status != "failed":
             await asyncio.sleep(_POLL_S)
-        raise EngineClosedError("the ranks failed, and did not start again")
+        raise self._service.failure
 
     async def _drain(self) -> None:
         """Let the running request finish; new and waiting ones get 503."""
-        running = self._omni.stats.running
+        running = self._service.running
         requests = f"{running} request" if running == 1 else f"{running} requests"
         seconds = f"{self._settings.drain_timeout_s:g} s"
         self._say(f"stopping: {requests} may finish, for up to {seconds}; a second signal ends at once")
-        await self._omni.drain(self._settings.drain_timeout_s)
+        await self._service.drain(self._settings.drain_timeout_s)
 
     def _say(self, message: str, stream: TextIO | None = None) -> None:
         """Print a line for people, on stderr by default; where the log is for programs, it goes there."""

@@ -37,7 +37,7 @@ async def run_to_completion(
 ) -> OmniRequestOutput:
     """Draw, and wait for the result. A client that goes away meanwhile aborts the request: ApiError 499."""
     generating = asyncio.create_task(_result(_noted(cast(Events, omni.generate(prompt, params)), request)))
-    if not await _is_done_before_disconnect(generating, request.receive):
+    if not await is_done_before_disconnect(generating, request.receive):
         raise ApiError(CLIENT_CLOSED, "the client went away", code="aborted", kind="request_aborted_error")
     return generating.result()
 
@@ -81,7 +81,7 @@ class EventStream(Response):
         assert scope["type"] == "http"
         sending = asyncio.create_task(self._send_all(send))
         try:
-            if await _is_done_before_disconnect(sending, receive):
+            if await is_done_before_disconnect(sending, receive):
                 with contextlib.suppress(OSError):  # the connection broke
                     sending.result()
         finally:
@@ -152,7 +152,7 @@ async def _result(events: Events) -> OmniRequestOutput:
     raise AssertionError("a request ends with RequestDone or RequestFailed")
 
 
-async def _is_done_before_disconnect(work: asyncio.Task[Any], receive: Receive) -> bool:
+async def is_done_before_disconnect(work: asyncio.Task[Any], receive: Receive) -> bool:
     """Wait for a task; False, with the task cancelled, where the client leaves before it is done."""
     leaving = asyncio.create_task(_wait_disconnect(receive))
     try:

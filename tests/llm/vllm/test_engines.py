@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,12 +215,12 @@ def test_without_our_flags_vllms_models_are_unchanged(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def server(folder: Path, arguments: list[str]) -> Iterator[str]:
+def server(folder: Path, arguments: list[str], flags: Sequence[str] = FLAGS) -> Iterator[str]:
     """Start a server and yield its address; afterwards no process of it is left."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = (folder / "log").open("w")
-    command = [*arguments, *FLAGS, "--host", "127.0.0.1", "--port", str(port)]
+    command = [*arguments, *flags, "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
     processes: list[psutil.Process] = []
     try:
