@@ -51,23 +51,78 @@ def save_language_model(kind: str, folder: Path, *, num_key_value_heads: int = 2
     """
     import transformers
 
-    config = getattr(transformers, f"{_LANGUAGE_MODELS[kind]}Config")(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=128,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,  # heads of 32 numbers: the fewest that vLLM's kernels for CPUs know
-        num_key_value_heads=num_key_value_heads,
-        max_position_embeddings=_CONTEXT_LENGTH,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        tie_word_embeddings=False,
+    name = _LANGUAGE_MODELS[kind]
+    config = getattr(transformers, f"{name}Config")(**_sizes(num_key_value_heads))
+    return _save_with_tokenizer(getattr(transformers, f"{name}ForCausalLM")(config), folder)
+
+
+def save_swiftkv_model(
+    kind: str,
+    folder: Path,
+    *,
+    num_key_value_heads: int = 2,
+    num_layers: int = 4,
+    num_key_value_layers: int = 2,
+    key_value_group_size: int = 1,
+    with_replaced: bool = False,
+) -> Any:
+    """Save a SwiftKV decoder, as `save_language_model` saves one without.
+
+    Args:
+        kind: "llama", "qwen2" or "qwen3".
+        folder: where to.
+        num_key_value_heads: as of `save_language_model`.
+        num_layers: number of layers.
+        num_key_value_layers: how many of them, the first ones, have keys and values of their own.
+        key_value_group_size: how many of the others share keys and values.
+        with_replaced: let the file also hold the matrices that the late layers had before, as some checkpoints do.
+
+    Returns:
+        The same model in plain transformers, without skipping anything.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from omni_sp.llm.swiftkv import config as configs
+    from omni_sp.llm.swiftkv import reference
+
+    name = _LANGUAGE_MODELS[kind]
+    config = getattr(configs, f"{name}SwiftKVConfig")(
+        **_sizes(num_key_value_heads) | {"num_hidden_layers": num_layers},
+        num_key_value_layers=num_key_value_layers,
+        key_value_group_size=key_value_group_size,
     )
-    model = getattr(transformers, f"{_LANGUAGE_MODELS[kind]}ForCausalLM")(config).eval()
+    model = _save_with_tokenizer(getattr(reference, f"{name}SwiftKVForCausalLM")(config), folder)
+    if with_replaced:
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        for index in range(num_key_value_layers, num_layers):
+            for part in [part for part in weights if part.startswith("model.layers.0.self_attn.")]:
+                weights.setdefault(part.replace("layers.0.", f"layers.{index}."), weights[part].clone())
+        save_file(weights, path, metadata={"format": "pt"})
+    return model
+
+
+def _sizes(num_key_value_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,  # heads of 32 numbers: the fewest that vLLM's kernels for CPUs know
+        "num_key_value_heads": num_key_value_heads,
+        "max_position_embeddings": _CONTEXT_LENGTH,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+
+
+def _save_with_tokenizer(model: Any, folder: Path) -> Any:
+    """Draw a model's weights, save it with a tokenizer and a chat template, and return it."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.eval().named_parameters():
             random = torch.randn(parameter.shape, generator=generator)
             is_norm = parameter.ndim == 1 and not name.endswith("bias")
             parameter.copy_(1 + 0.3 * random if is_norm else 0.15 * random)
@@ -94,8 +149,9 @@ def memory_of_rank(model: Any) -> dict[str, int]:
             continue
         seen.add(parameter.data_ptr())
         weights += parameter.nbytes
-        matrices += parameter.nbytes if "_proj.weight" in name else 0
-    attentions = [layer.self_attn.attn for layer in model.model.layers]
+        matrices += parameter.nbytes if "_proj" in name and name.endswith(".weight") else 0
+    # Layers that read another's cache keep nothing; others, and modules that are no attention layers, name none.
+    attentions = [one for one in model.modules() if getattr(one, "kv_sharing_target_layer_name", "none") is None]
     kept = sum(2 * attention.num_kv_heads * attention.head_size * 4 for attention in attentions)
     return {"matrices": matrices, "weights": weights, "kept_per_token": kept}
 
@@ -277,6 +333,9 @@ MODELS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "mistral": ("MistralForCausalLM", partial(save_language_model, "mistral")),
     "qwen2": ("Qwen2ForCausalLM", partial(save_language_model, "qwen2")),
     "qwen3": ("Qwen3ForCausalLM", partial(save_language_model, "qwen3")),
+    "llama-swiftkv": ("LlamaSwiftKVForCausalLM", partial(save_swiftkv_model, "llama")),
+    "qwen2-swiftkv": ("Qwen2SwiftKVForCausalLM", partial(save_swiftkv_model, "qwen2")),
+    "qwen3-swiftkv": ("Qwen3SwiftKVForCausalLM", partial(save_swiftkv_model, "qwen3")),
 }
 """What each family is, and the function that saves its model to a folder."""
 

@@ -32,7 +32,8 @@ def parallelize(model: Any, mesh: ParallelMesh, *, kernel: str = "auto") -> Para
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 of transformers in eval mode: ``…ForCausalLM``, or ``…Model`` without a
-            head, for text encoders.
+            head, for text encoders. Or one of the SwiftKV models of `omni_sp.llm.swiftkv.reference`, all of whose
+            tokens pass through all layers here.
         mesh: the ranks.
         kernel: "auto", or one of ``omni_sp.attention.kernel_names()``.
 
@@ -296,8 +297,11 @@ def _split_head(model: Any) -> tuple[Any, Any]:
     """The base model and the head; raises UnsupportedModelError as `parallelize` documents."""
     import transformers
 
-    bases = {getattr(transformers, f"{name}Model") for name in _MODELS}
-    heads = {getattr(transformers, f"{name}ForCausalLM") for name in _MODELS}
+    from omni_sp.llm.swiftkv import reference
+
+    owners = [(transformers, name) for name in _MODELS] + [(reference, f"{name}SwiftKV") for name in reference.NAMES]
+    bases = {getattr(owner, f"{name}Model") for owner, name in owners}
+    heads = {getattr(owner, f"{name}ForCausalLM") for owner, name in owners}
     if type(model) not in bases | heads:
         names = ", ".join(f"{name}ForCausalLM, {name}Model" for name in _MODELS)
         raise UnsupportedModelError(

@@ -27,6 +27,7 @@ class LlmParallelConfig:
         step_counts_file: where rank 0 counts the steps. vLLM hashes it with the rest of ``additional_config`` into the
             key of its compile cache, so that no start finds another's entries. Steps run eagerly, nothing is compiled.
         speculation: ours; None: none, or vLLM's own speculation.
+        swiftkv: the model is a SwiftKV model; set when vLLM has read its configuration.
     """
 
     sequence_parallel_size: int = 1
@@ -35,6 +36,7 @@ class LlmParallelConfig:
     shift_parallel_threshold: int | None = None
     step_counts_file: str | None = None
     speculation: SpeculationSettings | None = None
+    swiftkv: bool = False
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel_size", "tensor_parallel_size"):
@@ -62,7 +64,7 @@ class LlmParallelConfig:
     @property
     def is_enabled(self) -> bool:
         """False where vLLM runs as it does without us."""
-        return self.is_sharded or self.speculation is not None
+        return self.is_sharded or self.speculation is not None or self.swiftkv
 
     @property
     def keeps_states(self) -> bool:
@@ -113,21 +115,23 @@ class EngineFeatures:
     has_mrope: bool = False
     attention_heads: int | None = None
 
-    def require_supported(self, settings: LlmParallelConfig) -> None:
-        """Raise ConfigError for a feature with which results would be wrong, or silently not parallel."""
+    def require_supported(self, settings: LlmParallelConfig, *, what: str = "sequence parallelism") -> None:
+        """Raise ConfigError for a feature with which results would be wrong, or silently not parallel.
+
+        ``what``: does not run with it.
+        """
         if self.enable_lora:
             raise ConfigError(
-                "sequence parallelism does not run with LoRA (--enable-lora): merge the adapter into the weights, or "
-                "leave it"
+                f"{what} does not run with LoRA (--enable-lora): merge the adapter into the weights, or leave it"
             )
         if self.pipeline_parallel_size > 1:
             raise ConfigError(
-                f"sequence parallelism does not run with pipeline parallelism: leave --pipeline-parallel-size "
-                f"{self.pipeline_parallel_size}, and give those ranks to sequence or tensor parallelism"
+                f"{what} does not run with pipeline parallelism: leave --pipeline-parallel-size "
+                f"{self.pipeline_parallel_size}, and give those ranks to tensor parallelism, or to our flags"
             )
         if self.data_parallel_size > 1:
             raise ConfigError(
-                f"sequence parallelism does not run with data parallelism: leave --data-parallel-size "
+                f"{what} does not run with data parallelism: leave --data-parallel-size "
                 f"{self.data_parallel_size}, and start one server for each replica"
             )
         if self.quantization is not None and (settings.enable_shift_parallel or settings.tensor_parallel_size > 1):

@@ -102,8 +102,13 @@ def require_known_vllm() -> None:
     require_attributes(parallel_state.get_world_group(), ("local_rank",), "its group of all ranks")
 
 
-def require_supported_config(vllm_config: Any, settings: LlmParallelConfig) -> None:
-    """Raise ConfigError for settings of vLLM with which results would be wrong, or silently not parallel."""
+def require_supported_config(
+    vllm_config: Any, settings: LlmParallelConfig, *, what: str = "sequence parallelism"
+) -> None:
+    """Raise ConfigError for settings of vLLM with which results would be wrong, or silently not parallel.
+
+    ``what`` does not run with them.
+    """
     read = functools.partial(read_config, vllm_config)
     world = read("parallel_config.tensor_parallel_size")
     if world != settings.world_size:
@@ -121,21 +126,19 @@ def require_supported_config(vllm_config: Any, settings: LlmParallelConfig) -> N
         speculation=None if speculation is None else read("speculative_config.method"),
         has_mrope=bool(read("model_config.uses_mrope")),
         attention_heads=read("model_config.hf_text_config").num_attention_heads,
-    ).require_supported(settings)
+    ).require_supported(settings, what=what)
     runner = read("model_config.runner_type")
     if runner != "generate":
-        raise ConfigError(f"sequence parallelism inside vLLM generates text, and this runs for {runner!r}")
+        raise ConfigError(f"{what} inside vLLM generates text, and this runs for {runner!r}")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if read(f"parallel_config.{name}") > 1:
-            raise ConfigError(f"sequence parallelism does not run with vLLM's context parallelism: leave {name}")
+            raise ConfigError(f"{what} does not run with vLLM's context parallelism: leave {name}")
     if read("parallel_config.use_ubatching"):
-        raise ConfigError("sequence parallelism does not run with microbatches: leave --enable-dbo and --ubatch-size")
-    if read("cache_config.kv_sharing_fast_prefill"):
-        raise ConfigError("sequence parallelism does not run with kv_sharing_fast_prefill: leave it")
+        raise ConfigError(f"{what} does not run with microbatches: leave --enable-dbo and --ubatch-size")
+    if read("cache_config.kv_sharing_fast_prefill") and not settings.swiftkv:
+        raise ConfigError(f"{what} does not run with kv_sharing_fast_prefill: leave it")
     if not read("model_config.enforce_eager"):
-        raise ConfigError(
-            "sequence parallelism runs eagerly for now: add --enforce-eager (in Python enforce_eager=True)"
-        )
+        raise ConfigError(f"{what} runs eagerly for now: add --enforce-eager (in Python enforce_eager=True)")
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -187,10 +190,9 @@ def require_attributes(owner: Any, attributes: Iterable[str], what: str) -> None
 
 
 def unknown_vllm(difference: str) -> UnsupportedModelError:
-    """The error for a vLLM that differs from those that are tested."""
+    """The error for a vLLM that differs from what we rely on; ``difference`` is what it does or lacks."""
     return UnsupportedModelError(
-        f"vLLM {version()} {difference}, and sequence parallelism relies on that: use vLLM {TESTED}, which it is "
-        "tested with"
+        f"vLLM {version()} {difference}, and omni-sp relies on that: use vLLM {TESTED}, which it is tested with"
     )
 
 

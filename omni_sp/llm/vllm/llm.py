@@ -13,7 +13,7 @@ from omni_sp.llm.speculation.settings import WORKER, SpeculationSettings
 from omni_sp.llm.vllm import cpu_env, internals
 from omni_sp.llm.vllm.config import LlmParallelConfig
 from omni_sp.llm.vllm.model_support import require_heads_for, require_supported_model, speculation_method
-from omni_sp.llm.vllm.step_metrics import StepCounts, start_step_counter
+from omni_sp.llm.vllm.step_metrics import StepCounter, StepCounts, start_step_counter
 
 _FEATURES = ("enable_lora", "pipeline_parallel_size", "data_parallel_size", "quantization")
 _MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
@@ -61,7 +61,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
             if options.setdefault("worker_cls", WORKER) != WORKER:
                 raise ConfigError("our speculation brings a worker class of its own: leave worker_cls")
             speculative_config = speculation.for_vllm()
-        self._counter = None
+        self._counter: StepCounter | None = None
         if settings.is_sharded:
             require_supported_model(
                 model,
@@ -82,6 +82,9 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
         if speculative_config is not None:
             options["speculative_config"] = dict(speculative_config)
         super().__init__(model=model, tensor_parallel_size=settings.world_size, **options)
+        if self._counter is None:  # a SwiftKV model is counted without a flag of ours
+            found = internals.settings_of(getattr(self.llm_engine, "vllm_config", None))
+            self._counter = None if found is None else StepCounter.open(found.step_counts_file)
         if settings.is_sharded and self._counter is not None and not self._counter.read().models:
             raise ConfigError(
                 "vLLM's processes did not load the plugin omni_sp: install omni-sp where they run, and name it in "

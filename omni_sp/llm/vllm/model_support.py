@@ -11,6 +11,7 @@ from omni_sp.errors import UnsupportedModelError
 from omni_sp.llm.model_files import model_file
 from omni_sp.llm.speculation.checkpoint import read_config
 from omni_sp.llm.speculation.settings import parse
+from omni_sp.llm.swiftkv import ARCHITECTURES as SWIFTKV_ARCHITECTURES
 from omni_sp.llm.vllm.config import EngineFeatures, LlmParallelConfig
 from omni_sp.llm.vllm.internals import ARCHITECTURES
 
@@ -25,11 +26,11 @@ def require_supported_model(model: str | os.PathLike[str] | None, settings: LlmP
         ConfigError: a feature does not run beside sequence parallelism.
     """
     config = {} if model is None else _read_config(os.fspath(model))
-    architectures = config.get("architectures") or []
-    if architectures and not set(architectures) & set(ARCHITECTURES):
+    architectures, known = config.get("architectures") or [], (*ARCHITECTURES, *SWIFTKV_ARCHITECTURES)
+    if architectures and set(architectures).isdisjoint(known):
         raise UnsupportedModelError(
             f"{model} is a {architectures[0]}, and sequence parallelism inside vLLM handles "
-            f"{', '.join(ARCHITECTURES)}: use tensor parallelism alone for it (leave our flags)"
+            f"{', '.join(known)}: use tensor parallelism alone for it (leave our flags)"
         )
     if features.get("quantization") is None:
         features["quantization"] = _mapping(config, "quantization_config").get("quant_method")

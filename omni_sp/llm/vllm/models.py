@@ -29,8 +29,14 @@ def sequence_parallel_class(architecture: str) -> Any:
             self._keeps_states = keeps_states
             self.kept_states: Any = None  # of the current step, for a trained speculator
             self._shift_parallel = (
-                None if settings is None else ShiftParallelModel(self, settings, internals.max_step_tokens(vllm_config))
+                None
+                if settings is None
+                else ShiftParallelModel(self._layers_over_ranks(), settings, internals.max_step_tokens(vllm_config))
             )
+
+        def _layers_over_ranks(self) -> list[Any]:
+            """The layers in which ranks share tokens or heads."""
+            return internals.decoder_layers(self)
 
         def forward(
             self,
@@ -41,14 +47,18 @@ def sequence_parallel_class(architecture: str) -> Any:
             **more: Any,
         ) -> Any:
             """The last hidden states of all tokens of the step, on every rank."""
-            if self._shift_parallel is None:
-                states = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
-            else:
-                assert intermediate_tensors is None, "pipeline parallelism was refused"
-                states = self._shift_parallel.run(self.model, input_ids, positions, inputs_embeds)
+            states = self._run_step(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
             if self._keeps_states:
                 self.kept_states = states
             return states
+
+        def _run_step(
+            self, input_ids: Any, positions: Any, intermediate_tensors: Any, inputs_embeds: Any, **more: Any
+        ) -> Any:
+            if self._shift_parallel is None:
+                return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
+            assert intermediate_tensors is None, "pipeline parallelism was refused"
+            return self._shift_parallel.run(self.model, input_ids, positions, inputs_embeds)
 
     SequenceParallelModel.__name__ = SequenceParallelModel.__qualname__ = architecture
     return SequenceParallelModel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from omni_sp.errors import InvalidInputError
+from omni_sp.llm.swiftkv import kv_sharing
 from omni_sp.llm.vllm import cli_flags, cpu_env, internals
 
 _MODELS = "omni_sp.llm.vllm.models"
@@ -14,6 +15,7 @@ def register() -> None:
     """Register our decoders with vLLM, and rewrite our flags on its command line. vLLM may call it twice."""
     for architecture in internals.ARCHITECTURES:
         internals.register(architecture, f"{_MODELS}:{architecture}")
+    kv_sharing.register()
     if not cli_flags.is_vllm_command():
         return
     try:

@@ -22,7 +22,7 @@ Starts vLLM's own server. With `vllm serve` itself, these flags work just as wel
   --speculative-config JSON            '{"method": "suffix"}': drafts from what was generated before (also on one rank);
                                        '{"method": "arctic", "model": DIR}': by a speculator trained for the model
 
-Llama, Mistral, Qwen2 and Qwen3. The rest is vLLM's:
+Llama, Mistral, Qwen2 and Qwen3, and SwiftKV models of these but Mistral. The rest is vLLM's:
 """
 _INSTALL = "pip install '.[vllm]'"
 

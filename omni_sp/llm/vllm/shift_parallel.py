@@ -52,16 +52,14 @@ class Step:
 
 
 class ShiftParallelModel:
-    """Runs the steps of one stock model, whose layers it changes in place before their weights are loaded."""
+    """Runs the steps of one stock model, some of whose layers it changes in place before their weights are loaded."""
 
-    def __init__(self, model: Any, settings: LlmParallelConfig, max_tokens: int) -> None:
+    def __init__(self, layers: list[Any], settings: LlmParallelConfig, max_tokens: int) -> None:
         self._max_tokens = max_tokens
         self._axis, weights_group = internals.groups(settings)
         self._step = Step()
         self._counter = StepCounter.open(settings.step_counts_file) if internals.world_rank() == 0 else None
-        self._layers = [
-            _Layer(layer, settings, self._axis, weights_group, self._step) for layer in internals.decoder_layers(model)
-        ]
+        self._layers = [_Layer(layer, settings, self._axis, weights_group, self._step) for layer in layers]
         # Checked at the first step, when their weights are loaded.
         self._unchecked = [linear for layer in self._layers for linear in layer.unpacked]
         self._set_sizes()

@@ -37,6 +37,8 @@ class StepCounts(NamedTuple):
         head_drafts: drafts that a trained speculator made.
         head_draft_tokens: tokens of these drafts.
         head_accepted_tokens: those that the model would have generated itself.
+        early_tokens: tokens that passed through the early layers of a SwiftKV model.
+        late_tokens: those of them that passed through its late layers too.
     """
 
     ulysses_steps: int
@@ -51,6 +53,8 @@ class StepCounts(NamedTuple):
     head_drafts: int = 0
     head_draft_tokens: int = 0
     head_accepted_tokens: int = 0
+    early_tokens: int = 0
+    late_tokens: int = 0
 
 
 _FORMAT = struct.Struct(f"<{len(StepCounts._fields)}q")
@@ -91,6 +95,10 @@ class StepCounter:
         prefix = _DRAFTERS[by]
         increments = {"drafts": drafts, "draft_tokens": tokens, "accepted_tokens": accepted}
         self._add(**{f"{prefix}{name}": count for name, count in increments.items()})
+
+    def add_swiftkv(self, early_tokens: int, late_tokens: int) -> None:
+        """Count the tokens of a SwiftKV model's step, by the layers that they passed through."""
+        self._add(early_tokens=early_tokens, late_tokens=late_tokens)
 
     def _add(self, **increments: int) -> None:
         counts = self.read()._asdict()
@@ -139,6 +147,12 @@ class _Collector:
             for by, prefix in _DRAFTERS.items():
                 counter.add_metric([by], getattr(counts, f"{prefix}{name}"))
             yield counter
+        layers = CounterMetricFamily(
+            "omni_sp_llm_swiftkv_tokens", "Tokens through the layers of a SwiftKV model", labels=["layers"]
+        )
+        layers.add_metric(["early"], counts.early_tokens)
+        layers.add_metric(["late"], counts.late_tokens)
+        yield layers
         text = "The most tokens of a step that runs by tensor parallelism; -1: not known yet, or not asked for"
         yield GaugeMetricFamily("omni_sp_llm_shift_threshold_tokens", text, value=counts.threshold)
 

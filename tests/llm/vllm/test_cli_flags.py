@@ -186,6 +186,13 @@ def test_quantised_weights_go_with_ulysses_alone(tmp_path: Path) -> None:
     assert for_vllm(["serve", str(tmp_path), "--sequence-parallel-size", "2"])
 
 
+def test_a_swiftkv_model_takes_our_flags_and_needs_none(tmp_path: Path) -> None:
+    content = {"architectures": ["LlamaSwiftKVForCausalLM"], "model_type": "llama_swiftkv"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert settings_in(for_vllm(["serve", str(tmp_path), "--sequence-parallel-size", "2"]))["swiftkv"] is False
+    assert for_vllm(["serve", str(tmp_path)]) == ["serve", str(tmp_path)]  # vLLM's configuration is completed later
+
+
 def test_steps_are_counted_in_a_file_that_the_settings_name() -> None:
     line = ["serve", "M", "--sequence-parallel-size", "2"]
     assert settings_in(for_vllm(line))["step_counts_file"] is None
@@ -214,6 +221,8 @@ def test_steps_are_counted_in_a_file_that_the_settings_name() -> None:
     by_head = {"head_drafts": 4, "head_draft_tokens": 12, "head_accepted_tokens": 7}
     assert main.read() == StepCounts(1, 3, 0, 0, 0, -1, **drafts, **by_head)
     assert REGISTRY.get_sample_value("omni_sp_llm_accepted_tokens_total", {"by": "head"}) == 7
+    main.add_swiftkv(early_tokens=8, late_tokens=2)
+    assert REGISTRY.get_sample_value("omni_sp_llm_swiftkv_tokens_total", {"layers": "late"}) == 2
     assert REGISTRY.get_sample_value("omni_sp_llm_accepted_tokens_total", {"by": "suffix"}) == 5
     assert StepCounter.open(path) is None
     assert StepCounter.open(None) is None

@@ -53,6 +53,15 @@ def test_a_plain_engine_is_handled_and_so_is_n_gram_speculation() -> None:
     internals.require_supported_config(config(HANDLED | ngram), SETTINGS)
 
 
+def test_a_swiftkv_model_shares_its_cache_and_is_named_where_it_refuses() -> None:
+    fast = HANDLED | {"cache_config.kv_sharing_fast_prefill": True}
+    swiftkv = replace(SETTINGS, swiftkv=True)
+    internals.require_supported_config(config(fast), swiftkv, what="SwiftKV")
+    for path, value in (("lora_config", SimpleNamespace()), ("parallel_config.use_ubatching", True)):
+        with pytest.raises(ConfigError, match="SwiftKV does not run with"):
+            internals.require_supported_config(config(fast | {path: value}), swiftkv, what="SwiftKV")
+
+
 def test_a_custom_class_is_handled_where_it_is_ours() -> None:
     custom = config(HANDLED | {"speculative_config": SimpleNamespace(method="custom_class")})
     internals.require_supported_config(custom, replace(SETTINGS, speculation=SpeculationSettings()))
