@@ -81,7 +81,7 @@ $(VENV)/versions/%/.installed: $(VENV)/.installed
 # What needs vLLM, and what it shares with this package in versions other than those of `make test`.
 test-vllm: install-vllm
 	$(VLLM_RUN) -m pytest tests/compat tests/llm/speculation tests/llm/swiftkv/test_model.py \
-		tests/llm/vllm/test_engines.py tests/llm/vllm/test_speculators.py tests/llm/vllm/test_embeddings.py
+		tests/llm/vllm/test_engines.py tests/llm/vllm/test_fp8.py tests/llm/vllm/test_speculators.py tests/llm/vllm/test_embeddings.py
 
 # The same inside older ones, each of which stands before the newest on the path while its turn is.
 test-vllm-range: install-vllm $(VLLM_FOLDERS:=/.installed)

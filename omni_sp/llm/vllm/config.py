@@ -11,6 +11,8 @@ from omni_sp.llm.speculation.settings import SpeculationSettings
 from omni_sp.validation import require_int
 
 _SPECULATION_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")
+# By --quantization, and "online", which is what vLLM makes of those that quantise as they load.
+_QUANTISED_PARTS = ("fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "online")
 CONFIG_KEY = "omni_sp"
 """The key of the settings in vLLM's ``additional_config``, which every process of vLLM gets."""
 
@@ -134,10 +136,12 @@ class EngineFeatures:
                 f"{what} does not run with data parallelism: leave --data-parallel-size "
                 f"{self.data_parallel_size}, and start one server for each replica"
             )
-        if self.quantization is not None and (settings.enable_shift_parallel or settings.tensor_parallel_size > 1):
+        uses_parts = settings.is_sharded and (settings.enable_shift_parallel or settings.tensor_parallel_size > 1)
+        if uses_parts and self.quantization is not None and self.quantization not in _QUANTISED_PARTS:
             raise ConfigError(
                 f"weights quantised by {self.quantization!r} have no plain parts to share with tensor parallelism: "
-                "leave shift parallelism and inner tensor parallelism, or use the unquantised model"
+                "leave shift parallelism and inner tensor parallelism, or quantise the plain model with --quantization "
+                "fp8_per_channel"
             )
         if self.has_mrope:
             raise ConfigError(

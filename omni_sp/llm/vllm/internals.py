@@ -325,6 +325,18 @@ def clone_linear_for(stock: Any, kind: str, inner: InnerRank) -> Any:
     return linear
 
 
+def is_unquantised(linear: Any) -> bool:
+    """Whether a layer's matrix is multiplied as it was loaded."""
+    return type(linear.quant_method).__name__ == "UnquantizedLinearMethod"
+
+
+def describe_quantisation(linear: Any) -> str:
+    """What a layer's weights become, for the log: --quantization fp8 stands for other names in newer versions."""
+    kernel = getattr(linear.quant_method, "fp8_linear", None)
+    by = "" if kernel is None else f" with {type(kernel).__name__}"
+    return "not quantised" if is_unquantised(linear) else f"quantised by {type(linear.quant_method).__name__}{by}"
+
+
 def keep_unpacked(linear: Any) -> None:
     """Keep a layer's matrix as it is loaded: vLLM's build for CPUs packs and drops it, and we use views of its rows."""
     linear.skip_weight_relayout = True  # 0.30

@@ -9,6 +9,8 @@ multiplies by rows and columns of the same matrices, as tensor parallelism over 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -22,6 +24,7 @@ from omni_sp.collectives import gather
 from omni_sp.llm.vllm import internals
 from omni_sp.llm.vllm.autotune import measure, threshold
 from omni_sp.llm.vllm.config import LlmParallelConfig
+from omni_sp.llm.vllm.matrix_parts import require_parts, with_inputs, with_outputs
 from omni_sp.llm.vllm.step_metrics import StepCounter
 from omni_sp.mesh import Axis
 
@@ -60,9 +63,10 @@ class ShiftParallelModel:
         self._step = Step()
         self._counter = StepCounter.open(settings.step_counts_file) if internals.world_rank() == 0 else None
         self._layers = [_Layer(layer, settings, self._axis, weights_group, self._step) for layer in layers]
-        # Checked at the first step, when their weights are loaded.
-        self._unchecked = [linear for layer in self._layers for linear in layer.unpacked]
+        self._unchecked = [check for layer in self._layers for check in layer.checks]
         self._set_sizes()
+        if self._counter is not None and layers:
+            _log.info("weights: %s", internals.describe_quantisation(layers[0].mlp.down_proj))
         self._threshold = settings.shift_parallel_threshold if settings.enable_shift_parallel else -1
         if self._counter is not None:
             self._counter.add_model()
@@ -74,7 +78,7 @@ class ShiftParallelModel:
         count = positions.shape[-1]
         internals.require_slots(self._layers[0].name, count)
         while self._unchecked:
-            internals.require_unpacked(self._unchecked.pop())
+            self._unchecked.pop()()
         if self._threshold is None:
             self._threshold = self._measure_threshold(model, positions)
         is_ulysses = count > self._threshold
@@ -131,7 +135,7 @@ class _Layer:
     """One decoder layer: its four matrices and its attention.
 
     Attributes:
-        unpacked: linear layers whose matrices must stay as they are loaded.
+        checks: of its matrices, to be called when their weights are loaded.
         name: vLLM's name of the layer's KV cache.
     """
 
@@ -143,7 +147,7 @@ class _Layer:
         inner = internals.InnerRank(inner_rank, settings.tensor_parallel_size)
         tensor_sizes = attention.q_size, attention.kv_size, attention.num_heads, attention.num_kv_heads
         factory = _LinearFactory(
-            inner, size, sequence_rank, step, weights_group, keep_unpacked=settings.enable_shift_parallel
+            inner, size, sequence_rank, step, weights_group, uses_parts=settings.enable_shift_parallel
         )
         attention.qkv_proj = factory.column_parallel(attention.qkv_proj, "QKVParallelLinear")
         attention.o_proj = factory.row_parallel(attention.o_proj)
@@ -153,7 +157,7 @@ class _Layer:
         ulysses_sizes = qkv.num_heads * head_dim, qkv.num_kv_heads * head_dim, qkv.num_heads, qkv.num_kv_heads
         # The stock forward splits q, k and v by these: all heads of this rank's matrices, or only its own heads.
         self._sizes = {True: ulysses_sizes, False: tensor_sizes}
-        self.unpacked, self.name = factory.unpacked, attention.attn.layer_name
+        self.checks, self.name = factory.checks, attention.attn.layer_name
         heads = head_shares(qkv.num_heads, qkv.num_kv_heads, size)[0]
         _wrap_attention(attention.attn, heads, axis, step)
 
@@ -169,11 +173,11 @@ class _LinearFactory:
     """Makes linear layers with the inner shard of a matrix, of which steps by tensor parallelism use a view."""
 
     def __init__(
-        self, inner: internals.InnerRank, size: int, rank: int, step: Step, weights_group: Any, *, keep_unpacked: bool
+        self, inner: internals.InnerRank, size: int, rank: int, step: Step, weights_group: Any, *, uses_parts: bool
     ) -> None:
         self._inner, self._size, self._rank, self._step = inner, size, rank, step
-        self._group, self._keep_unpacked = weights_group, keep_unpacked
-        self.unpacked: list[Any] = []
+        self._group, self._uses_parts = weights_group, uses_parts
+        self.checks: list[Callable[[], None]] = []
 
     def column_parallel(self, stock: Any, kind: str) -> Any:
         """For q, k and v, or gate and up: stacked matrices, of each of which a rank uses some rows."""
@@ -188,14 +192,13 @@ class _LinearFactory:
         starts = [sum(counts[:index]) for index in range(len(counts))]
         rows = [slice(start + first, start + last) for start, (first, last) in zip(starts, spans, strict=True)]
 
-        def forward(self: Any, hidden: Tensor) -> tuple[Tensor, None]:
-            bias = self.bias
+        def forward(self: Any, hidden: Any) -> tuple[Tensor, None]:
             if step.is_ulysses:
-                return self.quant_method.apply(self, hidden, bias), None
-            shards = [F.linear(hidden, self.weight[own], None if bias is None else bias[own]) for own in rows]
-            return torch.cat(shards, dim=-1), None
+                return self.quant_method.apply(self, hidden, self.bias), None
+            return torch.cat([with_outputs(self, own, hidden) for own in rows], dim=-1), None
 
         linear.forward = MethodType(forward, linear)
+        self._check_later(partial(require_parts, linear, outputs=rows))
         return linear
 
     def row_parallel(self, stock: Any) -> Any:
@@ -206,22 +209,27 @@ class _LinearFactory:
         columns = slice(self._rank * width, (self._rank + 1) * width)
         is_first = inner.rank_in_group == 0 and self._rank == 0
 
-        def forward(self: Any, hidden: Tensor) -> tuple[Tensor, None]:
+        def forward(self: Any, hidden: Any) -> tuple[Tensor, None]:
             if not step.is_ulysses:
-                product = F.linear(hidden, self.weight[:, columns], self.bias if is_first else None)
+                product = with_inputs(self, columns, hidden, self.bias if is_first else None)
                 return internals.reduce_over_world(product), None
             bias = self.bias if inner.rank_in_group == 0 else None
             product = self.quant_method.apply(self, hidden, bias)
             return (product if group is None else group.all_reduce(product)), None
 
         linear.forward = MethodType(forward, linear)
+        self._check_later(partial(require_parts, linear, inputs=[columns]))
         return linear
+
+    def _check_later(self, check: Callable[[], None]) -> None:
+        """Keep a check for when the weights are loaded, where parts of them are used at all."""
+        if self._uses_parts:
+            self.checks.append(check)
 
     def _clone(self, stock: Any, kind: str) -> Any:
         linear = internals.clone_linear_for(stock, kind, self._inner)
-        if self._keep_unpacked:
+        if self._uses_parts:
             internals.keep_unpacked(linear)
-            self.unpacked.append(linear)
         return linear
 
 

@@ -39,10 +39,16 @@ def main() -> None:
 
     llm = LLM(**case["options"])
     assert issubclass(as_embedding_model(models.LlamaForCausalLM), models.LlamaForCausalLM)
-    sampling = greedy = SamplingParams(temperature=0.0, max_tokens=case["count"], ignore_eos=True, detokenize=False)
+    sampling = greedy = SamplingParams(
+        temperature=0.0, max_tokens=case["count"], ignore_eos=True, detokenize=False, logprobs=case.get("logprobs")
+    )
+    logprobs: list[list[float]] = []  # of the first new token after each prompt, by token id
 
     def answers(batch: list[list[int]]) -> list[list[int]]:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], sampling, use_tqdm=False)
+        for output in outputs if "logprobs" in case else []:
+            table = output.outputs[0].logprobs[0]
+            logprobs.append([table[token].logprob for token in sorted(table)])
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     result: dict[str, Any] = {"version": vllm.__version__.partition("+")[0], "tokens": [], "steps_after": []}
@@ -64,7 +70,7 @@ def main() -> None:
         sampling = SamplingParams(temperature=0.8, max_tokens=case["count"], ignore_eos=True, detokenize=False)
         result["drawn"] = answers(case["batches"][0])
         sampling = greedy
-    result |= {"steps": llm.steps, "memory": llm.apply_model(memory_of_rank)}
+    result |= {"logprobs": list(logprobs), "steps": llm.steps, "memory": llm.apply_model(memory_of_rank)}
     if llm.steps is not None and llm.steps.threshold >= 0:
         llm.apply_model(measure_again)
         result |= {"tokens_again": answers(case["batches"][-1]), "measured": llm.steps.threshold}

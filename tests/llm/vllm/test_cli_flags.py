@@ -142,7 +142,7 @@ def test_a_speculator_of_another_model_is_refused_before_anything_starts(
         ("--sequence-parallel-size 2 --enable-lora", "LoRA"),
         ("--sequence-parallel-size 2 --pipeline-parallel-size 2", "pipeline parallelism"),
         ("--sequence-parallel-size 2 -dp 2", "data parallelism"),
-        ("--sequence-parallel-size 2 --enable-shift-parallel --quantization fp8", "quantised by 'fp8'"),
+        ("--sequence-parallel-size 2 --enable-shift-parallel --quantization gptq", "quantised by 'gptq'"),
         ("--sequence-parallel-size 2 -tp 2 -q awq", "quantised by 'awq'"),
         ('--sequence-parallel-size 2 --speculative-config {"method":"eagle3","model":"x"}', "'eagle3'"),
         ("--sequence-parallel-size 2 --additional-config []", "JSON object"),
@@ -184,6 +184,12 @@ def test_quantised_weights_go_with_ulysses_alone(tmp_path: Path) -> None:
     content = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "fp8"}}
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert for_vllm(["serve", str(tmp_path), "--sequence-parallel-size", "2"])
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_per_channel"])
+def test_weights_in_fp8_go_with_shift_and_inner_tensor_parallelism(scheme: str) -> None:
+    flags = f"--sequence-parallel-size 2 -tp 2 --enable-shift-parallel --quantization {scheme}"
+    assert scheme in for_vllm(["serve", "M", *flags.split()])
 
 
 def test_a_swiftkv_model_takes_our_flags_and_needs_none(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_custom_class_is_handled_where_it_is_ours() -> None:
         ("model_config.enforce_eager", False, "add --enforce-eager"),
         ("cache_config.kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill: leave it"),
         ("lora_config", SimpleNamespace(), "--enable-lora"),
-        ("quant_config", SimpleNamespace(get_name=lambda: "fp8"), "quantised by 'fp8'"),
+        ("quant_config", SimpleNamespace(get_name=lambda: "gptq"), "quantised by 'gptq'"),
         ("speculative_config", SimpleNamespace(method="eagle3"), "speculation by 'eagle3'"),
     ],
 )
