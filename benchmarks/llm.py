@@ -2,6 +2,7 @@
 
 python -m benchmarks.llm --prompts 128 512 2048           # time to the first token, to those after it, and throughput
 python -m benchmarks.llm --quality     # log-likelihood of a text and memory of a rank, whichever way it is computed
+python -m benchmarks.llm --swiftkv     # time to the first token of a Llama, and of a SwiftKV model of the same size
 
 Needs vLLM (`make install-vllm`, then .venv-vllm/bin/python). Every engine is loaded once. The engines take turns in a
 random order in each round, and the others are stopped (SIGSTOP) meanwhile, so that none takes another's cores. The
@@ -48,6 +49,7 @@ MODEL = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 8192,
 }
+SWIFTKV_EARLY = 4  # layers of the same Llama that keep keys and values of their own
 ANSWER = 33
 FIGURES = FIRST, AFTER, SEVERAL = "first", "each after", "several at once"
 _ENVIRONMENT = {
@@ -142,7 +144,7 @@ def engine_main(options: dict[str, Any]) -> None:
             answer["likelihood"] = sum(table[token].logprob for token, table in entries)
             answer["memory"] = llm.apply_model(memory_of_rank)
         if llm.steps is not None:
-            answer["threshold"] = llm.steps.threshold
+            answer |= llm.steps._asdict()
         print("answer", json.dumps(answer), flush=True)
 
 
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 2048], metavar="TOKENS")
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--quality", action="store_true", help="compare log-likelihoods instead")
+    parser.add_argument("--swiftkv", action="store_true", help="compare a model with one whose prompts skip layers")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     add_output_options(parser)
     options = parser.parse_args()
@@ -201,6 +204,8 @@ def main() -> None:
         make_model(Path(folder))
         if options.quality:
             quality(Path(folder), options.output)
+        elif options.swiftkv:
+            swiftkv(Path(folder), options.prompts, options.rounds, options.output)
         else:
             speed(Path(folder), options.prompts, options.rounds, options.output)
 
@@ -280,6 +285,60 @@ def quality(model: Path, output: Path | None) -> None:
             flush=True,
         )
     report(save(output, "llm-quality", {"model": MODEL, "engines": QUALITY, "tokens": len(sequence)}, timings))
+
+
+def swiftkv(model: Path, lengths: list[int], rounds: int, output: Path | None) -> None:
+    """Time to the first token of one rank, and how many tokens the late layers see, beside what the sizes say."""
+    from omni_sp.llm.swiftkv.config import LlamaSwiftKVConfig
+    from omni_sp.llm.swiftkv.reference import LlamaSwiftKVForCausalLM
+
+    config = LlamaSwiftKVConfig(**MODEL, num_key_value_layers=SWIFTKV_EARLY, key_value_group_size=1)
+    LlamaSwiftKVForCausalLM(config).save_pretrained(model / "swiftkv")
+    engines: dict[str, Engine] = {}
+    found = {(length, name): Timing() for length in lengths for name in ("Llama", "SwiftKV")}
+    try:
+        for name, folder in (("Llama", model), ("SwiftKV", model / "swiftkv")):
+            engines[name] = Engine(folder, {})
+        before = dict.fromkeys(("early_tokens", "late_tokens"), 0)
+        for number in tqdm(range(-1, rounds), desc="rounds, the first to warm up"):
+            for length in lengths:
+                for name in random.Random(1000 * number + length).sample(list(engines), len(engines)):
+                    answer = engines[name].turn({"prompts": prompts_of(length)[:1], "count": 1})
+                    own = found[length, name]
+                    if name == "SwiftKV":
+                        own.facts |= {count: answer[count] - before[count] for count in before}
+                        before = {count: answer[count] for count in before}
+                    if number >= 0:
+                        own.seconds.append(answer["seconds"])
+    finally:
+        for engine in engines.values():
+            engine.close()
+    print("prompt  Llama s  SwiftKV s  Llama / it  by work  tokens through early, late layers")
+    for length in lengths:
+        pair = {name: found[length, name] for name in ("Llama", "SwiftKV")}
+        facts = pair["SwiftKV"].facts
+        facts["by_work"] = work(length, 0) / work(length, MODEL["num_hidden_layers"] - SWIFTKV_EARLY)
+        print(
+            f"{length:>6} {pair['Llama'].median:>8.3f} {pair['SwiftKV'].median:>10.3f} "
+            f"{paired(pair, 'Llama', 'SwiftKV'):>11.2f} {facts['by_work']:>8.2f} "
+            f"{facts['early_tokens']:>9}, {facts['late_tokens']}"
+        )
+    settings = {"model": MODEL, "early_layers": SWIFTKV_EARLY, "prompts": lengths, "rounds": rounds}
+    report(
+        save(
+            output, "llm-swiftkv", settings, {f"{name}, {length} tokens": own for (length, name), own in found.items()}
+        )
+    )
+
+
+def work(tokens: int, late: int) -> int:
+    """Multiply-adds of the decoder for a prompt and its first token; so many layers are late ones of SwiftKV."""
+    hidden, heads, layers = MODEL["hidden_size"], MODEL["num_attention_heads"], MODEL["num_hidden_layers"]
+    keys = 2 * hidden * MODEL["num_key_value_heads"] * hidden // heads
+    others = 2 * hidden * hidden + 3 * hidden * MODEL["intermediate_size"]
+    whole = tokens * (keys + others) + tokens * (tokens + 1) * hidden
+    last = tokens * keys + others + 2 * tokens * hidden  # keys and values of all tokens, the rest of the last one
+    return (layers - late) * whole + late * last
 
 
 def by_formula(options: dict[str, Any]) -> tuple[int, int]:
