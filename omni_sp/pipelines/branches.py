@@ -207,15 +207,15 @@ class Branches:
         found = [state.reason for state in states] + ["autocast is enabled" if any(autocast_modes()) else None]
         reasons = "; ".join(dict.fromkeys(filter(None, found)))
         learned = [self._calls_per_step, len(self._known), sum(self._attempts.values()), len(self._owners)]
-        told = gather_ints([zlib.crc32(reasons.encode()), int(self._modules != before), *learned], self._mesh.world)
-        if len({reason for reason, *_ in told}) > 1 and "fake" not in self._mesh.world.backends.values():
+        by_rank = gather_ints([zlib.crc32(reasons.encode()), int(self._modules != before), *learned], self._mesh.world)
+        if len({reason for reason, *_ in by_rank}) > 1 and "fake" not in self._mesh.world.backends.values():
             texts = gather_texts(reasons or "nothing", self._mesh.world)
             shown = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
             raise ShardingError(
                 f"the ranks cannot share their transformers' calls, since they have other code around them: {shown}. "
                 "Every rank must put the same there, before the pipeline is called"
             )
-        if len(set(told)) > 1:
+        if len(set(by_rank)) > 1:
             self._calls_per_step = 0
             for one in (self._known, self._attempts, self._owners):
                 one.clear()

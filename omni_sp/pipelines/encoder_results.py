@@ -100,7 +100,7 @@ class EncoderResults:
     """The calls of a pipeline's encoders whose results are still to be exchanged.
 
     All ranks make the same calls in the same order, so they all know who makes which, and what crosses when. What one
-    rank alone may have, such as a hook on an encoder, is told to all before the first of several calls.
+    rank alone may have, such as a hook on an encoder, is sent to all before the first of several calls.
 
     Args:
         axis: all ranks.
@@ -180,8 +180,8 @@ class EncoderResults:
         """Find out for which encoders any rank has a reason to make their calls itself. A collective call."""
         own = [reason() for reason in reason_of.values()]
         flags = sum(1 << _BITS * place + OWN_REASONS.index(one) for place, one in enumerate(own) if one is not None)
-        told = self._require_same([*self._calls, call], flags)
-        of_any = functools.reduce(operator.or_, (flags for (flags,) in told))
+        by_rank = self._require_same([*self._calls, call], flags)
+        of_any = functools.reduce(operator.or_, (flags for (flags,) in by_rank))
         self._agreed = {
             name: next((one for bit, one in enumerate(OWN_REASONS) if of_any >> _BITS * place + bit & 1), None)
             for place, name in enumerate(reason_of)

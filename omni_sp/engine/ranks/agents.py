@@ -1,7 +1,7 @@
 """Ranks on other machines: an agent on each of them starts, signals and watches one rank for the front.
 
 What brings the agents there is a launcher's (torchrun, Ray). An agent connects to the front, and starts its rank as a
-child process when it is told to, so that the rank may die and be started again while the agent stays. Each side ends
+child process when it is asked to, so that the rank may die and be started again while the agent stays. Each side ends
 what it has once the other is gone, or was out of reach for CUT_OFF_S.
 """
 
