@@ -26,6 +26,7 @@ import omni_sp
 from omni_sp import ParallelMesh
 from omni_sp.testing import models
 from omni_sp.testing.ranks import RankPool
+from tests.server.embedding.running import embedding_server
 from tests.server.fakes import FakeOmni
 from tests.server.serving import serving
 from tests.snippets import PAGES, ROOT, Block, all_blocks, blocks_of, parsed, runnable
@@ -177,11 +178,12 @@ def test_python_is_python(block: Block) -> None:
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
 def test_programs_of_a_page_run(page: Path, tmp_path: Path) -> None:
-    """One after the other in one process; a client's address is that of a server that draws in one colour."""
+    """One after the other in one process; a client's address is that of a server with what stands in for a model."""
     code = "\n".join(block.code for block in blocks_of(page) if block.language == "python" and stands_alone(block))
     if not code:
         pytest.skip("it has no program")
-    with serving(FakeOmni(), api_keys=("KEY", "none")) as server:
+    stand_in = embedding_server(model="BAAI/bge-base-en-v1.5") if "embed" in code else None
+    with stand_in or serving(FakeOmni(), api_keys=("KEY", "none")) as server:
         (tmp_path / "program.py").write_text(code.replace("http://127.0.0.1:8091", server.url))
         done = subprocess.run(
             [sys.executable, "program.py"],
