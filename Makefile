@@ -78,9 +78,10 @@ $(VENV)/versions/%/.installed: $(VENV)/.installed
 		diffusers==$* $(DIFFUSERS_$*) httpx==0.28.1 httpcore==1.0.9
 	touch $@
 
-# What needs vLLM, and what it shares with this package in versions other than those of `make test`.
+# What needs vLLM, and what it shares with this package in versions other than those of `make test`. Two tests run side by
+# side: engines import for most of their start, which keeps one core busy.
 test-vllm: install-vllm
-	$(VLLM_RUN) -m pytest tests/compat tests/llm/speculation tests/llm/swiftkv/test_model.py \
+	$(VLLM_RUN) -m pytest --numprocesses 2 tests/compat tests/llm/speculation tests/llm/swiftkv/test_model.py \
 		tests/llm/vllm/test_engines.py tests/llm/vllm/test_fp8.py tests/llm/vllm/test_speculators.py tests/llm/vllm/test_embeddings.py
 
 # The same inside older ones, each of which stands before the newest on the path while its turn is.
