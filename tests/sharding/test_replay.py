@@ -356,7 +356,7 @@ def changed_after_recording(mesh: ParallelMesh, number: int) -> tuple[float, flo
 
 @pytest.mark.parametrize("number", range(len(CHANGES)))
 def test_a_change_is_seen_at_the_next_call(ranks: RankPool, number: int) -> None:
-    for error, effect, counts in ranks.run(changed_after_recording, number, ulysses=2):
+    for error, effect, counts in ranks.run(changed_after_recording, number, ulysses=2, ring=2):
         assert counts.replayed
         assert effect > 1e-4
         assert error <= 1e-5
@@ -379,7 +379,7 @@ def under_autocast(mesh: ParallelMesh, entry_id: str) -> tuple[float, float, boo
 
 @pytest.mark.parametrize("entry_id", [QWEN, SD3, FIRST["AnyFlowFARTransformer3DModel"]])
 def test_autocast_rounds_as_in_one_process(ranks: RankPool, entry_id: str) -> None:
-    for alone, found, has_same_dtype in ranks.run(under_autocast, entry_id, ulysses=2):
+    for alone, found, has_same_dtype in ranks.run(under_autocast, entry_id, ulysses=2, ring=2):
         assert has_same_dtype
         assert 0 < found <= 1.5 * alone
 

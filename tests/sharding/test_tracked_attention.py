@@ -17,6 +17,7 @@ from omni_sp.errors import UnsupportedAttentionError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.forward_context import ShardedForward, activate
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard, to_full_tensors, tracked_attention
+from omni_sp.sharding.tracked.attention import as_autocast_does
 from omni_sp.sharding.tracked.placement import concatenated
 from omni_sp.testing.ranks import RankPool
 
@@ -243,3 +244,13 @@ def test_mask_changed_in_place_and_what_is_refused(ranks: RankPool) -> None:
         assert max(turned, changed) <= 1e-5
         assert "outside of a sharded forward" in refused[0]
         assert "dropout 0.1" in refused[1]
+
+
+def test_what_autocast_casts() -> None:
+    """As torch's attention does; a device without autocast, such as that of tensors without numbers, has none on."""
+    assert as_autocast_does(torch.ones(1, device="meta")).dtype == torch.float32
+    assert as_autocast_does(torch.ones(1)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = (torch.float64, torch.int64, torch.bfloat16)
+        assert as_autocast_does(torch.ones(1)).dtype == torch.bfloat16
+        assert [as_autocast_does(torch.ones(1, dtype=dtype)).dtype for dtype in kept] == list(kept)

@@ -49,7 +49,7 @@ def scaled_dot_product_attention(
     """The rule for torch's function of that name: (…, heads, tokens, head_dim) tensors of which some are sharded."""
     if dropout_p:
         raise UnsupportedAttentionError(f"dropout {dropout_p} in attention is for training; this is inference")
-    query, key, value = map(_as_autocast_does, (query, key, value))
+    query, key, value = map(as_autocast_does, (query, key, value))
     mask = attn_mask
     if isinstance(mask, TokenTensor) and not _mask_follows_query(mask, query):
         mask = mask.full_tensor("mask")
@@ -72,11 +72,13 @@ def scaled_dot_product_attention(
     return query.wrap(out.transpose(1, 2))
 
 
-def _as_autocast_does(x: torch.Tensor) -> torch.Tensor:
+def as_autocast_does(x: torch.Tensor) -> torch.Tensor:
     """A query, key or value in the dtype in which torch's attention would compute it."""
-    if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+    device = x.device.type
+    # Of a device that has no autocast, such as "meta", torch refuses to say that it is off.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 class _Mask(NamedTuple):
