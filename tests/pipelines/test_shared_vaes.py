@@ -15,6 +15,7 @@ from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL, shapes_folder
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import relative_error
 from tests.engine.processes import becomes_true, descendants
+from tests.one_rank import by_one_rank
 from tests.pipelines.zoo.all import ENTRIES
 from tests.pipelines.zoo.check import draw_sharded, expected_output
 from tests.thorough import THOROUGH
@@ -53,11 +54,14 @@ def drawn(pipe: Any, **call: Any) -> Any:
 def draw_demo(mesh: ParallelMesh) -> tuple[Any, Any, int, dict[str, int], bool]:
     """The picture of one process, that of the ranks, how many of them decoded, and what they gathered."""
     pipe = demo()
-    alone = drawn(pipe)
-    handle = parallelize(pipe, mesh)
-    shared, num_ranks, gathers = drawn(pipe), handle.vaes.num_ranks, handle.gathers
-    handle.remove()
-    return alone, shared, num_ranks, gathers, bool((drawn(pipe) == alone).all()) and "decode" not in vars(pipe.vae)
+    alone, latent = by_one_rank(mesh, lambda: drawn(pipe)), torch.randn(1, pipe.vae.config.z_dim, 1, 6, 5)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latent).sample
+        handle = parallelize(pipe, mesh)
+        shared, num_ranks, gathers = drawn(pipe), handle.vaes.num_ranks, handle.gathers
+        handle.remove()
+        restored = torch.equal(pipe.vae.decode(latent).sample, decoded) and "decode" not in vars(pipe.vae)
+    return alone, shared, num_ranks, gathers, restored
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 3), (2, 2)], ids=str)

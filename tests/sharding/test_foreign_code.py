@@ -22,6 +22,7 @@ from omni_sp.sharding.foreign_code import (
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
 from tests.library_versions import OFFLOADS_GROUPS_ON_CPU
+from tests.one_rank import by_one_rank
 from tests.sharding.zoo.check import first_tensor
 from tests.thorough import THOROUGH
 
@@ -221,12 +222,18 @@ def error_with(
 
     warnings.simplefilter("ignore")
     entry = ENTRIES[entry_id]
-    reference, model = randomise(entry.build()), randomise(entry.build())
-    with torch.no_grad():
+
+    def without_and_with() -> tuple[torch.Tensor, torch.Tensor]:
+        reference = randomise(entry.build())
         plain = first_tensor(reference(**entry.inputs()))
         undo = kind(reference)
         wanted = first_tensor(reference(**entry.inputs()))
         undo()
+        return plain, wanted
+
+    with torch.no_grad():
+        plain, wanted = by_one_rank(mesh, without_and_with)
+        model = randomise(entry.build())
         prepare(model)
         undo = kind(model) if before else lambda: None
         handle = parallelize(model, mesh)
@@ -296,14 +303,19 @@ def skipped_steps(mesh: ParallelMesh, entry_id: str) -> tuple[float, float, int]
     from tests.sharding.zoo.all import ENTRIES
 
     entry = ENTRIES[entry_id]
-    reference, model = randomise(entry.build()), randomise(entry.build())
-    with torch.no_grad():
+
+    def without_and_with() -> tuple[torch.Tensor, torch.Tensor]:
+        reference = randomise(entry.build())
         plain = denoised(reference, entry.inputs())
         undo = tea_cache(reference)
         try:
-            wanted = denoised(reference, entry.inputs())
+            return plain, denoised(reference, entry.inputs())
         finally:
             undo()
+
+    with torch.no_grad():
+        plain, wanted = by_one_rank(mesh, without_and_with)
+        model = randomise(entry.build())
         handle = parallelize(model, mesh)
         undo = tea_cache(model)
         try:

@@ -23,6 +23,7 @@ from omni_sp.sharding.tracked import attention as tracked_attention
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
 from tests.library_versions import OFFLOADS_GROUPS_ON_CPU
+from tests.one_rank import by_one_rank
 from tests.sharding.operations import COMPUTE, MOVE, WRITE
 from tests.sharding.test_changed import add_lora
 from tests.sharding.zoo.all import ENTRIES
@@ -127,7 +128,7 @@ def reads_of_masks(mesh: ParallelMesh, entry_id: str, replay: bool) -> tuple[lis
     model, reads, exact = build(entry_id), [], []
     calls = [inputs_of(entry_id, number) for number in range(10)]
     with torch.no_grad():
-        wanted = [first_tensor(model(**inputs)) for inputs in calls]
+        wanted = by_one_rank(mesh, lambda: [first_tensor(model(**inputs)) for inputs in calls])
         handle = parallelize(model, mesh, replay=replay)
         for inputs, expected in zip(calls, wanted, strict=True):
             with patch.object(tracked_attention, "_split_mask", wraps=tracked_attention._split_mask) as split:
@@ -336,18 +337,26 @@ def changed_after_recording(mesh: ParallelMesh, number: int) -> tuple[float, flo
     """Error after a change, and what it changes, of a model whose blocks were replayed before."""
     warnings.simplefilter("ignore")
     first, change = CHANGES[number]
-    reference, model = randomise(ENTRIES[QWEN].build()), randomise(ENTRIES[QWEN].build())
+
+    def expected() -> Tensor:
+        reference = randomise(ENTRIES[QWEN].build())
+        first(reference)
+        try:
+            change(reference)
+            return first_tensor(reference(**ENTRIES[QWEN].inputs()))
+        finally:
+            unpatch()
+
     with torch.no_grad():
-        for one in (reference, model):
-            first(one)
+        wanted = by_one_rank(mesh, expected)
+        model = randomise(ENTRIES[QWEN].build())
+        first(model)
         handle = parallelize(model, mesh)
         for _ in range(2):
             before = first_tensor(model(**ENTRIES[QWEN].inputs()))
         counts = handle.blocks
         try:
-            change(reference)
             change(model)
-            wanted = first_tensor(reference(**ENTRIES[QWEN].inputs()))
             errors = [relative_error(first_tensor(model(**ENTRIES[QWEN].inputs())), wanted) for _ in range(2)]
         finally:
             unpatch()

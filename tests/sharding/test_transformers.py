@@ -9,6 +9,7 @@ from omni_sp import parallelize
 from omni_sp.mesh import ParallelMesh
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
+from tests.one_rank import by_one_rank
 from tests.sharding.models import CASES, qwen_image, qwen_inputs
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]
@@ -19,7 +20,7 @@ def compare(mesh: ParallelMesh, name: str, dtype: torch.dtype) -> tuple[float, f
     build, make_inputs = CASES[name]
     model, inputs = randomise(build()), make_inputs()
     with torch.no_grad():
-        wanted = model(**inputs)[0]
+        wanted = by_one_rank(mesh, lambda: model(**inputs)[0])
         model.to(dtype)
         inputs = {
             key: value.to(dtype)
@@ -27,7 +28,7 @@ def compare(mesh: ParallelMesh, name: str, dtype: torch.dtype) -> tuple[float, f
             else value
             for key, value in inputs.items()
         }
-        alone = model(**inputs)[0]
+        alone = wanted if dtype == torch.float32 else by_one_rank(mesh, lambda: model(**inputs)[0])
         handle = parallelize(model, mesh)
         for _ in range(2):  # lengths are learned on the first forward, known on the second
             sharded = model(**inputs)[0]
