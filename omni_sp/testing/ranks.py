@@ -26,7 +26,14 @@ from omni_sp.mesh import ParallelMesh
 
 # The ranks are forked from a process that has imported these, and share its memory. Only what is the same whatever the
 # import path is: that process does not have the one of its parent before Python 3.13.
-_PRELOADED = ("torch._dynamo", "transformers", "peft", "diffusers.models.transformers", "diffusers.pipelines")
+_PRELOADED = (
+    "torch._dynamo",
+    "transformers",
+    "peft",
+    "diffusers.models.transformers",
+    "diffusers.guiders",
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage",  # the demo model's
+)
 
 
 def fork_context() -> multiprocessing.context.ForkServerContext:

@@ -41,7 +41,7 @@ class Read:
 
 
 def watched(front: Connection) -> None:
-    """A rank as it is; it notes what it has read. Nobody in this process has imported safetensors yet."""
+    """A rank as it is; it notes what it has read."""
     import safetensors
 
     files: set[Path] = set()
@@ -51,7 +51,9 @@ def watched(front: Connection) -> None:
         files.add(Path(filename))
         return original(filename, *args, **kwargs)
 
-    safetensors.safe_open = noted  # type: ignore[assignment,misc]
+    for module in [*sys.modules.values()]:
+        if vars(module).get("safe_open") is original:
+            module.safe_open = noted  # type: ignore[attr-defined]
 
     from omni_sp.engine.pipeline_runner import PipelineRunner
 

@@ -23,7 +23,7 @@ def quiet(build: Any) -> Any:
 
 def lora_weights() -> dict[str, torch.Tensor]:
     """A LoRA for the tiny FLUX as trainers save it."""
-    from tests.pipelines.zoo.planned import flux_pipeline
+    from tests.pipelines.zoo.qwen_flux_wan import flux_pipeline
 
     generator = torch.Generator().manual_seed(4)
     weights = {}
@@ -36,7 +36,7 @@ def lora_weights() -> dict[str, torch.Tensor]:
 
 def with_lora(mesh: ParallelMesh, before: bool) -> tuple[float, float, float, float, bool]:
     """Errors with the LoRA, with half of it, without it again; its effect; whether remove() gives back the bits."""
-    from tests.pipelines.zoo.planned import flux_arguments, flux_pipeline
+    from tests.pipelines.zoo.qwen_flux_wan import flux_arguments, flux_pipeline
 
     warnings.simplefilter("ignore")
     alone, pipe = quiet(flux_pipeline), quiet(flux_pipeline)
@@ -73,7 +73,7 @@ def with_step_cache(mesh: ParallelMesh, before: bool) -> tuple[float, float, lis
     """Error, effect of the cache, and how often each block's first norm ran, over ranks and alone."""
     from diffusers import FirstBlockCacheConfig
 
-    from tests.pipelines.zoo.planned import qwen_arguments, qwen_pipeline
+    from tests.pipelines.zoo.qwen_flux_wan import qwen_arguments, qwen_pipeline
 
     warnings.simplefilter("ignore")
     arguments = {**qwen_arguments(), "num_inference_steps": 8}

@@ -9,18 +9,13 @@ from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import relative_error
 from tests.pipelines.zoo.all import ENTRIES
 from tests.pipelines.zoo.check import LAYOUTS, draw_sharded, expected_output
-from tests.pipelines.zoo.planned import ENTRIES as PLANNED
-from tests.thorough import THOROUGH
+from tests.pipelines.zoo.qwen_flux_wan import ENTRIES as QWEN_FLUX_WAN
+from tests.thorough import THOROUGH, in_turns
 
 # Where Ulysses meets ring, and where shares are uneven, in turns; OMNI_SP_THOROUGH=1 runs each pipeline on both.
-RUNS = [
-    (entry_id, layout)
-    for number, (entry_id, entry) in enumerate(ENTRIES.items())
-    if entry.runs_here
-    for turn, layout in enumerate(LAYOUTS)
-    if number % len(LAYOUTS) == turn or THOROUGH
-]
-RUNS += [(entry.id, layout) for entry in PLANNED for layout in [(2, 1), (1, 2), (1, 3)]]
+RUNS = in_turns([entry_id for entry_id, entry in ENTRIES.items() if entry.runs_here], LAYOUTS)
+SOME = [entry.id for entry in QWEN_FLUX_WAN]
+RUNS += in_turns(SOME, [(2, 1), (1, 2), (1, 3)])
 
 
 @pytest.mark.parametrize(("entry_id", "layout"), RUNS, ids=str)
@@ -35,9 +30,9 @@ def test_fp32_equals_one_process(ranks: RankPool, entry_id: str, layout: tuple[i
         assert tokens
 
 
-@pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (3, 1)], ids=lambda degree: str(degree))
-@pytest.mark.parametrize("entry_id", [entry.id for entry in PLANNED])
-def test_bf16_is_as_good_as_one_process(ranks: RankPool, entry_id: str, ulysses: int, ring: int) -> None:
+@pytest.mark.parametrize(("entry_id", "layout"), in_turns(SOME, LAYOUTS), ids=str)
+def test_bf16_is_as_good_as_one_process(ranks: RankPool, entry_id: str, layout: tuple[int, int]) -> None:
+    ulysses, ring = layout
     expected, unsharded = (expected_output(ranks, entry_id, dtype) for dtype in (torch.float32, torch.bfloat16))
     answers = ranks.run(draw_sharded, entry_id, torch.bfloat16, unsharded, ulysses=ulysses, ring=ring)
     for sharded, restored, _ in answers:

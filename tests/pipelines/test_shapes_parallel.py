@@ -12,6 +12,7 @@ import torch
 from omni_sp import ParallelMesh, parallelize
 from omni_sp.pipelines.shapes import SHAPES_CALL, shapes_folder
 from omni_sp.testing.ranks import RankPool
+from tests.thorough import THOROUGH
 
 PROMPTS = ["a red circle on a blue background", "a large green star at the top right of a black background"]
 CALLS: dict[str, dict[str, Any]] = {
@@ -52,7 +53,8 @@ def parallel(mesh: ParallelMesh, name: str) -> tuple[Any, dict[str, int]]:
     return draw(pipe, name), handle.tokens
 
 
-@pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (3, 1), (1, 3), (4, 1)], ids=lambda degree: str(degree))
+# The demo model's blocks are those of Qwen-Image, which tests/sharding tries on all layouts.
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (1, 3), *([(3, 1), (4, 1)] if THOROUGH else [])], ids=str)
 def test_the_picture_is_that_of_one_process(ranks: RankPool, ulysses: int, ring: int) -> None:
     wanted = one_process("256 x 256")
     assert wanted.shape == (1, 256, 256, 3)

@@ -16,6 +16,7 @@ from omni_sp.testing.reference import randomise, relative_error
 from tests.library_versions import caches_after_a_call
 from tests.one_rank import by_one_rank
 from tests.sharding.zoo.check import first_tensor
+from tests.thorough import in_turns
 
 QWEN, FLUX, WAN = "QwenImageTransformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel"
 COG, SD3 = "CogVideoXTransformer3DModel", "SD3Transformer2DModel"
@@ -227,8 +228,10 @@ def cached(mesh: ParallelMesh, entry_id: str, cache: str, before: bool) -> tuple
     ("entry_id", "cache", "before"),
     [
         pytest.param(entry_id, cache, before, marks=[caches_after_a_call] if cache in KEEP_STATE else [])
-        for entry_id, before in ((QWEN, False), (FLUX, False), (WAN, False), (COG, False), (QWEN, True))
-        for cache in CACHES
+        for cache, (entry_id, before) in [
+            *((cache, (QWEN, before)) for cache in CACHES for before in (False, True)),
+            *in_turns(CACHES, [(FLUX, False), (WAN, False), (COG, False)]),
+        ]
     ],
     ids=str,
 )

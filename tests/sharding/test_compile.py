@@ -17,7 +17,7 @@ from omni_sp.testing.reference import randomise, relative_error
 from tests.sharding.models import CASES, qwen_image, qwen_inputs
 from tests.sharding.test_changed import add_lora
 from tests.sharding.zoo.all import ENTRIES
-from tests.thorough import THOROUGH
+from tests.thorough import THOROUGH, in_turns
 
 COMPILED = (
     "SD3Transformer2DModel",
@@ -56,10 +56,14 @@ def _first(output: Any) -> torch.Tensor:
     return tensor
 
 
-@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2), (2, 2)], ids=lambda degree: str(degree))
-@pytest.mark.parametrize("name", ["qwen, two prompts", "wan", *COMPILED[: None if THOROUGH else 1]])
-def test_blocks_compile_into_one_graph(ranks: RankPool, name: str, ulysses: int, ring: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    in_turns(["qwen, two prompts", "wan", *COMPILED[: None if THOROUGH else 1]], [(2, 1), (1, 2), (2, 2)]),
+    ids=str,
+)
+def test_blocks_compile_into_one_graph(ranks: RankPool, name: str, layout: tuple[int, int]) -> None:
     """The "eager" backend runs the graph as it was traced, without generating code."""
+    ulysses, ring = layout
     for error, counts in ranks.run(compiled, name, "eager", ulysses=ulysses, ring=ring, timeout=300):
         assert error <= 1e-5
         assert counts.replayed > 0

@@ -11,6 +11,7 @@ from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
 from tests.one_rank import by_one_rank
 from tests.sharding.models import CASES, qwen_image, qwen_inputs
+from tests.thorough import in_turns
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]
 
@@ -39,9 +40,10 @@ def compare(mesh: ParallelMesh, name: str, dtype: torch.dtype) -> tuple[float, f
     return relative_error(sharded, wanted), relative_error(alone, wanted), torch.equal(again, alone), tokens
 
 
-@pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS, ids=lambda degree: str(degree))
-@pytest.mark.parametrize("name", CASES)
-def test_fp32_equals_one_process(ranks: RankPool, name: str, ulysses: int, ring: int) -> None:
+# tests/sharding/test_zoo.py has the classes themselves on all layouts.
+@pytest.mark.parametrize(("name", "layout"), in_turns(CASES, LAYOUTS, each=2), ids=str)
+def test_fp32_equals_one_process(ranks: RankPool, name: str, layout: tuple[int, int]) -> None:
+    ulysses, ring = layout
     for error, _, restored, _ in ranks.run(compare, name, torch.float32, ulysses=ulysses, ring=ring):
         assert error <= 1e-5
         assert restored

@@ -17,7 +17,7 @@ from omni_sp.testing.live_bytes import LiveBytes
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
 from tests.sharding.vaes import BY_ID, NOT_HERE, draw
-from tests.thorough import THOROUGH
+from tests.thorough import THOROUGH, in_turns
 
 LAYOUTS = [(2, 1), (1, 3), (2, 2)]
 # One of each kind; OMNI_SP_THOROUGH=1 tries every class on every layout.
@@ -31,12 +31,7 @@ SOME = (
     "AutoencoderOobleck",
 )
 NAMES = list(BY_ID) if THOROUGH else list(SOME)
-RUNS = [
-    (name, layout)
-    for number, name in enumerate(NAMES)
-    for turn, layout in enumerate(LAYOUTS)
-    if THOROUGH or number % len(LAYOUTS) == turn
-]
+RUNS = in_turns(NAMES, LAYOUTS)
 
 
 def numbers_of(output: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 beyond text to video with two transformers, which planned.py has: from a picture, TI2V, VACE."""
+"""Wan 2.1 and 2.2 beyond what qwen_flux_wan.py has: from a picture, TI2V, VACE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipelines whose transformers have plans."""
+"""Pipelines of three families that other tests build upon too: Qwen-Image, FLUX.1, Wan."""
 
 from __future__ import annotations
 
