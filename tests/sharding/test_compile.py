@@ -16,8 +16,9 @@ from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
 from tests.sharding.models import CASES, qwen_image, qwen_inputs
 from tests.sharding.test_changed import add_lora
+from tests.sharding.test_replay import CHANGES, changed_after_recording
 from tests.sharding.zoo.all import ENTRIES
-from tests.thorough import THOROUGH, in_turns
+from tests.thorough import THOROUGH, in_turns, thorough_only
 
 COMPILED = (
     "SD3Transformer2DModel",
@@ -140,3 +141,17 @@ def test_each_shape_is_compiled_until_there_are_too_many(ranks: RankPool) -> Non
         assert after == 1
         assert len(said) == before + after
         assert said[:2] == [f"compiling QwenImageTransformerBlock: kind 1, shape {n} of it" for n in (1, 2)]
+
+
+def changed_after_compiling(mesh: ParallelMesh, number: int) -> tuple[float, float, BlockCounts]:
+    with compiling():
+        return changed_after_recording(mesh, number, compile={"backend": "eager"})
+
+
+@thorough_only
+@pytest.mark.parametrize("number", range(len(CHANGES)))
+def test_a_change_is_seen_at_the_next_call(ranks: RankPool, number: int) -> None:
+    for error, effect, counts in ranks.run(changed_after_compiling, number, ulysses=2, timeout=300):
+        assert counts.compiled
+        assert effect > 1e-4
+        assert error <= 1e-5

@@ -327,8 +327,14 @@ def blocks_of(model: Any) -> Any:
     return model.transformer_blocks
 
 
-def changed_after_recording(mesh: ParallelMesh, number: int) -> tuple[float, float, BlockCounts]:
-    """Error after a change, and what it changes, of a model whose blocks were replayed before."""
+def changed_after_recording(mesh: ParallelMesh, number: int, **options: Any) -> tuple[float, float, BlockCounts]:
+    """Error after a change, and what it changes, of a model whose blocks were replayed before.
+
+    Args:
+        mesh: the ranks.
+        number: of the change in `CHANGES`.
+        **options: further ones for parallelize().
+    """
     warnings.simplefilter("ignore")
     first, change = CHANGES[number]
 
@@ -345,7 +351,7 @@ def changed_after_recording(mesh: ParallelMesh, number: int) -> tuple[float, flo
         wanted = by_one_rank(mesh, expected)
         model = randomise(ENTRIES[QWEN].build())
         first(model)
-        handle = parallelize(model, mesh)
+        handle = parallelize(model, mesh, **options)
         for _ in range(2):
             before = first_tensor(model(**ENTRIES[QWEN].inputs()))
         counts = handle.blocks
