@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from omni_sp.errors import ConfigError, UnsupportedModelError
 from omni_sp.llm.speculation.checkpoint import SpeculatorConfig
+from omni_sp.llm.vllm import internals
 from omni_sp.llm.vllm.internals import ARCHITECTURES, read_config, require_attributes, runs_on_cpu, unknown_vllm
 
 _VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
@@ -40,6 +41,9 @@ def repair_sampling() -> None:
     In 0.32's build for CPUs, ``expand_batch_to_tokens`` fills a copy of its result, and returns the result unfilled. It
     brings each request's temperature, top-k and top-p to the tokens of its draft, so a step with drafts in which one
     request is sampled at a temperature would give any token at all. Greedy steps do not call it.
+
+    Raises:
+        ConfigError: this build verifies drafts with Triton's kernels alone, as 0.30's for CPUs does, and there is none.
     """
     if not runs_on_cpu():
         return
@@ -47,7 +51,14 @@ def repair_sampling() -> None:
     require_attributes(sampler, ("expand_batch_to_tokens",), _SAMPLER)
     values, ends = torch.tensor([0.5, 0.0, 1.5]), torch.tensor([2, 2, 5], dtype=torch.int32)
     expected = [0.5, 0.5, 1.5, 1.5, 1.5]
-    if sampler.expand_batch_to_tokens(values, ends, 5, replace_from=0, replace_to=1).tolist() != expected:
+    try:
+        found = sampler.expand_batch_to_tokens(values, ends, 5, replace_from=0, replace_to=1).tolist()
+    except Exception as error:  # whatever it is that comes of calling a kernel of Triton without Triton
+        raise ConfigError(
+            f"vLLM {internals.version()} cannot verify drafts on this CPU, whoever makes them ({error}): use vLLM 0.31 "
+            "or newer, install Triton, or leave --speculative-config"
+        ) from error
+    if found != expected:
         sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 

@@ -183,6 +183,19 @@ def test_suffix_decoding_gives_the_tokens_of_transformers_in_fewer_steps(tmp_pat
     assert after - before >= 0.8 * 48 * len(first), result["steps_after"]
 
 
+@pytest.mark.skipif(SPECULATES, reason="this version verifies drafts on this CPU")
+def test_drafts_that_this_vllm_cannot_verify_are_refused_by_its_version(tmp_path: Path) -> None:
+    save_language_model("qwen2", tmp_path)
+    options = {"model": str(tmp_path), **SMALL, "speculative_config": {"method": "suffix"}}
+    (tmp_path / "case.json").write_text(json.dumps({"options": options, "batches": [], "aborts": False, "count": 1}))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.llm.vllm.run_vllm", "case.json", "result.json"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode
+    assert f"vLLM {VERSION} cannot verify drafts on this CPU" in done.stdout + done.stderr
+
+
 @thorough_only
 @pytest.mark.skipif(
     not torch.cpu._is_avx512_supported(), reason="vLLM keeps keys and values in fp8 on CPUs with AVX-512 alone"

@@ -66,19 +66,34 @@ def test_values_of_requests_are_repeated_for_the_tokens_of_their_drafts() -> Non
     assert (top_k.tolist(), top_k.dtype) == ([5, 5, 7], torch.int32)
 
 
+def use_sampler(monkeypatch: pytest.MonkeyPatch, stock: Any) -> SimpleNamespace:
+    """Put a function in the place of vLLM's own."""
+    sampler = SimpleNamespace(expand_batch_to_tokens=stock)
+    monkeypatch.setattr(speculation_internals, "runs_on_cpu", lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm.v1.sample.rejection_sampler", sampler)
+    for name in ("vllm", "vllm.v1", "vllm.v1.sample"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+    return sampler
+
+
 @pytest.mark.parametrize("is_right", [False, True])
 def test_a_build_that_leaves_them_unfilled_is_repaired(monkeypatch: pytest.MonkeyPatch, is_right: bool) -> None:
     def stock(values: Any, ends: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Any:
         found = expand_batch_to_tokens(values, ends, num_tokens, replace_from, replace_to)
         return found if is_right else torch.full_like(found, 7)
 
-    sampler = SimpleNamespace(expand_batch_to_tokens=stock)
-    monkeypatch.setattr(speculation_internals, "runs_on_cpu", lambda: True)
-    monkeypatch.setitem(sys.modules, "vllm.v1.sample.rejection_sampler", sampler)
-    for name in ("vllm", "vllm.v1", "vllm.v1.sample"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+    sampler = use_sampler(monkeypatch, stock)
     speculation_internals.repair_sampling()
     assert (sampler.expand_batch_to_tokens is stock) == is_right
+
+
+def test_a_build_whose_verification_needs_triton_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stock(*_: Any, **__: Any) -> Any:
+        raise TypeError("Cannot inspect kernel parameters for function")
+
+    use_sampler(monkeypatch, stock)
+    with pytest.raises(ConfigError, match=r"vLLM 0\.99\.0 cannot verify drafts on this CPU.*use vLLM 0\.31 or newer"):
+        speculation_internals.repair_sampling()
 
 
 CONFIG = SpeculatorConfig(
