@@ -314,7 +314,8 @@ def parsed(buffer: bytearray) -> Generator[None, None, Answer]:
         length = int(headers.get("content-length", "0"))
         while len(buffer) < length:
             yield
-        body = bytes(buffer[:length])
+        with memoryview(buffer) as view:
+            body = bytes(view[:length])
         del buffer[:length]
         return Answer(int(status[:3]), headers, body)
     whole = bytearray()

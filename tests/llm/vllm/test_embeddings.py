@@ -8,6 +8,7 @@ import itertools
 import json
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,25 @@ def test_the_front_answers_as_one_server_of_vllm(tmp_path: Path) -> None:
             refused = post(stock, body)
             assert refused.status >= 400
             assert without_times(post(front, body)) == without_times(refused)
+
+
+@thorough_only
+def test_texts_of_a_killed_server_of_vllm_go_to_the_other_until_it_is_back(tmp_path: Path) -> None:
+    save_language_model("qwen2", tmp_path)
+    with server(tmp_path, [*COMMAND, str(tmp_path), "--replicas", "2", "--gpus", "0", "--enforce-eager"]) as url:
+        assert becomes_true(lambda: all_are_ready(url), PATIENCE_S)
+        given = texts(257)
+        with EmbeddingClient(url) as client, ThreadPoolExecutor(4) as threads:
+            wanted = client.embed(given)
+            under_way = [threads.submit(client.embed, given) for _ in range(4)]
+            address = replica_addresses()[0]
+            own = [one for one in psutil.Process().children(recursive=True) if address.path in one.cmdline()]
+            next(one for one in own if "guard.py" not in " ".join(one.cmdline())).kill()
+            assert becomes_true(lambda: not all_are_ready(url), 60.0)
+            for found in (*(future.result(PATIENCE_S) for future in under_way), client.embed(given)):
+                np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+            assert becomes_true(lambda: all_are_ready(url), PATIENCE_S)
+            np.testing.assert_allclose(client.embed(given), wanted, rtol=0, atol=1e-6)
 
 
 @thorough_only
