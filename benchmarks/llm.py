@@ -117,15 +117,18 @@ def engine_main(options: dict[str, Any]) -> None:
     from vllm import SamplingParams
 
     # By the module's own name: vLLM's processes look these functions up there.
-    from benchmarks.llm import count_bytes, read_bytes
+    from benchmarks.llm import count_bytes, read_bytes, read_drafting, time_drafting
     from omni_sp.llm import LLM
     from omni_sp.testing.models import memory_of_rank
 
+    speculates = "speculative_config" in options
     llm = LLM(
-        dtype="float32", skip_tokenizer_init=True, max_model_len=8192, max_num_batched_tokens=8192, max_num_seqs=8,
-        enable_prefix_caching=False, enforce_eager=True, **options,
+        dtype="float32", skip_tokenizer_init=True, max_num_batched_tokens=8192, max_num_seqs=8,
+        enable_prefix_caching=False, enforce_eager=True, **{"max_model_len": 8192, **options},
     )  # fmt: skip
     llm.apply_model(count_bytes)
+    if speculates:
+        llm.collective_rpc(time_drafting)
     print("answer {}", flush=True)
     for line in sys.stdin:
         question = json.loads(line)
@@ -139,6 +142,9 @@ def engine_main(options: dict[str, Any]) -> None:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         took = time.perf_counter() - began
         answer: dict[str, Any] = {"seconds": took, "bytes": llm.apply_model(read_bytes)[0]}
+        answer["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
+        if speculates:
+            answer["drafting"] = llm.collective_rpc(read_drafting)[0]
         if question.get("likelihood"):
             entries = zip(question["prompts"][0][1:], outputs[0].prompt_logprobs[1:], strict=True)
             answer["likelihood"] = sum(table[token].logprob for token, table in entries)
@@ -176,6 +182,28 @@ def read_bytes(model: Any) -> float:
         total += traffic.bytes.get("exchange", 0)
         traffic.reset()
     return float(total / len(model.model.layers))
+
+
+def time_drafting(worker: Any) -> None:
+    """In a rank: time every call of the proposer from now on."""
+    drafter = worker.model_runner.drafter
+    propose, drafter.seconds = drafter.propose, []
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        drafts = propose(*arguments, **named)
+        drafter.seconds.append(time.perf_counter() - began)
+        return drafts
+
+    drafter.propose = timed
+
+
+def read_drafting(worker: Any) -> list[float]:
+    """In a rank: seconds of each call of the proposer since the last call of this."""
+    drafter = worker.model_runner.drafter
+    seconds: list[float] = drafter.seconds
+    drafter.seconds = []
+    return seconds
 
 
 def make_model(folder: Path) -> None:

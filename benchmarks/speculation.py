@@ -1,229 +1,173 @@
-"""Suffix decoding by itself, without a model: what a step costs this thread, and how many tokens a step gives.
+"""Drafters inside vLLM against plain decoding: suffix decoding, an MLP, an LSTM, and the LSTM beside suffix decoding.
 
-python -m benchmarks.speculation                    # compiled where numba is importable (.venv-vllm/bin/python has it)
-python -m benchmarks.speculation --no-exact --no-save
+python -m benchmarks.speculation                    # in .venv-vllm (`make install-vllm`)
+python -m benchmarks.speculation --rounds 2 --answer 32 --no-save
 
-The texts are source files of Python's library, as a session that edits code has them: a third of the answers repeats
-its prompt with changes, a third goes on with the file, a third repeats an earlier answer with changes. Tokens a step
-are compared with those of an exact suffix tree: drafts from all places of all match lengths, not the latest 64. Times
-are CPU times of the thread, the least of some rounds.
+A small Llama goes on with Python source that it has not learnt; it and the speculators are trained first, for some
+minutes, into the folder --models, which later runs use again (benchmarks.speculation_models). All five engines run
+eagerly on one core, in float32. They answer the same prompts greedily, new ones in every round, in turns in a random
+order, while the others are stopped. An answer that is not plain decoding's is counted: there should be none but where
+two tokens are as likely as float32 can tell. Time for each output token is that of all tokens after the first ones.
+Time a step is that of vLLM's call of the proposer, on rank 0's wall clock.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import re
-import sysconfig
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
+import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.interleaved import add_output_options, report, write
-from omni_sp.llm.speculation import suffix
-from omni_sp.llm.speculation.settings import SpeculationSettings
+from tqdm import tqdm
 
-WORD = re.compile(r"[^\W\d]+|\d|\s+|.", re.DOTALL)
-PROMPT = 200
-SETTINGS = SpeculationSettings()
+from benchmarks.interleaved import Timing, add_output_options, paired, report, save
+from benchmarks.llm import Engine
+from benchmarks.speculation_models import PROMPT, SIZES, Training, make_models, prompts_from, source_text
 
-
-class Stream(NamedTuple):
-    """A prompt and the answer that the model would give, whatever is drafted."""
-
-    prompt: list[int]
-    answer: list[int]
+PLAIN = "plain"
+COUNTS = (
+    "drafts", "draft_tokens", "accepted_tokens", "head_drafts", "head_draft_tokens", "head_accepted_tokens"
+)  # fmt: skip
 
 
-def streams(number: int, length: int) -> list[Stream]:
-    """Texts of token ids, from Python's library."""
-    generator, ids = random.Random(0), dict[str, int]()
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    generator.shuffle(files)
-    found: list[Stream] = []
-    for file in files:
-        words = WORD.findall(file.read_text(encoding="utf8", errors="ignore"))
-        if len(words) < length + PROMPT:
-            continue
-        start = generator.randrange(len(words) - length - PROMPT + 1)
-        tokens = [ids.setdefault(word, len(ids)) for word in words[start : start + length + PROMPT]]
-        kind = len(found) % 3
-        if kind == 0:
-            found.append(Stream(tokens, _changed(tokens[:length], len(ids), generator)))
-        elif kind == 1:
-            found.append(Stream(tokens[:PROMPT], tokens[PROMPT:]))
-        else:
-            earlier = _changed(found[-2].answer, len(ids), generator)
-            found.append(Stream(tokens[:PROMPT], earlier[: length // 2] + tokens[PROMPT : PROMPT + length // 2]))
-        if len(found) == number:
-            break
-    return found
+def engines_of(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """The options of each engine, by name."""
+    mlp, lstm = ({"method": "arctic", "model": str(folders[kind])} for kind in ("mlp", "lstm"))
+    drafters: dict[str, dict[str, Any]] = {
+        "suffix": {"method": "suffix"},
+        "MLP": mlp,
+        "LSTM": lstm,
+        "LSTM + suffix": {**lstm, "enable_suffix_decoding": True},
+    }
+    return {PLAIN: {}, **{name: {"speculative_config": config} for name, config in drafters.items()}}
 
 
-def _changed(tokens: list[int], vocabulary: int, generator: random.Random) -> list[int]:
-    changed = list(tokens)
-    for _ in range(len(tokens) // 33):
-        at, length = generator.randrange(len(changed)), generator.randrange(4)
-        changed[at : at + generator.randrange(4)] = [generator.randrange(vocabulary) for _ in range(length)]
-    return changed
+class Turns:
+    """What the engines took and drafted, by how many requests there were at once, and engine.
+
+    Args:
+        engines: that run.
+        batches: numbers of requests at once.
+        answer: tokens of an answer.
+    """
+
+    def __init__(self, engines: dict[str, Engine], batches: list[int], answer: int) -> None:
+        self._engines, self._answer = engines, answer
+        self._before = {name: dict.fromkeys(COUNTS, 0) for name in engines}
+        self._steps: dict[tuple[int, str], list[float]] = {(batch, name): [] for batch in batches for name in engines}
+        self.found = {
+            key: Timing(facts=dict.fromkeys((*COUNTS, "tokens", "same_answers", "answers"), 0)) for key in self._steps
+        }
+
+    def take(self, prompts: list[list[int]], order: list[str], *, is_counted: bool) -> None:
+        """Let each engine answer these prompts, all at once."""
+        answers: dict[str, list[list[int]]] = {}
+        for name in order:
+            engine, key = self._engines[name], (len(prompts), name)
+            first = engine.turn({"prompts": prompts, "count": 1})
+            whole = engine.turn({"prompts": prompts, "count": self._answer})
+            answers[name] = whole["tokens"]
+            before, self._before[name] = self._before[name], {count: whole.get(count, 0) for count in COUNTS}
+            if not is_counted:
+                continue
+            own = self.found[key]
+            tokens = len(prompts) * (self._answer - 1)
+            own.seconds.append((whole["seconds"] - first["seconds"]) / tokens)
+            own.facts["tokens"] += tokens
+            for count in COUNTS:
+                own.facts[count] += self._before[name][count] - before[count]
+            self._steps[key] += whole.get("drafting", [])
+        for name in order if is_counted else []:
+            facts = self.found[len(prompts), name].facts
+            facts["answers"] += len(prompts)
+            facts["same_answers"] += sum(map(list.__eq__, answers[name], answers[PLAIN]))
+
+    def summarise(self) -> None:
+        """Add to the facts the steps of drafting, and the median of their times."""
+        for key, steps in self._steps.items():
+            if steps:
+                self.found[key].facts |= {"steps": len(steps), "us_a_step": statistics.median(steps) * 1e6}
 
 
-class ExactTree:
-    """What an exact suffix tree drafts: the votes of all places of every match length, in one text or all answers."""
-
-    def __init__(self) -> None:
-        self.own: dict[str, list[int]] = {}
-        self.places: dict[str, dict[int, list[int]]] = {}
-        self.extend("", [-1])  # answers, between separators
-
-    def extend(self, request: str, tokens: list[int], *, is_answer: bool = False) -> None:
-        """Append tokens; ``is_answer``: also to the answers of all."""
-        text, places = self.own.setdefault(request, []), self.places.setdefault(request, defaultdict(list))
-        if is_answer and not text:
-            self.extend("", [-1])
-        for token in tokens:
-            text.append(token)
-            places[token].append(len(text))
-        if is_answer:
-            self.extend("", tokens)
-
-    def lookup(self, request: str, most: int) -> list[int]:
-        """A draft."""
-        own = self.own[request]
-        return max((self._best(own, text) for text in (request, "")), key=lambda draft: draft[1])[0][:most]
-
-    def _best(self, own: list[int], name: str) -> tuple[list[int], float]:
-        text, found = self.own[name], list[tuple[int, int]]()
-        for place in self.places[name][own[-1]]:
-            length, limit = 1, min(SETTINGS.max_depth, len(own), place)
-            while length < limit and text[place - 1 - length] == own[-1 - length]:
-                length += 1
-            if place < len(text):
-                found.append((length, place))
-        found.sort(reverse=True)
-        best: tuple[list[int], float] = [], 0.0
-        for length in sorted({length for length, _ in found}, reverse=True):
-            room = min(SETTINGS.num_speculative_tokens, length)
-            if room <= best[1]:
-                break
-            alive, path, share, score = [place for size, place in found if size >= length], list[int](), 1.0, 0.0
-            while len(path) < room:
-                at = len(path)
-                alive = [place for place in alive if place + at < len(text) and text[place + at] >= 0]
-                if not alive:
-                    break
-                token, votes = Counter(text[place + at] for place in alive).most_common(1)[0]
-                share *= votes / len(alive)
-                if share < SETTINGS.min_token_prob:
-                    break
-                path.append(token)
-                score += share
-                alive = [place for place in alive if text[place + at] == token]
-            if score > best[1]:
-                best = path, score
-        return best
-
-
-class _Ours:
-    def __init__(self) -> None:
-        self.index = suffix.SuffixIndex(SETTINGS)
-
-    def extend(self, request: str, tokens: list[int], *, is_answer: bool = False) -> None:
-        self.index.extend(request, tokens, is_answer=is_answer)
-
-    def lookup(self, request: str, most: int) -> list[int]:
-        return self.index.lookup([request], [most])[0].tokens
-
-
-def tokens_a_step(index: Any, texts: list[Stream]) -> tuple[float, list[list[list[int]]]]:
-    """Answer all texts one after the other: tokens a step, and the tokens of each step of each text."""
-    steps = list[list[list[int]]]()
-    for number, (prompt, answer) in enumerate(texts):
-        name, at, draft = str(number), 0, list[int]()
-        index.extend(name, prompt)
-        steps.append([])
-        while at < len(answer):
-            accepted = 0
-            while accepted < min(len(draft), len(answer) - at) and draft[accepted] == answer[at + accepted]:
-                accepted += 1
-            new = answer[at : at + accepted + 1]
-            index.extend(name, new, is_answer=True)
-            draft = index.lookup(name, SETTINGS.num_speculative_tokens)
-            steps[-1].append(new)
-            at += len(new)
-    return sum(map(len, (one.answer for one in texts))) / sum(map(len, steps)), steps
-
-
-def least(run: Callable[[], float], rounds: int) -> float:
-    """The least of some rounds."""
-    return min(run() for _ in range(rounds))
-
-
-def seconds_of_steps(texts: list[Stream], steps: list[list[list[int]]]) -> float:
-    """Seconds of all steps of one request after the other: extend and look up."""
-    index, seconds = _Ours(), 0.0
-    for number, (prompt, _) in enumerate(texts):
-        name = str(number)
-        index.extend(name, prompt)
-        start = time.thread_time()
-        for new in steps[number]:
-            index.extend(name, new, is_answer=True)
-            index.lookup(name, SETTINGS.num_speculative_tokens)
-        seconds += time.thread_time() - start
-    return seconds
-
-
-def seconds_of_a_batch(texts: list[Stream], requests: int, steps: int) -> float:
-    """Seconds of steps of many requests at once, a token each."""
-    index = suffix.SuffixIndex(SETTINGS)
-    names = [str(number) for number in range(requests)]
-    for number, name in enumerate(names):
-        index.extend(name, texts[number % len(texts)].prompt, is_answer=False)
-    limits = [SETTINGS.num_speculative_tokens] * requests
-    start = time.thread_time()
-    for step in range(steps):
-        for number, name in enumerate(names):
-            index.extend(name, texts[number % len(texts)].answer[step : step + 1])
-        index.lookup(names, limits)
-    return time.thread_time() - start
-
-
-def seconds_of_a_prompt(tokens: list[int]) -> float:
-    """Seconds until a prompt is known."""
-    index = suffix.SuffixIndex(SETTINGS)
-    start = time.thread_time()
-    index.extend("", tokens, is_answer=False)
-    return time.thread_time() - start
+def table(found: dict[tuple[int, str], Timing]) -> str:
+    """A line for each number of requests and engine."""
+    lines = [
+        f"{'requests':>8} {'':14}{'ms a token':>11}{'plain / it':>11}{'us a step':>10}{'drafts':>8}{'tokens':>8}"
+        f"{'accepted':>9}{'a draft':>8}{'same answers':>14}"
+    ]
+    for (batch, name), own in found.items():
+        facts = own.facts
+        ratio = paired({other: found[batch, other] for other in (PLAIN, name)}, PLAIN, name)
+        drafts, tokens, accepted = (facts[count] + facts[f"head_{count}"] for count in COUNTS[:3])
+        drafting = f"{facts['us_a_step']:>10.0f}" if "us_a_step" in facts else f"{'':10}"
+        lines.append(
+            f"{batch:>8} {name:14}{own.median * 1e3:>11.3f}{ratio:>11.2f}{drafting}{drafts:>8}{tokens:>8}{accepted:>9}"
+            f"{accepted / max(1, drafts):>8.2f}{facts['same_answers']:>7} of {facts['answers']}"
+        )
+        if facts["drafts"] and facts["head_drafts"]:
+            for by, prefix in (("of the LSTM", "head_"), ("of suffix", "")):
+                drafts, tokens, accepted = (facts[f"{prefix}{count}"] for count in COUNTS[:3])
+                share = accepted / max(1, drafts)
+                lines.append(f"{'':8}   {by:34}{'':10}{drafts:>8}{tokens:>8}{accepted:>9}{share:>8.2f}")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure, print a table, write JSON."""
+    """Train what is missing, measure, print a table, write JSON."""
+    usual = Training()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=24, help="number of texts (default: 24)")
-    parser.add_argument("--length", type=int, default=1000, help="tokens of an answer (default: 1000)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the least time counts (default: 5)")
-    parser.add_argument("--no-exact", action="store_true", help="leave the exact tree, which takes a minute")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="(default: 9)")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8], metavar="N", help="at once (default: 1 8)")
+    parser.add_argument("--answer", type=int, default=96, metavar="TOKENS", help="of an answer (default: 96)")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=Path("results/speculation-models"),
+        metavar="FOLDER",
+        help="where the trained models are kept (default: results/speculation-models)",
+    )
+    for name, value in usual._asdict().items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=value, metavar="N", help=f"of the training (default: {value})")
+    parser.add_argument("--train-only", action="store_true", help="end when the models are trained")
     add_output_options(parser)
     options = parser.parse_args()
-    texts = streams(options.texts, options.length)
-    suffix.SuffixIndex(SETTINGS).warm_up()
-    tokens, steps = tokens_a_step(_Ours(), texts)
-    long = [token for text in streams(10_000, options.length) for token in text.prompt]
-    long = (long * (1 + 100_000 // len(long)))[:100_000]
-    results = {
-        "compiled": suffix.IS_COMPILED,
-        "tokens_a_step": tokens,
-        "exact_tokens_a_step": None if options.no_exact else tokens_a_step(ExactTree(), texts)[0],
-        "us_a_step": least(lambda: seconds_of_steps(texts, steps), options.repeats) / sum(map(len, steps)) * 1e6,
-        "us_a_request_at_batch_64": least(lambda: seconds_of_a_batch(texts, 64, 100), options.repeats) / 6400 * 1e6,
-        "ms_for_a_prompt_of_100k": least(lambda: seconds_of_a_prompt(long), options.repeats) * 1e3,
+    if min(options.rounds, *options.requests, options.answer - 1) < 1 or max(options.requests) > 8:
+        parser.error("--rounds is 1 or more, --requests are from 1 to 8, and --answer is 2 or more")
+    if PROMPT + options.answer > SIZES["max_position_embeddings"]:
+        parser.error(f"prompts of {PROMPT} tokens and --answer are at most {SIZES['max_position_embeddings']} tokens")
+    training = Training(**{name: getattr(options, name) for name in usual._asdict()})
+    folders = make_models(options.models, training)
+    if not options.train_only:
+        measure(folders, training, options)
+
+
+def measure(folders: dict[str, Path], training: Training, options: argparse.Namespace) -> None:
+    """Run the engines in turns."""
+    text, engines = source_text().others, dict[str, Engine]()
+    try:
+        for name, own in engines_of(folders).items():
+            print(f"starting {name}", flush=True)
+            engines[name] = Engine(folders["target"], {"max_model_len": SIZES["max_position_embeddings"], **own})
+        turns = Turns(engines, options.requests, options.answer)
+        for number in tqdm(range(-1, options.rounds), desc="rounds, the first to warm up"):
+            for batch in options.requests:
+                prompts = prompts_from(text, batch, seed=1000 * number + batch)
+                order = random.Random(1000 * number + batch).sample(list(engines), len(engines))
+                turns.take(prompts, order, is_counted=number >= 0)
+        turns.summarise()
+    finally:
+        for engine in engines.values():
+            engine.close()
+    print(table(turns.found))
+    settings = {
+        "model": SIZES,
+        "training": training._asdict(),
+        **{name: getattr(options, name) for name in ("rounds", "requests", "answer")},
     }
-    for name, value in results.items():
-        print(f"{name:28}{value:10.3f}" if isinstance(value, float) else f"{name:28}{value!s:>10}")
-    chosen = {name: getattr(options, name) for name in ("texts", "length", "repeats")}
-    report(write(options.output, "speculation", chosen, results))
+    saved = {f"{name}, {batch} at once": timing for (batch, name), timing in turns.found.items()}
+    report(save(options.output, "speculation", settings, saved))
 
 
 if __name__ == "__main__":
