@@ -82,12 +82,14 @@ $(VENV)/versions/%/.installed: $(VENV)/.installed
 # side: engines import for most of their start, which keeps one core busy.
 test-vllm: install-vllm
 	$(VLLM_RUN) -m pytest --numprocesses 2 tests/compat tests/llm/speculation tests/llm/swiftkv/test_model.py \
-		tests/llm/vllm/test_engines.py tests/llm/vllm/test_fp8.py tests/llm/vllm/test_speculators.py tests/llm/vllm/test_embeddings.py
+		tests/llm/vllm/test_engines.py tests/llm/vllm/test_fp8.py tests/llm/vllm/test_speculators.py tests/llm/vllm/test_all_at_once.py \
+		tests/llm/vllm/test_embeddings.py
 
 # The same inside older ones, each of which stands before the newest on the path while its turn is.
 test-vllm-range: install-vllm $(VLLM_FOLDERS:=/.installed)
 	set -e; for folder in $(VLLM_FOLDERS); do PYTHONPATH=$(CURDIR)/$$folder OMNI_SP_VLLM=$$(basename $$folder) \
-		$(VLLM_RUN) -m pytest tests/llm/vllm/test_engines.py; done
+		$(VLLM_RUN) -m pytest tests/llm/vllm/test_engines.py tests/llm/swiftkv/test_model.py \
+		tests/llm/vllm/test_speculators.py; done
 
 $(VLLM_VENV)/versions/%/.installed: $(VLLM_VENV)/.installed
 	rm -rf $(@D)

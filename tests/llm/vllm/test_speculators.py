@@ -54,10 +54,14 @@ class Trained(NamedTuple):
     answers: list[list[int]]
 
 
-def trained(folder: Path, kind: Literal["lstm", "mlp"]) -> Trained:
-    """Train for the answers to these prompts alone, so that some drafts are right."""
+def trained(folder: Path, kind: Literal["lstm", "mlp"], model: Any = None) -> Trained:
+    """Train for the answers to these prompts alone, so that some drafts are right.
+
+    ``model``: that of the folder; None saves a Llama there.
+    """
     torch.set_num_threads(1)
-    model = save_language_model("llama", folder)
+    if model is None:
+        model = save_language_model("llama", folder)
     batch = prompts(*LENGTHS[1:])
     answers = [greedy(model, prompt, ANSWER + PLACES) for prompt in batch]
     sequences = Sequences([prompt + answer for prompt, answer in zip(batch, answers, strict=True)], [*map(len, batch)])
@@ -68,11 +72,17 @@ def trained(folder: Path, kind: Literal["lstm", "mlp"]) -> Trained:
 
 
 @pytest.mark.parametrize(
-    ("kind", "sequence"),
-    [("lstm", 2), *(pytest.param(*case, marks=thorough_only) for case in (("lstm", 1), ("mlp", 1), ("mlp", 2)))],
+    ("kind", "tensor", "sequence"),
+    [
+        ("lstm", 1, 2),
+        *(
+            pytest.param(*case, marks=thorough_only)
+            for case in (("lstm", 1, 1), ("mlp", 1, 1), ("mlp", 1, 2), ("mlp", 2, 1), ("lstm", 2, 2))
+        ),
+    ],
 )
 def test_tokens_are_the_models_and_drafts_those_of_a_simulation(
-    tmp_path: Path, kind: Literal["lstm", "mlp"], sequence: int
+    tmp_path: Path, kind: Literal["lstm", "mlp"], tensor: int, sequence: int
 ) -> None:
     """With chunks and the shift; then in a batch too large for drafts, and with a temperature."""
     case = trained(tmp_path, kind)
@@ -83,6 +93,7 @@ def test_tokens_are_the_models_and_drafts_those_of_a_simulation(
         [case.batch, many],
         count=ANSWER,
         more={"states": states.tolist(), "state_tokens": tokens.tolist()},
+        tensor_parallel_size=tensor,
         ulysses_sequence_parallel_size=sequence,
         disable_log_stats=False,
         speculative_config={
@@ -95,7 +106,8 @@ def test_tokens_are_the_models_and_drafts_those_of_a_simulation(
     expected = [answer[:ANSWER] for answer in case.answers]
     assert result["tokens"] == [expected, [greedy(case.model, prompt, ANSWER) for prompt in many]]
     whole = case.speculator.draft(states, tokens, PLACES).tolist()
-    assert result["drafts"] == [whole] * sequence  # every rank's part of the speculator drafts what the whole does
+    # Every rank's part of the speculator drafts what the whole does.
+    assert result["drafts"] == [whole] * (tensor * sequence)
     sequences = Sequences(
         [prompt + answer for prompt, answer in zip(case.batch, case.answers, strict=True)], [*map(len, case.batch)]
     )
@@ -138,9 +150,15 @@ def test_both_drafters_beside_each_other_give_the_models_tokens(tmp_path: Path, 
 
 
 @thorough_only
-def test_vllm_serve_drafts_by_a_speculator_and_says_so_on_its_metrics(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_a_server_drafts_by_a_speculator_and_says_so_on_its_metrics(tmp_path: Path, sequence: int) -> None:
+    """``vllm serve`` on one rank, and vLLM's module of the server on two with the shift."""
     case = trained(tmp_path, "mlp")
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tmp_path)]
+    if sequence > 1:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)]
+        command += ["--ulysses-sequence-parallel-size", str(sequence)]
+        command += ["--enable-shift-parallel", "--shift-parallel-threshold", "20"]
     options = {"method": "arctic", "model": str(tmp_path / "speculator"), "enable_suffix_decoding": True}
     with server(tmp_path, [*command, "--speculative-config", json.dumps(options)]) as url:
         assert completed(url, tmp_path, case.batch) == [answer[:COUNT] for answer in case.answers]
