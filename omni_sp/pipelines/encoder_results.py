@@ -25,11 +25,9 @@ from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
 from omni_sp.pipelines.branch_learning import reason_against
 from omni_sp.pipelines.branch_results import Output, Result, Shape, exchange_bytes
+from omni_sp.pipelines.encoder_state import BITS, CHANGED, OWN_REASONS, EncoderState
 from omni_sp.sharding.lazy import LazyRound, LazyTensor
 
-OWN_REASONS = ("code of others runs around it", "gradients are enabled (torch.no_grad() ends that)")
-"""Why a rank has to make a call itself, for which it looks at what other ranks may not have."""
-_BITS = len(OWN_REASONS)
 _MAX_KNOWN = 1024
 """Shapes of inputs whose results are remembered; prompts that are not padded have as many as there are lengths."""
 _CACHES = "transformers.cache_utils"
@@ -127,7 +125,7 @@ class EncoderResults:
         owner: int,
         key: Any,
         modes: tuple[bool, ...],
-        reason_of: Mapping[str, Callable[[], str | None]],
+        states: Mapping[str, EncoderState],
         run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -139,8 +137,7 @@ class EncoderResults:
             owner: the rank that makes it for all.
             key: what the shapes of its results follow from; None where they follow from more than shapes.
             modes: of the encoder and of this rank, from which shapes follow too.
-            reason_of: gives, for each encoder, why this rank has to make its calls, one of OWN_REASONS or None: then
-                every rank makes them.
+            states: of each encoder, on this rank.
             run: makes it.
             args: for ``run``, plain values and tensors.
             kwargs: for ``run``, plain values and tensors.
@@ -155,7 +152,9 @@ class EncoderResults:
         if isinstance(output, str):
             return run(*args, **kwargs), output
         if output is None or not self._calls:
-            self._agree(call, reason_of)
+            self._agree(call, states)
+            if key not in self._known:  # the encoder has changed
+                output = None
         encoder = name.partition(".")[0]
         if (reason := self._agreed[encoder]) is not None:
             return run(*args, **kwargs), reason
@@ -165,7 +164,7 @@ class EncoderResults:
             output = self._broadcast_answer(call, key, answer)
             if isinstance(output, str):
                 return run(*args, **kwargs) if leaves is None else leaves[0], output
-        elif (late := reason_of[encoder]()) is not None:
+        elif (late := states[encoder].reason()) is not None:
             # The others have begun a round without knowing of it. They hear of it in the exchange that ends the round.
             call.error = ShardingError(
                 f"{encoder} changed between two calls of encoders on rank {self._axis.ranks[self._axis.rank]}: {late}. "
@@ -176,16 +175,25 @@ class EncoderResults:
         self._calls.append(call)
         return self._lazy_result(call, output, leaves, tree_flatten((args, kwargs))[0]), None
 
-    def _agree(self, call: EncoderCall, reason_of: Mapping[str, Callable[[], str | None]]) -> None:
-        """Find out for which encoders any rank has a reason to make their calls itself. A collective call."""
-        own = [reason() for reason in reason_of.values()]
-        flags = sum(1 << _BITS * place + OWN_REASONS.index(one) for place, one in enumerate(own) if one is not None)
+    def _agree(self, call: EncoderCall, states: Mapping[str, EncoderState]) -> None:
+        """Find out for which encoders any rank has a reason to make their calls itself. A collective call.
+
+        What is known of an encoder that has changed on any rank is forgotten on all.
+        """
+        flags = sum(state.flags() << BITS * place for place, state in enumerate(states.values()))
         by_rank = self._require_same([*self._calls, call], flags)
         of_any = functools.reduce(operator.or_, (flags for (flags,) in by_rank))
         self._agreed = {
-            name: next((one for bit, one in enumerate(OWN_REASONS) if of_any >> _BITS * place + bit & 1), None)
-            for place, name in enumerate(reason_of)
+            name: next((one for bit, one in enumerate(OWN_REASONS) if of_any >> BITS * place + bit & 1), None)
+            for place, name in enumerate(states)
         }
+        for place, name in enumerate(states):
+            if of_any >> BITS * place & CHANGED:
+                self._forget(name)
+
+    def _forget(self, encoder: str) -> None:
+        """Forget what an encoder's results look like. All ranks do it together."""
+        self._known = {key: one for key, one in self._known.items() if key[0].partition(".")[0] != encoder}
 
     def _broadcast_answer(self, call: EncoderCall, key: Any, answer: _Answer) -> Output | str:
         """Send all ranks what a call of new shapes has given on its owner, and remember its shapes."""
@@ -259,6 +267,7 @@ class EncoderResults:
         failure = b"" if own is None else pickle.dumps((own, _sendable(calls[own].error)))
         rank, sent = next((rank, sent) for rank, sent in enumerate(gather_bytes(failure, self._axis)) if sent)
         place, error = _loaded(sent)
+        self._forget(calls[place].name.partition(".")[0])  # it may be another one than it was
         self._raise(calls[place].error if rank == self._axis.rank else error, calls[place], rank)
 
     def _raise(self, error: Any, call: EncoderCall, rank: int) -> NoReturn:

@@ -20,18 +20,16 @@ from omni_sp.config import DiffusionParallelConfig
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines import quirks
 from omni_sp.pipelines.branch_learning import PLAIN, autocast_modes, key_of
-from omni_sp.pipelines.encoder_results import OWN_REASONS, EncoderResults
+from omni_sp.pipelines.encoder_results import EncoderResults
+from omni_sp.pipelines.encoder_state import EncoderState
 from omni_sp.pipelines.lazy_components import has_unread_weights
 from omni_sp.sharding import ShardHandle
-from omni_sp.sharding.foreign_code import has_foreign_forward, has_foreign_hooks, has_global_hooks
 from omni_sp.sharding.forward_context import current_forward
 from omni_sp.sharding.lazy import full_tensors
 from omni_sp.sharding.weights import held_bytes
 
 _METHODS = ("generate", "get_text_features", "get_image_features")
 """What pipelines call of an encoder beside the encoder itself."""
-_KNOWN_HOOKS = ("transformers.", "accelerate.")
-"""Whose hooks look at one call, or move its tensors."""
 
 
 def encoder_names(components: Iterable[str]) -> list[str]:
@@ -76,7 +74,7 @@ class SharedEncoders:
         if self._mode is False or mesh.world_size == 1:
             return
         self._results = EncoderResults(mesh.world)
-        self._own_reasons = {name: functools.partial(_own_reason, model) for name, model in self._models.items()}
+        self._states = {name: EncoderState(model) for name, model in self._models.items()}
         self._code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None) if self._models else None
         try:
             for index, (name, model) in enumerate(self._models.items()):
@@ -153,7 +151,7 @@ class SharedEncoders:
             owner = (index + turn * self._mesh.sequence.size) % self._mesh.world_size
             key = None if method == "generate" else key_of(args, kwargs)
             modes = (model.training, *autocast_modes())
-            result, reason = self._results.get(called, owner, key, modes, self._own_reasons, run, args, kwargs)
+            result, reason = self._results.get(called, owner, key, modes, self._states, run, args, kwargs)
             self._note(name, [owner] if reason is None else range(self._mesh.world_size), reason)
             # Outside of the pipeline's call anybody may read it, on one rank alone.
             return result if is_in_call else full_tensors(result, "the caller")
@@ -212,27 +210,3 @@ def _reason_for_all(args: Any, kwargs: Any) -> str | None:
         if not isinstance(leaf, (torch.Tensor, *PLAIN)):
             return f"a call gets an object that it may write to, {type(leaf).__name__}"
     return None
-
-
-def _own_reason(model: torch.nn.Module) -> str | None:
-    """Why this rank has to make an encoder's calls, whatever other ranks have; see OWN_REASONS."""
-    if _is_watched(model):
-        return OWN_REASONS[0]
-    # Whoever lets a model go without gradients has had its weights read.
-    has_gradients = has_unread_weights(model) or any(parameter.requires_grad for parameter in model.parameters())
-    return OWN_REASONS[1] if torch.is_grad_enabled() and has_gradients else None
-
-
-def _is_watched(model: torch.nn.Module) -> bool:
-    """Whether somebody looks on while an encoder runs."""
-    # Who puts something on a part of it has had its weights read, on every rank.
-    parts = [model] if has_unread_weights(model) else model.modules()
-    return has_global_hooks() or any(map(_has_code_of_others, parts))
-
-
-def _has_code_of_others(module: torch.nn.Module) -> bool:
-    if has_foreign_hooks(module, known=_KNOWN_HOOKS):
-        return True
-    forward = vars(module).get("forward")
-    is_ours = str(getattr(forward, "__globals__", {}).get("__name__")).startswith("omni_sp.")  # a clock
-    return forward is not None and not is_ours and has_foreign_forward(module, of_diffusers=False)

@@ -340,6 +340,29 @@ def test_callbacks_and_adapters(ranks: RankPool, folders: dict[str, Path]) -> No
         assert found["ran on"] == [0]
 
 
+def with_encoders_changed(mesh: ParallelMesh, folder: Path) -> list[float]:
+    """Errors in another dtype, and with a layer less in an encoder, each after the shapes of results were known."""
+    whole, pipe = load_pipeline(resolve_model(folder)), loaded(mesh, folder)
+    handle, errors = parallelize(pipe, mesh), []
+    call_of(pipe)
+    for one in (whole, pipe):
+        one.to(torch.float64)
+    errors.append(relative_error(call_of(pipe), call_of(whole)))
+    for one in (whole, pipe):
+        one.to(torch.float32)
+        layers = next(part for part in one.text_encoder.modules() if isinstance(part, torch.nn.ModuleList))
+        del layers[0]  # the hidden states are one less
+    errors += [relative_error(call_of(pipe), call_of(whole)) for _ in range(2)]
+    assert handle.encoders.reasons == {}
+    handle.remove()
+    return errors
+
+
+def test_encoders_that_change_between_calls(ranks: RankPool, folders: dict[str, Path]) -> None:
+    for errors in ranks.run(with_encoders_changed, folders["sd3"], ulysses=2, vae_parallel=False):
+        assert max(errors) <= 1e-5
+
+
 def draw_entry(mesh: ParallelMesh, name: str) -> tuple[bool, dict[str, set[int]], dict[str, str]]:
     """Whether an entry of the zoo draws the bits that it draws with its encoders on every rank, and who ran them."""
     pipe, entry = build(name, torch.float32), ENTRIES[name]
