@@ -1,4 +1,4 @@
-"""Connections that send nothing, or half of a request: uvicorn's own HTTP protocol keeps them for ever."""
+"""Connections that send half of a request, or take half of an answer: uvicorn alone keeps them for ever."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
-def http_protocol(header_timeout_s: float) -> type[asyncio.Protocol]:
-    """The HTTP protocol of uvicorn with a bound: a connection ends whose next request has no whole head in time.
+def http_protocol(header_timeout_s: float, answer_timeout_s: float) -> type[asyncio.Protocol]:
+    """The HTTP protocol of uvicorn with bounds: a connection ends whose client sends or takes nothing any more.
 
-    The seconds count from the beginning of the connection, and later from the first byte of each further request. What
-    comes before that byte, uvicorn bounds itself (``timeout_keep_alive``); what comes after the head, BodyLimit does.
+    The first seconds count from the beginning of the connection, and later from the first byte of each further request.
+    What comes before that byte, uvicorn bounds itself (``timeout_keep_alive``); what comes after the head, BodyLimit
+    does.
+
+    Args:
+        header_timeout_s: seconds that the head of a request may take.
+        answer_timeout_s: the longest pause, in seconds, of a client that is to take an answer. Meanwhile the answer is
+            in memory.
     """
 
     class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]  # h11's or httptools'
         _timer: asyncio.TimerHandle | None = None
         _has_received = False
+        _sending: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -35,7 +42,32 @@ def http_protocol(header_timeout_s: float) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
+            self._stop_sending()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._await_reader()
+
+        def resume_writing(self) -> None:
+            self._stop_sending()
+            super().resume_writing()
+
+        def _await_reader(self) -> None:
+            self._stop_sending()
+            left = self.transport.get_write_buffer_size()
+            self._sending = self.loop.call_later(answer_timeout_s, self._look_at_reader, left)
+
+        def _look_at_reader(self, left: int) -> None:
+            if self.transport.get_write_buffer_size() < left:  # a slow one, of a large answer
+                self._await_reader()
+            else:
+                self.transport.abort()
+
+        def _stop_sending(self) -> None:
+            if self._sending is not None:
+                self._sending.cancel()
+                self._sending = None
 
         def _is_between_requests(self) -> bool:
             # A cycle is made once a head is whole.

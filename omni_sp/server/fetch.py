@@ -6,12 +6,18 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from omni_sp.server.errors import ApiError, refusal
 
 _TIMEOUT_S = 20.0
+"""The longest pause of a host."""
+_LONGEST_S = 60.0
+"""What an answer may take in all: one that comes byte by byte never pauses."""
 
 
 def fetch(url: str, *, max_bytes: int, param: str) -> bytes:
@@ -37,10 +43,11 @@ def fetch(url: str, *, max_bytes: int, param: str) -> bytes:
     try:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "omni-sp"})
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise _refusal(param, f"{host} answered with status {answer.status}")
-        data = answer.read(max_bytes + 1)
+        with _ended_after(connection.sock, _LONGEST_S):
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise _refusal(param, f"{host} answered with status {answer.status}")
+            data = answer.read(max_bytes + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _refusal(param, f"the picture at {host} cannot be fetched: {error}") from error
     finally:
@@ -48,6 +55,34 @@ def fetch(url: str, *, max_bytes: int, param: str) -> bytes:
     if len(data) > max_bytes:
         raise _refusal(param, f"the picture at {host} is larger than {max_bytes} bytes")
     return data
+
+
+@contextmanager
+def _ended_after(connection: socket.socket, seconds: float) -> Iterator[None]:
+    """Shut a connection down where the block takes longer, which ends what it waits for with an OSError.
+
+    Raises:
+        OSError: it took longer.
+    """
+    is_late = threading.Event()
+
+    def end() -> None:
+        is_late.set()
+        with suppress(OSError):  # it has ended by itself
+            connection.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException):
+        if not is_late.is_set():
+            raise
+    finally:
+        timer.cancel()
+    if is_late.is_set():  # what has come is a part of it
+        raise OSError(f"its answer takes longer than {seconds:g} s")
 
 
 def is_public(address: str) -> bool:

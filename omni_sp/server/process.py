@@ -154,7 +154,7 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     """How uvicorn serves the application."""
     return uvicorn.Config(
         app,
-        http=http_protocol(settings.header_timeout_s),
+        http=http_protocol(settings.header_timeout_s, settings.answer_timeout_s),
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
         proxy_headers=False,  # ours come after the guard: see Forwarded

@@ -17,7 +17,9 @@ _POSITIVE = (
     "max_body_bytes", "max_pixels", "max_images", "max_input_pixels", "max_steps", "max_n", "max_frames",
     "max_video_pixel_steps", "file_max_total_bytes",
 )  # fmt: skip
-_SECONDS = ("drain_timeout_s", "header_timeout_s", "body_timeout_s", "keep_alive_s", "file_max_age_s")
+_SECONDS = (
+    "drain_timeout_s", "header_timeout_s", "body_timeout_s", "answer_timeout_s", "keep_alive_s", "file_max_age_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class ServerSettings:
         header_timeout_s: seconds that the head of a request may take.
         body_timeout_s: the longest pause, in seconds, of a client that sends the body of its request; and what the
             body may take in all, beside a second for each KiB.
+        answer_timeout_s: the longest pause, in seconds, of a client that is to take an answer.
         keep_alive_s: pause in seconds after which a stream sends a sign that it is still there.
         metadata: keep in the files of pictures what they were drawn with: prompt, seed, size, steps and so on.
         allow_url_images: fetch pictures that requests name by http(s) URL (public addresses only).
@@ -81,6 +84,7 @@ class ServerSettings:
     drain_timeout_s: float = 60.0
     header_timeout_s: float = 20.0
     body_timeout_s: float = 60.0
+    answer_timeout_s: float = 120.0
     keep_alive_s: float = 15.0
     metadata: bool = True
     allow_url_images: bool = False

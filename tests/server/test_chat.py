@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import io
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -142,11 +144,17 @@ class _Site(http.server.BaseHTTPRequestHandler):
             "/a.png?x=1": (200, png()),
             "/moved": (302, b""),
             "/large": (200, b"x" * 3000),
+            "/trickle": (200, b"x" * 2**20),
         }.get(self.path, (404, b""))
         self.send_response(status)
         self.send_header("Location", "/a.png?x=1")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self.path == "/trickle":
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.01)
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the base class calls it so
@@ -183,6 +191,8 @@ def test_urls_are_fetched_where_that_is_allowed(site: str, monkeypatch: pytest.M
         assert "status 302" in ask(served, f"{site}/moved")[1]
         assert "status 404" in ask(served, f"{site}/none")[1]
         assert "larger than 2000" in ask(served, f"{site}/large")[1]
+        monkeypatch.setattr(fetch, "_LONGEST_S", 0.1)
+        assert "longer than 0.1 s" in ask(served, f"{site}/trickle")[1]
     assert omni.requests[0].prompt.image.size == (32, 16)
 
 

@@ -1,14 +1,19 @@
-"""Clients that do not send: half of a request ends, whatever it is half of."""
+"""Clients that do not send, or do not take: half of a request ends, whatever it is half of, and half of an answer."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import types
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import uvicorn
 
+from omni_sp.server.connections import http_protocol
 from omni_sp.server.security import BodyLimit
 from tests.server.fakes import FakeOmni, held
 from tests.server.serving import PATIENCE_S, Served, serving, until
@@ -68,6 +73,54 @@ def test_a_head_that_trickles_ends() -> None:
         else:
             pytest.fail("it was never ended")
         assert answer == b"" or answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_takes_nothing_of_its_answers_is_left() -> None:
+    with serving(FakeOmni(), answer_timeout_s=0.3) as served:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE_S)
+        connection.connect(("127.0.0.1", served.port))
+        # Its answers are more than the buffers between the two hold.
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 400)
+        until(lambda: served.get("/health").status_code == 200 and is_left(connection))
+        connection.close()
+
+
+def is_left(connection: socket.socket) -> bool:
+    """Whether the server has broken the connection; nothing is read of it."""
+    try:
+        connection.send(b"x")
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_a_client_that_takes_an_answer_slowly_gets_it() -> None:
+    timers: list[Callable[[], None]] = []
+    left = [3000]
+    transport = MagicMock()
+    transport.get_write_buffer_size = lambda: left[0]
+
+    async def protocol_of() -> Any:
+        config = uvicorn.Config(lambda: None)
+        config.load()
+        made = http_protocol(20.0, 120.0)(config, uvicorn.server.ServerState(), {})  # type: ignore[call-arg]
+        made.connection_made(transport)
+        return made
+
+    def call_later(_seconds: float, function: Callable[..., None], *args: Any) -> MagicMock:
+        timers.append(partial(function, *args))
+        return MagicMock()
+
+    protocol = asyncio.run(protocol_of())
+    protocol.loop = types.SimpleNamespace(call_later=call_later)
+    protocol.pause_writing()
+    for left[0] in (2000, 1999):
+        timers.pop()()
+        transport.abort.assert_not_called()
+    timers.pop()()
+    transport.abort.assert_called_once()
 
 
 @pytest.mark.parametrize(("bytes_per_message", "is_ended"), [(1, True), (100_000, False)])
