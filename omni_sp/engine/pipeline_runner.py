@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,8 @@ from omni_sp.pipelines.sharded_loading import read_share
 from omni_sp.pipelines.shared_encoders import runs_encoder
 
 _MAX_PREVIEWS = 8  # previews of one call, at most
+_GENERATORS = threading.RLock()
+"""Torch's global generators are those of all threads: two calls at a time would draw each other's numbers."""
 
 
 class PipelineRunner:
@@ -129,9 +132,7 @@ class PipelineRunner:
             if not is_shared:
                 stack.enter_context(vaes.alone())  # other ranks may stop before it
             stack.enter_context(scheduler_replaced(self._pipe, call.scheduler))
-            # A pipeline or its scheduler may also draw from the global generators: the seed speaks there too.
-            stack.enter_context(torch.random.fork_rng(devices=self._generator_devices))
-            torch.manual_seed(call.seeds[0])
+            stack.enter_context(self._seeded(call))
             states = self._generator_states()
             # Of a batch there is a seed for each prompt; otherwise one for all outputs, or for each.
             previews, num_outputs = None, max(len(call.seeds), arguments.get(self._several_as) or 1)
@@ -206,7 +207,7 @@ class PipelineRunner:
             assert self._handle is not None
             self._handle.remove()
 
-        with torch.random.fork_rng(devices=self._generator_devices):
+        with self._seeded(call):
             errors = stage_errors(
                 self._pipe,
                 call.arguments,
@@ -277,6 +278,21 @@ class PipelineRunner:
             compile=self._options.compile,
             cuda_graphs=self._options.cuda_graphs,
         )
+
+    @contextmanager
+    def _seeded(self, call: Call) -> Iterator[None]:
+        """The global generators from a call's first seed on, and afterwards as they were.
+
+        A pipeline or its scheduler may draw from them: the seed speaks there too.
+        """
+        assert self._handle is not None
+        with ExitStack() as stack:
+            # Ranks that wait for each other must not also wait for other threads, of which each has its own order.
+            if self._handle.mesh.world_size == 1:
+                stack.enter_context(_GENERATORS)
+            stack.enter_context(torch.random.fork_rng(devices=self._generator_devices))
+            torch.manual_seed(call.seeds[0])
+            yield
 
     @property
     def _generator_devices(self) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,22 @@ def test_every_layout_repeats_and_agrees(folder: Path) -> None:
     for again in (drawn[1], drawn[3], drawn[4]):
         assert np.abs(again - first).max() <= 2
     assert np.abs(drawn[5] - other).max() <= 2
+
+
+def test_threads_do_not_draw_each_others_numbers(folder: Path) -> None:
+    """Each Omni of one rank draws in this process, which has one generator for all threads."""
+    with Omni(str(folder), device="cpu") as first, Omni(str(folder), device="cpu") as second:
+        alone = [pixels(first.generate(PROMPTS[0], small(seed))[0]) for seed in (7, 8)]
+        both = threading.Barrier(2)
+
+        def draw(omni: Omni, seed: int) -> list[Any]:
+            both.wait(30)
+            return [pixels(omni.generate(PROMPTS[0], small(seed))[0]) for _ in range(3)]
+
+        with ThreadPoolExecutor(2) as threads:
+            drawn = list(threads.map(draw, (first, second), (7, 8)))
+    for of_one, wanted in zip(drawn, alone, strict=True):
+        assert max(int(np.abs(one - wanted).max()) for one in of_one) <= 2
 
 
 def test_requests_that_wait_together_draw_what_they_draw_alone(folder: Path) -> None:
