@@ -26,6 +26,7 @@ from omni_sp.events import RequestDone, RequestEvent, RequestFailed, RequestProg
 from omni_sp.pipelines.arguments import call_arguments, warm_up_arguments
 from omni_sp.requests import (
     Model,
+    NotCopied,
     PromptInput,
     engine_options,
     output_of,
@@ -45,7 +46,7 @@ _DRAIN_S = 30.0
 _POLL_S = 0.05
 
 
-class AsyncOmni:
+class AsyncOmni(NotCopied):
     """A diffusers pipeline on rank processes, for many requests at once, drawn one by one or a few together.
 
     ``async with AsyncOmni(model, ...) as omni`` starts and ends it; ``start()`` and ``close()`` do so by hand. When a

@@ -27,6 +27,7 @@ from omni_sp.pipelines.arguments import Prompt, call_arguments, rounded_size, sm
 from omni_sp.pipelines.results import require_finite
 from omni_sp.requests import (
     Model,
+    NotCopied,
     PromptInput,
     engine_options,
     output_of,
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
     from typing_extensions import Never  # typing has it from Python 3.11 on
 
 
-class Omni:
+class Omni(NotCopied):
     """A diffusers pipeline, spread over ranks, ready for prompts.
 
-    With degrees 1 × 1 the pipeline runs in this process. Otherwise rank processes are started; inside a program that
-    is already distributed (torchrun), its ranks are joined instead, and each of them makes the same calls and gets the
-    same outputs. ``close()``, the end of a ``with`` block, an abandoned object and the end of the program leave no
-    process.
+    With degrees 1 × 1 the pipeline runs in this process, one call at a time, whichever thread makes it: torch has one
+    global generator for all. Otherwise rank processes are started; inside a program that is already distributed
+    (torchrun), its ranks are joined instead, and each of them makes the same calls and gets the same outputs.
+    ``close()``, the end of a ``with`` block, an abandoned object and the end of the program leave no process.
 
     Args:
         model: a hub id, a folder that a diffusers pipeline was saved to, a .safetensors or .gguf file (its path, or

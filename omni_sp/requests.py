@@ -37,6 +37,18 @@ PromptInput = str | Mapping[str, Any] | Prompt
 Model = str | os.PathLike[str]
 
 
+class NotCopied:
+    """A base of what belongs to its process, with the ranks and the memory that go with it."""
+
+    def __reduce_ex__(self, _protocol: object) -> Any:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{type(self).__name__} belongs to its process, and has no copies: make one where it is used")
+
+
 def engine_options(
     model: Model,
     parallel_config: DiffusionParallelConfig | str | None = None,
@@ -152,7 +164,7 @@ def prompt_list(prompts: Any) -> list[Any]:
     """One prompt or several, as a list."""
     if isinstance(prompts, (str, Mapping, Prompt)):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
         raise SamplingParamsError(f"prompts={shown(prompts)}: give a prompt (a string or a dict), or a list of them")
     if not prompts:
         raise SamplingParamsError("the list of prompts is empty: give at least one")

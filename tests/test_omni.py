@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import sys
 import time
@@ -348,6 +350,7 @@ def test_closed_is_closed() -> None:
     [
         ([], "the list of prompts is empty"),
         (7, "give a prompt"),
+        (b"a red circle", "prompts=b'a red circle': give a prompt"),
         ([7], "give a string, or a dict"),
         ({"prmpt": "a cat"}, "did you mean prompt?"),
         ({"prompt": 7}, "prompt=7: give a string"),
@@ -362,6 +365,12 @@ def test_prompts_that_are_none(one: Omni, prompts: Any, told: str) -> None:
     with pytest.raises(SamplingParamsError) as caught:
         one.generate(prompts)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_omni_has_no_copies(one: Omni, copied: Callable[[Omni], Any]) -> None:
+    with pytest.raises(ConfigError, match="Omni belongs to its process, and has no copies"):
+        copied(one)
 
 
 def test_sampling_params_are_of_their_class(one: Omni) -> None:
