@@ -301,10 +301,10 @@ class AsyncOmni(NotCopied):
         params, parsed, capabilities = require_params(sampling_params), parse_prompt(prompt), self.info.capabilities
         _refuse_callbacks(params)
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[RequestEvent] = asyncio.Queue()
+        events: asyncio.Queue[RequestEvent | Done] = asyncio.Queue()
         name = request_id or f"request-{uuid.uuid4().hex}"
 
-        def send(event: RequestEvent) -> None:
+        def send(event: RequestEvent | Done) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is gone
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
@@ -318,12 +318,13 @@ class AsyncOmni(NotCopied):
             )
 
         def on_end(result: Done | OmniSPError) -> None:
-            if isinstance(result, Done):
-                startup_s = sum(self.stats.start_s.values())
-                output = output_of(self.info, job.call, parsed, params, result, startup_s=startup_s)
-                send(RequestDone(request_id=name, output=output))
-            else:
-                send(RequestFailed(request_id=name, error=result))
+            send(result if isinstance(result, Done) else RequestFailed(request_id=name, error=result))
+
+        def done(result: Done) -> RequestDone:
+            # Here and not in the thread of the ranks: what it warns of is for whoever asked, and may be an error there.
+            startup_s = sum(self.stats.start_s.values())
+            output = output_of(self.info, job.call, parsed, params, result, startup_s=startup_s)
+            return RequestDone(request_id=name, output=output)
 
         job = Job(
             call=Call(
@@ -343,7 +344,8 @@ class AsyncOmni(NotCopied):
         self._dispatcher.submit(job)
         try:
             while True:
-                event = await events.get()
+                received = await events.get()
+                event = done(received) if isinstance(received, Done) else received
                 for observer in self._observers:
                     observer(event)
                 yield event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from omni_sp.engine.startup import StartupMessage
 from omni_sp.errors import EngineClosedError
 
 _JOIN_S = 30.0
+logger = logging.getLogger(__name__)
 
 
 class Dispatcher:
@@ -59,7 +61,7 @@ class Dispatcher:
                 launcher,
                 self.queue,
                 warm_up=warm_up,
-                on_news=on_news if len(launchers) == 1 else partial(_tell_of, number, on_news),
+                on_news=partial(_tell, None if len(launchers) == 1 else number, on_news),
                 on_failed=self._on_failed,
             )
             for number, launcher in enumerate(launchers)
@@ -186,9 +188,12 @@ class Dispatcher:
         self.queue.lock.notify_all()
 
 
-def _tell_of(number: int, on_news: Callable[[str], None], news: str) -> None:
-    """Say which replica a message is of."""
-    text = f"replica {number}: {news}"
+def _tell(number: int | None, on_news: Callable[[str], None], news: str) -> None:
+    """Say which replica a message is of, where there are several. Nothing depends on whether it can be said."""
+    text = news if number is None else f"replica {number}: {news}"
     if isinstance(news, StartupMessage):
         text = StartupMessage(text, news.part, news.done, news.total)
-    on_news(text)
+    try:
+        on_news(text)
+    except Exception:  # such as a pipe that nobody reads any more
+        logger.exception("on_news(%r) failed", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ STARTING, READY, RESTARTING = "starting", "ready", "restarting"
 RESTART_AFTER_S = (0.0, 1.0, 5.0, 15.0)
 """Pauses before the first, second, … attempt in a row to start the ranks again; after the last one it is over."""
 _STABLE_S = 30.0
+logger = logging.getLogger(__name__)
 
 
 class Replica:
@@ -94,11 +96,19 @@ class Replica:
             on_started(error)
             return
         on_started(None)
-        while self.status != FAILED and (taken := self._queue.take(self._abort)):
-            if isinstance(taken, Running):
-                self._run(taken)
-            else:
-                self._look_for_lost_ranks()
+        taken: Running | bool = False
+        try:
+            while self.status != FAILED and (taken := self._queue.take(self._abort)):
+                if isinstance(taken, Running):
+                    self._run(taken)
+                else:
+                    self._look_for_lost_ranks()
+        except BaseException as error:  # with this thread nobody would draw, and nobody would know
+            logger.exception("the thread that owns the ranks has failed")
+            failure = RankFailedError(f"{type(error).__name__}: {error}", rank=0)
+            for job in taken.jobs if isinstance(taken, Running) else []:
+                self._queue.end(job, failure)
+            self._give_up(failure)
         self.close()
 
     def _run(self, running: Running) -> None:

@@ -222,6 +222,50 @@ def test_a_rank_that_dies_while_nothing_runs_comes_back(monkeypatch: pytest.Monk
     bounded(program)
 
 
+def test_news_that_nobody_reads_stop_nothing() -> None:
+    def tell(_news: str) -> None:
+        raise BrokenPipeError("nobody reads stderr any more")
+
+    async def program() -> None:
+        async with scripted(on_news=tell) as omni:
+            os.kill(ranks_of(omni)[1], signal.SIGKILL)
+            while omni.stats.restarts < 1 or omni.status != "ready":
+                await asyncio.sleep(0.01)
+            assert is_done(await draw(omni, "after"))
+
+    bounded(program)
+
+
+def test_a_warning_that_is_an_error_is_raised_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(*_: Any, **__: Any) -> None:
+        raise UserWarning("72 x 72 pixels became 64 x 64")
+
+    async def program() -> None:
+        async with scripted() as omni:
+            with monkeypatch.context() as patched:
+                patched.setattr("omni_sp.async_omni.output_of", warned)
+                with pytest.raises(UserWarning, match="became"):
+                    await draw(omni, "warned")
+            assert is_done(await draw(omni, "after"))
+
+    bounded(program)
+
+
+def test_a_thread_that_fails_leaves_no_request_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("a bug of ours")
+
+    async def program() -> None:
+        async with scripted() as omni:
+            monkeypatch.setattr(omni._dispatcher.queue, "finish", broken)
+            running, waiting = await asyncio.gather(draw(omni, "running"), draw(omni, "waiting"))
+            assert "ValueError: a bug of ours" in str(error_of(running))
+            assert "ValueError: a bug of ours" in str(error_of(waiting))
+            assert omni.status == "failed"
+
+    bounded(program)
+
+
 def test_an_error_of_all_ranks_fails_its_request_and_keeps_them() -> None:
     async def program() -> None:
         async with scripted() as omni:
