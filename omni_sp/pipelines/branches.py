@@ -67,7 +67,8 @@ class Branches:
         self._watched: weakref.WeakSet[Any] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
         for index, model in enumerate(models):
-            check = SameCallCheck(model, mesh.cfg, always=mesh.check, call_token=call_token)
+            is_whole = mesh.weights.size == 1
+            check = SameCallCheck(model, mesh.cfg, always=mesh.check, call_token=call_token, with_blocks=is_whole)
             self._attach(model, index, check)
         self._watch_end()
 

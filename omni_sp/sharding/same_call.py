@@ -21,6 +21,7 @@ import torch
 from omni_sp.collectives import gather_ints, gather_texts
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
+from omni_sp.sharding.replay import block_lists
 
 _EVERY = 4
 _EVERY_FOR_WEIGHTS = 16
@@ -43,14 +44,24 @@ class SameCallCheck:
         axis: the ranks that share its tokens.
         always: look at every forward.
         call_token: tells where a call of the pipeline begins; None where only the transformer is known.
+        with_blocks: compare the numbers of its blocks' weights. Groups of ranks that shard these hold others whole at a
+            time: what somebody read is whole until the next forward, and a group makes no forward that another makes.
     """
 
-    def __init__(self, model: torch.nn.Module, axis: Axis, *, always: bool, call_token: CallToken | None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        axis: Axis,
+        *,
+        always: bool,
+        call_token: CallToken | None,
+        with_blocks: bool = True,
+    ) -> None:
         self._model, self._axis, self._always = model, axis, always
         self._call_token = call_token or (lambda: None)
         self._token: object = None
         self._num_forwards = 0
-        self._weights = _Weights(model)
+        self._weights = _Weights(model, with_blocks=with_blocks)
 
     def before_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], foreign: Sequence[str] | None) -> None:
         """Compare the ranks, where it is this forward's turn; all of them count alike.
@@ -108,8 +119,8 @@ class SameCallCheck:
 class _Weights:
     """Describes the modules and weights of a model by one line for each module."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: torch.nn.Module, *, with_blocks: bool) -> None:
+        self._model, self._with_blocks = model, with_blocks
         self._versions: tuple[tuple[int, int], ...] = ()
         self._samples = 0
 
@@ -130,7 +141,10 @@ class _Weights:
             for name, buffer in module._buffers.items()
             if buffer is not None and name not in module._non_persistent_buffers_set
         )
-        weights = [x for x in (*self._model.parameters(), *buffers) if _is_plain(x)]
+        left_out = set()
+        if not self._with_blocks:
+            left_out = {id(x) for block in block_lists(self._model) for x in (*block.parameters(), *block.buffers())}
+        weights = [x for x in (*self._model.parameters(), *buffers) if _is_plain(x) and id(x) not in left_out]
         versions = tuple((id(weight), weight._version) for weight in weights)
         if versions != self._versions:
             samples = [_sample(weight.detach()) for weight in weights]
