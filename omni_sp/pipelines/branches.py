@@ -68,7 +68,8 @@ class Branches:
         self._undo: list[Callable[[], None]] = []
         for index, model in enumerate(models):
             is_whole = mesh.weights.size == 1
-            check = SameCallCheck(model, mesh.cfg, always=mesh.check, call_token=call_token, with_blocks=is_whole)
+            # Of all ranks, not of those in one place of their groups: these would raise, and the others wait for them.
+            check = SameCallCheck(model, mesh.world, always=mesh.check, call_token=call_token, with_blocks=is_whole)
             self._attach(model, index, check)
         self._watch_end()
 

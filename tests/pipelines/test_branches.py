@@ -398,7 +398,8 @@ def test_an_error_of_one_group_is_one_of_all(ranks: RankPool, kind: str) -> None
 def differing(mesh: ParallelMesh) -> str:
     pipe, arguments = qwen()
     handle = parallelize(pipe, mesh)
-    arguments["prompt_embeds"] = arguments["prompt_embeds"] * (1 + mesh.rank)
+    if mesh.rank == mesh.world_size - 1:
+        arguments["prompt_embeds"] = arguments["prompt_embeds"] * 2
     try:
         with pytest.raises(ShardingError) as error:
             draw(pipe, arguments)
@@ -443,9 +444,11 @@ def test_what_one_rank_alone_changes(ranks: RankPool) -> None:
         assert counts == [6, 3]
 
 
-def test_groups_that_draw_something_else_are_found(ranks: RankPool) -> None:
-    for text in ranks.run(differing, cfg=2):
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_a_rank_that_draws_something_else_is_found_by_all(ranks: RankPool, ulysses: int) -> None:
+    for text in ranks.run(differing, cfg=2, ulysses=ulysses):
         assert "the ranks call QwenImageTransformer2DModel with different numbers" in text
+        assert f"encoder_hidden_states on ranks [{2 * ulysses - 1}]" in text
 
 
 def refused(mesh: ParallelMesh) -> list[str]:
