@@ -58,6 +58,8 @@ class StepCounts(NamedTuple):
 
 
 _FORMAT = struct.Struct(f"<{len(StepCounts._fields)}q")
+_NUMBER = struct.Struct("<q")
+_PLACES = {name: number * _NUMBER.size for number, name in enumerate(StepCounts._fields)}
 
 
 class StepCounter:
@@ -88,23 +90,24 @@ class StepCounter:
     def add_step(self, tokens: int, *, is_ulysses: bool) -> None:
         """Count a step."""
         mode = "ulysses" if is_ulysses else "tensor"
-        self._add(**{f"{mode}_steps": 1, f"{mode}_tokens": tokens})
+        self._add_to(f"{mode}_steps", 1)
+        self._add_to(f"{mode}_tokens", tokens)
 
     def add_drafts(self, by: str, *, drafts: int = 0, tokens: int = 0, accepted: int = 0) -> None:
         """Count drafts by "suffix" or "head", their tokens, and accepted tokens of earlier ones."""
         prefix = _DRAFTERS[by]
-        increments = {"drafts": drafts, "draft_tokens": tokens, "accepted_tokens": accepted}
-        self._add(**{f"{prefix}{name}": count for name, count in increments.items()})
+        for name, increment in (("drafts", drafts), ("draft_tokens", tokens), ("accepted_tokens", accepted)):
+            if increment:
+                self._add_to(prefix + name, increment)
 
     def add_swiftkv(self, early_tokens: int, late_tokens: int) -> None:
         """Count the tokens of a SwiftKV model's step, by the layers that they passed through."""
-        self._add(early_tokens=early_tokens, late_tokens=late_tokens)
+        self._add_to("early_tokens", early_tokens)
+        self._add_to("late_tokens", late_tokens)
 
-    def _add(self, **increments: int) -> None:
-        counts = self.read()._asdict()
-        for name, increment in increments.items():
-            counts[name] += increment
-        self._memory[:] = _FORMAT.pack(*counts.values())
+    def _add_to(self, name: str, increment: int) -> None:
+        place = _PLACES[name]
+        _NUMBER.pack_into(self._memory, place, _NUMBER.unpack_from(self._memory, place)[0] + increment)
 
     def add_model(self) -> None:
         """Count a model that will count its steps here."""
