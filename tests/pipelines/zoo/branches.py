@@ -1,12 +1,14 @@
 """Which pipelines share their transformer calls among groups of ranks, as measured, and the page that lists them.
 
-python -m tests.pipelines.zoo.branches --write        # branch_counts.json beside this file, and docs/guidance.md
+python -m tests.pipelines.zoo.branches --write            # branch_counts.json beside this file, and docs/guidance.md
+python -m tests.pipelines.zoo.branches --write NAME ...   # the same, of these entries alone
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +70,15 @@ def draw_twice(mesh: ParallelMesh, name: str) -> tuple[list[torch.Tensor], dict[
     return results, counts, restored and pipe.transformer._compiled_call_impl is None
 
 
-def main() -> None:
-    """Measure every entry, and write both files."""
+def main(names: Sequence[str]) -> None:
+    """Measure these entries, or every one where none is named, and write both files."""
     from tests.pipelines.zoo.all import ENTRIES
 
+    if unknown := {*names} - {*ENTRIES}:
+        sys.exit(f"no such entries: {', '.join(sorted(unknown))}; there are {', '.join(ENTRIES)}")
     pool = RankPool(2)
-    for name, entry in ENTRIES.items():
-        if entry.runs_here:
+    for name in names or ENTRIES:
+        if ENTRIES[name].runs_here:
             counts = pool.run(draw_twice, name, cfg=2, vae_parallel=False)[0][1]
             reason = (counts["note"] or "").rpartition("found nothing to share: ")[2]
             _MEASURED[name] = [counts["units"], counts["rounds"], reason]
@@ -85,6 +89,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--write"]:
+    if sys.argv[1:2] != ["--write"]:
         sys.exit(__doc__)
-    main()
+    main(sys.argv[2:])
