@@ -19,7 +19,7 @@ import torch.distributed as dist
 from omni_sp.checksum import checksum
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
-from omni_sp.shared_memory import SharedMemoryChannel
+from omni_sp.shared_memory import MAX_FEW, SharedMemoryChannel
 
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 # torch 2.13 has renamed it.
@@ -328,9 +328,11 @@ def gather_ints(values: Sequence[int], axis: Axis) -> list[tuple[int, ...]]:
     """Gather integers, as many from each rank. Each rank's values come back in rank order."""
     if axis.size == 1:
         return [tuple(values)]
+    axis.traffic.add("gather_ints", len(values) * 8 * (axis.size - 1))
+    if axis.channel is not None and len(values) <= MAX_FEW:
+        return axis.channel.gather_few(values)
     device = "cpu" if axis.backends.get("cpu") in _DIRECT["cpu"] else "cuda"
     own = torch.tensor(list(values), dtype=torch.int64, device=device)
-    axis.traffic.add("gather_ints", own.numel() * 8 * (axis.size - 1))
     if device == "cpu" and axis.channel is not None:
         per_rank = axis.channel.gather(own)
     else:

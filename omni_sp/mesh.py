@@ -90,16 +90,23 @@ class Axis:
         return len(self.ranks)
 
     @classmethod
-    def of_group(cls, group: dist.ProcessGroup, name: str = "ulysses", *, shared_memory: bool = True) -> Axis:
+    def of_group(
+        cls, group: dist.ProcessGroup, name: str = "ulysses", *, shared_memory: bool = True, like: Axis | None = None
+    ) -> Axis:
         """The axis along an existing process group. Its ranks call this at the same point of the program.
 
         Args:
             group: the ranks, of which this process is one.
             name: the name of the axis.
             shared_memory: let CPU tensors cross through shared memory, where the ranks can read each other's memory.
+            like: another axis along the same ranks, whose shared memory this one uses too. Then a rank that enters an
+                exchange along one of them while the others are in one along the other is found at once.
         """
         backends = _backends_of(group)
-        channel = SharedMemoryChannel.open(group, shared_memory) if backends.get("cpu") == "gloo" else None
+        if like is not None:
+            channel = like.channel
+        else:
+            channel = SharedMemoryChannel.open(group, shared_memory) if backends.get("cpu") == "gloo" else None
         return cls(name, tuple(dist.get_process_group_ranks(group)), dist.get_rank(group), group, backends, channel)
 
 
@@ -153,6 +160,7 @@ class ParallelMesh:
         self.ranks = _mesh_ranks(config, ranks)
         self.rank = self.ranks.index(dist.get_rank()) if dist.is_available() and dist.is_initialized() else 0
         self._sizes = sizes
+        self._made: dict[tuple[int, ...], Axis] = {}
         self.cfg = self._axis("cfg", ("cfg",))
         self.ring = self._axis("ring", ("ring",))
         self.ulysses = self._axis("ulysses", ("ulysses",))
@@ -191,8 +199,12 @@ class ParallelMesh:
             own_group = group if rank in ranks else own_group
         if own_group is None:
             return Axis(name, (rank,), 0, None, {})
-        # Whole blocks of weights would stay in memory twice.
-        return Axis.of_group(own_group, name, shared_memory=self._shared_memory and name != "weights")
+        if name == "weights":  # whole blocks of weights would stay in memory twice
+            return Axis.of_group(own_group, name, shared_memory=False)
+        members = tuple(dist.get_process_group_ranks(own_group))
+        axis = Axis.of_group(own_group, name, shared_memory=self._shared_memory, like=self._made.get(members))
+        self._made.setdefault(members, axis)  # the axes of one rank lie along the same ranks on all others too
+        return axis
 
     def _group(self, ranks: list[int], is_own: bool) -> dist.ProcessGroup | None:
         """The process group of some ranks of the mesh, or one of its own; None where this rank takes no part."""

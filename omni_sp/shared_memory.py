@@ -24,6 +24,9 @@ from omni_sp.errors import ShardingError
 from omni_sp.pipes import Inbox, Message, Pipes, open_outbox, timeout_of
 
 _MESSAGE_LENGTH = 8
+_NO_EXCHANGE = -1  # in the place of an exchange's number: the message itself is what is sent
+MAX_FEW = _MESSAGE_LENGTH - 2
+"""How many integers `SharedMemoryChannel.gather_few` takes."""
 
 
 class Memory:
@@ -192,6 +195,24 @@ class SharedMemoryChannel:
         exchange.send()
         return list(exchange.receive([own.numel()] * num_ranks, own.dtype).view(num_ranks, *own.shape))
 
+    def gather_few(self, values: Sequence[int]) -> list[Message]:
+        """As many integers from each rank, at most MAX_FEW, which cross in the messages themselves."""
+        head, rest = (_NO_EXCHANGE, len(values)), (0,) * (MAX_FEW - len(values))
+        messages = self._pipes.receive(self._pipes.send([(*head, *values, *rest)] * len(self._pids)))
+        for rank, message in enumerate(messages):
+            if message[:2] != head:
+                raise self._out_of_step(f"a message of {len(values)} integers", rank, message)
+        return [message[2 : 2 + len(values)] for message in messages]
+
+    def _out_of_step(self, awaited: str, rank: int, message: Message) -> ShardingError:
+        """The error where another rank is at another point of the program."""
+        number, *_, size = message
+        sent = f"a message of {message[1]} integers" if number == _NO_EXCHANGE else f"exchange {number} of {size} bytes"
+        return ShardingError(
+            f"the ranks fell out of step: this one waits for {awaited}, rank {rank} of its row sends {sent}; every "
+            "rank must make the same calls in the same order"
+        )
+
     def _received_views(
         self, number: int, own_slot: _Slot, messages: Sequence[Message], sizes: Sequence[int], dtype: torch.dtype
     ) -> list[torch.Tensor]:
@@ -200,11 +221,7 @@ class SharedMemoryChannel:
         for rank, (message, size) in enumerate(zip(messages, sizes, strict=True)):
             sent_number, slot, segment, descriptor, num_bytes, _, start, sent_size = message
             if (sent_number, sent_size) != (number, size * dtype.itemsize):
-                raise ShardingError(
-                    f"the ranks fell out of step: this one waits for exchange {number} of {size * dtype.itemsize} "
-                    f"bytes, rank {rank} of its row sends exchange {sent_number} of {sent_size} bytes; every rank must "
-                    "run the same attentions in the same order"
-                )
+                raise self._out_of_step(f"exchange {number} of {size * dtype.itemsize} bytes", rank, message)
             if not size:
                 continue
             memory: Memory = own_slot.segment

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from omni_sp.collectives import Exchange, all_reduce, exchange, gather_ints, shift
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
-from omni_sp.shared_memory import Segment, can_read
+from omni_sp.shared_memory import MAX_FEW, Segment, can_read
 from omni_sp.testing.ranks import RankError, RankPool
 
 WAYS = pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "gloo"])
@@ -119,8 +119,8 @@ def run_steadily(mesh: ParallelMesh) -> tuple[int, int, int]:
 def test_two_segments_take_turns_and_nothing_is_left(ranks: RankPool) -> None:
     for before, during, after in ranks.run(run_steadily, ulysses=4):
         # Two of this rank's and two of each peer's; each is held by a mapping (which has a descriptor of its own), and
-        # this rank's also by the descriptor that the peers open. And a pipe from and to each peer along three axes.
-        assert during - before == 10 + 3 * 2 * 3
+        # this rank's also by the descriptor that the peers open. And a pipe from and to each peer, for all three axes.
+        assert during - before == 10 + 2 * 3
         assert after == before
 
 
@@ -159,20 +159,25 @@ def test_ranks_out_of_step_are_found_out(ranks: RankPool) -> None:
         assert "same order" in message
 
 
-def send_another_size(job: ParallelMesh) -> str:
-    """Rank 1 has one number more than the others."""
+def send_another_size(job: ParallelMesh, size: int) -> str:
+    """Rank 1 has one number more than the others, and sends it along another axis of the same ranks."""
     own = ParallelMesh(job.config, ranks=job.ranks)
     try:
-        gather_ints([1] * (1 + (own.rank == 1)), own.sequence)
+        gather_ints([1] * (size + (own.rank == 1)), own.world if own.rank == 1 else own.sequence)
     except ShardingError as error:
         return str(error)
     return "nothing was raised"
 
 
 def test_messages_of_another_size_are_found_out(ranks: RankPool) -> None:
-    first, second = ranks.run(send_another_size, ulysses=2)
-    assert "of 8 bytes, rank 1 of its row sends exchange 0 of 16 bytes" in first
-    assert "of 16 bytes, rank 0 of its row sends exchange 0 of 8 bytes" in second
+    for size, (sent, other) in {
+        1: ("a message of 1 integers", "a message of 2 integers"),
+        MAX_FEW: (f"a message of {MAX_FEW} integers", f"exchange 0 of {8 * MAX_FEW + 8} bytes"),
+        MAX_FEW + 1: (f"exchange 0 of {8 * MAX_FEW + 8} bytes", f"exchange 0 of {8 * MAX_FEW + 16} bytes"),
+    }.items():
+        first, second = ranks.run(send_another_size, size, ulysses=2)
+        assert f"waits for {sent}, rank 1 of its row sends {other}" in first
+        assert f"waits for {other}, rank 0 of its row sends {sent}" in second
 
 
 def reduce_and_gather(mesh: ParallelMesh) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, ...]]]:
