@@ -8,7 +8,7 @@ rows of the call, if following the rows through the model has shown that they ar
 
 Ranks cannot part: all run the same program on the same shapes, so all count the same calls, and whether a call is
 shared follows from what all of them see, or from one exchange at the first call of its shape, which all compute. What
-one rank alone may have, such as a hook, is compared where a call of the pipeline begins.
+one rank alone may have, such as a hook, is compared where a call of the pipeline begins, and where a round does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from omni_sp.pipelines.schedulers import step_function
 from omni_sp.sharding.batch_rows import BatchRows
 from omni_sp.sharding.call_state import CallState, call_state, changes_while
 from omni_sp.sharding.lazy import LazyRound, full_tensors
-from omni_sp.sharding.same_call import CallToken, SameCallCheck
+from omni_sp.sharding.same_call import CallToken, SameCallCheck, Surroundings
 
 _ATTEMPTS = 3
 _MARK = "_omni_sp_exchanges"
@@ -48,18 +48,27 @@ class Branches:
         models: its transformers. They share one count of turns, since a step may call several.
         mesh: the ranks, with more than one group on the cfg axis.
         call_token: as of `SameCallCheck`.
+        surroundings: as of `SameCallCheck`.
 
     Attributes:
         counts: since ``reset_counts()``.
     """
 
-    def __init__(self, pipe: Any, models: Sequence[torch.nn.Module], mesh: ParallelMesh, call_token: CallToken) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        models: Sequence[torch.nn.Module],
+        mesh: ParallelMesh,
+        call_token: CallToken,
+        surroundings: Surroundings,
+    ) -> None:
         self._pipe, self._mesh, self._axis, self._call_token = pipe, mesh, mesh.cfg, call_token
         self.counts = BranchCounts()
         self._token: object = None
         self._begin_round()
         self._models = list(models)
         self._modules: list[Any] = []
+        self._changes: dict[int, tuple[tuple[Any, ...], int]] = {}
         self._calls = self._calls_per_step = 0
         self._known: dict[Any, Output | str] = {}
         self._attempts: Counter[Any] = Counter()
@@ -69,7 +78,14 @@ class Branches:
         for index, model in enumerate(models):
             is_whole = mesh.weights.size == 1
             # Of all ranks, not of those in one place of their groups: these would raise, and the others wait for them.
-            check = SameCallCheck(model, mesh.world, always=mesh.check, call_token=call_token, with_blocks=is_whole)
+            check = SameCallCheck(
+                model,
+                mesh.world,
+                always=mesh.check,
+                call_token=call_token,
+                surroundings=surroundings,
+                with_blocks=is_whole,
+            )
             self._attach(model, index, check)
         self._watch_end()
 
@@ -180,11 +196,12 @@ class Branches:
         self._calls += 1
         args, kwargs = full_tensors((args, kwargs), "the input of the next call")
         state, has_steps = call_state(model), self._watch_steps()
+        if not self._results:  # the groups are in step, and wait for each other as little as between two rounds
+            foreign = None if state.context else tuple(filter(None, [state.reason]))
+            check.before_forward(args, kwargs, foreign, self._num_changes(index, state))
         reason = self._reason_for_all(state, args, kwargs) if has_steps else "the pipeline has no scheduler"
         if reason is not None:
             return self._computed_by_all(reason, run(*args, **kwargs))
-        if not self._results:  # the groups are in step, and wait for each other as little as between two rounds
-            check.before_forward(args, kwargs, None if state.context else ())
         key = (index, *key_of(args, kwargs))
         output = self._known.get(key)
         if isinstance(output, str):
@@ -192,6 +209,12 @@ class Branches:
         if output is None or output.modules != state.modules:
             return self._first_call(model, index, key, state, run, args, kwargs)
         return self._shared_call(output, self._lengths(output, index, state), run, args, kwargs)
+
+    def _num_changes(self, index: int, state: CallState) -> int:
+        """How often the modules of a model were found to be others than at its call before."""
+        before, number = self._changes.get(index, (state.modules, 0))
+        self._changes[index] = state.modules, number + (before != state.modules)
+        return self._changes[index][1]
 
     def _begin_call(self) -> None:
         """Forget what an earlier call of the pipeline has left behind, and compare the ranks. A collective call.

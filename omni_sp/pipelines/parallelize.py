@@ -12,6 +12,7 @@ from omni_sp.attention import TunedShape, check_kernel, check_strategy, select_s
 from omni_sp.errors import ConfigError, ShardingError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.branches import Branches
+from omni_sp.pipelines.changed_components import ChangedComponents
 from omni_sp.pipelines.shared_encoders import SharedEncoders
 from omni_sp.pipelines.shared_vaes import SharedVaes
 from omni_sp.sharding import BlockCounts, Plan, ShardHandle, VaeHandle, shard
@@ -184,6 +185,7 @@ def parallelize(
     def call_token() -> object:
         return getattr(getattr(pipe_or_transformer, "scheduler", None), "timesteps", None)
 
+    changed = ChangedComponents(pipe_or_transformer)
     strategy = select_strategy(attention_strategy, mesh, attention_backend)
     handles: list[ShardHandle] = []
     vae_handles: list[VaeHandle] = []
@@ -199,6 +201,7 @@ def parallelize(
                     strategy=strategy,
                     kernel=attention_backend,
                     call_token=call_token,
+                    surroundings=changed.describe,
                     replay=replay,
                     compile_options=options,
                     cuda_graphs=cuda_graphs,
@@ -210,16 +213,18 @@ def parallelize(
                     raise
         vaes = SharedVaes(pipe_or_transformer, mesh)
         vae_handles = vaes.handles
-        encoders = SharedEncoders(pipe_or_transformer, mesh)
+        encoders = SharedEncoders(pipe_or_transformer, mesh, changed)
     except BaseException:
         for handle in [*handles, *vae_handles]:
             handle.remove()
         raise
-    if mesh.cfg.size == 1:
-        return ParallelHandle(mesh, handles, vaes, encoders)
-    # A ControlNet's results are arguments of the next call, which another group may compute.
-    shared = [model for model in models if not type(model).__module__.startswith(_CONTROLNETS_PACKAGE)]
-    return ParallelHandle(mesh, handles, vaes, encoders, Branches(pipe_or_transformer, shared, mesh, call_token))
+    branches = None
+    if mesh.cfg.size > 1:
+        # A ControlNet's results are arguments of the next call, which another group may compute.
+        shared = [model for model in models if not type(model).__module__.startswith(_CONTROLNETS_PACKAGE)]
+        branches = Branches(pipe_or_transformer, shared, mesh, call_token, changed.describe)
+    changed.note()
+    return ParallelHandle(mesh, handles, vaes, encoders, branches)
 
 
 def _require_shareable(pipe: Any, mesh: ParallelMesh, *, cuda_graphs: bool) -> None:

@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from omni_sp.config import DiffusionParallelConfig
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines import quirks
 from omni_sp.pipelines.branch_learning import PLAIN, autocast_modes, key_of
+from omni_sp.pipelines.changed_components import ChangedComponents
 from omni_sp.pipelines.encoder_results import EncoderResults
 from omni_sp.pipelines.encoder_state import EncoderState
 from omni_sp.pipelines.lazy_components import has_unread_weights
@@ -30,6 +32,8 @@ from omni_sp.sharding.weights import held_bytes
 
 _METHODS = ("generate", "get_text_features", "get_image_features")
 """What pipelines call of an encoder beside the encoder itself."""
+_FIRST = ("check_inputs", "encode_prompt")
+"""What pipelines call of themselves before the first encoder, one or both of them."""
 
 
 def encoder_names(components: Iterable[str]) -> list[str]:
@@ -57,6 +61,7 @@ class SharedEncoders:
     Args:
         pipe: a pipeline; a transformer alone has no encoder.
         mesh: the ranks.
+        changed: tells whether the encoders are still those of the pipeline.
 
     Attributes:
         handles: one for each encoder, by name; none where nothing is to be shared.
@@ -64,8 +69,10 @@ class SharedEncoders:
         reasons: encoder -> why every rank ran it, where that was so.
     """
 
-    def __init__(self, pipe: Any, mesh: ParallelMesh) -> None:
+    def __init__(self, pipe: Any, mesh: ParallelMesh, changed: ChangedComponents) -> None:
         self._pipe, self._mesh, self._mode = pipe, mesh, mesh.config.text_encoder_parallel
+        self._changed = changed
+        self._undo = ExitStack()
         self.handles: dict[str, ShardHandle] = {}
         self.ranks: dict[str, set[int]] = {}
         self.reasons: dict[str, str] = {}
@@ -79,6 +86,8 @@ class SharedEncoders:
         try:
             for index, (name, model) in enumerate(self._models.items()):
                 self._attach(name, index, model)
+            for method in _FIRST if self.handles else ():
+                self._watch(method)
         except BaseException:
             self.remove()
             raise
@@ -100,8 +109,24 @@ class SharedEncoders:
 
     def remove(self) -> None:
         """Restore the encoders. A second call does nothing."""
+        self._undo.close()
         for handle in self.handles.values():
             handle.remove()
+
+    def _watch(self, method: str) -> None:
+        """Compare the ranks where the pipeline's call begins: one whose encoder is another asks the others nothing."""
+        pipe, original = self._pipe, getattr(self._pipe, method, None)
+        if not callable(original) or method in vars(pipe):
+            return
+
+        @functools.wraps(original)
+        def first(*args: Any, **kwargs: Any) -> Any:
+            if self._mode is True or self._is_in_call():
+                self._changed.require_same(self._mesh.world)
+            return original(*args, **kwargs)
+
+        setattr(pipe, method, first)
+        self._undo.callback(vars(pipe).pop, method, None)
 
     def _attach(self, name: str, index: int, model: torch.nn.Module) -> None:
         """Take the calls of an encoder: its own in the place that torch has for a compiled call, so no hook runs."""

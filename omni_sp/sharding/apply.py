@@ -21,7 +21,7 @@ from omni_sp.sharding.lazy import full_tensors
 from omni_sp.sharding.models import plan_for
 from omni_sp.sharding.plan import Plan
 from omni_sp.sharding.replay import BlockCounts, ForwardGraphs, TapeStore
-from omni_sp.sharding.same_call import CallToken, SameCallCheck
+from omni_sp.sharding.same_call import CallToken, SameCallCheck, Surroundings
 from omni_sp.sharding.tracked import to_full_tensors
 from omni_sp.sharding.weights import WeightShards, require_not_offloaded
 
@@ -110,6 +110,7 @@ def shard(
     strategy: Strategy,
     kernel: str = "auto",
     call_token: CallToken | None = None,
+    surroundings: Surroundings | None = None,
     replay: bool = True,
     compile_options: Mapping[str, Any] | None = None,
     cuda_graphs: bool = False,
@@ -124,6 +125,7 @@ def shard(
         kernel: name of the attention kernel. With "auto" on one rank the model runs as it is.
         call_token: gives an object that is another one in every call of the pipeline, see
             `omni_sp.sharding.same_call.SameCallCheck`.
+        surroundings: describes the rest of the pipeline, to be compared between the ranks.
         replay: blocks that were followed once are replayed, see ``omni_sp.sharding.replay``.
         compile_options: what is replayed is compiled, by ``torch.compile`` with these options; None leaves it as it is,
             but for blocks that are compiled already.
@@ -146,7 +148,9 @@ def shard(
             require_not_offloaded(model)
             handle.on_remove(functools.partial(_restore_weights, handle, weights))
         hooks = ModuleHooks(model, mesh, plan, tracks=tracks, tapes=handle.tapes if replay else None, weights=weights)
-        check = SameCallCheck(model, mesh.sequence, always=mesh.check, call_token=call_token)
+        check = SameCallCheck(
+            model, mesh.sequence, always=mesh.check, call_token=call_token, surroundings=surroundings
+        )
         forward_hooks = _ForwardHooks(handle, hooks, mesh, strategy, check, weights)
         if compile_options is not None and not tracks:
             handle.on_remove(compile_blocks(model, compile_options))
@@ -217,7 +221,7 @@ class _ForwardHooks:
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[str]:
         """Look at the modules and compare the ranks. Returns the modules that other people's code runs in."""
         self._hooks.refresh()
-        self._check.before_forward(args, kwargs, self._hooks.foreign)
+        self._check.before_forward(args, kwargs, self._hooks.foreign, self._hooks.num_changes)
         if self._weights is not None:
             self._weights.refresh()
         return self._hooks.foreign

@@ -77,6 +77,7 @@ class ModuleHooks:
 
     Attributes:
         foreign: the paths of the modules that other people's code runs in or around.
+        num_changes: how often the modules were found to be others than before.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class ModuleHooks:
         self._players: list[tuple[torch.nn.Module, Callable[..., Any]]] = []
         self._watch = FunctionWatch(())
         self.foreign: tuple[str, ...] = ()
+        self.num_changes = 0
         self._foreign_hooks: frozenset[str] = frozenset()
         self._num_hooks = 0
 
@@ -103,6 +105,7 @@ class ModuleHooks:
         """Hook the modules that are there now, unless they are the same as before."""
         if self._snapshots and self._is_current():
             return
+        self.num_changes += bool(self._snapshots)
         self.remove()
         if self._tapes is not None:
             self._tapes.clear()

@@ -4,6 +4,10 @@ Ranks that draw other noise, encode another prompt or load a LoRA alone would co
 nothing would say so. So the first forwards of a call, and every fourth one after that, begin with two exchanges of
 a few hundred bytes. Random numbers drawn between the steps, by a scheduler or a callback, are found at the second one.
 
+A hook, or a component that was replaced, on one rank alone would have that rank enter other exchanges than the rest,
+and all would wait until the process group's timeout. Where a message between the ranks costs some microseconds, every
+forward begins by comparing that; elsewhere the forwards do that begin with exchanges anyway.
+
 Numbers are compared by random projections, which find a tensor whose relative difference is 1 % (a fifth, in 16 bit),
 and forgive what ranks with other kernels or devices round otherwise. Integers and masks are compared exactly.
 """
@@ -14,7 +18,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,9 +35,12 @@ _TOLERANCE_16_BIT = 2e-2
 _SAMPLES = 16  # elements of each weight
 _CHUNK = 2**20  # integers that are widened at once
 _SHOWN = 80  # characters of a value in a message
+_FOREIGN = "hooks or code of others in"
 
 CallToken = Callable[[], object]
 """Gives an object that is another one in every call of the pipeline, on all ranks alike."""
+Surroundings = Callable[[], Mapping[str, str]]
+"""Describes what else of the pipeline decides on exchanges, by name; quick, since every forward begins with it."""
 
 
 class SameCallCheck:
@@ -44,6 +51,7 @@ class SameCallCheck:
         axis: the ranks that share its tokens.
         always: look at every forward.
         call_token: tells where a call of the pipeline begins; None where only the transformer is known.
+        surroundings: describes the pipeline around it; None where only the transformer is known.
         with_blocks: compare the numbers of its blocks' weights. Groups of ranks that shard these hold others whole at a
             time: what somebody read is whole until the next forward, and a group makes no forward that another makes.
     """
@@ -55,15 +63,19 @@ class SameCallCheck:
         *,
         always: bool,
         call_token: CallToken | None,
+        surroundings: Surroundings | None,
         with_blocks: bool = True,
     ) -> None:
         self._model, self._axis, self._always = model, axis, always
         self._call_token = call_token or (lambda: None)
+        self._surroundings = surroundings or dict
         self._token: object = None
-        self._num_forwards = 0
+        self._num_forwards = self._num_changes = 0
         self._weights = _Weights(model, with_blocks=with_blocks)
 
-    def before_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], foreign: Sequence[str] | None) -> None:
+    def before_forward(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], foreign: Sequence[str] | None, num_changes: int = 0
+    ) -> None:
         """Compare the ranks, where it is this forward's turn; all of them count alike.
 
         Args:
@@ -71,6 +83,8 @@ class SameCallCheck:
             kwargs: of the forward.
             foreign: paths of the modules that other people's code runs in; None to compare inputs alone, of a model
                 whose modules may hold what one rank ran before.
+            num_changes: how often this rank has found the modules changed so far, which need not be as often as others
+                have: where any rank has found more, all compare the modules.
 
         Raises:
             ShardingError: the ranks differ; it names the input or the module, and the ranks.
@@ -82,17 +96,29 @@ class SameCallCheck:
             self._token, self._num_forwards = token, 0
         self._num_forwards += 1
         number = self._num_forwards
-        if self._always or number <= _EVERY or number % _EVERY == 0:
-            if foreign is not None and (self._always or number == 1 or number % _EVERY_FOR_WEIGHTS == 0):
-                message = f"the ranks hold different versions of {type(self._model).__name__}"
-                _require_same_texts(self._axis, message, self._weights.describe(foreign))
-            self._compare_inputs(args, kwargs)
-
-    def _compare_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        name = type(self._model).__name__
-        inputs = dict(_named_inputs(self._model, args, kwargs))
+        looks = self._always or number <= _EVERY or number % _EVERY == 0
+        if not looks and self._axis.channel is None:  # all ranks have one, or none
+            return
+        inputs = dict(_named_inputs(self._model, args, kwargs)) if looks else {}
         described = {path: _describe(value) for path, value in inputs.items()}
-        _require_same_texts(self._axis, f"the ranks call {name} with different inputs", described)
+        around = {} if foreign is None else {**self._surroundings(), _FOREIGN: ", ".join(foreign) or "no module"}
+        has_changed = foreign is not None and num_changes != self._num_changes
+        own = [_checksum(around), int(has_changed), _checksum(described)]
+        held = list(zip(*gather_ints(own, self._axis), strict=True))
+        is_turn = looks and (self._always or number == 1 or number % _EVERY_FOR_WEIGHTS == 0)
+        if len({*held[0]}) > 1 or any(held[1]) or (is_turn and foreign is not None):
+            message = f"the ranks hold different versions of {type(self._model).__name__}"
+            self._num_changes = num_changes
+            _require_same_texts(self._axis, message, {**around, **self._weights.describe()})
+        if len({*held[2]}) > 1:
+            _raise_different(
+                self._axis, f"the ranks call {type(self._model).__name__} with different inputs", described
+            )
+        if looks:
+            self._compare_numbers(inputs)
+
+    def _compare_numbers(self, inputs: Mapping[str, Any]) -> None:
+        name = type(self._model).__name__
         tensors = {path: value for path, value in inputs.items() if _can_be_compared(value)}
         if differing := _differing(tensors, self._axis):
             shown = "; ".join(f"{path} on ranks {ranks}" for path, ranks in differing.items())
@@ -124,8 +150,8 @@ class _Weights:
         self._versions: tuple[tuple[int, int], ...] = ()
         self._samples = 0
 
-    def describe(self, foreign: Sequence[str]) -> dict[str, str]:
-        lines = {"hooks or code of others in": ", ".join(foreign) or "no module"}
+    def describe(self) -> dict[str, str]:
+        lines = {}
         for path, module in self._model.named_modules():
             shown = path or "the transformer"
             lines[shown] = type(module).__name__
@@ -154,10 +180,17 @@ class _Weights:
         return f"checksum {self._samples:08x}"
 
 
+def _checksum(texts: Mapping[str, str]) -> int:
+    return zlib.crc32(repr(texts).encode())
+
+
 def _require_same_texts(axis: Axis, message: str, texts: Mapping[str, str]) -> None:
     """Raise where the ranks describe something in different words; the error shows the first that differ."""
-    if len(set(gather_ints([zlib.crc32(repr(texts).encode())], axis))) == 1:
-        return
+    if len(set(gather_ints([_checksum(texts)], axis))) > 1:
+        _raise_different(axis, message, texts)
+
+
+def _raise_different(axis: Axis, message: str, texts: Mapping[str, str]) -> NoReturn:
     lines = [dict(_lines(text)) for text in gather_texts("\n".join(map("\t".join, texts.items())), axis)]
     paths = [path for of_rank in lines for path in of_rank]
     path = next(path for path in paths if len({of_rank.get(path) for of_rank in lines}) > 1)

@@ -48,7 +48,7 @@ class VaeHandle(ShardHandle):
     def __init__(self, vae: torch.nn.Module, mesh: ParallelMesh, chooses: Chooses) -> None:
         super().__init__(vae)
         self._mesh, self._chooses = mesh, chooses
-        self._check = SameCallCheck(vae, mesh.world, always=mesh.check, call_token=None)
+        self._check = SameCallCheck(vae, mesh.world, always=mesh.check, call_token=None, surroundings=None)
         self._is_alone = False
         self._has_warned = False
         self.num_shared = self.num_whole = 0
