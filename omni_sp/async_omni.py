@@ -238,6 +238,7 @@ class AsyncOmni(NotCopied):
 
         Raises:
             ConfigError: this process makes requests (``is_main``), or rank 0's was not found in time.
+            RankFailedError: rank 0's process, its machine or the network was lost.
         """
         if self.is_main:
             raise ConfigError("supervise_rank() is for the processes of a torchrun job above rank 0: start() this one")

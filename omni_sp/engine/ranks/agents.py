@@ -31,6 +31,7 @@ CUT_OFF_S = 30.0
 """A connection whose other end answers nothing for so long, not even the kernel there, is over."""
 _PROBE_S = 5.0
 _START_S = 60.0
+_LEAVE_S = 2.0  # for agents to end their ranks
 _POLL_S = 0.2
 
 
@@ -79,6 +80,11 @@ class _Signal:
 
     number: int
     signal: int
+
+
+@dataclass(frozen=True)
+class _Over:
+    """Front -> agent: the front ends in order. A connection that ends without this word was lost."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,12 @@ class Agents:
         """Let all agents go; each ends its rank. Idempotent."""
         with contextlib.suppress(OSError):
             self._listener.close()
-        for agent in list(self._agents.values()):
+        agents, until = list(self._agents.values()), time.monotonic() + _LEAVE_S
+        for agent in agents:
+            agent.dismiss()
+        with self._changed:
+            self._changed.wait_for(lambda: all(agent.is_lost for agent in agents), until - time.monotonic())
+        for agent in agents:
             agent.disconnect()
 
     def _accept_connections(self) -> None:
@@ -182,16 +193,19 @@ class Agents:
             self._changed.notify_all()
 
 
-def run_agent(address: AgentAddress, agent: int, placement: RankPlacement | ConfigError) -> None:
+def run_agent(address: AgentAddress, agent: int, placement: RankPlacement | ConfigError) -> bool:
     """Be an agent until the front is gone. In the thread that the rank is to end with: see SpawnLauncher.parent_pid().
 
     Args:
         address: of the front.
         agent: this one's number.
         placement: where its rank runs, or the error for the front to raise: one process reports it to people.
+
+    Returns:
+        True where the front has ended in order; False where it, or the way to it, was lost.
     """
     with address.connect() as front:
-        _AgentLoop(address, agent, front).run(placement)
+        return _AgentLoop(address, agent, front).run(placement)
 
 
 class _Agent:
@@ -221,6 +235,10 @@ class _Agent:
         with self._changed:
             self._changed.wait_for(lambda: number in self._ends or self.is_lost, timeout_s)
             return self._ends.get(number, OUT_OF_REACH if self.is_lost else None)
+
+    def dismiss(self) -> None:
+        """Say that it is over. What ends the connection is the agent then, so that this word cannot be lost."""
+        self._send(_Over())
 
     def disconnect(self) -> None:
         with contextlib.suppress(OSError), socket_of(self._connection) as there:
@@ -280,15 +298,18 @@ class _AgentLoop:
         self._launcher = SpawnLauncher()
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
-    def run(self, placement: RankPlacement | ConfigError) -> None:
-        self._send(AgentReady(self._agent, placement))
+    def run(self, placement: RankPlacement | ConfigError) -> bool:
         try:
+            self._send(AgentReady(self._agent, placement))
             while True:
                 if wait([self._front], _POLL_S):
-                    self._handle(pickle.loads(self._front.recv_bytes()))
+                    order = pickle.loads(self._front.recv_bytes())
+                    if isinstance(order, _Over):
+                        return True
+                    self._handle(order)
                 self._report_exits()
         except (EOFError, OSError):
-            pass  # the front is gone
+            return False  # the front is gone
         finally:
             for child in self._children.values():
                 child.kill()

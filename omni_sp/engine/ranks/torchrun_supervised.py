@@ -25,10 +25,10 @@ from omni_sp.engine.devices import joined_device, threads_per_rank
 from omni_sp.engine.messages import RankPlacement
 from omni_sp.engine.ranks import LOOPBACK, Launcher, OnWait, RankProcess
 from omni_sp.engine.ranks.addresses import address_towards
-from omni_sp.engine.ranks.agents import Agents, run_agent
+from omni_sp.engine.ranks.agents import CUT_OFF_S, Agents, run_agent
 from omni_sp.engine.ranks.spawn import SpawnLauncher
 from omni_sp.engine.ranks.torchrun import job_around, job_rank, rendezvous, require_job_of
-from omni_sp.errors import ConfigError
+from omni_sp.errors import ConfigError, RankFailedError
 
 GATHER_S = 300.0
 """How long the processes of a job may take to find each other."""
@@ -146,6 +146,8 @@ def supervise_rank(config: DiffusionParallelConfig, device: str | None) -> None:
 
     Raises:
         ConfigError: no front was found in time.
+        RankFailedError: the front did not end in order: its process, its machine or the network is gone. A process that
+            ends with an error has torchrun end at once, and not wait for the other machines.
     """
     store = rendezvous(GATHER_S)
     try:
@@ -154,7 +156,11 @@ def supervise_rank(config: DiffusionParallelConfig, device: str | None) -> None:
         raise ConfigError(f"no word from the process of rank 0 in {GATHER_S:g} s: {error}") from error
     address = pickle.loads(store.get(_KEY))
     with _ignoring_signals():
-        run_agent(address, job_rank(), _placement_or_error(config, device))
+        is_over = run_agent(address, job_rank(), _placement_or_error(config, device))
+    if not is_over:
+        raise RankFailedError(
+            f"rank 0's process of the job is gone, or was out of reach for {CUT_OFF_S:g} s: start the job anew", rank=0
+        )
 
 
 def placement_here(config: DiffusionParallelConfig, device: str | None, *, parent_pid: int) -> RankPlacement:
