@@ -39,8 +39,8 @@ class DiffusionParallelConfig:
             of encoders that they do not run.
         shard_weights: whether each rank of ulysses_degree × ring_degree keeps only its part of the weights of a
             transformer's blocks. A block's are gathered while the block before it runs, and freed after it.
-        data_parallel_size: replicas: engines side by side behind the queue of AsyncOmni, each with ``world_size`` ranks
-            of its own. A request is drawn by one of them.
+        data_parallel_size: replicas: engines side by side behind one queue, each with ``world_size`` ranks of its own.
+            A prompt, or a server's request, is drawn by one of them.
 
     Raises:
         ConfigError: a degree is not a whole number of at least 1, another value is none of those it may be, or a value
@@ -70,15 +70,15 @@ class DiffusionParallelConfig:
             )
 
     def require_one_replica(self) -> None:
-        """Refuse replicas where no queue stands before them.
+        """Refuse replicas where the ranks of one engine are.
 
         Raises:
             ConfigError: data_parallel_size is above 1.
         """
         if self.data_parallel_size > 1:
             raise ConfigError(
-                f"data_parallel_size={self.data_parallel_size}: AsyncOmni and `omni-sp serve`, which have a queue, run "
-                "replicas; leave it out here"
+                f"data_parallel_size={self.data_parallel_size}: here are the ranks of one engine. Omni outside of a "
+                "distributed program, AsyncOmni and `omni-sp serve` run replicas; leave it out here"
             )
 
     @property

@@ -8,19 +8,20 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from omni_sp.config import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.engine.engine import Engine, open_engine
 from omni_sp.engine.interrupts import DeferredInterrupt
-from omni_sp.engine.launchers import RAY, check_launcher, for_other_machines, ray_launchers
+from omni_sp.engine.launchers import RAY, check_launcher, for_other_machines, launchers_for, ray_launchers
 from omni_sp.engine.messages import Call, Done, OnProgress, Ready
-from omni_sp.engine.startup import StartupDisplay, is_terminal
+from omni_sp.engine.ranks.torchrun import inside_distributed_program
+from omni_sp.engine.replicated import ReplicatedEngine
+from omni_sp.engine.startup import StartupDisplay, StartupMessage, is_terminal
+from omni_sp.engine.steps_display import StepsDisplay
 from omni_sp.errors import RankFailedError
 from omni_sp.outputs import CheckReport, OmniRequestOutput
 from omni_sp.pipelines.arguments import Prompt, call_arguments, rounded_size, small_arguments
@@ -55,7 +56,9 @@ class Omni(NotCopied):
             OWNER/REPOSITORY/FILE on the hub), or "omni-sp/shapes", the embedded demo model.
         parallel_config: the degrees; None for one rank. "auto" lets the planner choose them for the GPUs, or the cores
             of the CPU, that are there, or for the ranks of the program around, where rank 0 chooses for all; "auto:4"
-            is for 4 ranks. A line on stderr says what was chosen, and why.
+            is for 4 ranks. A line on stderr says what was chosen, and why. With ``data_parallel_size`` above 1 there
+            are as many engines, each with its own ranks, which share the prompts of a call; not in a program that is
+            distributed already.
         device: "cpu"; "cuda" for one GPU per rank; "cuda:N" to let all ranks share that GPU (exact, for trying out);
             None for "cuda" where there is a GPU, else "cpu".
         dtype: "float32", "bfloat16", "float16" or the torch dtype; None for bfloat16 on CUDA and float32 on the CPU.
@@ -143,12 +146,13 @@ class Omni(NotCopied):
             startup_timeout_s=startup_timeout_s,
         )
         self._options = with_degrees(options, parallel_config, _print_line if show_progress is not False else _ignore)
-        self._options.config.require_one_replica()
+        if inside_distributed_program():
+            self._options.config.require_one_replica()
         if launcher == RAY:
             self._options = for_other_machines(self._options)
         self._numbers = itertools.count()
         self._opening = threading.Lock()
-        self._engine = self._open_engine()
+        self._engine: Engine | ReplicatedEngine = self._open_engine()
 
     @property
     def info(self) -> Ready:
@@ -282,18 +286,31 @@ class Omni(NotCopied):
     ) -> None:
         self.close()
 
-    def _open_engine(self) -> Engine:
+    def _open_engine(self) -> Engine | ReplicatedEngine:
         began, screen = time.perf_counter(), StartupDisplay(self._show_progress)
+        is_starting = True
+
+        def on_news(news: str) -> None:
+            if is_starting or not isinstance(news, StartupMessage):  # a replica's ranks may start again at any time
+                screen.show(news)
+
+        engine: Engine | ReplicatedEngine
         try:
+            if self._options.config.data_parallel_size > 1:
+                launchers, _ = launchers_for(self._options, self._launcher, self._nodes)
+                engine = ReplicatedEngine(self._options, launchers, on_news)
+                self._startup_s = time.perf_counter() - began
+                return engine
             [launcher] = ray_launchers(self._options, self._nodes) if self._launcher == RAY else [None]
-            engine = open_engine(self._options, screen.show, launcher)
+            engine = open_engine(self._options, on_news, launcher)
             engine.start.finish()
         finally:
+            is_starting = False
             screen.close()
         self._startup_s = time.perf_counter() - began
         return engine
 
-    def _live_engine(self) -> Engine:
+    def _live_engine(self) -> Engine | ReplicatedEngine:
         """The engine for the next call: where a failure has ended its ranks, a new one."""
         with self._opening:
             with suppress(RankFailedError):  # a rank has ended between two calls
@@ -302,8 +319,8 @@ class Omni(NotCopied):
                 self._engine = self._open_engine()
             return self._engine
 
-    def _run(self, engine: Engine, call: Call, on_progress: OnProgress | None = None) -> Done:
-        if engine.ready.ranks == 1:
+    def _run(self, engine: Engine | ReplicatedEngine, call: Call, on_progress: OnProgress | None = None) -> Done:
+        if self._options.config.num_processes == 1:
             return engine.run(call, on_progress)
         with DeferredInterrupt(self._show_progress and engine.is_main) as is_interrupted:
             return engine.run(replace(call, can_be_aborted=True), on_progress, is_interrupted)
@@ -311,16 +328,13 @@ class Omni(NotCopied):
     def _run_each(
         self, requests: list[tuple[Prompt, dict[str, Any]]], params: OmniDiffusionSamplingParams
     ) -> Iterator[OmniRequestOutput]:
+        if isinstance(engine := self._live_engine(), ReplicatedEngine):
+            yield from self._run_on_replicas(engine, requests, params)
+            return
         for number, (prompt, arguments) in enumerate(requests, start=1):
             engine = self._live_engine()
-            call = Call(
-                request_id=f"request-{next(self._numbers)}",
-                arguments=arguments,
-                seeds=params.seeds or (engine.new_seed(),),
-                scheduler=params.scheduler,
-                adapters=params.adapters,
-            )
-            with _StepsOnScreen(self._show_progress and engine.is_main, number, len(requests)) as screen:
+            call = self._call(engine, arguments, params)
+            with StepsDisplay(self._show_progress and engine.is_main, number, len(requests)) as screen:
                 try:
                     done = self._run(engine, call, lambda news: screen.show(news.done, news.total, news.note))
                 except RankFailedError as error:
@@ -332,6 +346,36 @@ class Omni(NotCopied):
             require_finite(done.result, engine.ready.capabilities, engine.ready.dtype)
             yield output_of(engine.ready, call, prompt, params, done, startup_s=self._startup_s)
 
+    def _run_on_replicas(
+        self,
+        engine: ReplicatedEngine,
+        requests: list[tuple[Prompt, dict[str, Any]]],
+        params: OmniDiffusionSamplingParams,
+    ) -> Iterator[OmniRequestOutput]:
+        """All prompts are in the queue of the replicas at once; the outputs come in the order of the prompts."""
+        calls = [replace(self._call(engine, arguments, params), can_be_aborted=True) for _prompt, arguments in requests]
+        interrupt: DeferredInterrupt | None = None
+        running = engine.run_each(calls, None, lambda: interrupt is not None and interrupt())
+        with StepsDisplay(self._show_progress, 1, 1, caption="prompts", unit="prompt") as screen, closing(running):
+            screen.show(0, len(calls))
+            for number, ((prompt, _arguments), call) in enumerate(zip(requests, calls, strict=True), start=1):
+                with DeferredInterrupt(self._show_progress) as interrupt:
+                    done = next(running)
+                interrupt = None
+                screen.show(number, len(calls))
+                yield output_of(engine.ready, call, prompt, params, done, startup_s=self._startup_s)
+
+    def _call(
+        self, engine: Engine | ReplicatedEngine, arguments: dict[str, Any], params: OmniDiffusionSamplingParams
+    ) -> Call:
+        return Call(
+            request_id=f"request-{next(self._numbers)}",
+            arguments=arguments,
+            seeds=params.seeds or (engine.new_seed(),),
+            scheduler=params.scheduler,
+            adapters=params.adapters,
+        )
+
 
 def _print_line(line: str) -> None:
     print(f"omni-sp: {line}", file=sys.stderr, flush=True)
@@ -339,35 +383,3 @@ def _print_line(line: str) -> None:
 
 def _ignore(line: str) -> None:
     """Whoever wants no progress on the screen wants no choices there either."""
-
-
-class _StepsOnScreen:
-    """A bar over the denoising steps of one prompt, on stderr; or nothing."""
-
-    def __init__(self, shown: bool, number: int, num_prompts: int) -> None:
-        self._shown = shown
-        self._caption = f"prompt {number}/{num_prompts}" if num_prompts > 1 else "denoising"
-        self._bar: Any = None
-        self.has_shown = False
-
-    def show(self, done: int, total: int, note: str = "") -> None:
-        """Draw ``done`` of ``total`` steps, and what takes long just now."""
-        self.has_shown = True
-        if not self._shown:
-            return
-        if self._bar is None or done < self._bar.n:
-            self._end()
-            self._bar = tqdm(total=total, desc=self._caption, unit="step", file=sys.stderr)
-        self._bar.set_postfix_str(note, refresh=bool(note))
-        self._bar.update(done - self._bar.n)
-
-    def __enter__(self) -> _StepsOnScreen:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

@@ -72,7 +72,7 @@ def generate(options: argparse.Namespace) -> int:
         image = input_image(pictures)
         outputs = omni.generate_each([Prompt(text=text, image=image) for text in options.prompt or [None]], params)
         if omni.is_main:
-            _print_layout(omni, options.model)
+            _print_layout(omni, options.model, config.data_parallel_size)
         for output in outputs:
             if omni.is_main:
                 _print_times(output)
@@ -256,11 +256,12 @@ def _what_is_drawn(params: OmniDiffusionSamplingParams, cfg_scale: float | None)
     }
 
 
-def _print_layout(omni: Omni, model: str) -> None:
+def _print_layout(omni: Omni, model: str, num_engines: int = 1) -> None:
     info = omni.info
+    each = f"{num_engines} engines, each: " if num_engines > 1 else ""
     start = "" if is_terminal() else f"start   {format_seconds(info.start_s)}\n"  # a terminal has just shown it
     print(f"model   {model}: {info.capabilities.name}, {info.dtype} on {info.device}")
-    print(f"{start}layout  {info.layout}", flush=True)
+    print(f"{start}layout  {each}{info.layout}", flush=True)
 
 
 def _print_times(output: OmniRequestOutput) -> None:

@@ -232,6 +232,8 @@ _LAYOUT = (
     Option("--compile", "compile what the blocks of a transformer do: the first picture takes minutes, others less",
            ENGINE, action="store_true"),
 )
+_REPLICAS = Option("--data-parallel-size", "engines side by side behind one queue, each with its own ranks", DEGREES,
+                   type=int, default=1)
 _DTYPE = Option("--dtype", "of weights and latents; auto: bfloat16 on GPUs, float32 on CPUs",
                 ENGINE, convert=unless_auto, default="auto", choices=("auto", *_DTYPES))
 _FILE = Option("--single-file-config", "of a model that is one file: the pipeline that it is of, a folder or hub id",
@@ -255,6 +257,7 @@ GENERATE = (
     _IMAGE,
     _LORA,
     *_LAYOUT,
+    _REPLICAS,
     *_SIZE,
     Option("--fps", "frames a second of a video", PARAMS, type=float,
            otherwise="the pipeline's own, or 16 where it has none"),
@@ -330,8 +333,7 @@ SERVE = (
     Option("--host", "the address to listen on; 0.0.0.0 for all of this machine", SERVER),
     Option("--port", "the port to listen on; 0 takes a free one", SERVER, type=int),
     *_LAYOUT,
-    Option("--data-parallel-size", "engines side by side behind one queue, each with its own ranks", DEGREES, type=int,
-           default=1),
+    _REPLICAS,
     _DTYPE,
     Option("--rank-timeout", "the longest silence of ranks between two steps, in seconds, before they count as failed",
            ENGINE, "rank_timeout_s", type=float, default=600.0, metavar="S"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -16,7 +18,7 @@ from omni_sp.engine.devices import rank_devices
 from omni_sp.engine.job_queue import Running
 from omni_sp.engine.jobs import Job
 from omni_sp.engine.ranks.spawn import SpawnLauncher
-from omni_sp.errors import ConfigError, RankFailedError
+from omni_sp.errors import ConfigError, EngineClosedError, RankFailedError
 from omni_sp.events import RequestDone, RequestProgress
 
 TWO = DiffusionParallelConfig(ulysses_degree=2, data_parallel_size=2)
@@ -45,10 +47,10 @@ def replicated(**options: Any) -> AsyncOmni:
     return AsyncOmni("omni-sp/shapes", TWO, device="cpu", rank_timeout_s=30.0, **options)
 
 
-def processes_of(omni: AsyncOmni, replica: int) -> list[int]:
+def processes_of(omni: Any, replica: int) -> list[int]:
     engine = omni._dispatcher.replicas[replica].engine
     assert engine is not None
-    return [process.pid for process in engine._group._processes._ranks]  # type: ignore[attr-defined]
+    return [process.pid for process in engine._group._processes._ranks]
 
 
 def test_forty_requests_outlive_a_killed_replica_in_order_and_with_their_seeds(
@@ -155,14 +157,78 @@ def test_replicas_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
         rank_devices("cuda", TWO, 0)
 
 
-def test_where_no_queue_is_there_are_no_replicas() -> None:
-    for refused in (
-        lambda: Omni("omni-sp/shapes", DiffusionParallelConfig(data_parallel_size=2)),
-        lambda: ParallelMesh(DiffusionParallelConfig(data_parallel_size=2)),
-    ):
-        with pytest.raises(ConfigError, match="data_parallel_size=2: AsyncOmni"):
-            refused()
+def opened(**options: Any) -> Omni:
+    return Omni("omni-sp/shapes", TWO, device="cpu", rank_timeout_s=30.0, show_progress=False, **options)
+
+
+def drawn(outputs: list[Any]) -> list[tuple[str, int]]:
+    return [(output.images[0]["prompt"], output.metrics["seed"]) for output in outputs]
+
+
+def test_omni_spreads_prompts_over_replicas_in_order_and_with_their_seeds(scripts: list[str]) -> None:
+    prompts = [f"prompt {number}" for number in range(12)]
+    params = OmniDiffusionSamplingParams(seed=7, extra_args={"steps": 3})
+    with opened() as drawing:
+        dispatcher = drawing._engine._dispatcher  # type: ignore[union-attr]
+        assert drawn(drawing.generate(prompts, params)) == [(prompt, 7) for prompt in prompts]
+        assert all(replica.calls for replica in dispatcher.replica_stats)
+        seeds = {seed for _, seed in drawn(drawing.generate(prompts, OmniDiffusionSamplingParams()))}
+        assert len(seeds) == len(prompts)
+        outputs = drawing.generate_each(prompts, params)
+        assert drawn([next(outputs)]) == [("prompt 0", 7)]
+        outputs.close()  # type: ignore[attr-defined]
+        assert drawn(drawing.generate("another", params)) == [("another", 7)]
+        while dispatcher.stats.running:
+            time.sleep(0.01)
+        assert dispatcher.stats.done + dispatcher.stats.aborted == 2 * len(prompts) + len(prompts) + 1
+        assert dispatcher.stats.aborted >= 1
+    with pytest.raises(EngineClosedError, match="make a new one"):
+        drawing.generate("a")
+
+
+def test_what_a_replica_of_omni_loses_the_other_draws(scripts: list[str]) -> None:
+    params = OmniDiffusionSamplingParams(seed=7, extra_args={"steps": 3})
+    with opened() as drawing:
+        outputs = drawing.generate_each([f"prompt {number}" for number in range(12)], params)
+        found = [next(outputs)]
+        os.kill(processes_of(drawing._engine, 0)[1], signal.SIGKILL)
+        assert drawn([*found, *outputs]) == [(f"prompt {number}", 7) for number in range(12)]
+
+
+def test_ctrl_c_ends_all_prompts_of_a_call(scripts: list[str]) -> None:
+    long = OmniDiffusionSamplingParams(extra_args={"steps": 5000})
+    with opened() as drawing:
+        dispatcher = drawing._engine._dispatcher  # type: ignore[union-attr]
+
+        def interrupt() -> None:
+            while dispatcher.stats.steps < 4:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            drawing.generate(["a", "b", "c"], long)
+        thread.join(PATIENCE_S)
+        assert len(drawing.generate(["d", "e"], OmniDiffusionSamplingParams(extra_args={"steps": 2}))) == 2
+        assert dispatcher.stats.aborted == 3
+        assert dispatcher.stats.restarts == 0
+
+
+def test_omni_with_a_replica_that_does_not_start(scripts: list[str]) -> None:
+    scripts[1] = "dies_loading"
+    with pytest.raises(RankFailedError):
+        opened()
+
+
+def test_where_the_ranks_of_one_engine_are_there_are_no_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="data_parallel_size=2: here are the ranks of one engine"):
+        ParallelMesh(DiffusionParallelConfig(data_parallel_size=2))
     with pytest.raises(ConfigError, match="data_parallel_size=0"):
         DiffusionParallelConfig(data_parallel_size=0)
     with pytest.raises(ConfigError, match="launcher starts the ranks of one engine"):
         replicated(launcher=SpawnLauncher())
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="data_parallel_size=2: here are the ranks of one engine"):
+        Omni("omni-sp/shapes", DiffusionParallelConfig(data_parallel_size=2))
