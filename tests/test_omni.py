@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 
-import omni_sp.omni
 from omni_sp import (
     CallFailedError,
     ConfigError,
@@ -33,6 +32,7 @@ from omni_sp import (
     RequestAbortedError,
     SamplingParamsError,
 )
+from omni_sp.engine.steps_display import StepsDisplay
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.requests import PromptInput
 from tests.engine.accidents import AccidentIn, KillRank, RaiseOnAllRanks, RaiseOnRank
@@ -306,7 +306,7 @@ def test_an_error_of_all_ranks_and_an_interrupt_keep_the_model(two: Omni, monkey
         two.generate(PROMPT, small(extra_args={"callback_on_step_end": RaiseOnAllRanks()}))
     with monkeypatch.context() as patched:
         interrupt = once(lambda: signal.raise_signal(signal.SIGINT))
-        patched.setattr(omni_sp.omni.StepsDisplay, "show", lambda *_: interrupt())
+        patched.setattr(StepsDisplay, "show", lambda *_: interrupt())
         with pytest.raises(KeyboardInterrupt) as caught:
             two.generate(PROMPT, small(num_inference_steps=100_000))
         assert isinstance(caught.value.__cause__, RequestAbortedError)
@@ -319,7 +319,7 @@ def test_a_second_interrupt_ends_the_ranks_at_once(monkeypatch: pytest.MonkeyPat
     before = descendants()
     omni = start_two()
     with monkeypatch.context() as patched:
-        patched.setattr(omni_sp.omni.StepsDisplay, "show", lambda *_: signal.raise_signal(signal.SIGINT))
+        patched.setattr(StepsDisplay, "show", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             omni.generate(PROMPT, small(num_inference_steps=100_000))
     assert descendants() == before

@@ -148,9 +148,7 @@ def shard(
             require_not_offloaded(model)
             handle.on_remove(functools.partial(_restore_weights, handle, weights))
         hooks = ModuleHooks(model, mesh, plan, tracks=tracks, tapes=handle.tapes if replay else None, weights=weights)
-        check = SameCallCheck(
-            model, mesh.sequence, always=mesh.check, call_token=call_token, surroundings=surroundings
-        )
+        check = SameCallCheck(model, mesh.sequence, always=mesh.check, call_token=call_token, surroundings=surroundings)
         forward_hooks = _ForwardHooks(handle, hooks, mesh, strategy, check, weights)
         if compile_options is not None and not tracks:
             handle.on_remove(compile_blocks(model, compile_options))
