@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import select
+import sys
 from collections.abc import Sequence
 
 from omni_sp.errors import ConfigError
@@ -25,6 +29,22 @@ def with_dashes(word: str) -> str:
     """Write a flag's name with dashes, ``--ring_degree=2`` as ``--ring-degree=2``; values stay as they are."""
     name, value = split_flag(word)
     return name if value is None else f"{name}={value}"
+
+
+def close_unread() -> bool:
+    """Point streams that nobody reads any more, as stdout under ``| head``, at nothing. Returns whether there is one.
+
+    What is still in their buffers would fail once more when Python ends.
+    """
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # closed, or no file at all
+            poll.register(stream, 0)
+            if poll.poll(0):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                found = True
+    return found
 
 
 class CommandLine:

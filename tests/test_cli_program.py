@@ -58,9 +58,7 @@ def test_help_may_be_read_in_part(words: list[str], tmp_path: Path) -> None:
     "words",
     [
         ["models"],
-        pytest.param(["generate", *PROMPTS, *SMALL], marks=thorough_only),
         pytest.param(["check", "omni-sp/shapes", *SMALL, *RANKS], marks=thorough_only),
-        pytest.param(["generate", *PROMPTS, *SMALL, *RANKS], marks=thorough_only),
     ],
     ids=" ".join,
 )
@@ -68,6 +66,14 @@ def test_a_command_ends_quietly_when_nobody_reads_it(words: list[str], tmp_path:
     exitcode, errors = run_unread(tmp_path, *words)
     assert exitcode == UNREAD
     assert [line for line in errors.splitlines() if not line.startswith("omni-sp: starting ")] == []
+
+
+@pytest.mark.parametrize("ranks", [[], pytest.param(RANKS, marks=thorough_only)], ids=" ".join)
+def test_pictures_are_written_when_nobody_reads_about_them(ranks: list[str], tmp_path: Path) -> None:
+    exitcode, errors = run_unread(tmp_path, "generate", *PROMPTS, *SMALL, *ranks, "--output", "pictures")
+    assert exitcode == 0
+    assert [line for line in errors.splitlines() if not line.startswith("omni-sp: starting ")] == []
+    assert len(list((tmp_path / "pictures").iterdir())) == len(PROMPTS) // 2
 
 
 def test_errors_that_nobody_reads_keep_their_exit_code(tmp_path: Path) -> None:

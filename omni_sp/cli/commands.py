@@ -28,7 +28,7 @@ from omni_sp.cli.options import (
     sampling_params,
     with_cfg_scale,
 )
-from omni_sp.command_line import FAILED, CommandLine
+from omni_sp.command_line import FAILED, CommandLine, close_unread
 from omni_sp.config import OmniDiffusionSamplingParams
 from omni_sp.engine.startup import StartupDisplay, format_seconds, is_terminal
 from omni_sp.errors import ConfigError, SamplingParamsError
@@ -77,7 +77,7 @@ def generate(options: argparse.Namespace) -> int:
             if omni.is_main:
                 _print_times(output)
                 for line in files.save(output):
-                    print(line, flush=True)
+                    _say(line)
     return 0
 
 
@@ -256,18 +256,27 @@ def _what_is_drawn(params: OmniDiffusionSamplingParams, cfg_scale: float | None)
     }
 
 
+def _say(text: str) -> None:
+    """Print what goes with a picture, which is written to its file whether or not anybody reads this."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        if not close_unread():
+            raise
+
+
 def _print_layout(omni: Omni, model: str, num_engines: int = 1) -> None:
     info = omni.info
     each = f"{num_engines} engines, each: " if num_engines > 1 else ""
     start = "" if is_terminal() else f"start   {format_seconds(info.start_s)}\n"  # a terminal has just shown it
-    print(f"model   {model}: {info.capabilities.name}, {info.dtype} on {info.device}")
-    print(f"{start}layout  {each}{info.layout}", flush=True)
+    _say(f"model   {model}: {info.capabilities.name}, {info.dtype} on {info.device}")
+    _say(f"{start}layout  {each}{info.layout}")
 
 
 def _print_times(output: OmniRequestOutput) -> None:
     took = output.metrics
     tokens = " + ".join(f"{count} {name}" for name, count in took["tokens"].items())
-    print(
+    _say(
         f"times   {took['total_s']:.2f} s: text encoder {took['text_encoder_s']:.2f} s, "
         f"{took['num_steps']} steps of {took['denoise_step_s']:.3f} s, VAE {took['vae_s']:.2f} s"
         + (f" on {took['vae_ranks']} ranks" if took.get("vae_ranks", 1) > 1 else "")
@@ -275,8 +284,8 @@ def _print_times(output: OmniRequestOutput) -> None:
     if branches := took.get("branches"):
         steps = branches["steps"] or 1
         shared = f"{branches['units'] / steps:.3g} transformer calls a step in {branches['rounds'] / steps:.3g} rounds"
-        print(f"guided  {branches['note'] or shared}")
-    print(f"tokens  {tokens or 'not counted'}; seed {took['seed']}")
+        _say(f"guided  {branches['note'] or shared}")
+    _say(f"tokens  {tokens or 'not counted'}; seed {took['seed']}")
     note = dropped_tokens_note(took)
     if note is not None:
-        print(f"note    {note}")
+        _say(f"note    {note}")

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import select
 import sys
 import traceback
 import warnings
@@ -20,7 +18,7 @@ from omni_sp import __version__
 from omni_sp.cli import commands
 from omni_sp.cli.embedding_options import SERVE_EMBEDDINGS
 from omni_sp.cli.options import CHECK, DOCTOR, GENERATE, INFO, MODELS, PLAN, SERVE, Option
-from omni_sp.command_line import BAD_INPUT, FAILED, INTERRUPTED, UNREAD, with_dashes
+from omni_sp.command_line import BAD_INPUT, FAILED, INTERRUPTED, UNREAD, close_unread, with_dashes
 from omni_sp.errors import InvalidInputError, OmniSPError, shortened
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.validation import suggestion
@@ -134,7 +132,7 @@ def _run(parser: _Parser, words: Sequence[str]) -> int:
             warnings.showwarning = _show_warning  # type: ignore[assignment]  # its other arguments are not looked at
             return _exit_code(options.run, options)
     finally:
-        _close_unread()  # --help, too, may be longer than what is read of it
+        close_unread()  # --help, too, may be longer than what is read of it
 
 
 def _exit_code(command: _Command, options: argparse.Namespace) -> int:
@@ -147,7 +145,7 @@ def _exit_code(command: _Command, options: argparse.Namespace) -> int:
     except OmniSPError as error:
         return _exit_with(options, str(error), FAILED)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _close_unread():
+        if isinstance(error, BrokenPipeError) and close_unread():
             return UNREAD
         return _exit_with(options, f"{type(error).__name__}: {error}", FAILED)
 
@@ -161,22 +159,6 @@ def _exit_with(options: argparse.Namespace, message: str, exitcode: int) -> int:
         what = message if exitcode == INTERRUPTED else f"error: {message}"
         print(f"omni-sp: {' '.join(what.split())}{kept}", file=sys.stderr, flush=True)
     return exitcode
-
-
-def _close_unread() -> bool:
-    """Point streams that nobody reads any more, as stdout under ``| head``, at nothing. Returns whether there is one.
-
-    What is still in their buffers would fail once more when Python ends.
-    """
-    found = False
-    for stream in (sys.stdout, sys.stderr):
-        poll = select.poll()
-        with contextlib.suppress(OSError, ValueError):  # closed, or no file at all
-            poll.register(stream, 0)
-            if poll.poll(0):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-                found = True
-    return found
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
