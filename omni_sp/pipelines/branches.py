@@ -75,18 +75,11 @@ class Branches:
         self._owners: dict[tuple[int, str], int] = {}
         self._watched: weakref.WeakSet[Any] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
+        # Of all ranks, not of those in one place of their groups: these would raise, and the others wait for them.
+        check = functools.partial(SameCallCheck, axis=mesh.world, always=mesh.check, call_token=call_token)
+        is_whole = mesh.weights.size == 1
         for index, model in enumerate(models):
-            is_whole = mesh.weights.size == 1
-            # Of all ranks, not of those in one place of their groups: these would raise, and the others wait for them.
-            check = SameCallCheck(
-                model,
-                mesh.world,
-                always=mesh.check,
-                call_token=call_token,
-                surroundings=surroundings,
-                with_blocks=is_whole,
-            )
-            self._attach(model, index, check)
+            self._attach(model, index, check(model, surroundings=surroundings, with_blocks=is_whole))
         self._watch_end()
 
     def reset_counts(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -86,6 +87,12 @@ def loaded() -> Any:
     return pipe
 
 
+@cache
+def unused() -> Any:
+    """A pipeline that is never drawn with, of which changes take parts."""
+    return loaded()
+
+
 def draw(pipe: Any, **options: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     call = {**CALL, "num_inference_steps": STEPS, "output_type": "pt", "return_dict": False, "generator": generator}
@@ -95,7 +102,7 @@ def draw(pipe: Any, **options: Any) -> torch.Tensor:
 
 def message_of(mesh: ParallelMesh, change: Callable[..., None], *, between: bool) -> str:
     """What the ranks say of a change on rank 1, before a call or between two of its steps."""
-    pipe, other = loaded(), loaded()
+    pipe, other = loaded(), unused()
     parallelize(pipe, mesh)
 
     def on_step_end(_pipe: Any, step: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
