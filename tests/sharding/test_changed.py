@@ -218,7 +218,7 @@ def cached(mesh: ParallelMesh, entry_id: str, cache: str, before: bool) -> tuple
         found = ours.run()
         layers_run = ours.layers_run
         ours.model.disable_cache()
-        disabled = relative_error(ours.run(3), plain[:3])
+        disabled = relative_error(ours.run(), plain)
         handle.remove()
     effect = relative_error(plain, wanted)
     return relative_error(found, wanted), effect, layers_run, layers_wanted, without, disabled
