@@ -4,15 +4,17 @@ import gc
 import importlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.ranks import RankPool, fork_context
 from tests.fake_cuda import FakeCuda, install_device_guard
 from tests.forked_starts import rank_starts
+from tests.preloaded import preloaded_python
 
 _POOL: list[RankPool] = []
 
@@ -50,6 +52,16 @@ def new_programs() -> Iterator[None]:
     """Rank processes are new programs, as they are outside tests."""
     with rank_starts(forked=False):
         yield
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A command that runs programs as ``python`` does, whose imports cost nothing; see tests/preloaded.py."""
+    if sys.platform != "linux":
+        yield sys.executable
+        return
+    with preloaded_python(fork_context(), tmp_path_factory.mktemp("python")) as command:
+        yield command
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,7 +112,7 @@ def test_a_wrong_option_is_found() -> None:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a clone to whoever types there, with pictures, and tiny models in tiny/."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("examples", "docs"):
@@ -121,7 +120,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bin").mkdir()
     for name, module in (("python", ""), ("omni-sp", "-m omni_sp"), ("torchrun", "-m torch.distributed.run")):
         program = folder / "bin" / name
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
+        program.write_text(f'#!/bin/sh\nexec {python} {module} "$@"\n')
         program.chmod(0o755)
     for name in ("photo.png", "cat.png"):
         Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(folder / name)
@@ -177,7 +176,7 @@ def test_python_is_python(block: Block) -> None:
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
-def test_programs_of_a_page_run(page: Path, tmp_path: Path) -> None:
+def test_programs_of_a_page_run(python: str, page: Path, tmp_path: Path) -> None:
     """One after the other in one process; a client's address is that of a server with what stands in for a model."""
     code = "\n".join(block.code for block in blocks_of(page) if block.language == "python" and stands_alone(block))
     if not code:
@@ -186,7 +185,7 @@ def test_programs_of_a_page_run(page: Path, tmp_path: Path) -> None:
     with stand_in or serving(FakeOmni(), api_keys=("KEY", "none")) as server:
         (tmp_path / "program.py").write_text(code.replace("http://127.0.0.1:8091", server.url))
         done = subprocess.run(
-            [sys.executable, "program.py"],
+            [python, "program.py"],
             cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -318,7 +317,7 @@ def server_of(words: list[str], folder: Path) -> Iterator[str]:
 
 @thorough_only
 @pytest.mark.parametrize("page", ["README.md", "docs/server.md"])
-def test_servers_start_and_answer(page: str, workplace: Path, tmp_path: Path) -> None:
+def test_servers_start_and_answer(python: str, page: str, workplace: Path, tmp_path: Path) -> None:
     blocks = blocks_of(ROOT / page)
     commands = [words for block in blocks if block.language == "" for words in block.commands]
     command = next(words for words in commands if words[:2] == ["omni-sp", "serve"])
@@ -327,7 +326,7 @@ def test_servers_start_and_answer(page: str, workplace: Path, tmp_path: Path) ->
     with server_of(command, workplace) as url:
         for client in clients:
             (tmp_path / "client.py").write_text(client.code.replace("http://127.0.0.1:8091", url))
-            program = [sys.executable, "client.py"]
+            program = [python, "client.py"]
             done = subprocess.run(
                 program, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100, check=False
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=thorough_only)])
-def test_the_long_prompt_example_prints_times_and_the_same_answer(tmp_path: Path, torchrun: bool) -> None:
+def test_the_long_prompt_example_prints_times_and_the_same_answer(python: str, tmp_path: Path, torchrun: bool) -> None:
     tiny.model("qwen3, norms").save_pretrained(tmp_path)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if torchrun else []
     words = ["--model", tmp_path, "--tokens", 200, "--max-new-tokens", 5, "--prefill-chunk", 64, "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "examples" / "long_prompt.py"), *map(str, words), "--ring-degree", "2"],
+        [python, *launcher, str(ROOT / "examples" / "long_prompt.py"), *map(str, words), "--ring-degree", "2"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
