@@ -159,7 +159,6 @@ def drawn(omni: Omni) -> Any:
     return np.asarray(omni.generate("a red circle", params)[0].images[0], dtype=np.int16)
 
 
-@pytest.mark.usefixtures("new_programs")
 def test_ranks_that_stop_at_the_latent_read_no_vae(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omni_sp.omni.open_engine", _with_watched_ranks)
     with Omni(SHAPES_MODEL, TWO, device="cpu") as omni:
