@@ -4,17 +4,16 @@ import gc
 import importlib
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from omni_sp.testing.ranks import RankPool, fork_context
+from omni_sp.testing.ranks import RankPool
+from tests import preloaded
 from tests.fake_cuda import FakeCuda, install_device_guard
 from tests.forked_starts import rank_starts
-from tests.preloaded import preloaded_python
 
 _POOL: list[RankPool] = []
 
@@ -54,16 +53,6 @@ def new_programs() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A command that runs programs as ``python`` does, whose imports cost nothing; see tests/preloaded.py."""
-    if sys.platform != "linux":
-        yield sys.executable
-        return
-    with preloaded_python(fork_context(), tmp_path_factory.mktemp("python")) as command:
-        yield command
-
-
 @pytest.fixture
 def ranks() -> RankPool:
     """The session's rank processes, started anew after a failure ended them."""
@@ -73,9 +62,10 @@ def ranks() -> RankPool:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _end_ranks() -> Iterator[None]:
+def _end_processes() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
+    preloaded.close()
     for pool in _POOL:
         pool.close()
 

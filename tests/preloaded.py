@@ -14,6 +14,7 @@ import array
 import atexit
 import contextlib
 import fcntl
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -74,18 +76,42 @@ if code < 0:
     os.kill(os.getpid(), -code)
 os._exit(code)
 """
+_FOR_VLLM = (
+    "vllm.entrypoints.llm",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.model_executor.models.adapters",
+    "vllm.model_executor.models.llama",
+)
 _MOST_DESCRIPTORS = 253  # in one message
 _FIRST_FREE = 1000
 
 
-@contextlib.contextmanager
-def preloaded_python(context: multiprocessing.context.ForkServerContext, folder: Path) -> Iterator[str]:
-    """The command, as long as this lasts.
+_OPEN = contextlib.ExitStack()
+_COMMANDS: list[str] = []
 
-    Args:
-        context: its processes are forks of one that has imported what programs need.
-        folder: where the command is written.
-    """
+
+def python() -> str:
+    """The command, which is there from its first use to the end of the session."""
+    if sys.platform != "linux":
+        return sys.executable
+    if not _COMMANDS:
+        _COMMANDS.append(_OPEN.enter_context(_started(Path(_OPEN.enter_context(tempfile.TemporaryDirectory())))))
+    return _COMMANDS[0]
+
+
+def close() -> None:
+    """End the process that forks, and with it what it has forked."""
+    _COMMANDS.clear()
+    _OPEN.close()
+
+
+@contextlib.contextmanager
+def _started(folder: Path) -> Iterator[str]:
+    from omni_sp.testing.ranks import fork_context
+
     command, address = folder / "python", str(folder / "socket")
     command.write_text(_COMMAND.format(python=sys.executable, address=address))
     command.chmod(0o755)
@@ -95,7 +121,7 @@ def preloaded_python(context: multiprocessing.context.ForkServerContext, folder:
         listener.bind(address)
         listener.listen(64)
         arguments = (Listener(listener), str(command), shown.stdout.decode().splitlines())
-        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process = fork_context().Process(target=_serve, args=arguments, daemon=True)
         process.start()
     try:
         yield str(command)
@@ -122,6 +148,9 @@ def _received(sent: Any) -> Listener:
 
 def _serve(listener: Listener, command: str, path: list[str]) -> None:
     """Fork a program for each request, report its end, and kill it when whoever asked is gone."""
+    if importlib.util.find_spec("vllm") is not None:
+        for module in _FOR_VLLM:
+            importlib.import_module(module)
     selector = selectors.DefaultSelector()
     selector.register(listener.socket, selectors.EVENT_READ)
     while True:

@@ -14,6 +14,7 @@ from PIL import Image
 from omni_sp import Omni, OmniDiffusionSamplingParams, ParallelMesh
 from omni_sp.testing import models
 from omni_sp.testing.ranks import RankPool
+from tests.preloaded import python
 from tests.thorough import thorough_only
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,10 +45,10 @@ def pixels(frames: list[Image.Image]) -> Any:
     return np.stack([np.asarray(frame, dtype=np.int16) for frame in frames])
 
 
-def run(python: str, example: str, *words: Any, cwd: Path, code: int = 0) -> str:
+def run(example: str, *words: Any, cwd: Path, code: int = 0) -> str:
     """What an example prints: on stdout, or on stderr where it is to fail."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = [python, str(ROOT / "examples" / f"{example}.py"), "--device", "cpu", *map(str, words)]
+    program = [python(), str(ROOT / "examples" / f"{example}.py"), "--device", "cpu", *map(str, words)]
     done = subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout
@@ -79,11 +80,11 @@ def shared_frames(mesh: ParallelMesh, model: Path, prompt: Any, values: dict[str
         return pixels(omni.generate(prompt, OmniDiffusionSamplingParams(**values))[0].videos[0])
 
 
-def test_a_picture_is_edited_as_on_one_process(python: str, saved: Path, tmp_path: Path) -> None:
+def test_a_picture_is_edited_as_on_one_process(saved: Path, tmp_path: Path) -> None:
     asked = {"height": 44, "width": 60, "num_inference_steps": 3, "seed": 7, "max_sequence_length": 13}
     words = ["--model", saved / "kontext", "--image", saved / "picture.png", "--prompt", PROMPT, *options(asked)]
     words += ["--extra", "_auto_resize=false", "--ulysses-degree", 2, "--ring-degree", 2]
-    shown = run(python, "image_edit", *words, cwd=tmp_path)
+    shown = run("image_edit", *words, cwd=tmp_path)
     assert "FluxKontextPipeline, float32 on cpu" in shown
     assert "= 4 ranks" in shown
     assert shown.splitlines()[-1] == "picture pictures/picture-0001.png"
@@ -98,9 +99,9 @@ def test_a_picture_is_edited_as_on_one_process(python: str, saved: Path, tmp_pat
     assert np.abs(edited - pixels(other.images)).max() > 2, "the picture that is edited makes no difference"
 
 
-def test_a_video_is_drawn_and_can_be_read_back(python: str, saved: Path, tmp_path: Path) -> None:
+def test_a_video_is_drawn_and_can_be_read_back(saved: Path, tmp_path: Path) -> None:
     words = ["--model", saved / "wan", "--prompt", PROMPT, *options(VIDEO), "--fps", 12]
-    shown = run(python, "text_to_video", *words, cwd=tmp_path)
+    shown = run("text_to_video", *words, cwd=tmp_path)
     assert shown.splitlines()[-1] == "video   videos/video-0001.mp4  9 frames, 12 a second"
     fps, frames = read_video(tmp_path / "videos/video-0001.mp4")
     assert (fps, frames.shape) == (12.0, (9, 48, 80, 3))
@@ -111,10 +112,10 @@ def test_a_video_is_drawn_and_can_be_read_back(python: str, saved: Path, tmp_pat
 
 
 @thorough_only
-def test_a_picture_becomes_videos_over_two_ranks(python: str, saved: Path, tmp_path: Path) -> None:
+def test_a_picture_becomes_videos_over_two_ranks(saved: Path, tmp_path: Path) -> None:
     words = ["--model", saved / "wan-i2v", "--image", saved / "picture.png", "--prompt", PROMPT, *options(VIDEO)]
     words += ["--num-outputs-per-prompt", 2, "--ring", 2, "--output", "new/clip.mp4"]
-    shown = run(python, "image_to_video", *words, cwd=tmp_path)
+    shown = run("image_to_video", *words, cwd=tmp_path)
     assert "ring_degree 2 = 2 ranks" in shown
     assert shown.splitlines()[-2:] == [f"video   new/clip-{number}.mp4  9 frames, 16 a second" for number in (1, 2)]
     for number in (1, 2):
@@ -136,8 +137,8 @@ def test_frames_are_those_of_one_process(ranks: RankPool, saved: Path, model: st
 
 
 @pytest.mark.parametrize("example", ["image_edit", "image_to_video"])
-def test_a_missing_picture_is_reported_at_once(python: str, example: str, tmp_path: Path) -> None:
-    shown = run(python, example, "--prompt", PROMPT, cwd=tmp_path, code=2)
+def test_a_missing_picture_is_reported_at_once(example: str, tmp_path: Path) -> None:
+    shown = run(example, "--prompt", PROMPT, cwd=tmp_path, code=2)
     assert shown == "omni-sp: error: no picture to start from: give --image PATH\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -156,12 +157,12 @@ def test_a_missing_picture_is_reported_at_once(python: str, example: str, tmp_pa
     ],
 )
 def test_the_api_in_a_few_lines(
-    python: str, example: str, num_processes: int, printed: list[str], pictures: list[str], tmp_path: Path
+    example: str, num_processes: int, printed: list[str], pictures: list[str], tmp_path: Path
 ) -> None:
     """Each runs by the command in its docstring, without an option."""
     path = ROOT / "examples" / f"{example}.py"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    program = [python, *(launcher if num_processes > 1 else []), str(path)]
+    program = [python(), *(launcher if num_processes > 1 else []), str(path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150, check=False

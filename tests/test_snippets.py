@@ -25,6 +25,7 @@ import omni_sp
 from omni_sp import ParallelMesh
 from omni_sp.testing import models
 from omni_sp.testing.ranks import RankPool
+from tests.preloaded import python
 from tests.server.embedding.running import embedding_server
 from tests.server.fakes import FakeOmni
 from tests.server.serving import serving
@@ -112,7 +113,7 @@ def test_a_wrong_option_is_found() -> None:
 
 
 @pytest.fixture(scope="module")
-def workplace(python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a clone to whoever types there, with pictures, and tiny models in tiny/."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("examples", "docs"):
@@ -120,7 +121,7 @@ def workplace(python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bin").mkdir()
     for name, module in (("python", ""), ("omni-sp", "-m omni_sp"), ("torchrun", "-m torch.distributed.run")):
         program = folder / "bin" / name
-        program.write_text(f'#!/bin/sh\nexec {python} {module} "$@"\n')
+        program.write_text(f'#!/bin/sh\nexec {python()} {module} "$@"\n')
         program.chmod(0o755)
     for name in ("photo.png", "cat.png"):
         Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(folder / name)
@@ -176,7 +177,7 @@ def test_python_is_python(block: Block) -> None:
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
-def test_programs_of_a_page_run(python: str, page: Path, tmp_path: Path) -> None:
+def test_programs_of_a_page_run(page: Path, tmp_path: Path) -> None:
     """One after the other in one process; a client's address is that of a server with what stands in for a model."""
     code = "\n".join(block.code for block in blocks_of(page) if block.language == "python" and stands_alone(block))
     if not code:
@@ -185,7 +186,7 @@ def test_programs_of_a_page_run(python: str, page: Path, tmp_path: Path) -> None
     with stand_in or serving(FakeOmni(), api_keys=("KEY", "none")) as server:
         (tmp_path / "program.py").write_text(code.replace("http://127.0.0.1:8091", server.url))
         done = subprocess.run(
-            [python, "program.py"],
+            [python(), "program.py"],
             cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -317,7 +318,7 @@ def server_of(words: list[str], folder: Path) -> Iterator[str]:
 
 @thorough_only
 @pytest.mark.parametrize("page", ["README.md", "docs/server.md"])
-def test_servers_start_and_answer(python: str, page: str, workplace: Path, tmp_path: Path) -> None:
+def test_servers_start_and_answer(page: str, workplace: Path, tmp_path: Path) -> None:
     blocks = blocks_of(ROOT / page)
     commands = [words for block in blocks if block.language == "" for words in block.commands]
     command = next(words for words in commands if words[:2] == ["omni-sp", "serve"])
@@ -326,7 +327,7 @@ def test_servers_start_and_answer(python: str, page: str, workplace: Path, tmp_p
     with server_of(command, workplace) as url:
         for client in clients:
             (tmp_path / "client.py").write_text(client.code.replace("http://127.0.0.1:8091", url))
-            program = [python, "client.py"]
+            program = [python(), "client.py"]
             done = subprocess.run(
                 program, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100, check=False
             )

@@ -22,6 +22,7 @@ from omni_sp.tested_versions import TESTED, warn_if_untested
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
 from tests.library_versions import EXPECTED
+from tests.preloaded import python
 from tests.sharding.models import qwen_image, qwen_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,14 +108,14 @@ def test_an_unknown_version_goes_on_and_one_rank_says_so(ranks: RankPool) -> Non
     assert others == []
 
 
-def test_the_command_says_it_once_and_draws(python: str, tmp_path: Path) -> None:
+def test_the_command_says_it_once_and_draws(tmp_path: Path) -> None:
     known = tmp_path / "newer" / "diffusers-0.99.0.dist-info"
     known.mkdir(parents=True)
     (known / "METADATA").write_text("Metadata-Version: 2.1\nName: diffusers\nVersion: 0.99.0\n")
     path = os.pathsep.join(filter(None, [str(known.parent), os.environ.get("PYTHONPATH"), str(ROOT)]))
     small = ["--device", "cpu", "--width", "64", "--height", "64", "--num-inference-steps", "2"]
     done = subprocess.run(
-        [python, "-m", "omni_sp", "generate", "--prompt", "a red circle", "--ulysses-degree", "2", *small],
+        [python(), "-m", "omni_sp", "generate", "--prompt", "a red circle", "--ulysses-degree", "2", *small],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,

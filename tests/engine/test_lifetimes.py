@@ -15,6 +15,7 @@ from PIL import Image
 
 from omni_sp import Omni, OmniDiffusionSamplingParams
 from tests.engine.processes import alive, becomes_true, descendants
+from tests.preloaded import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,10 +68,10 @@ def program(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     assert becomes_true(lambda: descendants() <= before, 5.0)
 
 
-def test_every_rank_of_torchrun_gets_the_picture_of_all_axes(python: str, program: tuple[Path, dict[str, str]]) -> None:
+def test_every_rank_of_torchrun_gets_the_picture_of_all_axes(program: tuple[Path, dict[str, str]]) -> None:
     path, environment = program
     path.write_text(JOINING)
-    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(path)]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(path)]
     done = subprocess.run(
         torchrun, cwd=path.parent, env=environment, capture_output=True, text=True, timeout=180, check=False
     )

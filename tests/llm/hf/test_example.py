@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 from tests.llm.hf import tiny
+from tests.preloaded import python
 from tests.thorough import thorough_only
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=thorough_only)])
-def test_the_long_prompt_example_prints_times_and_the_same_answer(python: str, tmp_path: Path, torchrun: bool) -> None:
+def test_the_long_prompt_example_prints_times_and_the_same_answer(tmp_path: Path, torchrun: bool) -> None:
     tiny.model("qwen3, norms").save_pretrained(tmp_path)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if torchrun else []
     words = ["--model", tmp_path, "--tokens", 200, "--max-new-tokens", 5, "--prefill-chunk", 64, "--device", "cpu"]
     done = subprocess.run(
-        [python, *launcher, str(ROOT / "examples" / "long_prompt.py"), *map(str, words), "--ring-degree", "2"],
+        [python(), *launcher, str(ROOT / "examples" / "long_prompt.py"), *map(str, words), "--ring-degree", "2"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
