@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.interleaved import add_output_options, report, write
+from benchmarks.lifetimes import Watcher
 from omni_sp.llm.embedding.connections import Address, Connections
 
 FORMATS = "float", "base64", "bytes_only"
@@ -72,7 +74,10 @@ def running(model: Path, replicas: int) -> Iterator[tuple[str, subprocess.Popen[
     words = [sys.executable, "-m", "omni_sp", "serve-embeddings", str(model), "--port", "0", "--gpus", "0"]
     words += ["--replicas", str(replicas), "--log-level", "error", "--enforce-eager", "--dtype", "float32"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with (
+        subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process,
+        contextlib.closing(Watcher(process, signal.SIGTERM)),
+    ):
         try:
             assert process.stdout is not None
             line = process.stdout.readline()

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from benchmarks.lifetimes import Watcher
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _TAIL = 6000
@@ -121,6 +123,7 @@ def run(step: Step) -> Outcome:
         errors="replace",
         start_new_session=True,
     )
+    watcher = Watcher(process, signal.SIGKILL, is_group=True)
     try:
         output, _ = process.communicate(timeout=step.timeout_s)
         result = "passed" if process.returncode == 0 else f"failed (exit code {process.returncode})"
@@ -130,6 +133,8 @@ def run(step: Step) -> Outcome:
     except BaseException:
         _end(process)
         raise
+    finally:
+        watcher.close()
     return Outcome(step, result, time.monotonic() - began, output[-_TAIL:])
 
 

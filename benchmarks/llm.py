@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.interleaved import Timing, add_output_options, paired, report, save
+from benchmarks.lifetimes import TurnProgram
 
 ENGINES: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_parallel_size": 2},
@@ -63,53 +61,13 @@ _ENVIRONMENT = {
 }
 
 
-class Engine:
-    """An engine in a process group of its own, stopped between its turns."""
+class Engine(TurnProgram):
+    """An engine of vLLM in a program of its own."""
 
     def __init__(self, model: Path, options: dict[str, Any]) -> None:
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the engine
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.llm", "--engine", json.dumps({"model": str(model), **options})],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=os.environ | _ENVIRONMENT,
-            start_new_session=True,
-        )
-        self.ask(None)
-        self._signal(signal.SIGSTOP)
-
-    def turn(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Continue, answer, and stop again."""
-        self._signal(signal.SIGCONT)
-        try:
-            return self.ask(question)
-        finally:
-            self._signal(signal.SIGSTOP)
-
-    def ask(self, question: dict[str, Any] | None) -> dict[str, Any]:
-        """The engine's answer; None waits until it is ready."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        if question is not None:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("answer "):
-                answer: dict[str, Any] = json.loads(line.removeprefix("answer "))
-                return answer
-        self._log.seek(0)
-        raise SystemExit(self._log.read()[-4000:] + "\nan engine ended; its log is above")
-
-    def close(self) -> None:
-        """End the engine and all processes that it started."""
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-        self._log.close()
-
-    def _signal(self, number: int) -> None:
-        os.killpg(self._process.pid, number)
+        options = {"model": str(model), **options}
+        command = [sys.executable, "-m", "benchmarks.llm", "--engine", json.dumps(options)]
+        super().__init__(command, _ENVIRONMENT)
 
 
 def engine_main(options: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.interleaved import add_output_options, report, write
+from benchmarks.lifetimes import Watcher
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.engine.startup import format_seconds
@@ -93,7 +95,10 @@ def running_server(ranks: int, size: int, replicas: int = 1) -> Iterator[tuple[s
         "--max-queue-length",
         "64",
     ]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with (
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process,
+        contextlib.closing(Watcher(process, signal.SIGTERM)),
+    ):
         try:
             assert process.stdout is not None
             address = next(word for word in process.stdout.readline().split() if word.startswith("http"))
