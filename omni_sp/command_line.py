@@ -65,10 +65,17 @@ class CommandLine:
         return [split_flag(word)[0] for word in self.rest if word.startswith("-")]
 
     def take_switch(self, name: str) -> bool:
-        """Take a flag that has no value. Returns whether it was there."""
-        before = len(self.rest)
-        self.rest = [word for word in self.rest if split_flag(word)[0] != name]
-        return len(self.rest) < before
+        """Take a flag that has no value. Returns whether it was there.
+
+        Raises:
+            ConfigError: it has a value, which may say the opposite of the flag.
+        """
+        found = [word for word in self.rest if split_flag(word)[0] == name]
+        for word in found:
+            if split_flag(word)[1] is not None:
+                raise ConfigError(f"{word}: {name} takes no value; leave it out where it is not wanted")
+        self.rest = [word for word in self.rest if word not in found]
+        return bool(found)
 
     def take_value(self, *names: str) -> str | None:
         """Take a flag, by any of its names, and its value: the last one given, or None.

@@ -45,3 +45,5 @@ def test_a_value_that_is_missing_or_no_number_is_refused() -> None:
         CommandLine(["--size"]).take_value("--size")
     with pytest.raises(ConfigError, match="--size two: give a whole number"):
         CommandLine(["--size=two"]).take_number("--size")
+    with pytest.raises(ConfigError, match="--eager=false: --eager takes no value"):
+        CommandLine(["--eager", "--eager=false"]).take_switch("--eager")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from omni_sp.validation import require_bool, require_int, require_str
 PROPOSER = "omni_sp.llm.speculation.proposer.Proposer"
 WORKER = "omni_sp.llm.speculation.worker.Worker"
 _METHODS = ("suffix", "arctic")
+_MOST = 2**31 - 1
 _DRAFTERS = ("model", "enable_suffix_decoding")
 # Our field -> vLLM's name and Arctic's. What vLLM's own suffix decoding does not know is Arctic's alone.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -28,6 +30,9 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "disable_by_batch_size": ("disable_by_batch_size",),
 }
 _VLLM_NAMES = {"num_speculative_tokens", *(names[0] for names in _NAMES.values() if names[0].startswith("suffix_d"))}
+
+SHORT_OPTIONS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+"""vLLM's options of single entries -> the entry of ``speculative_config``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +66,14 @@ class SpeculationSettings:
 
     def __post_init__(self) -> None:
         for name, minimum in (("num_speculative_tokens", 1), ("max_depth", 1), ("max_requests", 0)):
-            hint = f"give a whole number from {minimum} on"
-            require_int(name, getattr(self, name), minimum=minimum, error=ConfigError, hint=hint)
+            hint = f"give a whole number from {minimum} on, up to {_MOST}"
+            require_int(name, getattr(self, name), minimum=minimum, maximum=_MOST, error=ConfigError, hint=hint)
         if self.disable_by_batch_size is not None:
             hint = "give a number of requests from 1 on, or null for no limit"
             require_int("disable_by_batch_size", self.disable_by_batch_size, minimum=1, error=ConfigError, hint=hint)
         for name in ("max_spec_factor", "max_spec_offset", "min_token_prob"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConfigError(f"{name}={value!r}: give a number")
         if not self.max_spec_factor >= 0:
             raise ConfigError(f"max_spec_factor={self.max_spec_factor}: give a number from 0 on")
@@ -112,6 +117,24 @@ class SpeculationSettings:
         """The ``speculative_config`` by which stock vLLM makes our proposer."""
         longest = max(self.head_tokens, self.num_speculative_tokens if self.enable_suffix else 0)
         return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": longest}
+
+
+def with_short_options(
+    speculative_config: str | Mapping[str, Any] | None, given: Mapping[str, Any]
+) -> str | Mapping[str, Any] | None:
+    """A ``speculative_config`` with what vLLM's options of single entries give, by their names in ``SHORT_OPTIONS``.
+
+    Raises:
+        ConfigError: both give an entry.
+    """
+    if not given or (isinstance(speculative_config, str) and not parse(speculative_config)):
+        return speculative_config  # vLLM has a message for what cannot be read
+    entries = parse(speculative_config)
+    for name, value in given.items():
+        if SHORT_OPTIONS[name] in entries:
+            raise ConfigError(f"{name} and the {SHORT_OPTIONS[name]!r} of speculative_config: give one of them")
+        entries[SHORT_OPTIONS[name]] = value
+    return entries
 
 
 def parse(speculative_config: str | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omni_sp.command_line import CommandLine
 from omni_sp.errors import ConfigError
-from omni_sp.llm.speculation.settings import WORKER, SpeculationSettings
+from omni_sp.llm.speculation.settings import SHORT_OPTIONS, WORKER, SpeculationSettings, with_short_options
 from omni_sp.llm.vllm.config import CONFIG_KEY, LlmParallelConfig
 from omni_sp.llm.vllm.model_support import require_heads_for, require_supported_model, speculation_method
 from omni_sp.llm.vllm.step_metrics import start_step_counter
@@ -20,8 +20,10 @@ _SEQUENCE = ("--ulysses-sequence-parallel-size", "--sequence-parallel-size")
 _SHIFT, _THRESHOLD = "--enable-shift-parallel", "--shift-parallel-threshold"
 _TENSOR = ("--tensor-parallel-size", "-tp")
 _MEMORY = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
-_ADDITIONAL_CONFIG, _EAGER = "--additional-config", "--enforce-eager"
+_ADDITIONAL_CONFIG, _EAGER, _NOT_EAGER = "--additional-config", "--enforce-eager", "--no-enforce-eager"
 _SPECULATION, _WORKER = ("--speculative-config", "-sc"), "--worker-cls"
+_SHORT = {f"--{name.replace('_', '-')}": name for name in SHORT_OPTIONS}
+_REWRITTEN = (_TENSOR[0], _ADDITIONAL_CONFIG, _EAGER, _NOT_EAGER, _SPECULATION[0], _WORKER)
 
 
 def is_vllm_command() -> bool:
@@ -49,9 +51,11 @@ def for_vllm(arguments: Sequence[str], *, count_steps: bool = False) -> list[str
     speculation = _take_speculation(line)
     if sequence is None and speculation is None:
         return list(arguments)
+    _require_whole_names(line)
+    tensor = line.take_number(*_TENSOR)
     settings = LlmParallelConfig(
         sequence_parallel_size=1 if sequence is None else sequence,
-        tensor_parallel_size=line.take_number(*_TENSOR) or 1,
+        tensor_parallel_size=1 if tensor is None else tensor,
         enable_shift_parallel=shift,
         shift_parallel_threshold=threshold,
         speculation=speculation,
@@ -70,6 +74,8 @@ def for_vllm(arguments: Sequence[str], *, count_steps: bool = False) -> list[str
     if count_steps:
         settings = replace(settings, step_counts_file=str(start_step_counter().path))
     merged = json.dumps(settings.additional_config(user_entries))
+    if settings.runs_eagerly and _NOT_EAGER in line.flags():
+        raise ConfigError(f"our flags run steps eagerly for now: leave {_NOT_EAGER}")
     eager = [_EAGER] if settings.runs_eagerly and _EAGER not in line.flags() else []
     ours = [_TENSOR[0], str(settings.world_size), _ADDITIONAL_CONFIG, merged]
     if speculation is not None:
@@ -95,18 +101,44 @@ def _require_supported(line: CommandLine, settings: LlmParallelConfig) -> None:
         pipeline_parallel_size=line.number_of("--pipeline-parallel-size", "-pp") or 1,
         data_parallel_size=line.number_of("--data-parallel-size", "-dp") or 1,
         quantization=line.value_of("--quantization", "-q"),
-        speculation=speculation_method(line.value_of(*_SPECULATION)),
+        speculation=speculation_method(_speculative_config(line)),
     )
 
 
+def _require_whole_names(line: CommandLine) -> None:
+    """Refuse the beginning of a flag's name where we give vLLM the whole one: it would take ours alone."""
+    for flag in line.flags():
+        whole = next((name for name in _REWRITTEN if name.startswith(flag.partition(".")[0]) and len(flag) > 2), None)
+        if whole is not None and whole != flag.partition(".")[0]:
+            raise ConfigError(f"{flag}: beside our flags, write the whole name, {whole}")
+
+
+def _speculative_config(line: CommandLine) -> Any:
+    """What the flags say of speculation together; each stays where it is."""
+    given = {name: line.value_of(flag) for flag, name in _SHORT.items()}
+    tokens = given.get("spec_tokens")
+    given = {name: value for name, value in given.items() if value is not None}
+    if tokens is not None and tokens.isdecimal():
+        given["spec_tokens"] = int(tokens)
+    return with_short_options(line.value_of(*_SPECULATION), given)
+
+
 def _take_speculation(line: CommandLine) -> SpeculationSettings | None:
-    """Take the flag of speculation where it is ours: what vLLM does itself stays."""
-    dotted = f"{_SPECULATION[0]}.method"
-    if SpeculationSettings.from_config({"method": line.value_of(dotted)}) is not None:
-        raise ConfigError(f"{dotted}: give {_SPECULATION[0]} as one JSON object")
-    settings = SpeculationSettings.from_config(line.value_of(*_SPECULATION))
+    """Take the flags of speculation where it is ours: what vLLM does itself stays."""
+    settings = SpeculationSettings.from_config(_speculative_config(line))
+    dotted = [flag for flag in line.flags() if flag.startswith(tuple(f"{name}." for name in _SPECULATION))]
+    if dotted:
+        method = line.value_of(*(f"{name}.method" for name in _SPECULATION))
+        if (
+            settings is not None
+            or method == "arctic"
+            or SpeculationSettings.from_config({"method": method}) is not None
+        ):
+            raise ConfigError(f"{dotted[0]}: give {_SPECULATION[0]} as one JSON object")
     if settings is not None:
         line.take_value(*_SPECULATION)
+        for flag in _SHORT:
+            line.take_value(flag)
         if line.value_of(_WORKER) is not None:
             raise ConfigError(f"our speculation brings a worker class of its own: leave {_WORKER}")
     return settings

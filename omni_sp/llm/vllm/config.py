@@ -8,7 +8,7 @@ from typing import Any
 
 from omni_sp.errors import ConfigError
 from omni_sp.llm.speculation.settings import SpeculationSettings
-from omni_sp.validation import require_int
+from omni_sp.validation import require_bool, require_int
 
 _SPECULATION_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")
 # By --quantization, and "online", which is what vLLM makes of those that quantise as they load.
@@ -43,6 +43,7 @@ class LlmParallelConfig:
     def __post_init__(self) -> None:
         for name in ("sequence_parallel_size", "tensor_parallel_size"):
             require_int(name, getattr(self, name), minimum=1, error=ConfigError, hint="give a whole number from 1 on")
+        require_bool("enable_shift_parallel", self.enable_shift_parallel, error=ConfigError)
         threshold = self.shift_parallel_threshold
         if threshold is not None:
             hint = "give a number of tokens from 0 on, or leave it to be measured"

@@ -97,6 +97,15 @@ def speculator(folder: Path, **entries: object) -> str:
     return json.dumps({"method": "arctic", "model": folder.name})
 
 
+def test_vllms_flags_of_single_entries_are_understood() -> None:
+    whole = for_vllm(["serve", "M", "--speculative-config", '{"method": "suffix", "num_speculative_tokens": 5}'])
+    assert for_vllm(["serve", "M", "--spec-method", "suffix", "--spec-tokens=5"]) == whole
+    assert for_vllm(["serve", "M", "-sc", '{"num_speculative_tokens": 5}', "--spec_method", "suffix"]) == whole
+    ngram = ["serve", "M", "--spec-method", "ngram", "--spec-tokens", "3"]
+    assert for_vllm(ngram) == ngram
+    assert for_vllm([*ngram, "--sequence-parallel-size", "2"])[:6] == ngram
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_speculator_runs_eagerly_on_one_rank_and_on_several(sharded: bool) -> None:
     model = {"architectures": ["LlamaForCausalLM"], "vocab_size": 16, "hidden_size": 8}
@@ -134,7 +143,20 @@ def test_a_speculator_of_another_model_is_refused_before_anything_starts(
         ('--speculative-config {"method":"suffix"} --worker-cls mine.Worker', "--worker-cls"),
         ("--speculative-config.method suffix", "one JSON object"),
         ('--speculative-config {"method":"suffix","num_speculative_token":3}', "'num_speculative_tokens'"),
+        ("--speculative-config.method arctic --speculative-config.model S", "one JSON object"),
+        ("-sc.method suffix", "one JSON object"),
+        ('-sc {"method":"suffix"} -sc.num_speculative_tokens 3', "one JSON object"),
+        ('-sc {"method":"suffix"} --spec-method suffix', "spec_method"),
+        ("--spec-method suffix --spec-tokens many", "num_speculative_tokens"),
+        ("--spec-method suffix --worker-cls mine.Worker", "--worker-cls"),
+        ("--spec-method eagle3 --spec-model x --sequence-parallel-size 2", "'eagle3'"),
         ("--enable-shift-parallel", "--ulysses-sequence-parallel-size"),
+        ("--sequence-parallel-size 2 --enable-shift-parallel=false", "takes no value"),
+        ("--sequence-parallel-size 2 --no-enforce-eager", "--no-enforce-eager"),
+        ("--sequence-parallel-size 2 --tensor-parallel 2", "--tensor-parallel-size"),
+        ("--sequence-parallel-size 2 -tp 0", "from 1 on"),
+        ('--spec-method suffix --additional {"a":1}', "--additional-config"),
+        ("--sequence-parallel-size 2 --speculative.method suffix", "--speculative-config"),
         ("--sequence-parallel-size 2 --shift-parallel-threshold 9", "--enable-shift-parallel"),
         ("--sequence-parallel-size two", "whole number"),
         ("--sequence-parallel-size 0", "from 1 on"),
