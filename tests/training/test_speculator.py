@@ -135,3 +135,49 @@ def test_the_command_trains_evaluates_and_exports(tmp_path: Path, capsys: pytest
     assert config.kind == "mlp"
     found = dict(checkpoint.weights(tmp_path / "out", config))  # not those of the LSTM before it, in another file
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a target and answers."""
+    folder = tmp_path_factory.mktemp("given")
+    save_language_model("llama", folder / "target")
+    good = json.dumps({"prompt": [5, 6], "answer": [7, 8, 9, 10, 11]}) + "\n"
+    (folder / "good").write_text(good)
+    (folder / "answers").write_text(good + '{"prompt": [5]}\n')
+    (folder / "unknown").write_text(good.replace("11", "99999"))
+    (folder / "words").write_text(good.replace("11", '"a"'))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--output {0}/target", "holds a model of LlamaForCausalLM, which would be lost"),
+        ("--output {0}/answers", "is a file"),
+        ("--steps 0", "steps=0"),
+        ("--n-predict 0", "n_predict=0"),
+        ("--width 0", "width=0"),
+        ("--learning-rate -1", "learning_rate=-1.0"),
+        ("--temperature -1", "--temperature=-1.0"),
+        ("--answer-tokens 0", "--answer-tokens=0"),
+        ("--target {0}/absent", "absent"),
+        ("--prompts {0}/absent", "absent"),
+        ("--answers {0}/answers", 'line 2: no {"prompt": [...], "answer": [...]}'),
+        ("--answers {0}/unknown", "token 99999, and the target knows"),
+        ("--answers {0}/words", "lists of token ids"),
+        ("--answers {0}/good --learning-rate 1e30", "the training has diverged"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_loses_nothing(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (given / "target").iterdir())
+    common = ["--target", str(given / "target"), "--output", str(tmp_path / "made")]
+    common += ["--steps", "4", "--threads", "1"]
+    with pytest.raises(SystemExit) as ended:
+        main([*common, *words.format(given).split()])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in (given / "target").iterdir()) == before
+    assert not (tmp_path / "made" / "config.json").exists()

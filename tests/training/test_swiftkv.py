@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,56 @@ def test_the_program_saves_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
             ["--teacher", str(tmp_path / "teacher"), "--output", str(tmp_path / "made"), "--num-key-value-layers", "2"]
         )
     assert "num_key_value_layers=2 of 2 layers" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher and texts."""
+    folder = tmp_path_factory.mktemp("given")
+    save_language_model("llama", folder / "teacher")
+    (folder / "broken.jsonl").write_text('{"text": \n')
+    (folder / "text").write_text("a red circle on a blue cat " * 40)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--output {0}/teacher", "holds a model of LlamaForCausalLM, which would be lost"),
+        ("--num-key-value-layers 0", "num_key_value_layers=0"),
+        ("--steps 0", "steps=0"),
+        ("--batch-size 0", "batch_size=0"),
+        ("--temperature 0", "temperature=0.0"),
+        ("--learning-rate nan", "learning_rate=nan"),
+        ("--length 4096", "--length 4096 is more than the 256 tokens"),
+        ("--length 8 --data {0}/absent", "absent"),
+        ("--teacher {0}/absent", "absent"),
+        ("--length 8 --data {0}/broken.jsonl", "line 1: no JSON"),
+        ("--learning-rate 1e30 --length 8", "the training has diverged"),
+        ("--length 8 --seed 1", "an interrupted run with length=16, and this one has 8"),
+        ("--length 16 --data {0}/text", "an interrupted run with data="),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    before = (given / "teacher" / "config.json").read_text()
+    common = ["--teacher", str(given / "teacher"), "--output", str(tmp_path / "made")]
+    common += ["--steps", "2", "--threads", "1", "--batch-size", "2", "--num-key-value-layers", "1"]
+    if "interrupted" in message:
+        student = build_student(transformers.AutoModelForCausalLM.from_pretrained(given / "teacher"), 1, 1)
+        optimizer = torch.optim.AdamW(learning(student).values(), lr=2e-4, weight_decay=0.0)
+        run = {**asdict(Settings(num_key_value_layers=1, steps=2, batch_size=2, length=16)), "dtype": "float32"}
+        run |= {"teacher": str(given / "teacher"), "data": [], "seed": 1 if "--seed" in words else 0}
+        state = {"step": 1, "weights": learning(student), "optimizer": optimizer.state_dict(), "run": run}
+        (tmp_path / "made").mkdir()
+        torch.save(state, tmp_path / "made" / "distillation.pt")
+    with pytest.raises(SystemExit) as ended:
+        main([*common, *words.format(given).split()])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert (given / "teacher" / "config.json").read_text() == before
+    assert not (tmp_path / "made" / "config.json").exists()
 
 
 def test_what_cannot_be_learnt_from_is_refused(tmp_path: Path) -> None:

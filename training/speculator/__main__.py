@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from omni_sp.errors import ConfigError, InvalidInputError
 from omni_sp.llm.speculation import checkpoint
+from omni_sp.validation import require_int, require_number
+from training.output import require_finite, require_own_folder
 from training.speculator.data import (
     Sequences,
     answer,
@@ -30,7 +33,15 @@ _HELD_OUT = 0.05  # share of the sequences that only the evaluation sees
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, and run: sequences, training, evaluation, export."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        _run(options)
+    except (InvalidInputError, OSError) as error:  # OSError: a file or model that is not there
+        parser.error(str(error))
+
+
+def _run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     settings = Settings(
         kind=options.kind,
@@ -45,10 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
         learning_rate=options.learning_rate,
         seed=options.seed,
     )
+    for name in ("answer_tokens", "random_prompts"):
+        require_int(f"--{name.replace('_', '-')}", getattr(options, name), minimum=1, error=ConfigError)
+    require_number("--temperature", options.temperature, minimum=0, error=ConfigError, hint="give a number from 0 on")
+    require_own_folder(options.output, checkpoint.ARCHITECTURES)
     target = _load_target(options)
     options.output.mkdir(parents=True, exist_ok=True)
     learnt, held_out = _split(_sequences(target, options, settings))
     speculator = train(target, learnt, settings)
+    require_finite(dict(speculator.named_parameters()))
     print(f"{len(held_out.tokens)} sequences that it has not seen: {simulate(target, speculator, held_out)}")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
     parameters = {name: parameter.to(dtype) for name, parameter in speculator.named_parameters()}
@@ -103,7 +119,7 @@ def _load_target(options: argparse.Namespace) -> Any:
 
 def _sequences(target: Any, options: argparse.Namespace, settings: Settings) -> Sequences:
     if options.answers is not None:
-        return load_answers(options.answers)
+        return load_answers(options.answers, target.config.get_text_config().vocab_size)
     if options.text is not None:
         return split_text(_tokenizer(options), options.text, settings.length)
     if options.prompts is not None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from omni_sp.errors import ConfigError
+
 __all__ = ["Sequences", "answer", "batches", "load_answers", "random_prompts", "save_answers", "split_text"]
 
 _IGNORED = -100  # what cross_entropy leaves out
@@ -87,10 +89,32 @@ def save_answers(path: Path, sequences: Sequences) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def load_answers(path: Path) -> Sequences:
-    """What save_answers() wrote, or another program in the same form."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return Sequences([row["prompt"] + row["answer"] for row in rows], [len(row["prompt"]) for row in rows])
+def load_answers(path: Path, vocab_size: int | None = None) -> Sequences:
+    """What save_answers() wrote, or another program in the same form.
+
+    Args:
+        path: The file.
+        vocab_size: Token ids are below it; None: whatever they are.
+
+    Raises:
+        ConfigError: A line has another form, or a token that the target does not know.
+    """
+    found = Sequences([], [])
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, tokens = row["prompt"], row["prompt"] + row["answer"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f'{path}, line {number}: no {{"prompt": [...], "answer": [...]}} ({error!r})') from error
+        if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
+            raise ConfigError(f"{path}, line {number}: prompt and answer are lists of token ids")
+        if vocab_size is not None and max(tokens, default=0) >= vocab_size:
+            raise ConfigError(f"{path}, line {number}: token {max(tokens)}, and the target knows {vocab_size}")
+        found.tokens.append(tokens)
+        found.starts.append(len(prompt))
+    return found
 
 
 def batches(

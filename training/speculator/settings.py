@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from omni_sp.errors import ConfigError
+from omni_sp.validation import require_int, require_number
+
 __all__ = ["Settings"]
 
 
@@ -24,6 +27,9 @@ class Settings:
         warmup: Share of the steps over which it rises; then it falls to nothing as a cosine.
         weight_decay: Of AdamW.
         seed: Of the first weights, the order of the sequences, and the answers.
+
+    Raises:
+        ConfigError: A number is impossible.
     """
 
     kind: Literal["lstm", "mlp"] = "lstm"
@@ -39,3 +45,8 @@ class Settings:
     warmup: float = 0.05
     weight_decay: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_predict", "steps", "batch_size", "length", *(() if self.width is None else ("width",))):
+            require_int(name, getattr(self, name), minimum=1, error=ConfigError, hint="give 1 or more")
+        require_number("learning_rate", self.learning_rate, above=0, error=ConfigError, hint="give a number above 0")

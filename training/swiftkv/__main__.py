@@ -5,16 +5,19 @@ with `vllm serve DIR`. An interrupted run goes on by the same command.
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from omni_sp.errors import InvalidInputError
+from omni_sp.llm.swiftkv import ARCHITECTURES
+from training.output import require_finite, require_own_folder
 from training.swiftkv.data import random_sequences, read_sequences
 from training.swiftkv.distill import compare, distill
 from training.swiftkv.settings import Settings
-from training.swiftkv.student import build_student, export
+from training.swiftkv.student import build_student, export, learning
 
 __all__ = ["main"]
 
@@ -28,16 +31,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         _run(options)
-    except InvalidInputError as error:
+    except (InvalidInputError, OSError) as error:  # OSError: a file or model that is not there
         parser.error(str(error))
 
 
 def _run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
+    require_own_folder(options.output, ARCHITECTURES)
     teacher, tokenizer = _load(options)
     layers = teacher.config.num_hidden_layers
+    given = options.num_key_value_layers
     settings = Settings(
-        num_key_value_layers=options.num_key_value_layers or layers // 2,
+        num_key_value_layers=max(1, layers // 2) if given is None else given,
         key_value_group_size=options.key_value_group_size,
         steps=options.steps,
         batch_size=options.batch_size,
@@ -47,6 +52,9 @@ def _run(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     student = build_student(teacher, settings.num_key_value_layers, settings.key_value_group_size)
+    longest = getattr(teacher.config, "max_position_embeddings", settings.length)
+    if settings.length > longest:
+        raise InvalidInputError(f"--length {settings.length} is more than the {longest} tokens that the teacher takes")
     if options.data:
         sequences = read_sequences(tokenizer, options.data, settings.length)
     else:
@@ -57,7 +65,10 @@ def _run(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     print(f"before: {compare(teacher, student, sequences[:held_out], settings.batch_size)}", flush=True)
     checkpoint = options.output / "distillation.pt"
-    distill(teacher, student, sequences[held_out:], settings, checkpoint)
+    texts = [str(file.resolve()) for file in options.data or ()]
+    run = {**asdict(settings), "teacher": options.teacher, "data": texts, "dtype": options.dtype}
+    distill(teacher, student, sequences[held_out:], settings, checkpoint, run)
+    require_finite(learning(student))
     print(f"after: {compare(teacher, student, sequences[:held_out], settings.batch_size)}", flush=True)
     export(student, options.output, tokenizer)
     checkpoint.unlink(missing_ok=True)

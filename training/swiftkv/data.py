@@ -45,7 +45,10 @@ def _texts(tokenizer: Any, file: Path) -> Iterator[str]:
         yield content
         return
     for number, line in enumerate(filter(str.strip, content.splitlines()), start=1):
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise InvalidInputError(f"{file}, line {number}: no JSON ({error})") from error
         if isinstance(entry, dict) and isinstance(entry.get("text"), str):
             yield entry["text"]
         elif isinstance(entry, dict) and "messages" in entry:

@@ -1,8 +1,9 @@
 """The distillation itself: the student's next tokens and its last hidden states become the teacher's."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from omni_sp.errors import ConfigError
 from training.swiftkv.settings import Settings
 from training.swiftkv.student import learning
 
@@ -46,7 +48,14 @@ def compare(teacher: Any, student: Any, sequences: Tensor, batch_size: int = 8) 
     return Agreement(divergence / len(sequences), same / len(sequences))
 
 
-def distill(teacher: Any, student: Any, sequences: Tensor, settings: Settings, checkpoint: Path | None = None) -> None:
+def distill(
+    teacher: Any,
+    student: Any,
+    sequences: Tensor,
+    settings: Settings,
+    checkpoint: Path | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> None:
     """Let the student learn.
 
     Args:
@@ -55,10 +64,15 @@ def distill(teacher: Any, student: Any, sequences: Tensor, settings: Settings, c
         sequences: (sequences, tokens) token ids; each batch is a random choice of them.
         settings: The recipe.
         checkpoint: A file from which an interrupted run goes on, written every 250 steps; None for none.
+        run: What else the result depends on, beside the settings: a checkpoint of another run is refused.
+
+    Raises:
+        ConfigError: The checkpoint is another run's.
     """
+    run = {**asdict(settings), **(run or {})}
     own = learning(student)
     optimizer = torch.optim.AdamW(own.values(), lr=settings.learning_rate, weight_decay=0.0)
-    begun = _read(checkpoint, own, optimizer)
+    begun = _read(checkpoint, own, optimizer, run)
     with tqdm(range(begun, settings.steps), initial=begun, total=settings.steps, desc="distilling") as steps:
         for step in steps:
             generator = torch.Generator().manual_seed(settings.seed + step)  # the same after an interruption
@@ -71,7 +85,7 @@ def distill(teacher: Any, student: Any, sequences: Tensor, settings: Settings, c
             optimizer.step()
             steps.set_postfix(loss=f"{float(loss.detach()):.4f}", refresh=False)
             if checkpoint is not None and (step + 1) % _CHECKPOINT_EVERY == 0:
-                state = {"step": step + 1, "weights": own, "optimizer": optimizer.state_dict()}
+                state = {"step": step + 1, "weights": own, "optimizer": optimizer.state_dict(), "run": run}
                 torch.save(state, checkpoint.with_suffix(".new"))
                 checkpoint.with_suffix(".new").replace(checkpoint)
 
@@ -118,11 +132,20 @@ def _rate(step: int, settings: Settings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, settings.steps - rising)))
 
 
-def _read(checkpoint: Path | None, own: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Read a checkpoint where there is one; the number of steps that it has behind it."""
+def _read(
+    checkpoint: Path | None, own: dict[str, Tensor], optimizer: torch.optim.Optimizer, run: Mapping[str, Any]
+) -> int:
+    """Read a checkpoint of this run where there is one; the number of steps that it has behind it."""
     if checkpoint is None or not checkpoint.exists():
         return 0
     state = torch.load(checkpoint, weights_only=True)
+    begun = state.get("run", {})
+    differing = next((name for name in run if begun.get(name) != run[name]), None)
+    if differing is not None:
+        raise ConfigError(
+            f"{checkpoint} is of an interrupted run with {differing}={begun.get(differing)!r}, and this one has "
+            f"{run[differing]!r}: go on by the same command, or remove that file"
+        )
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(state["weights"][name])

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from omni_sp.errors import ConfigError
+from omni_sp.validation import require_int, require_number
+
 __all__ = ["Settings"]
 
 
@@ -22,6 +25,9 @@ class Settings:
         temperature: That of the distributions which are compared.
         state_weight: Of the mean squared error of the last layer's input, beside the KL divergence.
         seed: Of the order of the sequences.
+
+    Raises:
+        ConfigError: A number is impossible.
     """
 
     num_key_value_layers: int
@@ -34,3 +40,9 @@ class Settings:
     temperature: float = 2.0
     state_weight: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_key_value_layers", "key_value_group_size", "steps", "batch_size", "length"):
+            require_int(name, getattr(self, name), minimum=1, error=ConfigError, hint="give 1 or more")
+        for name in ("learning_rate", "temperature"):
+            require_number(name, getattr(self, name), above=0, error=ConfigError, hint="give a number above 0")

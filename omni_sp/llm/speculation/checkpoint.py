@@ -25,7 +25,8 @@ from omni_sp.llm.model_files import model_file, model_folder
 from omni_sp.validation import require_int, shown
 
 _LSTM, _MLP = "ArcticLSTMSpeculatorPreTrainedModel", "ArcticMLPSpeculatorPreTrainedModel"
-_ARCHITECTURES = (_LSTM, _MLP, "MLPVariantSpeculatorPreTrainedModel", "MLPSpeculatorPreTrainedModel")
+ARCHITECTURES = (_LSTM, _MLP, "MLPVariantSpeculatorPreTrainedModel", "MLPSpeculatorPreTrainedModel")
+"""What the config.json of a speculator may name."""
 _KINDS: dict[str, Literal["mlp", "lstm"]] = {"sum_rnn": "mlp", "sum_lstm": "lstm"}
 _GATES = ("forget", "input", "output", "cell")
 _FILES = ("config.json", "*.safetensors", "pytorch_model*.bin")
@@ -106,8 +107,8 @@ def read_config(speculator: str | os.PathLike[str]) -> SpeculatorConfig:
         raise ConfigError(f"{where}: a JSON object is expected")
     architectures = content.get("architectures")
     names = [architectures] if isinstance(architectures, str) else architectures or []
-    if not set(_ARCHITECTURES).intersection(names):
-        raise ConfigError(f"{where} is of {shown(architectures)}: a speculator is one of {', '.join(_ARCHITECTURES)}")
+    if not set(ARCHITECTURES).intersection(names):
+        raise ConfigError(f"{where} is of {shown(architectures)}: a speculator is one of {', '.join(ARCHITECTURES)}")
     numbers = {name: _number(where, content, name) for name in ("n_predict", "vocab_size", "inner_dim", "emb_dim")}
     switches = {name: _switch(where, content, name) for name in ("tie_weights", "tie_lstm_embs", "scale_input")}
     method = content.get("method", "sum_rnn")
