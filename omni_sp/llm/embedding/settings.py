@@ -19,6 +19,10 @@ _OURS = {
     "-dp": "give --replicas",
     "--api-server-count": "give --replicas",
     "--root-path": "the replicas are behind the front",
+    **dict.fromkeys(
+        ("--ulysses-sequence-parallel-size", "--sequence-parallel-size", "--enable-shift-parallel"),
+        "ranks share the tokens of models that generate; give --replicas",
+    ),
 }
 
 

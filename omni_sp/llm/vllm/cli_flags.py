@@ -23,6 +23,7 @@ _MEMORY = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 _ADDITIONAL_CONFIG, _EAGER, _NOT_EAGER = "--additional-config", "--enforce-eager", "--no-enforce-eager"
 _SPECULATION, _WORKER = ("--speculative-config", "-sc"), "--worker-cls"
 _SHORT = {f"--{name.replace('_', '-')}": name for name in SHORT_OPTIONS}
+_SHORTEST = len("--abc")  # what is shorter begins several of vLLM's flags, or is one itself
 _REWRITTEN = (_TENSOR[0], _ADDITIONAL_CONFIG, _EAGER, _NOT_EAGER, _SPECULATION[0], _WORKER)
 
 
@@ -52,6 +53,7 @@ def for_vllm(arguments: Sequence[str], *, count_steps: bool = False) -> list[str
     if sequence is None and speculation is None:
         return list(arguments)
     _require_whole_names(line)
+    _require_none_in_file(line)
     tensor = line.take_number(*_TENSOR)
     settings = LlmParallelConfig(
         sequence_parallel_size=1 if sequence is None else sequence,
@@ -108,9 +110,29 @@ def _require_supported(line: CommandLine, settings: LlmParallelConfig) -> None:
 def _require_whole_names(line: CommandLine) -> None:
     """Refuse the beginning of a flag's name where we give vLLM the whole one: it would take ours alone."""
     for flag in line.flags():
-        whole = next((name for name in _REWRITTEN if name.startswith(flag.partition(".")[0]) and len(flag) > 2), None)
-        if whole is not None and whole != flag.partition(".")[0]:
+        beginning = flag.partition(".")[0]
+        if len(beginning) < _SHORTEST:
+            continue
+        whole = next((name for name in _REWRITTEN if name.startswith(beginning)), beginning)
+        if whole != beginning:
             raise ConfigError(f"{flag}: beside our flags, write the whole name, {whole}")
+
+
+def _require_none_in_file(line: CommandLine) -> None:
+    """Refuse a file of flags that gives one of those that we rewrite: what we add to the line would count."""
+    path = line.value_of("--config")
+    if path is None:
+        return
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # vLLM has a message for it
+    given = {f"--{str(name).replace('_', '-')}" for name in entries} if isinstance(entries, dict) else set()
+    found = sorted(given & {*_SEQUENCE, _SHIFT, _THRESHOLD, *_REWRITTEN, *_SHORT} - {_EAGER, _NOT_EAGER})
+    if found:
+        raise ConfigError(f"{path} gives {found[0]}: beside our flags, give it on the command line")
 
 
 def _speculative_config(line: CommandLine) -> Any:

@@ -116,6 +116,7 @@ class EngineFeatures:
     quantization: str | None = None
     speculation: str | None = None
     has_mrope: bool = False
+    has_dual_chunks: bool = False
     attention_heads: int | None = None
 
     def require_supported(self, settings: LlmParallelConfig, *, what: str = "sequence parallelism") -> None:
@@ -147,6 +148,12 @@ class EngineFeatures:
         if self.has_mrope:
             raise ConfigError(
                 "models with multimodal rotary embeddings (mrope) are not handled: use tensor parallelism alone"
+            )
+        if self.has_dual_chunks:
+            # Its rotary embedding gives five queries a head, for chunks of which no other attention knows.
+            raise ConfigError(
+                f"{what} does not run with dual chunk attention (dual_chunk_attention_config in config.json): use "
+                "tensor parallelism alone, or a model without it"
             )
         is_ours = settings.speculation is not None and self.speculation == "custom_class"
         if self.speculation is not None and not is_ours and self.speculation not in _SPECULATION_WITHOUT_A_MODEL:

@@ -118,6 +118,7 @@ def require_supported_config(
             "flags, or omni_sp.llm.LLM, set it"
         )
     quantization, speculation = read("quant_config"), read("speculative_config")
+    text = read("model_config.hf_text_config")
     EngineFeatures(
         enable_lora=read("lora_config") is not None,
         pipeline_parallel_size=read("parallel_config.pipeline_parallel_size"),
@@ -125,7 +126,8 @@ def require_supported_config(
         quantization=None if quantization is None else quantization.get_name(),
         speculation=None if speculation is None else read("speculative_config.method"),
         has_mrope=bool(read("model_config.uses_mrope")),
-        attention_heads=read("model_config.hf_text_config").num_attention_heads,
+        has_dual_chunks=bool(getattr(text, "dual_chunk_attention_config", None)),
+        attention_heads=text.num_attention_heads,
     ).require_supported(settings, what=what)
     runner = read("model_config.runner_type")
     if runner != "generate":

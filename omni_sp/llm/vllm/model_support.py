@@ -36,7 +36,12 @@ def require_supported_model(model: str | os.PathLike[str] | None, settings: LlmP
         features["quantization"] = _mapping(config, "quantization_config").get("quant_method")
     rope = _mapping(config, "rope_parameters") or _mapping(config, "rope_scaling")
     heads = config.get("num_attention_heads")
-    EngineFeatures(**features, has_mrope="mrope_section" in rope, attention_heads=heads).require_supported(settings)
+    EngineFeatures(
+        **features,
+        has_mrope="mrope_section" in rope,
+        has_dual_chunks=bool(config.get("dual_chunk_attention_config")),
+        attention_heads=heads,
+    ).require_supported(settings)
 
 
 def require_heads_for(model: str | os.PathLike[str] | None, settings: LlmParallelConfig) -> None:

@@ -49,6 +49,7 @@ CHUNK = 64  # tokens of a step, at most
                 (2, 1, 1, True),
                 (1, 1, 2, True),
                 (2, 1, 2, False),
+                (1, 2, 2, kind == "qwen2"),
                 (2, 2, 2, kind == "llama"),
             )
         ),

@@ -103,7 +103,19 @@ def test_vllms_flags_of_single_entries_are_understood() -> None:
     assert for_vllm(["serve", "M", "-sc", '{"num_speculative_tokens": 5}', "--spec_method", "suffix"]) == whole
     ngram = ["serve", "M", "--spec-method", "ngram", "--spec-tokens", "3"]
     assert for_vllm(ngram) == ngram
-    assert for_vllm([*ngram, "--sequence-parallel-size", "2"])[:6] == ngram
+    assert for_vllm([*ngram, "--n", "2", "--sequence-parallel-size", "2"])[:8] == [*ngram, "--n", "2"]
+
+
+@pytest.mark.parametrize("entry", ["tensor_parallel_size: 2", "worker-cls: a.B", "enable-shift-parallel: true"])
+def test_a_file_of_flags_gives_none_that_are_rewritten(entry: str) -> None:
+    Path("flags.yaml").write_text(f"port: 8001\n{entry}\n")
+    Path("others.yaml").write_text("port: 8001\nmax-model-len: 64\n")
+    line = ["serve", "M", "--sequence-parallel-size", "2", "--config"]
+    with pytest.raises(ConfigError, match=f"flags.yaml gives --{entry.split(':')[0].replace('_', '-')}"):
+        for_vllm([*line, "flags.yaml"])
+    for name in ("others.yaml", "absent.yaml"):
+        assert for_vllm([*line, name])[2:4] == ["--config", name]
+    assert for_vllm(["serve", "M", "--config", "flags.yaml"]) == ["serve", "M", "--config", "flags.yaml"]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -190,6 +202,7 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
     [
         ({"num_attention_heads": 6}, "--sequence-parallel-size 4", "6 attention heads"),
         ({"rope_scaling": {"mrope_section": [8, 12, 12]}}, "--sequence-parallel-size 2", "mrope"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "--sequence-parallel-size 2", "dual chunk attention"),
         ({"rope_parameters": {"mrope_section": [8, 12, 12]}}, "--sequence-parallel-size 2", "mrope"),
         ({"quantization_config": {"quant_method": "gptq"}}, "--sequence-parallel-size 2 -tp 2", "'gptq'"),
     ],

@@ -80,6 +80,7 @@ def test_a_custom_class_is_handled_where_it_is_ours() -> None:
         ("parallel_config.use_ubatching", True, "leave --enable-dbo"),
         ("model_config.hf_text_config.num_attention_heads", 3, "3 attention heads"),
         ("model_config.uses_mrope", True, "mrope"),
+        ("model_config.hf_text_config.dual_chunk_attention_config", {"chunk_size": 8}, "dual chunk attention"),
         ("model_config.runner_type", "pooling", "this runs for 'pooling'"),
         ("model_config.enforce_eager", False, "add --enforce-eager"),
         ("cache_config.kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill: leave it"),
@@ -348,3 +349,17 @@ def test_a_matrix_that_vllm_packed_or_dropped_is_named() -> None:
     del linear.weight
     with unknown(r"turned the matrix layers\.0\.o_proj, \(4, 8\), into something else"):
         internals.require_unpacked(linear)
+
+
+@pytest.mark.parametrize(
+    ("method", "kernel", "text"),
+    [
+        ("UnquantizedLinearMethod", None, "not quantised"),
+        ("Fp8Online", None, "quantised by Fp8Online"),
+        ("Fp8PerChannel", "ChannelWise", "quantised by Fp8PerChannel with ChannelWise"),
+    ],
+)
+def test_the_log_says_what_weights_have_become(method: str, kernel: str | None, text: str) -> None:
+    """--quantization fp8 stands for other names in newer versions."""
+    entries = {} if kernel is None else {"fp8_linear": type(kernel, (), {})()}
+    assert internals.describe_quantisation(SimpleNamespace(quant_method=type(method, (), entries)())) == text

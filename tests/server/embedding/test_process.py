@@ -8,11 +8,14 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from omni_sp.cli import main
+from omni_sp.llm import EmbeddingClient
 from tests.engine.processes import alive, becomes_true
 from tests.server.embedding.running import ENVIRONMENT, command_of, embedding_program
+from tests.thorough import thorough_only
 
 
 def test_sigterm_lets_requests_finish_and_ends_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,12 +41,25 @@ def test_a_killed_front_leaves_no_process() -> None:
         assert not any(os.path.exists(os.path.dirname(path)) for path in sockets)
 
 
+@thorough_only
+def test_a_text_takes_a_tenth_of_a_millisecond_of_the_fronts_time_at_most() -> None:
+    texts = [f"{number} a few words more" for number in range(257)]
+    with embedding_program() as (program, url, _), EmbeddingClient(url) as client:
+        client.embed(texts)
+        before = sum(psutil.Process(program.pid).cpu_times()[:2])
+        for _ in range(20):
+            client.embed(texts)
+        seconds = sum(psutil.Process(program.pid).cpu_times()[:2]) - before
+    assert 0 < seconds <= 20 * len(texts) * 1e-4
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["fake", "--replcas", "3"], "did you mean --replicas?"),
         (["--dtype", "float32", "fake"], "give the model first"),
         (["fake", "--uds", "x"], "--uds is not passed on"),
+        (["fake", "--sequence-parallel-size", "2"], "share the tokens of models that generate; give --replicas"),
         (["fake", "--replicas", "0"], "replicas=0: give 1 to 256"),
         (["fake", "--gpus", "3"], "--gpus 3: 2 are visible here"),
         (["fake", "-tp", "2", "--gpus", "1"], "cannot be shared by replicas of 2 each"),
