@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -23,11 +22,11 @@ if importlib.util.find_spec("vllm") is None:
 from omni_sp.llm.vllm.step_metrics import StepCounts
 from tests.llm.vllm.test_engines import (
     COUNT,
-    ENVIRONMENT,
     LENGTHS,
     SPECULATES,
     completed,
     engine,
+    finished,
     greedy,
     metrics,
     prompts,
@@ -132,9 +131,6 @@ def test_what_does_not_run_is_refused_by_name(
         options = {}
     case = {"options": {"model": str(tmp_path), "max_model_len": 128, **options}, "batches": [], "aborts": False}
     (tmp_path / "case.json").write_text(json.dumps(case | {"count": 1}))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.llm.vllm.run_vllm", "case.json", "result.json"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+    done = finished([sys.executable, "-m", "tests.llm.vllm.run_vllm", "case.json", "result.json"], tmp_path)
     assert done.returncode
     assert message in done.stdout + done.stderr

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
+from benchmarks.lifetimes import Watcher
 from omni_sp.testing.components import VOCABULARY_SIZE
 from omni_sp.testing.models import save_language_model
 from tests.engine.processes import becomes_true
@@ -46,12 +48,29 @@ SMALL = {"dtype": "float32", "max_model_len": 256, "max_num_batched_tokens": 64,
 FLAGS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+def finished(arguments: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, or for PATIENCE_S. Nothing of it is left: vLLM's processes would outlive their parent."""
+    process = subprocess.Popen(
+        arguments,
+        cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+    with process, contextlib.closing(Watcher(process, signal.SIGKILL, is_group=True)):
+        try:
+            out, err = process.communicate(timeout=PATIENCE_S)
+        finally:
+            kill_group(process)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """End a program and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program of Python, which must succeed."""
+    done = finished([sys.executable, *arguments], folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -188,10 +207,7 @@ def test_drafts_that_this_vllm_cannot_verify_are_refused_by_its_version(tmp_path
     save_language_model("qwen2", tmp_path)
     options = {"model": str(tmp_path), **SMALL, "speculative_config": {"method": "suffix"}}
     (tmp_path / "case.json").write_text(json.dumps({"options": options, "batches": [], "aborts": False, "count": 1}))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.llm.vllm.run_vllm", "case.json", "result.json"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-    )  # fmt: skip
+    done = finished([sys.executable, "-m", "tests.llm.vllm.run_vllm", "case.json", "result.json"], tmp_path)
     assert done.returncode
     assert f"vLLM {VERSION} cannot verify drafts on this CPU" in done.stdout + done.stderr
 
@@ -234,7 +250,10 @@ def server(folder: Path, arguments: list[str], flags: Sequence[str] = FLAGS) -> 
         port = free.getsockname()[1]
     log = (folder / "log").open("w")
     command = [*arguments, *flags, "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    watcher = Watcher(process, signal.SIGKILL, is_group=True)
     processes: list[psutil.Process] = []
     try:
         until = time.monotonic() + PATIENCE_S
@@ -253,9 +272,8 @@ def server(folder: Path, arguments: list[str], flags: Sequence[str] = FLAGS) -> 
             process.wait(10)
         log.close()
         gone = becomes_true(lambda: not any(map(_runs, processes)), 20.0)
-        for one in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+        kill_group(process)
+        watcher.close()
     assert gone
 
 
@@ -379,10 +397,7 @@ def test_an_unsupported_model_is_one_line_before_anything_starts(tmp_path: Path,
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"] if through_vllm else [
         str(Path(sys.executable).with_name("omni-sp")), "serve-llm"
     ]  # fmt: skip
-    done = subprocess.run(
-        [*command, str(tmp_path), "--sequence-parallel-size", "2"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-    )  # fmt: skip
+    done = finished([*command, str(tmp_path), "--sequence-parallel-size", "2"], tmp_path)
     assert done.returncode == 2
     ours = [line for line in done.stderr.splitlines() if line.startswith("omni-sp: error:")]
     assert len(ours) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tests.thorough import thorough_only
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here: make test-vllm", allow_module_level=True)
 
-from tests.llm.vllm.test_engines import ENVIRONMENT, engine, prompts
+from tests.llm.vllm.test_engines import engine, finished, prompts
 
 pytestmark = thorough_only
 THRESHOLD = 20
@@ -79,10 +78,7 @@ def test_scales_of_blocks_that_parts_would_cut_are_refused_by_name(tmp_path: Pat
     options = {"model": str(tmp_path), "dtype": "bfloat16", "max_model_len": 128, "quantization": "fp8_per_block"}
     case = {"options": options | SHIFT, "batches": [], "aborts": False, "count": 1}
     (tmp_path / "case.json").write_text(json.dumps(case))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.llm.vllm.run_vllm", "case.json", "result.json"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+    done = finished([sys.executable, "-m", "tests.llm.vllm.run_vllm", "case.json", "result.json"], tmp_path)
     assert done.returncode
     if "Failed to find a kernel" in done.stdout + done.stderr:
         pytest.skip("vLLM has no kernel here for scales of blocks; tests/llm/vllm/test_matrix_parts.py has the refusal")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,12 +26,11 @@ if importlib.util.find_spec("vllm") is None:
 
 from tests.llm.vllm.test_engines import (
     COUNT,
-    ENVIRONMENT,
     LENGTHS,
-    PATIENCE_S,
     SPECULATES,
     completed,
     engine,
+    finished,
     greedy,
     metrics,
     prompts,
@@ -171,10 +169,8 @@ def test_a_speculator_of_another_model_is_one_line_before_anything_starts(tmp_pa
     config = {"architectures": ["ArcticMLPSpeculatorPreTrainedModel"], "n_predict": 3, "emb_dim": 64, "inner_dim": 32}
     (tmp_path / "speculator" / "config.json").write_text(json.dumps(config | {"vocab_size": VOCABULARY_SIZE}))
     options = json.dumps({"method": "arctic", "model": "speculator"})
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("omni-sp")), "serve-llm", str(tmp_path), "--speculative-config", options],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-    )  # fmt: skip
+    program = Path(sys.executable).with_name("omni-sp")
+    done = finished([program, "serve-llm", tmp_path, "--speculative-config", options], tmp_path)
     assert done.returncode == 2
     ours = [line for line in done.stderr.splitlines() if "omni-sp" in line]
     assert ["width of hidden states 64, and the model 128" in line for line in ours] == [True], done.stderr
