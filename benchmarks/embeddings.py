@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.interleaved import add_output_options, report, write
-from benchmarks.lifetimes import Watcher
 from omni_sp.llm.embedding.connections import Address, Connections
+from omni_sp.testing.watcher import Watcher
 
 FORMATS = "float", "base64", "bytes_only"
 START_S, ANSWER_S = 400.0, 200.0

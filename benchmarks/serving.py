@@ -32,7 +32,6 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.interleaved import add_output_options, report, write
-from benchmarks.lifetimes import Watcher
 from omni_sp import DiffusionParallelConfig, OmniDiffusionSamplingParams
 from omni_sp.async_omni import AsyncOmni
 from omni_sp.engine.startup import format_seconds
@@ -40,6 +39,7 @@ from omni_sp.events import RequestDone
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.shapes import SHAPES_MODEL
 from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.watcher import Watcher
 
 PROMPT = "a red circle on a blue background"
 START_S, ANSWER_S = 180.0, 600.0

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks.test_gpu_check import is_alive
-from tests.engine.processes import becomes_true
 
 ROOT = Path(__file__).resolve().parent.parent
 # A program that starts another one, as an engine of vLLM starts its ranks, and the numbers of both.
@@ -29,7 +30,7 @@ time.sleep(100)
 """
 SERVER = """
 import contextlib, signal, subprocess, sys, time
-from benchmarks.lifetimes import Watcher
+from omni_sp.testing.watcher import Watcher
 process = subprocess.Popen(["sleep", "100"], text=True)
 ended = subprocess.Popen(["sleep", "100"], text=True)
 watcher = Watcher(ended, signal.SIGTERM)
@@ -62,3 +63,10 @@ def test_what_a_killed_benchmark_has_started_ends(program: str) -> None:
 
 def is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def becomes_true(condition: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    return condition()

@@ -20,9 +20,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from benchmarks.lifetimes import Watcher
 from omni_sp.testing.components import VOCABULARY_SIZE
 from omni_sp.testing.models import save_language_model
+from omni_sp.testing.watcher import Watcher
 from tests.engine.processes import becomes_true
 from tests.thorough import thorough_only
 
@@ -49,7 +49,7 @@ FLAGS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_
 
 
 def finished(arguments: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, or for PATIENCE_S. Nothing of it is left: vLLM's processes would outlive their parent."""
+    """Run a program for PATIENCE_S at most. Nothing of it is left: vLLM's processes would outlive their parent."""
     process = subprocess.Popen(
         arguments,
         cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
