@@ -123,7 +123,7 @@ def _require_none_in_file(line: CommandLine) -> None:
     path = line.value_of("--config")
     if path is None:
         return
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -137,9 +137,9 @@ def _require_none_in_file(line: CommandLine) -> None:
 
 def _speculative_config(line: CommandLine) -> Any:
     """What the flags say of speculation together; each stays where it is."""
-    given = {name: line.value_of(flag) for flag, name in _SHORT.items()}
-    tokens = given.get("spec_tokens")
-    given = {name: value for name, value in given.items() if value is not None}
+    words = {name: line.value_of(flag) for flag, name in _SHORT.items()}
+    given: dict[str, Any] = {name: word for name, word in words.items() if word is not None}
+    tokens = words["spec_tokens"]
     if tokens is not None and tokens.isdecimal():
         given["spec_tokens"] = int(tokens)
     return with_short_options(line.value_of(*_SPECULATION), given)

@@ -9,7 +9,7 @@ from typing import Any
 import vllm
 
 from omni_sp.errors import ConfigError
-from omni_sp.llm.speculation.settings import SHORT_OPTIONS, WORKER, SpeculationSettings, with_short_options
+from omni_sp.llm.speculation.settings import SHORT_OPTIONS, WORKER, SpeculationSettings, parse, with_short_options
 from omni_sp.llm.vllm import cpu_env, internals
 from omni_sp.llm.vllm.config import LlmParallelConfig
 from omni_sp.llm.vllm.model_support import require_heads_for, require_supported_model, speculation_method
@@ -105,7 +105,7 @@ def _take_speculation(
     given = {name: value for name in SHORT_OPTIONS if (value := options.pop(name, None)) is not None}
     entries = with_short_options(speculative_config, given)
     settings = SpeculationSettings.from_config(entries)
-    own = None if settings is not None or entries is None else dict(entries)
+    own = None if settings is not None or entries is None else parse(entries)
     if settings is not None and options.setdefault("worker_cls", WORKER) != WORKER:
         raise ConfigError("our speculation brings a worker class of its own: leave worker_cls")
     chosen = own if settings is None else settings.for_vllm()
