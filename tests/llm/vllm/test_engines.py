@@ -24,6 +24,7 @@ from omni_sp.testing.components import VOCABULARY_SIZE
 from omni_sp.testing.models import save_language_model
 from omni_sp.testing.watcher import Watcher
 from tests.engine.processes import becomes_true
+from tests.preloaded import python
 from tests.thorough import thorough_only
 
 if importlib.util.find_spec("vllm") is None:
@@ -70,7 +71,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a program of Python, which must succeed."""
-    done = finished([sys.executable, *arguments], folder)
+    done = finished([python(), *arguments], folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
