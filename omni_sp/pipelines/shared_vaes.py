@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -42,7 +43,7 @@ class SharedVaes:
         self._default_side = sample_size * self._capabilities.vae_multiple if isinstance(sample_size, int) else _LARGE
         try:
             for vae in vaes:
-                self.handles.append(shard_vae(vae, mesh, self._is_worth_it))
+                self.handles.append(shard_vae(vae, mesh, self._is_worth_it, functools.partial(read_weights, vae)))
         except BaseException:
             for handle in self.handles:
                 handle.remove()

@@ -71,7 +71,7 @@ class SameCallCheck:
         self._surroundings = surroundings or dict
         self._token: object = None
         self._num_forwards = self._num_changes = 0
-        self._weights = _Weights(model, with_blocks=with_blocks)
+        self._weights = ModelText(model, with_blocks=with_blocks)
 
     def before_forward(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], foreign: Sequence[str] | None, num_changes: int = 0
@@ -142,23 +142,29 @@ class SameCallCheck:
         )
 
 
-class _Weights:
-    """Describes the modules and weights of a model by one line for each module."""
+class ModelText:
+    """Describes the modules and weights of a model by one line for each module.
 
-    def __init__(self, model: torch.nn.Module, *, with_blocks: bool) -> None:
+    Args:
+        model: the model.
+        with_blocks: as of `SameCallCheck`.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, with_blocks: bool = True) -> None:
         self._model, self._with_blocks = model, with_blocks
-        self._versions: tuple[tuple[int, int], ...] = ()
+        self._versions: tuple[tuple[Any, ...], ...] = ()
         self._samples = 0
 
     def describe(self) -> dict[str, str]:
+        """Path of a module, or of an attribute of it -> what it is; the weights are one line."""
         lines = {}
         for path, module in self._model.named_modules():
             shown = path or "the transformer"
             lines[shown] = type(module).__name__
             lines |= {f"{shown}.{name}": value for name, value in _settings(module).items()}
-        return {**lines, "weights": self._checksum()}
+        return {**lines, "weights": self.checksum()}
 
-    def _checksum(self) -> str:
+    def checksum(self) -> str:
         """Of a few elements of each weight, read again where a weight was replaced or changed."""
         # Buffers that are not saved with a model are caches, and may depend on what was run before.
         buffers = (
@@ -171,7 +177,7 @@ class _Weights:
         if not self._with_blocks:
             left_out = {id(x) for block in block_lists(self._model) for x in (*block.parameters(), *block.buffers())}
         weights = [x for x in (*self._model.parameters(), *buffers) if _is_plain(x) and id(x) not in left_out]
-        versions = tuple((id(weight), weight._version) for weight in weights)
+        versions = tuple((id(weight), weight.dtype, _version(weight)) for weight in weights)
         if versions != self._versions:
             samples = [_sample(weight.detach()) for weight in weights]
             shapes = repr([(weight.shape, weight.dtype) for weight in weights])
@@ -261,6 +267,11 @@ def _is_plain(value: torch.Tensor) -> bool:
 
 def _can_be_compared(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and _is_plain(value)
+
+
+def _version(weight: torch.Tensor) -> object:
+    """What is another one when somebody has written to a weight. Of one made in inference mode nobody knows."""
+    return object() if weight.is_inference() else weight._version
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:

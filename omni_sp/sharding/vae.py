@@ -24,7 +24,7 @@ from omni_sp.mesh import ParallelMesh
 from omni_sp.sharding.apply import ShardHandle
 from omni_sp.sharding.compiled import is_any_compiled
 from omni_sp.sharding.forward_context import ShardedForward, activate, current_forward
-from omni_sp.sharding.same_call import SameCallCheck
+from omni_sp.sharding.same_call import ModelText, SameCallCheck
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard, to_full_tensors
 
 _METHODS = ("decode", "encode")
@@ -39,16 +39,20 @@ class VaeHandle(ShardHandle):
         vae: the model.
         mesh: the ranks.
         chooses: whether a call is worth sharing.
+        read_weights: reads what this rank has left unread of the VAE's weights.
 
     Attributes:
         num_shared: calls that ran over all ranks since ``reset_counts()``.
         num_whole: calls that this rank made by itself since then.
     """
 
-    def __init__(self, vae: torch.nn.Module, mesh: ParallelMesh, chooses: Chooses) -> None:
+    def __init__(
+        self, vae: torch.nn.Module, mesh: ParallelMesh, chooses: Chooses, read_weights: Callable[[], None]
+    ) -> None:
         super().__init__(vae)
-        self._mesh, self._chooses = mesh, chooses
+        self._mesh, self._chooses, self._read_weights = mesh, chooses, read_weights
         self._check = SameCallCheck(vae, mesh.world, always=mesh.check, call_token=None, surroundings=None)
+        self._text = ModelText(vae)
         self._is_alone = False
         self._has_warned = False
         self.num_shared = self.num_whole = 0
@@ -118,16 +122,29 @@ class VaeHandle(ShardHandle):
         return reason is None
 
     def _require_same_on_all(self, method: str, reason: str | None) -> None:
-        """Refuse a call that some ranks would make whole, and others together. A collective call."""
+        """Refuse a call that some ranks would make whole, or with other weights. A collective call."""
         world = self._mesh.world
-        if "fake" in world.backends.values() or len(set(gather_ints([zlib.crc32(str(reason).encode())], world))) == 1:
+        if "fake" in world.backends.values():
             return
-        reasons = enumerate(gather_texts(reason or "nothing", world))
-        shown = ", ".join(f"rank {rank}: {text}" for rank, text in reasons)
-        raise ShardingError(
-            f"the ranks would run {type(self.model).__name__}.{method}() in different ways, since they have other "
-            f"reasons to run it whole: {shown}. Every rank must do the same to it"
-        )
+        weights = "not compared"
+        if reason is None:
+            self._read_weights()  # one rank may have left them unread, and all need them now
+            weights = self._text.checksum()
+        own = reason or "nothing", weights
+        by_rank = list(zip(*gather_ints([zlib.crc32(text.encode()) for text in own], world), strict=True))
+        for text, checksums, difference, advice in zip(
+            own,
+            by_rank,
+            ("in different ways, since they have other reasons to run it whole", "with different weights"),
+            ("do the same to it", "load the same weights into it"),
+            strict=True,
+        ):
+            if len(set(checksums)) > 1:
+                shown = ", ".join(f"rank {rank}: {one}" for rank, one in enumerate(gather_texts(text, world)))
+                raise ShardingError(
+                    f"the ranks would run {type(self.model).__name__}.{method}() {difference}: {shown}. Every rank "
+                    f"must {advice}"
+                )
 
     def _reason_for_whole(self) -> str | None:
         vae = self.model
@@ -140,7 +157,12 @@ class VaeHandle(ShardHandle):
         return None
 
 
-def shard_vae(vae: torch.nn.Module, mesh: ParallelMesh, chooses: Chooses = lambda method, picture: True) -> VaeHandle:
+def shard_vae(
+    vae: torch.nn.Module,
+    mesh: ParallelMesh,
+    chooses: Chooses = lambda method, picture: True,
+    read_weights: Callable[[], None] = lambda: None,
+) -> VaeHandle:
     """Let the ``decode`` and ``encode`` of this VAE run over all ranks of ``mesh.world``.
 
     Every rank makes the same calls, and each gets the whole result. Calls stay whole where tiling is enabled, the VAE
@@ -150,11 +172,12 @@ def shard_vae(vae: torch.nn.Module, mesh: ParallelMesh, chooses: Chooses = lambd
         vae: one of diffusers' autoencoders.
         mesh: the ranks.
         chooses: whether a call is worth sharing, by what all ranks know.
+        read_weights: reads what this rank has left unread of the VAE's weights, before ranks compare them.
 
     Raises:
         ShardingError: the VAE is parallelized already.
     """
-    handle = VaeHandle(vae, mesh, chooses)
+    handle = VaeHandle(vae, mesh, chooses, read_weights)
     handle.attach()
     for method in _METHODS:
         if callable(getattr(vae, method, None)):

@@ -11,7 +11,7 @@ import torch
 
 from omni_sp import OmniSPError, ParallelMesh, parallelize
 from omni_sp.testing.ranks import RankPool
-from omni_sp.testing.reference import randomise
+from omni_sp.testing.reference import randomise, relative_error
 from tests.sharding.models import qwen_image, qwen_inputs
 from tests.sharding.test_changed import add_lora
 
@@ -190,3 +190,19 @@ def test_few_forwards_of_many_are_compared(ranks: RankPool) -> None:
         assert min(counts) > 1
     for counts in ranks.run(exchanges, False, ulysses=2, shared_memory=False):
         assert {number for number, count in enumerate(counts, 2) if count} == {2, 3, *range(4, 33, 4)}
+
+
+def made_for_inference(mesh: ParallelMesh) -> list[float]:
+    """Errors of a model that was made in inference mode, whose weights do not count who wrote to them."""
+    with torch.inference_mode():
+        model = randomise(qwen_image())
+        wanted = model(**qwen_inputs())[0]
+        handle = parallelize(model, mesh)
+        errors = [relative_error(model(**qwen_inputs())[0], wanted) for _ in range(2)]
+        handle.remove()
+    return errors
+
+
+def test_a_model_that_was_made_in_inference_mode(ranks: RankPool) -> None:
+    for errors in ranks.run(made_for_inference, ulysses=2):
+        assert max(errors) <= 1e-5

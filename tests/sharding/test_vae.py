@@ -239,3 +239,34 @@ def test_a_vae_that_one_rank_would_run_whole(ranks: RankPool) -> None:
     for said in ranks.run(tiled_by_one, ulysses=2):
         assert "the ranks would run AutoencoderKL.decode() in different ways" in said
         assert "rank 0: nothing, rank 1: its tiling is enabled" in said
+
+
+def other_weights(mesh: ParallelMesh) -> list[str]:
+    """What is said where one rank alone writes to a weight, and where it loads others; then all decode together."""
+    vae, latents = BY_ID["AutoencoderKL"].build(), draw(1, (1, 4, 7, 6))
+    weights, said = copy.deepcopy(vae.state_dict()), []
+    with torch.no_grad():
+        wanted = vae.decode(latents).sample
+        shard_vae(vae, mesh)
+        changes: list[Callable[[], Any]] = [
+            lambda: vae.decoder.conv_out.weight.mul_(2),
+            lambda: vae.load_state_dict({name: 1.1 * x for name, x in weights.items()}),
+            lambda: vae.post_quant_conv.to(torch.bfloat16),
+        ]
+        for change in changes:
+            if mesh.rank == 1:
+                change()
+            with pytest.raises(ShardingError) as error:
+                vae.decode(latents)
+            said.append(str(error.value))
+            vae.float().load_state_dict(weights)
+        assert relative_error(vae.decode(latents).sample, wanted) <= 1e-5
+    return said
+
+
+def test_a_vae_whose_weights_are_others_on_one_rank(ranks: RankPool) -> None:
+    for said in ranks.run(other_weights, ulysses=2):
+        assert len(said) == 3
+        for text in said:
+            assert "the ranks would run AutoencoderKL.decode() with different weights: rank 0: checksum" in text
+            assert text.endswith("Every rank must load the same weights into it")
