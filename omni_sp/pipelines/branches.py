@@ -31,6 +31,7 @@ from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.branch_learning import PLAIN, autocast_modes, key_of, reason_against, rows_of
 from omni_sp.pipelines.branch_results import BranchCounts, Output, Result, Shape, exchange_results
 from omni_sp.pipelines.schedulers import step_function
+from omni_sp.sharding.apply import release_weights
 from omni_sp.sharding.batch_rows import BatchRows
 from omni_sp.sharding.call_state import CallState, call_state, changes_while
 from omni_sp.sharding.lazy import LazyRound, full_tensors
@@ -201,7 +202,10 @@ class Branches:
             return self._computed_by_all(output, run(*args, **kwargs))
         if output is None or output.modules != state.modules:
             return self._first_call(model, index, key, state, run, args, kwargs)
-        return self._shared_call(output, self._lengths(output, index, state), run, args, kwargs)
+        lengths = self._lengths(output, index, state)
+        if not lengths[self._axis.rank]:
+            release_weights(model)
+        return self._shared_call(output, lengths, run, args, kwargs)
 
     def _num_changes(self, index: int, state: CallState) -> int:
         """How often the modules of a model were found to be others than at its call before."""

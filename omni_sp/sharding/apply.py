@@ -42,6 +42,7 @@ class ShardHandle:
             ``{"aten.sort.default": 4}``; such operations are exact, and slow.
         tapes: what was recorded of blocks, and how their calls were made.
         refresh: brings the hooks up to date with the modules that the model has; every forward begins with it.
+        release: keeps this rank's part again of weights that somebody has read, where its group skips a forward.
     """
 
     def __init__(self, model: torch.nn.Module, compile_options: Mapping[str, Any] | None = None) -> None:
@@ -50,6 +51,7 @@ class ShardHandle:
         self.gathers: dict[str, int] = {}
         self.tapes = TapeStore(compile_options)
         self.refresh: Callable[[], None] = lambda: None
+        self.release: Callable[[], None] = lambda: None
         self._undo: list[Callable[[], None]] = []
 
     def reset_counts(self) -> None:
@@ -100,6 +102,16 @@ def refresh_hooks(model: torch.nn.Module) -> None:
     handle = vars(model).get(_MARK)
     if isinstance(handle, ShardHandle):
         handle.refresh()
+
+
+def release_weights(model: torch.nn.Module) -> None:
+    """Keep this rank's part alone of a model's weights that were read, where its group skips a forward.
+
+    Without it a group whose turn never comes would hold what somebody has read for good.
+    """
+    handle = vars(model).get(_MARK)
+    if isinstance(handle, ShardHandle):
+        handle.release()
 
 
 def shard(
@@ -173,6 +185,7 @@ def shard(
         handle.on_remove(model.register_forward_hook(forward_hooks.end, always_call=True).remove)
         if weights is not None:
             weights.refresh()
+            handle.release = weights.release
     except BaseException:
         handle.remove()
         raise

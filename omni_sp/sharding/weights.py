@@ -60,6 +60,12 @@ class WeightShards:
         A collective where anything was changed or added: people do that on all ranks, or the comparison of the ranks
         before it has found that they did not.
         """
+        order = self._shard_again()
+        if order:
+            order[0].start()
+
+    def _shard_again(self) -> list[BlockWeights]:
+        """Shard what is whole. Returns the weights of all blocks, in their order."""
         order = [self.of(block) for block in block_lists(self._model)]
         stale = [weights for weights in order if not weights.is_current()]
         if stale:
@@ -73,8 +79,15 @@ class WeightShards:
             require_equal(self._axis, message, sizes=sizes)
         for weights, following in zip(order, [*order[1:], None], strict=False):
             weights.following = following
-        if order:
-            order[0].start()
+        return order
+
+    def release(self) -> None:
+        """Shard again what was read since the last forward, where this rank's group skips the next one.
+
+        A collective where anything was read: the ranks of a group read alike, and skip the same forwards.
+        """
+        if any(weights.is_read for weights in self._blocks.values()):
+            self._shard_again()
 
     def remove(self) -> None:
         """Restore the very weights. All ranks do it.
@@ -100,6 +113,7 @@ class BlockWeights:
     Attributes:
         following: the block that comes next, whose weights are gathered while this one runs.
         is_loaded: whether they are whole now.
+        is_read: whether somebody has read them since the last forward, so that they stay whole until the next one.
         part: this rank's part of their bytes.
         num_bytes: of all ranks' parts together.
     """
@@ -112,7 +126,7 @@ class BlockWeights:
         self._stand_ins: dict[int, ShardedWeight] = {}
         self.part = torch.empty(0, dtype=torch.uint8)
         self._pending: Exchange | None = None
-        self._is_read = False
+        self.is_read = False
         self.following: BlockWeights | None = None
         self.is_loaded, self.num_bytes = True, 0
 
@@ -179,7 +193,7 @@ class BlockWeights:
         self.load(apart=True)
         self._places, self._leaves, self._held = [], [], []
         self.part = self.part.new_empty(0)
-        self._is_read = False
+        self.is_read = False
 
     def start(self) -> None:
         """Start to gather. Ranks decide alike: what is loaded or under way follows from the program they all run."""
@@ -215,7 +229,7 @@ class BlockWeights:
         if not self.is_loaded and current_forward() is None:
             _meet(self._axis, self._name, "reading the weights")
         self.load(apart=True)
-        self._is_read = True
+        self.is_read = True
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
@@ -226,7 +240,7 @@ class BlockWeights:
         try:
             yield
         finally:
-            if not self._is_read:
+            if not self.is_read:
                 self._release()
 
     def around(self, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -370,18 +370,22 @@ def with_branches(mesh: ParallelMesh) -> tuple[bool, int, int]:
 
 
 def with_branches_read(mesh: ParallelMesh) -> list[bool]:
-    """Whether calls are the same after all weights were read, and then some: one group makes the forwards between."""
+    """Whether calls are the same after all weights were read, and then some, and ranks hold their parts after each.
+
+    One group makes the forwards between.
+    """
     pipe = load_pipeline(resolve_model(SHAPES_MODEL))
     pipe.set_progress_bar_config(disable=True)
     small = {"height": 64, "width": 64, "num_inference_steps": 1, "true_cfg_scale": 1.0, "output_type": "latent"}
     handle = parallelize(pipe, mesh)
-    drawn = []
+    drawn, resting, held = [], handle.weight_bytes, []
     for count in (0, 0, None, 0, 1):
         for block in list(block_lists(pipe.transformer))[:count]:
             assert all(weight.norm().isfinite() for weight in block.parameters())
         drawn.append(pipe("a red circle", **small, generator=torch.Generator().manual_seed(3)).images)
+        held.append(handle.weight_bytes)
     handle.remove()
-    return [torch.equal(one, drawn[0]) for one in drawn]
+    return [torch.equal(one, drawn[0]) and now == resting for one, now in zip(drawn, held, strict=True)]
 
 
 def test_groups_that_share_branches_need_not_read_alike(ranks: RankPool) -> None:
