@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omni_sp import ConfigError, ModelNotFoundError
+from omni_sp import (
+    ConfigError,
+    DiffusionParallelConfig,
+    ModelNotFoundError,
+    Omni,
+    OmniDiffusionSamplingParams,
+    ParallelMesh,
+    parallelize,
+)
 from omni_sp.pipelines import single_file
 from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.run import run_call
 from omni_sp.pipelines.shapes import SHAPES_MODEL, shapes_folder
+from omni_sp.sharding.weight_parts import leaves_of
 from omni_sp.testing.models import save_wan
+from omni_sp.testing.ranks import RankPool
+from omni_sp.testing.reference import relative_error
 
+HAS_GGUF = importlib.util.find_spec("gguf") is not None
 CALL = {"prompt": "a red circle", "height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -101,6 +115,74 @@ def test_a_gguf_file_needs_its_package(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_bytes(b"GGUF" + bytes(20))
     monkeypatch.setattr("diffusers.utils.is_gguf_available", lambda: False)
     assert "needs a package: pip install gguf" in refusal(path)
+
+
+def save_gguf(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write the weights of linear layers in several kinds of blocks, and the others as they are."""
+    import gguf
+
+    kinds = [gguf.GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "BF16", "Q5_1")]
+    writer = gguf.GGUFWriter(str(path), "qwen_image")
+    for number, (name, weight) in enumerate(weights.items()):
+        numbers = weight.float().numpy()
+        if weight.ndim == 2 and "transformer_blocks" in name:
+            kind = kinds[number % len(kinds)]
+            writer.add_tensor(name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, numbers)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+
+
+def gguf_alone_and_together(mesh: ParallelMesh, path: Path, compiled: bool) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    pipe = load_pipeline(resolve_model(path, SHAPES_MODEL), shares_weights=mesh.weights.size > 1)
+    parts = [x.clone() for weight in pipe.transformer.parameters() for x in leaves_of(weight)]
+    kinds = {type(weight).__name__ for weight in pipe.transformer.parameters()}
+    wanted, held = drawn(pipe), sum(x.nbytes for x in parts)
+    handle = parallelize(pipe, mesh, compile={"backend": "eager"} if compiled else False)
+    resting = handle.weight_bytes
+    errors = [relative_error(drawn(pipe), wanted) for _ in range(2)]
+    found = {"errors": errors, "held": (resting, handle.weight_bytes, held), "blocks": handle.blocks}
+    handle.remove()
+    after = [x for weight in pipe.transformer.parameters() for x in leaves_of(weight)]
+    same = len(after) == len(parts) and all(map(torch.equal, after, parts))
+    return {**found, "restored": same and torch.equal(drawn(pipe), wanted), "kinds": kinds}
+
+
+@pytest.mark.skipif(not HAS_GGUF, reason="needs gguf")
+@pytest.mark.parametrize(
+    ("layout", "compiled"),
+    [({"ulysses": 2, "shard_weights": True}, False), ({"ring": 2}, True), ({"cfg": 2, "ulysses": 2}, False)],
+    ids=str,
+)
+def test_ranks_draw_what_one_process_draws_from_a_gguf_file(
+    ranks: RankPool, tmp_path: Path, weights: dict[str, torch.Tensor], layout: dict[str, Any], compiled: bool
+) -> None:
+    save_gguf(tmp_path / "shapes.gguf", weights)
+    for found in ranks.run(gguf_alone_and_together, tmp_path / "shapes.gguf", compiled, **layout):
+        assert max(found["errors"]) <= 1e-5
+        assert found["restored"]
+        assert found["kinds"] == {"Parameter", "GGUFParameter"}
+        first, second, whole = found["held"]
+        assert first == second
+        assert first <= (0.75 if "shard_weights" in layout else 1.01) * whole
+        # What computes with such a weight makes a tensor of its memory that no operator has made.
+        assert all("neither an argument nor a weight" in reason for reason in found["blocks"].followed)
+
+
+@pytest.mark.skipif(not HAS_GGUF, reason="needs gguf")
+def test_omni_reads_a_gguf_file(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    path = tmp_path / "shapes.gguf"
+    save_gguf(path, weights)
+    pictures = []
+    params = OmniDiffusionSamplingParams(seed=3, height=64, width=48, num_inference_steps=2)
+    for config in (None, DiffusionParallelConfig(cfg_parallel_size=2, ulysses_degree=2, shard_weights=True)):
+        with Omni(path, config, single_file_config=SHAPES_MODEL) as omni:
+            image = omni.generate("a red circle", params)[0].images[0]
+        pictures.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int())
+    assert (pictures[0] - pictures[1]).abs().max() <= 1
 
 
 def test_a_file_with_text_encoders_is_a_whole_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
