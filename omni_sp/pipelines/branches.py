@@ -14,8 +14,6 @@ one rank alone may have, such as a hook, is compared where a call of the pipelin
 from __future__ import annotations
 
 import functools
-import types
-import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +28,7 @@ from omni_sp.errors import ShardingError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.branch_learning import PLAIN, autocast_modes, key_of, reason_against, rows_of
 from omni_sp.pipelines.branch_results import BranchCounts, Output, Result, Shape, exchange_results
-from omni_sp.pipelines.schedulers import step_function
+from omni_sp.pipelines.pipeline_calls import PipelineWatch
 from omni_sp.sharding.apply import release_weights
 from omni_sp.sharding.batch_rows import BatchRows
 from omni_sp.sharding.call_state import CallState, call_state, changes_while
@@ -38,7 +36,6 @@ from omni_sp.sharding.lazy import LazyRound, full_tensors
 from omni_sp.sharding.same_call import CallToken, SameCallCheck, Surroundings
 
 _ATTEMPTS = 3
-_MARK = "_omni_sp_exchanges"
 
 
 class Branches:
@@ -63,7 +60,7 @@ class Branches:
         call_token: CallToken,
         surroundings: Surroundings,
     ) -> None:
-        self._pipe, self._mesh, self._axis, self._call_token = pipe, mesh, mesh.cfg, call_token
+        self._mesh, self._axis, self._call_token = mesh, mesh.cfg, call_token
         self.counts = BranchCounts()
         self._token: object = None
         self._begin_round()
@@ -74,14 +71,13 @@ class Branches:
         self._known: dict[Any, Output | str] = {}
         self._attempts: Counter[Any] = Counter()
         self._owners: dict[tuple[int, str], int] = {}
-        self._watched: weakref.WeakSet[Any] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
         # Of all ranks, not of those in one place of their groups: these would raise, and the others wait for them.
         check = functools.partial(SameCallCheck, axis=mesh.world, always=mesh.check, call_token=call_token)
         is_whole = mesh.weights.size == 1
         for index, model in enumerate(models):
             self._attach(model, index, check(model, surroundings=surroundings, with_blocks=is_whole))
-        self._watch_end()
+        self._watch = PipelineWatch(pipe, self._end_step, lambda: self.complete("the end of the pipeline"))
 
     def reset_counts(self) -> None:
         """Begin anew to count."""
@@ -103,11 +99,7 @@ class Branches:
 
     def remove(self) -> None:
         """Restore the models and the schedulers. A second call does nothing."""
-        for scheduler in list(self._watched):
-            own = vars(scheduler).pop("step", None)
-            if getattr(own, _MARK, None) is not None:
-                scheduler.step = getattr(own, _MARK)
-        self._watched.clear()
+        self._watch.remove()
         while self._undo:
             self._undo.pop()()
 
@@ -121,51 +113,6 @@ class Branches:
                 model._compiled_call_impl = call.compiled
 
         self._undo.append(undo)
-
-    def _watch_end(self) -> None:
-        """Complete what is left when the pipeline returns: it may give lazy tensors to code of one rank."""
-        pipe, name = self._pipe, "maybe_free_model_hooks"
-        original = getattr(pipe, name, None)
-        if original is None or name in vars(pipe):
-            return
-
-        @functools.wraps(original)
-        def end() -> Any:
-            self.complete("the end of the pipeline")
-            return original()
-
-        setattr(pipe, name, end)
-        self._undo.append(lambda: vars(pipe).pop(name, None))
-
-    def _watch_steps(self) -> bool:
-        """See that every scheduler of the pipeline gets plain tensors; False where it has none.
-
-        After a step anything may be done on one rank alone: previews, callbacks.
-        """
-        schedulers = [
-            x
-            for x in self._pipe.components.values()
-            if callable(getattr(x, "step", None)) and not isinstance(x, torch.nn.Module)
-        ]
-        for scheduler in schedulers:
-            if not hasattr(scheduler.step, _MARK):
-                self._watch(scheduler)
-        return bool(schedulers)
-
-    def _watch(self, scheduler: Any) -> None:
-        own, original = vars(scheduler).get("step"), step_function(scheduler)
-        branches = weakref.ref(self)
-
-        @functools.wraps(original)  # pipelines look into the signature for what step() takes
-        def step(this: Any, *args: Any, **kwargs: Any) -> Any:
-            if (shared := branches()) is not None:
-                shared._end_step()
-            return original(this, *full_tensors(args, "the scheduler"), **full_tensors(kwargs, "the scheduler"))
-
-        setattr(step, _MARK, own)
-        # A method, and no function: a deep copy of the scheduler then steps itself.
-        scheduler.step = types.MethodType(step, scheduler)
-        self._watched.add(scheduler)
 
     def _end_step(self) -> None:
         self.complete("the scheduler")
@@ -189,7 +136,7 @@ class Branches:
             self._begin_call()
         self._calls += 1
         args, kwargs = full_tensors((args, kwargs), "the input of the next call")
-        state, has_steps = call_state(model), self._watch_steps()
+        state, has_steps = call_state(model), self._watch.watch()
         if not self._results:  # the groups are in step, and wait for each other as little as between two rounds
             foreign = None if state.context else tuple(filter(None, [state.reason]))
             check.before_forward(args, kwargs, foreign, self._num_changes(index, state))

@@ -13,6 +13,7 @@ from omni_sp.errors import ConfigError, ShardingError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.branches import Branches
 from omni_sp.pipelines.changed_components import ChangedComponents
+from omni_sp.pipelines.pipeline_calls import calling_pipeline
 from omni_sp.pipelines.shared_encoders import SharedEncoders
 from omni_sp.pipelines.shared_vaes import SharedVaes
 from omni_sp.sharding import BlockCounts, Plan, ShardHandle, VaeHandle, shard
@@ -183,7 +184,8 @@ def parallelize(
         _require_shareable(pipe_or_transformer, mesh, cuda_graphs=cuda_graphs)
 
     def call_token() -> object:
-        return getattr(getattr(pipe_or_transformer, "scheduler", None), "timesteps", None)
+        pipe = calling_pipeline() or pipe_or_transformer
+        return getattr(getattr(pipe, "scheduler", None), "timesteps", None)
 
     changed = ChangedComponents(pipe_or_transformer)
     strategy = select_strategy(attention_strategy, mesh, attention_backend)
