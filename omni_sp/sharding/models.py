@@ -50,7 +50,8 @@ def plan_for(model: torch.nn.Module) -> Plan:
 
 def _find_token_streams(model: torch.nn.Module) -> Mapping[str, Mapping[str, Split]]:
     """Where the token streams of an unknown model begin: at the blocks of each of its lists."""
-    streams = {}
+    streams: dict[str, Mapping[str, Split]] = {}
+    seen: set[torch.nn.Module] = set()
     lists = list(model.named_children())
     for path, blocks in lists:
         if isinstance(blocks, torch.nn.ModuleDict):
@@ -61,7 +62,8 @@ def _find_token_streams(model: torch.nn.Module) -> Mapping[str, Mapping[str, Spl
         for index, block in enumerate(blocks):
             # Every block, since guidance that skips layers may skip the first. A sharded tensor stays as it is.
             inputs = {name: Split(dim=1, ndim=3) for name in _streams_of(type(block).forward)}
-            if inputs:
+            if inputs and block not in seen:  # one that stands in several places is known by the first
+                seen.add(block)
                 streams[f"{path}.{index}"] = inputs
     if not streams:
         raise UnsupportedModelError(

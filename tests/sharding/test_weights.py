@@ -272,6 +272,24 @@ def test_weights_that_are_made_of_several_tensors(ranks: RankPool) -> None:
         assert all(found.values()), found
 
 
+def run_twice(mesh: ParallelMesh) -> list[float]:
+    """Errors of a model whose first block runs twice in each forward."""
+    model = randomise(ENTRIES[SD3].build())
+    model.transformer_blocks.insert(0, model.transformer_blocks[0])
+    wanted, errors = first(model, SD3), []
+    for one in (plain_mesh(mesh), mesh):
+        handle = parallelize(model, one)
+        errors += [relative_error(first(model, SD3), wanted) for _ in range(3)]
+        assert handle.blocks.replayed
+        handle.remove()
+    return [*errors, relative_error(first(model, SD3), wanted)]
+
+
+def test_a_block_that_runs_twice(ranks: RankPool) -> None:
+    for errors in ranks.run(run_twice, ulysses=2, shard_weights=True):
+        assert max(errors) <= 1e-5
+
+
 def shared_by_blocks(mesh: ParallelMesh) -> tuple[bool, bool, bool]:
     """A weight of two blocks, a memory of two weights, and one with gaps stay whole."""
     model = randomise(ENTRIES[SD3].build())

@@ -143,10 +143,13 @@ def _run_pre_hooks(
 
 
 def block_lists(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The blocks of a transformer: what lists at its top hold, where it has parts of its own."""
-    children = list(model.children())
+    """The blocks of a transformer, each once: what lists at its top hold, where it has parts of its own."""
+    children, seen = list(model.children()), set()
     for child in children:
         if isinstance(child, torch.nn.ModuleDict):
             children += child.values()
         elif isinstance(child, torch.nn.ModuleList):
-            yield from (block for block in child if any(True for _ in block.children()))
+            for block in child:
+                if block not in seen and any(True for _ in block.children()):
+                    seen.add(block)
+                    yield block
