@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from diffusers import FluxPipeline
 from omni_sp import ConfigError, DiffusionParallelConfig, ModelNotFoundError, ParallelMesh, parallelize
 from omni_sp.errors import UnsupportedModelError
 from omni_sp.pipelines.load import load_pipeline, resolve_model
-from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL
+from omni_sp.pipelines.shapes import SHAPES_CALL, SHAPES_MODEL, shapes_folder
 from omni_sp.requests import engine_options
 from omni_sp.testing.models import save_flux
 from omni_sp.testing.ranks import RankPool
@@ -38,9 +39,9 @@ def draw(pipe: Any, output_type: str) -> torch.Tensor:
     return torch.as_tensor(pipe("a red circle", **CALL, output_type=output_type, generator=generator).images).float()
 
 
-def alone_and_together(mesh: ParallelMesh, options: dict[str, str]) -> dict[str, Any]:
+def alone_and_together(mesh: ParallelMesh, options: dict[str, str], model: str | Path = SHAPES_MODEL) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    pipe = load_pipeline(resolve_model(SHAPES_MODEL), **options)  # type: ignore[arg-type]
+    pipe = load_pipeline(resolve_model(model), **options)  # type: ignore[arg-type]
     kinds = ("latent", "pt")
     wanted = [draw(pipe, kind) for kind in kinds]
     handle = parallelize(pipe, mesh)
@@ -65,6 +66,25 @@ def test_ranks_draw_what_one_process_draws(ranks: RankPool, options: dict[str, s
         assert found["vae_ranks"] == 2
         moves = "group offloading moves its weights"
         assert set(found["blocks"]["followed"]) == ({moves} if options.get("offload") == "group" else set())
+
+
+@pytest.mark.skipif(not HAS_TORCHAO, reason="needs torchao")
+@pytest.mark.parametrize("is_saved", [False, True], ids=["while it is read", "when it was saved"])
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_quantised_weights_with_every_axis(ranks: RankPool, tmp_path: Path, quantization: str, is_saved: bool) -> None:
+    layout: dict[str, Any] = {"cfg": 2, "ulysses": 2, "shard_weights": True, "vae_parallel": True}
+    options, model = {"quantization": quantization}, SHAPES_MODEL
+    if is_saved:
+        shutil.copytree(shapes_folder(), tmp_path, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
+        load_pipeline(resolve_model(model), quantization=quantization).transformer.save_pretrained(
+            tmp_path / "transformer"
+        )
+        options, model = {}, str(tmp_path)
+    for found in ranks.run(alone_and_together, options, model, **layout):
+        assert max(found["errors"]) <= 1e-5
+        assert found["restored"]
+        assert found["vae_ranks"] == 4
+        assert found["blocks"]["replayed"] > 0
 
 
 @pytest.mark.parametrize(
