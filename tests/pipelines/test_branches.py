@@ -18,7 +18,7 @@ from omni_sp.testing.reference import relative_error
 from tests.pipelines.zoo.all import ENTRIES
 from tests.pipelines.zoo.branches import COUNTS, PAGE, draw_twice, page
 from tests.pipelines.zoo.check import build, draw, expected_output
-from tests.thorough import THOROUGH
+from tests.thorough import THOROUGH, thorough_only
 
 # Two transformers, three branches, guidance that ends early, a guider, one call, a cache object, and rows of batches
 # with residuals of a ControlNet and positions of the first row; OMNI_SP_THOROUGH=1 tries every pipeline.
@@ -200,6 +200,41 @@ def test_uneven_rows_of_batches(ranks: RankPool, cfg: int, cases: Any, expected:
             assert error <= 1e-5
             assert (counts["units"], counts["rounds"], counts["rows"]) == (units, rounds, rows)
             assert (counts["note"] or "").endswith(note or "")
+
+
+def with_taylor_factors(mesh: ParallelMesh, dtype: torch.dtype) -> tuple[list[float], list[float]]:
+    """Errors of ranks, and of one process whose prompt differs in the last bits, where a step cache extrapolates."""
+    from diffusers import TaylorSeerCacheConfig
+
+    pipe, arguments = qwen(8)
+    plain = draw(pipe, arguments)
+    config = TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, taylor_factors_dtype=dtype)
+    pipe.transformer.enable_cache(config)
+    try:
+        expected = draw(pipe, arguments)
+        assert relative_error(plain, expected) > 1e-3, "the cache does nothing"
+        others = [{**arguments, "prompt_embeds": arguments["prompt_embeds"] * (1 + x)} for x in (1e-7, -1e-7)]
+        alone = [relative_error(draw(pipe, one), expected) for one in others]
+        handle = parallelize(pipe, mesh)
+        errors = [relative_error(draw(pipe, arguments), expected) for _ in range(2)]
+        handle.remove()
+    finally:
+        pipe.transformer.disable_cache()
+    return errors, alone
+
+
+@thorough_only
+@pytest.mark.parametrize("ulysses", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_that_rounds_what_it_keeps(ranks: RankPool, dtype: torch.dtype, ulysses: int) -> None:
+    """A number whose last bit differs may round to another one in bfloat16: on ranks, and in one process as much."""
+    for errors, alone in ranks.run(with_taylor_factors, dtype, cfg=2, ulysses=ulysses, vae_parallel=False):
+        if ulysses == 1:  # the very kernels of one process
+            assert errors == [0.0, 0.0]
+        elif dtype == torch.float32:
+            assert max(errors, default=1) <= 1e-6
+        else:
+            assert max(errors) <= 10 * max(alone)
 
 
 def exchanged(mesh: ParallelMesh) -> None:
