@@ -68,8 +68,27 @@ def scaled_dot_product_attention(
         return _local_queries(query, _full(key), _full(value), mask, options)
     given = None if mask is None else _Mask(mask, will_read(mask), object())
     placements = query.placement, key.placement
-    out = as_one_operation(_under_any_mask, query.local, key.local, value.local, given, placements, query.axis, options)
-    return query.wrap(out.transpose(1, 2))
+    # As the core takes them, which is also how most models have them: a recording need not transpose them twice.
+    q, k, v = (x.local.transpose(1, 2) for x in (query, key, value))
+    out = as_one_operation(_under_any_mask, q, k, v, given, placements, query.axis, options)
+    return _wrap_output(query, out.transpose(1, 2))
+
+
+def _wrap_output(query: TokenTensor, local: torch.Tensor) -> TokenTensor:
+    """An attention's output, (batch, heads, tokens, head_dim), sharded like its query.
+
+    In memory the heads of a token lie side by side, as torch's kernels leave them: models join them next, and so need
+    not copy them. All ranks say so, also those without a token.
+    """
+    if local.ndim != 4:
+        return query.wrap(local)
+    if not local.transpose(1, 2).is_contiguous():
+        local = local.transpose(1, 2).contiguous().transpose(1, 2)
+    shape = list(local.shape)
+    shape[query.shard_dim] = query.placement.size
+    _, heads, tokens, head_dim = shape
+    strides = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)
+    return TokenTensor(local, query.shard_dim, query.placement, query.axis, strides)
 
 
 def as_autocast_does(x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +136,8 @@ def _under_any_mask(
     """Attention of this rank's tokens to those of all ranks: in the core, where the mask says no more than which keys.
 
     It is one operation of a recording, so that what the mask says is looked at in every forward, and a recording holds
-    for all masks. The mask is the same on all ranks, so that all decide alike.
+    for all masks. The mask is the same on all ranks, so that all decide alike. Query, key and value are (batch, this
+    rank's tokens, heads, head_dim).
 
     Returns:
         (batch, this rank's queries, heads, head_dim).
@@ -127,20 +147,21 @@ def _under_any_mask(
     if mask is not None:
         looked_at = _key_and_query_mask(mask, of_queries.size, of_keys.size)
         if looked_at is None:
-            full_key, full_value = (TokenTensor(x, 2, of_keys, axis).full_tensor("attention") for x in (key, value))
-            sharded = TokenTensor(query, 2, of_queries, axis)
+            full_key, full_value = (
+                TokenTensor(x.transpose(1, 2), 2, of_keys, axis).full_tensor("attention") for x in (key, value)
+            )
+            sharded = TokenTensor(query.transpose(1, 2), 2, of_queries, axis)
             local: torch.Tensor = _local_queries(sharded, full_key, full_value, mask.tensor, options).local
             return local.transpose(1, 2)
         known = looked_at
     assert forward.strategy is not None
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     layout = SequenceLayout(query=of_queries.lengths, key=of_keys.lengths)
     out = forward.strategy(
-        q, k, v, key_mask=known.of_keys(of_keys), is_causal=False, scale=options["scale"], layout=layout
+        query, key, value, key_mask=known.of_keys(of_keys), is_causal=False, scale=options["scale"], layout=layout
     )
     if known.queries is not None:
         # The output of a query that may attend to no key is 0.
-        may_attend = local_shard(known.queries.expand(len(q), -1), 1, of_queries, axis)
+        may_attend = local_shard(known.queries.expand(len(query), -1), 1, of_queries, axis)
         out = out * may_attend[:, :, None, None].to(out.dtype)
     return out
 
@@ -173,8 +194,8 @@ def _along_batch(query: TokenTensor, key: Any, value: Any, mask: Any, options: d
         dim_from_end = query.shard_dim - query.ndim
         mask = mask if mask.shape[dim_from_end] == 1 else query.shard_like(mask, mask.ndim + dim_from_end)
     if q.numel() == 0:
-        return query.wrap(q.new_empty((*q.shape[:-1], v.shape[-1])))
-    return query.wrap(_torch_attention(q, k, v, attn_mask=mask, **options))
+        return _wrap_output(query, q.new_empty((*q.shape[:-1], v.shape[-1])))
+    return _wrap_output(query, _torch_attention(q, k, v, attn_mask=mask, **options))
 
 
 def _local_queries(
@@ -188,9 +209,9 @@ def _local_queries(
     elif mask is not None and mask.shape[-2] > 1:
         mask = query.shard_like(mask, mask.ndim - 2)
     if query.local.numel() == 0:
-        return query.wrap(query.local.new_empty((*query.local.shape[:-1], value.shape[-1])))
+        return _wrap_output(query, query.local.new_empty((*query.local.shape[:-1], value.shape[-1])))
     options = {**options, "is_causal": False}
-    return query.wrap(_torch_attention(query.local, key, value, attn_mask=mask, **options))
+    return _wrap_output(query, _torch_attention(query.local, key, value, attn_mask=mask, **options))
 
 
 @dataclass(frozen=True)

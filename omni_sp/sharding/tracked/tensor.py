@@ -8,20 +8,18 @@ without a description of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from omni_sp.collectives import exchange, gather
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
-from omni_sp.sharding.forward_context import current_forward
 from omni_sp.sharding.torch_functions import torchs_own
-from omni_sp.sharding.tracked.placement import Placement, Range, gather_order, intersect, local_shard
+from omni_sp.sharding.tracked.exchanges import fetch_plan, fetch_ranges, gather_shards
+from omni_sp.sharding.tracked.placement import Placement, Range, local_shard
 from omni_sp.sharding.tracked.recording import as_one_operation
 
 T = TypeVar("T")
@@ -119,7 +117,7 @@ class TokenTensor(torch.Tensor):
 
     def full_tensor(self, operation: str | None = None) -> torch.Tensor:
         """All shards gathered, a collective call; counted in the running forward's ``gathers`` under ``operation``."""
-        return as_one_operation(_gather_shards, self.local, self.shard_dim, self.placement, self.axis, operation)
+        return as_one_operation(gather_shards, self.local, self.shard_dim, self.placement, self.axis, operation)
 
     def redistribute(self, placement: Placement) -> TokenTensor:
         """The same tensor with another placement: only what changes ranks is sent. A collective call."""
@@ -132,7 +130,8 @@ class TokenTensor(torch.Tensor):
 
         ``wanted`` holds every rank's ranges, ascending; several ranks may want the same indices.
         """
-        return as_one_operation(_fetch_ranges, self.local, self.shard_dim, self.placement, self.axis, wanted)
+        plan = fetch_plan(self.placement, tuple(map(tuple, wanted)), self.axis.rank)
+        return as_one_operation(fetch_ranges, self.local, self.shard_dim, plan, self.axis)
 
     def shard_like(self, value: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's shard of a replicated tensor, sharded along ``dim`` with the placement of this tensor."""
@@ -159,66 +158,28 @@ class TokenTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func._can_decompose():
+        decompose = _decomposition_of(func)
+        if decompose is not None:
             # torch decomposes composite operators by itself, but not in inference mode or for a recording. What is
             # exchanged must not depend on that, since one rank may replay what another follows.
-            result = func.decompose(*args, **kwargs)
+            result = decompose(*args, **kwargs)
         else:
             rule = _rule_for(func)
             result = NotImplemented if rule is None else rule(func, *args, **kwargs)
         return run_on_full_tensors(func, args, kwargs) if result is NotImplemented else result
 
 
-def _gather_shards(
-    shard: torch.Tensor, dim: int, placement: Placement, axis: Axis, operation: str | None
-) -> torch.Tensor:
-    """All shards gathered; ``operation`` is counted in the running forward's ``gathers``."""
-    forward = current_forward()
-    if forward is not None and operation is not None:
-        forward.count_gather(operation)
-    gathered = gather(shard, placement.lengths, dim, axis)
-    if placement.in_rank_order:
-        return gathered
-    return gathered.index_select(dim, gather_order(placement).to(gathered.device))
+@cache
+def _decomposition_of(func: Any) -> Callable[..., Any] | None:
+    """What torch does for a composite operator by itself; None for others.
 
-
-def _fetch_ranges(
-    shard: torch.Tensor, dim: int, placement: Placement, axis: Axis, wanted: Sequence[Sequence[Range]]
-) -> torch.Tensor:
-    """The ranges of ``wanted`` that this rank wants, from those who hold them."""
-    me, ranks = axis.rank, range(axis.size)
-    own = intersect(placement.ranges_per_rank[me], wanted[me])
-    pieces = [(one, _local_range(shard, dim, placement, me, one)) for one in own]
-    if axis.size > 1:
-        to_send = [[] if rank == me else intersect(placement.ranges_per_rank[me], wanted[rank]) for rank in ranks]
-        to_receive = [[] if rank == me else intersect(placement.ranges_per_rank[rank], wanted[me]) for rank in ranks]
-        width = math.prod(shard.shape[:dim]) * math.prod(shard.shape[dim + 1 :])
-        send_sizes, recv_sizes = (
-            [width * sum(b - a for a, b in ranges) for ranges in per_rank] for per_rank in (to_send, to_receive)
-        )
-        pending = exchange(send_sizes, recv_sizes, shard.dtype, shard.device, axis)
-        for buffer, ranges in zip(pending.send_buffers, to_send, strict=True):
-            if buffer.numel():
-                block = buffer.unflatten(0, _shape_of(shard, dim, ranges))
-                torch.cat([_local_range(shard, dim, placement, me, one) for one in ranges], dim, out=block)
-        pending.start()
-        for part, ranges in zip(pending.wait().split(recv_sizes), to_receive, strict=True):
-            if ranges:
-                blocks = part.view(_shape_of(shard, dim, ranges)).split([b - a for a, b in ranges], dim)
-                pieces += zip(ranges, blocks, strict=True)
-    if not pieces:
-        return shard.narrow(dim, 0, 0)
-    # The ranges come rank by rank, and are sorted into ascending order.
-    return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], dim)
-
-
-def _local_range(shard: torch.Tensor, dim: int, placement: Placement, rank: int, one: Range) -> torch.Tensor:
-    return shard.narrow(dim, placement.local_offset(rank, one[0]), one[1] - one[0])
-
-
-def _shape_of(shard: torch.Tensor, dim: int, ranges: Sequence[Range]) -> list[int]:
-    """The shape of a part of a shard."""
-    return [sum(b - a for a, b in ranges) if d == dim else size for d, size in enumerate(shard.shape)]
+    Where it also has another decomposition, written in Python for compilers, that may do more: of a dropout that does
+    nothing it makes a copy.
+    """
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    if func.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite):
+        return partial(func._op_dk, composite)
+    return func.decompose if func._can_decompose() else None
 
 
 @cache
