@@ -7,11 +7,13 @@ or casts tensors is not foreign, and neither is ours.
 
 from __future__ import annotations
 
+import dis
 import functools
-import inspect
+import importlib.util
+import operator
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from types import CodeType
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -33,8 +35,16 @@ KNOWN_PACKAGES = {
 
 _HARMLESS = {"omni_sp", "numpy", "einops", "PIL", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
 _CALLS = ("forward", "__call__", "_wrapped_call_impl", "_call_impl")
+_IMPLICIT = ("__getitem__", "__iter__", "__len__", "__contains__", "__bool__", "__getattr__", "__enter__", "__exit__")
 _ATTENTION_DISPATCHER = "dispatch_attention_fn"
+_TENSOR_METHODS = frozenset(dir(torch.Tensor))
+_OPERATORS = {name for name in _TENSOR_METHODS if name.strip("_").removeprefix("r") in vars(operator)}
+"""What an expression calls without a name."""
+_OF_TENSORS, _OF_MODULES = vars(torch.Tensor), vars(torch.nn.Module)
+_INSIDE = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _FORWARDS = ("forward", "_old_forward", "_compiled_call_impl")
+_Lookup = tuple[Mapping[str, Any], str]
+"""The names of a module or class, and one that is looked up there."""
 _ACCELERATE, _OURS = "accelerate.hooks", "omni_sp."
 
 
@@ -62,7 +72,7 @@ def functions_among_attributes(module: torch.nn.Module) -> list[Any]:
 
 
 class FunctionWatch:
-    """What the methods of some classes call by name, as it was found, to see whether anybody replaces any of it.
+    """What the methods of some classes look up by name, as it was found, to see whether anybody replaces any of it.
 
     People replace functions of libraries, torch's own attention among them, to have others called.
 
@@ -72,17 +82,67 @@ class FunctionWatch:
 
     def __init__(self, kinds: Iterable[type]) -> None:
         self.foreign: set[type] = set()
-        self._found: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
-        for kind in {*kinds}:
-            for owner, names, name in _called_by(kind):
-                value = names.get(name)
-                self._found[id(owner), name] = names, name, value
-                if is_foreign_function(value):
-                    self.foreign.add(kind)
+        looked_up: dict[int, tuple[Mapping[str, Any], dict[str, bool]]] = {}
+        for kind, names, name in _Search({*kinds}).lookups():
+            _, found = looked_up.setdefault(id(names), (names, {}))
+            if name not in found:
+                found[name] = is_foreign_function(names.get(name))
+            if found[name]:
+                self.foreign.add(kind)
+        self._unique: list[tuple[Callable[[Any], Any], Mapping[str, Any], Any]] = []
+        self._others: list[tuple[Mapping[str, Any], str, Any]] = []
+        self._absent: list[tuple[KeysView[str], frozenset[str]]] = []
+        functions: dict[int, FunctionType] = {}
+        for names, found in looked_up.values():
+            values = {name: names[name] for name in found if name in names}
+            functions |= {id(x): x for value in values.values() for x in _functions_in(value)}
+            # What is equal to itself alone is compared at once, which takes a fraction of the time.
+            unique = [name for name, x in values.items() if _is_unique(x)]
+            if unique:
+                get = operator.itemgetter(*unique)
+                self._unique.append((get, names, get(names)))
+            self._others += [(names, name, x) for name, x in values.items() if not _is_unique(x)]
+            if found.keys() - values.keys():
+                self._absent.append((names.keys(), frozenset(found.keys() - values.keys())))
+        self._functions = list(functions.values())
+        self._insides = [_inside(function) for function in self._functions]
 
     def holds(self) -> bool:
         """True while nobody has replaced anything."""
-        return all(names.get(name) is value for names, name, value in self._found.values())
+        try:
+            for get, names, values in self._unique:
+                if get(names) != values:
+                    return False
+            for names, name, value in self._others:
+                if names[name] is not value:
+                    return False
+            for present, absent in self._absent:
+                if not present.isdisjoint(absent):
+                    return False
+            # Tools that load a changed file again give the functions that are there other code.
+            return list(map(_INSIDE, self._functions)) == self._insides
+        except (KeyError, RuntimeError):  # defaults may be tensors, which are compared by their numbers
+            return False
+
+
+def _is_unique(value: Any) -> bool:
+    """Whether a value is equal to itself alone."""
+    is_inherited = type(value).__eq__ is object.__eq__  # type: ignore[comparison-overlap]
+    return is_inherited or isinstance(value, BuiltinFunctionType)
+
+
+def _functions_in(value: Any) -> Iterator[FunctionType]:
+    """The functions in Python that a method, a property or a decorated function consists of."""
+    function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    while isinstance(function, FunctionType):
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _inside(function: FunctionType) -> tuple[Any, ...]:
+    """A function's code and defaults, to be compared with later."""
+    code, defaults, keyword_defaults = _INSIDE(function)
+    return code, defaults, None if keyword_defaults is None else dict(keyword_defaults)
 
 
 def is_foreign_function(value: Any) -> bool:
@@ -104,44 +164,120 @@ def is_foreign_function(value: Any) -> bool:
     return False
 
 
-def _called_by(kind: type) -> Iterator[tuple[object, Mapping[str, Any], str]]:
-    """Where the methods of a class find what they call by name: whose names, the names, the name.
+class _Search:
+    """Finds what the methods of some classes look up by name, once they are called.
 
-    The functions of diffusers that they call, and those that these call, are looked into as well.
+    A method is called where its name is looked up by another one, of any of the classes.
     """
-    functions: list[Any] = []
-    for base in kind.__mro__:
-        own = vars(base)
-        # Also where they are not there yet.
-        yield from ((base, own, name) for name in _CALLS)
-        if base in (object, torch.nn.Module):
-            continue
-        for name, method in own.items():
-            function = inspect.unwrap(getattr(method, "fget", None) or getattr(method, "__func__", method))
-            if hasattr(function, "__code__"):
-                yield base, own, name
-                functions.append(function)
-    for function in functions:  # it grows on the way
-        called = _names_in(function.__code__)
-        places = [function.__globals__]
-        places += [vars(torch.nn.functional)] if {"F", "functional"} & called else []
-        places += [vars(torch)] if "torch" in called else []
-        for names in places:
-            for name in called & names.keys():
-                yield names, names, name
-                value = names[name]
-                if name == _ATTENTION_DISPATCHER:  # its backends are found in a table; ours calls torch's attention
-                    attention = vars(torch.nn.functional)
-                    yield attention, attention, "scaled_dot_product_attention"
-                is_diffusers = str(getattr(value, "__module__", "")).partition(".")[0] == "diffusers"
-                if is_diffusers and hasattr(value, "__code__") and value not in functions:
-                    functions += {value, inspect.unwrap(value)}
+
+    def __init__(self, kinds: set[type]) -> None:
+        self._bases = {kind: [base for base in kind.__mro__[:-1] if base is not torch.nn.Module] for kind in kinds}
+        self._names = {base: vars(base) for bases in self._bases.values() for base in bases}
+        self._by_function: dict[int, tuple[list[_Lookup], list[FunctionType]]] = {}
+        methods: dict[str, list[FunctionType]] = {}
+        for own in self._names.values():
+            for name, value in own.items():
+                methods.setdefault(name, []).extend(_functions_in(value))
+        self._called = {*_CALLS, *_IMPLICIT}
+        functions = [function for name in self._called for function in methods.get(name, ())]
+        known = set(map(id, functions))
+        for function in functions:  # it grows on the way
+            more = _names_in(function.__code__) - self._called
+            self._called |= more
+            found = [x for name in more for x in methods.get(name, ())] + self._looked_up_in(function)[1]
+            functions += {id(x): x for x in found if id(x) not in known}.values()
+            known.update(map(id, found))
+
+    def lookups(self) -> Iterator[tuple[type, Mapping[str, Any], str]]:
+        """Each class, the names of a module or class that its methods look into, and one that they look up there."""
+        for kind, bases in self._bases.items():
+            # Also where they are not there yet: somebody may give a class what it inherits.
+            called = self._called.intersection(*[{name for base in bases for name in self._names[base]}]).union(_CALLS)
+            own = [(self._names[base], name) for base in bases for name in called]
+            yield from ((kind, names, name) for names, name in own)
+            yield from ((kind, _OF_MODULES, name) for name in _CALLS)
+            for function in self._closure(x for names, name in own for x in _functions_in(names.get(name))):
+                yield from ((kind, names, name) for names, name in self._looked_up_in(function)[0])
+
+    def _closure(self, functions: Iterable[FunctionType]) -> list[FunctionType]:
+        """Functions, and those of libraries that they call, and so on."""
+        found = {id(function): function for function in functions}
+        every = list(found.values())
+        for function in every:  # it grows on the way
+            for called in self._looked_up_in(function)[1]:
+                if id(called) not in found:
+                    found[id(called)] = called
+                    every.append(called)
+        return every
+
+    def _looked_up_in(self, function: FunctionType) -> tuple[list[_Lookup], list[FunctionType]]:
+        """What the code of one function looks up, and the functions of libraries among that."""
+        known = self._by_function.get(id(function))
+        if known is None:
+            lookups = list(_looked_up_in(function))
+            called = [x for names, name in lookups for x in _functions_in(names.get(name)) if _is_librarys(x)]
+            known = self._by_function[id(function)] = lookups, called
+        return known
 
 
-def _names_in(code: CodeType) -> set[str]:
-    """The names that code looks up, and those that the functions look up which are defined in it."""
+def _is_librarys(function: FunctionType) -> bool:
+    """Whether what a function calls may be replaced too. Torch's own calls what is written in C."""
+    return str(function.__module__).partition(".")[0] in KNOWN_PACKAGES - {"torch"}
+
+
+def _looked_up_in(function: FunctionType) -> Iterator[_Lookup]:
+    """What the code of one function looks up by name: in its module, in modules that it names, and of tensors."""
+    called, scopes = _names_in(function.__code__), [function.__globals__]
+    scopes += [vars(module) for module in _modules_imported_in(function.__code__, function.__globals__)]
+    known = set(map(id, scopes))
+    for names in scopes:  # it grows on the way
+        for name in called & names.keys():
+            yield names, name
+            value = names[name]
+            if isinstance(value, ModuleType) and _is_watched(value) and id(vars(value)) not in known:
+                known.add(id(vars(value)))
+                scopes.append(vars(value))
+    for name in called & _TENSOR_METHODS | _OPERATORS:
+        yield _OF_TENSORS, name
+    if _ATTENTION_DISPATCHER in called:  # its backends are found in a table; ours calls torch's attention
+        yield vars(torch.nn.functional), "scaled_dot_product_attention"
+
+
+def _is_watched(module: ModuleType) -> bool:
+    """Whether people may replace functions of a module that decide what others compute."""
+    package = module.__name__.partition(".")[0]
+    return package in KNOWN_PACKAGES or package in ("math", "numpy", "einops")
+
+
+@functools.cache
+def _names_in(code: CodeType) -> frozenset[str]:
+    """The names that code looks up, also by ``getattr``, and those of functions that are defined in it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return {*code.co_names}.union(*map(_names_in, inner))
+    texts = (constant for constant in code.co_consts if isinstance(constant, str) and constant.isidentifier())
+    return frozenset(code.co_names).union(texts, *map(_names_in, inner))
+
+
+def _modules_imported_in(code: CodeType, names: Mapping[str, Any]) -> Iterator[ModuleType]:
+    """The modules that a function imports when it is called."""
+    package = str(names.get("__package__") or "")
+    for level, name in _imports_in(code):
+        path = importlib.util.resolve_name("." * level + name, package) if level else name
+        module = sys.modules.get(path)
+        if isinstance(module, ModuleType) and _is_watched(module):
+            yield module
+
+
+@functools.cache
+def _imports_in(code: CodeType) -> tuple[tuple[int, str], ...]:
+    """How many packages up, and the name, of each import in code and in the functions that are defined in it."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    found = [one for function in inner for one in _imports_in(function)]
+    if dis.opmap["IMPORT_NAME"] in code.co_code[::2]:
+        instructions = list(dis.get_instructions(code))
+        for place, instruction in enumerate(instructions):
+            if instruction.opname == "IMPORT_NAME":  # the level and the names to import were loaded before
+                found.append((int(instructions[place - 2].argval or 0), str(instruction.argval)))
+    return tuple(found)
 
 
 def has_foreign_hooks(module: torch.nn.Module, *, known: tuple[str, ...] = ()) -> bool:

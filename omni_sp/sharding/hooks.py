@@ -30,6 +30,7 @@ from omni_sp.sharding.forward_context import OnShard, ShardedForward, current_fo
 from omni_sp.sharding.models import TOKENWISE, plan_for
 from omni_sp.sharding.plan import Plan, Split, matches
 from omni_sp.sharding.replay import BlockPlayer, TapeStore, block_lists
+from omni_sp.sharding.replay.state import attribute_owners
 from omni_sp.sharding.tracked import TokenTensor, even_placement, local_shard
 from omni_sp.sharding.weights import WeightShards
 
@@ -110,8 +111,7 @@ class ModuleHooks:
         if self._tapes is not None:
             self._tapes.clear()
         self._foreign_hooks = self._find_foreign_hooks()
-        owners = [*self._model.modules(), *(_processor(module) for module in self._model.modules())]
-        self._watch = FunctionWatch(type(owner) for owner in owners if owner is not None)
+        self._watch = FunctionWatch(map(type, attribute_owners(list(self._model.modules()))))
         self.foreign = tuple(
             path or _ROOT
             for path, module in self._model.named_modules()

@@ -275,7 +275,7 @@ def _version(weight: torch.Tensor) -> object:
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
-    numbers = torch.view_as_real(weight) if weight.is_complex() else weight
+    numbers = torch.view_as_real(weight.resolve_conj()) if weight.is_complex() else weight
     flat = numbers.reshape(-1) if numbers.is_contiguous() else numbers.flatten()
     return flat[:: max(1, flat.numel() // _SAMPLES)].double()
 
@@ -308,7 +308,7 @@ def _are_alike(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bo
 
 def _projections(tensor: torch.Tensor) -> torch.Tensor:
     """Random projections of a tensor and its norm as 64-bit words; of integers, sums with random factors."""
-    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    numbers = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     rows = numbers.reshape(-1, numbers.shape[-1]) if numbers.ndim else numbers.reshape(1, 1)
     if not numbers.is_floating_point():
         across, along = (_factors(size, level).to(tensor.device) for level, size in enumerate(rows.shape))

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -194,6 +195,14 @@ def two_loras(model: Any) -> None:
     model.set_adapters("one")
 
 
+def hotswapped(model: Any) -> None:
+    """Other numbers in the place of an adapter's."""
+    from peft import get_peft_model_state_dict
+
+    state = {name: -1.5 * x for name, x in get_peft_model_state_dict(model, adapter_name="style").items()}
+    model.load_lora_adapter(state, adapter_name="style", prefix=None, hotswap=True)
+
+
 def replaced_weight(model: Any) -> None:
     layer = blocks_of(model)[0].get_submodule("attn.to_q")
     layer.weight = nn.Parameter(layer.weight.flip(0).clone(), requires_grad=False)
@@ -309,6 +318,7 @@ CHANGES: list[tuple[Callable[[Any], None], Callable[[Any], None]]] = [
     (add_lora, more_lora),
     (add_lora, lambda model: model.disable_lora()),
     (add_lora, lambda model: model.unload_lora()),
+    (add_lora, hotswapped),
     (lambda model: None, add_lora),
     (two_loras, lambda model: model.set_adapters("two")),
     (two_loras, lambda model: model.set_adapters(["one", "two"])),
@@ -372,8 +382,57 @@ def test_a_change_is_seen_at_the_next_call(ranks: RankPool, number: int, layout:
         assert error <= 1e-5
 
 
+def scaled_per_call(mesh: ParallelMesh) -> tuple[list[float], float, BlockCounts]:
+    """Errors of forwards that each give the scale of a LoRA, what the scale changes, and how blocks ran."""
+    model, scales = randomise(ENTRIES[QWEN].build()), (1.0, 1.0, 0.4, 1.0, 0.4)
+    add_lora(model)
+    calls = [{**ENTRIES[QWEN].inputs(), "attention_kwargs": {"scale": scale}} for scale in scales]
+    with torch.no_grad():
+        wanted = by_one_rank(mesh, lambda: [first_tensor(model(**call)) for call in calls])
+        handle = parallelize(model, mesh)
+        found = [first_tensor(model(**call)) for call in calls]
+        counts = handle.blocks
+        handle.remove()
+    errors = [relative_error(one, other) for one, other in zip(found, wanted, strict=True)]
+    return errors, relative_error(wanted[1], wanted[2]), counts
+
+
+def test_the_scale_of_a_lora_is_each_call_s(ranks: RankPool) -> None:
+    for errors, effect, counts in ranks.run(scaled_per_call, ulysses=2):
+        assert counts.replayed
+        assert effect > 1e-3
+        assert max(errors) <= 1e-5
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most bytes that the tensors of a call take at once, beyond those that were there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    changes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(changes))
+
+
+def memory_of_first_forwards(mesh: ParallelMesh) -> tuple[int, int]:
+    """The most bytes of a forward that follows its blocks, and of one that records them."""
+    peaks = []
+    with torch.no_grad():
+        for replay in (False, True):
+            model = randomise(ENTRIES[QWEN].build())
+            handle = parallelize(model, mesh, replay=replay)
+            peaks.append(peak_bytes(lambda: model(**ENTRIES[QWEN].inputs())))  # noqa: B023
+            assert bool(handle.blocks.recorded) == replay
+            handle.remove()
+    return peaks[0], peaks[1]
+
+
+def test_recording_keeps_nothing_alive(ranks: RankPool) -> None:
+    for followed, recorded in ranks.run(memory_of_first_forwards, ulysses=2):
+        assert 0 < recorded <= 1.1 * followed
+
+
 def under_autocast(mesh: ParallelMesh, entry_id: str) -> tuple[float, float, bool]:
     """Errors to float32 of one process and of several ranks, both in bfloat16 by autocast; whether dtypes agree."""
+    warnings.simplefilter("ignore")
     entry = ENTRIES[entry_id]
     reference, model = randomise(entry.build()), randomise(entry.build())
     with torch.no_grad():

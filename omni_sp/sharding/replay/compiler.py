@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import fx
 
-from omni_sp.sharding.replay.recorder import Operation
+from omni_sp.sharding.replay.operators import Operation
 
 _OPERATIONS: WeakValueDictionary[int, Operation] = WeakValueDictionary()
 _NUMBERS = count()

@@ -1,12 +1,16 @@
-"""What a recording asks of the operators that it sees."""
+"""What a recording asks of the operators that it sees, and the operations of ours that it takes down."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from omni_sp.sharding.tracked.nesting import tensors_in
 
 aten = torch.ops.aten
 
@@ -58,3 +62,39 @@ def traits_of(func: Any) -> Traits:
         is_random=torch.Tag.nondeterministic_seeded in tags,
         written=tuple((index, x.name) for index, x in enumerate(schema.arguments) if x.is_write),
     )
+
+
+class Operation:
+    """A function with its plain arguments, to be called with its tensors alone.
+
+    Attributes:
+        shape: of the tensor that it gives.
+        dtype: of the tensor that it gives.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        self.shape, self.dtype = tuple(result.shape), result.dtype
+        flat, spec = tree_flatten((args, kwargs))
+        # Where all its tensors are arguments by themselves, a call need not put them among nested ones.
+        are_arguments = len(tensors_in(flat)) == sum(isinstance(x, torch.Tensor) for x in args)
+        self._kwargs = kwargs if are_arguments else None
+        flat = list(args) if are_arguments else flat
+        self._places = [place for place, x in enumerate(flat) if isinstance(x, torch.Tensor)]
+        self._rest = [None if isinstance(x, torch.Tensor) else x for x in flat]
+        self._function, self._spec = function, spec
+        name = getattr(getattr(function, "func", function), "__name__", "operation").strip("_")
+        # torch names a graph's nodes by these.
+        self.__name__ = self.__qualname__ = f"{name}_{id(self)}"
+        self.__module__ = __name__
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        """Call the function with these tensors in its tensors' places."""
+        flat = list(self._rest)
+        for place, x in zip(self._places, tensors, strict=True):
+            flat[place] = x
+        if self._kwargs is not None:
+            return self._function(*flat, **self._kwargs)
+        args, kwargs = tree_unflatten(flat, self._spec)
+        return self._function(*args, **kwargs)

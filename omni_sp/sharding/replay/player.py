@@ -58,7 +58,7 @@ class BlockPlayer:
         if isinstance(tapes, str):
             return self._follow(tapes, args, kwargs)
         for place, tape in enumerate(tapes):
-            if tape.accepts(arguments):
+            if tape.accepts(arguments, forward):
                 # The next block of this kind gets the same arguments, and asks this tape first.
                 tapes.insert(0, tapes.pop(place))
                 self._store.counts.replayed += 1
@@ -95,6 +95,8 @@ class BlockPlayer:
         if not state.is_current():
             recorder.refuse("changes its own attributes")
         try:
+            if key[2:4] != (describe(args, []), describe(kwargs, [])):
+                recorder.refuse("changes a list or a dict among its arguments")
             if recorder.refusal is not None:
                 raise ValueError(recorder.refusal)
             self._store.add(key, Tape(recorder, arguments, output))

@@ -21,6 +21,7 @@ _BINDINGS = {
     "view": torch.Tensor.view,
     "view_as": torch.Tensor.view_as,
     "expand": torch.Tensor.expand,
+    "contiguous": torch.Tensor.contiguous,
     "linear": torch._C._nn.linear,
     "gelu": torch._C._nn.gelu,
     "silu": torch._C._nn.silu,
@@ -78,7 +79,7 @@ class _Writer:
             return f"{self.write(of)}[{self.write(index)}]"
         arguments = [self.write(x) for x in node.args]
         arguments += [f"{name}={self.write(x)}" for name, x in node.kwargs.items()]
-        return f"{self._value(node.target)}({', '.join(arguments)})"
+        return f"{self._value(_callable(node.target))}({', '.join(arguments)})"
 
     def write(self, value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -105,3 +106,8 @@ def _binding_of(target: Any) -> Any:
     if packet is None or not str(packet).startswith("aten."):
         return target
     return _BINDINGS.get(packet.__name__, target)
+
+
+def _callable(target: Any) -> Any:
+    """What to call for a node; an overload is a Python object around a function that is written in C."""
+    return target._op if isinstance(target, torch._ops.OpOverload) else target

@@ -12,19 +12,24 @@ the arguments, the weights and the recording itself makes the block unfit for a 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+import random
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from omni_sp.sharding.replay.operators import Traits, traits_of
+from omni_sp.sharding.replay.operators import Operation, Traits, traits_of
+from omni_sp.sharding.replay.simplify import Memory
+from omni_sp.sharding.torch_functions import torchs_own
 from omni_sp.sharding.tracked import TokenTensor
 from omni_sp.sharding.tracked.nesting import map_nested, tensors_in
 from omni_sp.sharding.tracked.recording import activate_recording, is_constant
@@ -36,7 +41,7 @@ T = TypeVar("T")
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor})
 """Of other kinds of tensors an operator may do more than compute. Fake ones have shapes and no numbers."""
 # On the CPU these never reach the dispatcher.
-_UNSEEN_READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__})
+_UNSEEN_READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__})
 _PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _WEIGHT, _RANDOM = -1, -2
 _NO_SOURCE: frozenset[int] = frozenset()
@@ -56,6 +61,8 @@ class Recorder(TorchDispatchMode):
         guards: index of an argument -> the content that the program read numbers of.
         refusal: why there can be no replay; None while there can.
         waits: why the host waits for the device in every replay; empty where it does not.
+        memory: for each node that gives a tensor where that lies.
+        written: the memory that is written to.
     """
 
     def __init__(
@@ -67,6 +74,10 @@ class Recorder(TorchDispatchMode):
         self.guards: dict[int, torch.Tensor] = {}
         self.refusal: str | None = None
         self.waits = ""
+        self.memory: dict[fx.Node, Memory] = {}
+        self.written: set[int] = set()
+        self._storages: list[StorageWeakRef] = []
+        self._views: dict[Hashable, fx.Node] = {}
         self._arguments, self._is_sharded, self._weights = arguments, is_sharded, weights
         self._versions = [_version(x) for x in (*arguments, *weights)]
         # Nothing is kept alive that following would have freed.
@@ -93,7 +104,11 @@ class Recorder(TorchDispatchMode):
             stack.enter_context(torch._C._AutoDispatchBelowAutograd())
             stack.enter_context(self._reads_unseen)
             stack.enter_context(self)
+            drawn = _drawn()
             result = function()
+        # To fake tensors there are no numbers, and torch draws some of Python's when it makes them.
+        if _drawn() != drawn and not any(isinstance(x, FakeTensor) for x in self._arguments):
+            self.refuse("draws random numbers that are not torch's")
         if [_version(x) for x in (*self._arguments, *self._weights)] != self._versions:
             self.refuse("writes to an argument or a weight")
         return result
@@ -134,9 +149,9 @@ class Recorder(TorchDispatchMode):
 
     def read(self, tensor: torch.Tensor) -> None:
         """Note that the program looked at a tensor's numbers."""
-        if self._inside or self.refusal is not None:
+        if self._inside or self.refusal is not None or tensor.is_meta:
             return
-        node = self._nodes.get(tensor)
+        node = self.node_of(tensor)
         for source in self._sources.get(node, _NO_SOURCE) if node is not None else _NO_SOURCE:
             if source < 0:
                 self.refuse("decides by the numbers of a weight" if source == _WEIGHT else "decides by random numbers")
@@ -192,19 +207,34 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         if any(x.is_meta for x in (*tensors, *made)):
             return  # arithmetic with shapes
+        if func is aten.detach_.default:
+            return  # without gradients there is nothing to detach from
+        if func is aten.as_strided.default and (len(args) > 3 or kwargs) and self._is_of_input(args[0]):
+            self.refuse("takes a fixed place in the memory of an argument or a weight")
         if any(type(x) not in PLAIN_TENSORS for x in tensors):
             self.refuse(f"uses a {next(type(x).__name__ for x in tensors if type(x) not in PLAIN_TENSORS)}")
         elif traits.is_lift and args[0] not in self._nodes:
             # Made of plain numbers. A replay works on a copy, since the program may write to it.
             constant = self._add_constant(args[0].detach().clone())
-            self._nodes[args[0]] = self._nodes[result] = self.graph.call_function(aten.clone.default, (constant,))
-        elif not any(result is x for x in tensors) or traits.is_mutable:  # else it did nothing, as dropout here
+            copied = self.graph.call_function(aten.clone.default, (constant,))
+            self._nodes[args[0]] = self._nodes[result] = copied
+            self._note_memory(copied, result)
+        elif any(result is x for x in tensors) and not traits.is_mutable:
+            return  # it did nothing, as dropout here
+        elif not traits.is_mutable and isinstance(result, torch.Tensor) and self._same_view(result) is not None:
+            self._nodes[result] = self._same_view(result)
+        else:
             self._add_call(func, args, kwargs, result)
+
+    def _is_of_input(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor shares memory with an argument or a weight."""
+        return memory_of(tensor) in map(memory_of, (*self._arguments, *self._weights))
 
     def _add_input(self, name: str, tensor: torch.Tensor, sources: frozenset[int]) -> fx.Node:
         with self.graph.inserting_after(self._last_input):
             self._last_input = self.graph.placeholder(name)
         self._sources[self._last_input] = sources
+        self._note_memory(self._last_input, tensor)
         if tensor not in self._nodes:
             self._nodes[tensor] = self._last_input
         return self._last_input
@@ -236,17 +266,30 @@ class Recorder(TorchDispatchMode):
         self._bind(self.graph.call_function(function, mapped, options), result, sources)
         for index, name in traits.written:
             for x in tensors_in((args[index] if index < len(args) else kwargs.get(name),)):
+                self.written.add(memory_of(x))
                 self._spread(x, sources)
 
     def _bind(self, node: fx.Node, result: Any, sources: frozenset[int]) -> None:
         self._sources[node] = sources
         if isinstance(result, torch.Tensor):
+            self._note_memory(node, result)
             if result not in self._nodes:  # else an operator gave back one of its arguments
                 self._nodes[result] = node
         elif isinstance(result, (list, tuple)):
             for index, part in enumerate(result):
                 if isinstance(part, (torch.Tensor, list, tuple)):
                     self._bind(self.graph.call_function(operator.getitem, (node, index)), part, sources)
+
+    def _same_view(self, tensor: torch.Tensor) -> fx.Node | None:
+        """A node that gives the same view of the same memory, such as that of a tensor which was transposed twice."""
+        return self._views.get(_view_of(tensor)) if tensor.layout is torch.strided else None
+
+    def _note_memory(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        """Note where a node's tensor lies. While this recorder is there, no other memory gets that identity."""
+        if tensor.layout is torch.strided:
+            self._storages.append(StorageWeakRef(tensor.untyped_storage()))
+            self.memory[node] = Memory(memory_of(tensor), tensor.nbytes)
+            self._views.setdefault(_view_of(tensor), node)
 
     def _spread(self, written: torch.Tensor, sources: frozenset[int]) -> None:
         """What was written to, and all that shares its memory, depends on what was written."""
@@ -282,42 +325,6 @@ def _plain_computation() -> Iterator[None]:
         yield
 
 
-class Operation:
-    """A function with its plain arguments, to be called with its tensors alone.
-
-    Attributes:
-        shape: of the tensor that it gives.
-        dtype: of the tensor that it gives.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        self.shape, self.dtype = tuple(result.shape), result.dtype
-        flat, spec = tree_flatten((args, kwargs))
-        # Where all its tensors are arguments by themselves, a call need not put them among nested ones.
-        are_arguments = len(tensors_in(flat)) == sum(isinstance(x, torch.Tensor) for x in args)
-        self._kwargs = kwargs if are_arguments else None
-        flat = list(args) if are_arguments else flat
-        self._places = [place for place, x in enumerate(flat) if isinstance(x, torch.Tensor)]
-        self._rest = [None if isinstance(x, torch.Tensor) else x for x in flat]
-        self._function, self._spec = function, spec
-        name = getattr(getattr(function, "func", function), "__name__", "operation").strip("_")
-        # torch names a graph's nodes by these.
-        self.__name__ = self.__qualname__ = f"{name}_{id(self)}"
-        self.__module__ = __name__
-
-    def __call__(self, *tensors: torch.Tensor) -> Any:
-        """Call the function with these tensors in its tensors' places."""
-        flat = list(self._rest)
-        for place, x in zip(self._places, tensors, strict=True):
-            flat[place] = x
-        if self._kwargs is not None:
-            return self._function(*flat, **self._kwargs)
-        args, kwargs = tree_unflatten(flat, self._spec)
-        return self._function(*args, **kwargs)
-
-
 class _UnseenReads(TorchFunctionMode):
     """Watches for functions that read numbers without an operator."""
 
@@ -328,6 +335,7 @@ class _UnseenReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        func = torchs_own(func)
         if func in _UNSEEN_READS and not isinstance(args[0], (TokenTensor, GatheredView)):
             self._recorder.read(args[0])
         return func(*args, **(kwargs or {}))
@@ -343,6 +351,12 @@ def is_impure(node: fx.Node) -> bool:
     return node.target is not operator.getitem
 
 
+def _view_of(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors that are the same view of the same memory, whatever is written there."""
+    flags = type(tensor), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return memory_of(tensor), tensor.shape, tensor.stride(), tensor.storage_offset(), flags
+
+
 def _has_mask(indices: Sequence[Any]) -> bool:
     return any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
@@ -354,6 +368,11 @@ def _crosses(traits: Traits, tensors: Sequence[torch.Tensor], made: Sequence[tor
         return False
     moved = [x for x in involved if traits.is_copy or x.ndim or x.device.type != "cpu"]
     return len({x.device.type for x in moved} - {"meta"}) > 1
+
+
+def _drawn() -> tuple[Any, bytes]:
+    """The state of Python's and numpy's random numbers, which a replay would not draw."""
+    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -13,9 +18,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from omni_sp.sharding.diffusers_internals import active_attention_backend
 from omni_sp.sharding.foreign_code import has_global_hooks
 from omni_sp.sharding.replay.tape import signature_of
+from omni_sp.sharding.tracked import TokenTensor
 from omni_sp.sharding.weight_parts import leaves_of
 
-_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
+_TYPE = operator.attrgetter("dtype", "shape")
+_FUNCTIONS = (FunctionType, MethodType, partial)
 
 
 class ModuleState:
@@ -33,11 +41,16 @@ class ModuleState:
         # Whoever moves a quantised weight gives it other tensors, and it stays the same weight.
         self._made_of = [(x, tuple(leaves_of(x))) for x in held if hasattr(x, "__tensor_flatten__")]
         self._module = module
-        self._types = [(x.dtype, x.shape) for x in self.weights]
+        self._types = list(map(_TYPE, self.weights))
         self._dicts = [vars(owner) for owner in attribute_owners(modules)]
         self._copies = [_copied(owned) for owned in self._dicts]
-        self._held = [x for part in modules for x in (part._parameters, part._buffers)]
-        self._tensors = [tuple(held.values()) for held in self._held]
+        found = {id(x): x for owned in self._dicts for x in _values_in(owned)}
+        self._contents = [(x, content) for x in found.values() if (content := _content_of(x)) is not None]
+        # Tensors of one element are compared by their numbers, and another one may hold the same.
+        dicts = (x for part in modules for x in (part._parameters, part._buffers))
+        self._single = [
+            (x, name, one) for x in dicts for name, one in x.items() if one is not None and one.shape.numel() < 2
+        ]
 
     def description(self) -> Any:
         """A hashable value that is equal for modules that do the same, but for their weights' numbers."""
@@ -47,18 +60,14 @@ class ModuleState:
         """True while nothing was replaced: not a module, an attribute, a hook, or a weight."""
         try:
             # Containers in containers are compared in depth, since their copies are no longer the same objects.
-            if self._dicts != self._copies:
+            if self._dicts != self._copies or any(_content_of(x) != content for x, content in self._contents):
                 return False
         except (RuntimeError, ValueError, TypeError):  # tensors and arrays that are compared by their numbers
             return False
         return (
-            all(
-                now is before
-                for held, tensors in zip(self._held, self._tensors, strict=True)
-                for now, before in zip(held.values(), tensors, strict=False)
-            )
+            list(map(_TYPE, self.weights)) == self._types
+            and all(held[name] is tensor for held, name, tensor in self._single)
             and all(all(map(operator.is_, leaves_of(x), leaves)) for x, leaves in self._made_of)
-            and [(x.dtype, x.shape) for x in self.weights] == self._types
         )
 
 
@@ -67,19 +76,55 @@ def attribute_owners(modules: Sequence[torch.nn.Module]) -> list[Any]:
     owners: list[Any] = list(modules)
     known = set(map(id, owners))
     for owner in owners:  # it grows on the way
-        found = [x for x in vars(owner).values() if _has_attributes(x) and id(x) not in known]
-        known.update(map(id, found))
-        owners += found
+        # What hooks of libraries hold in containers is of their own.
+        is_hook = type(owner).__module__.startswith(("diffusers.hooks.", "accelerate."))
+        for x in vars(owner).values() if is_hook else _values_in(vars(owner)):
+            if id(x) not in known and _has_attributes(x):
+                known.add(id(x))
+                owners.append(x)
     return owners
 
 
-def _copied(value: Any) -> Any:
+def _values_in(value: Any, inside: tuple[int, ...] = ()) -> Iterator[Any]:
+    """A value, or what is in it where it is a container."""
+    if isinstance(value, (dict, list, tuple, set)):
+        for x in () if id(value) in inside else value.values() if isinstance(value, dict) else value:
+            yield from _values_in(x, (*inside, id(value)))
+    else:
+        yield value
+
+
+def _copied(value: Any, inside: tuple[int, ...] = ()) -> Any:
     """A container, and the containers in it, to be compared with later."""
+    if id(value) in inside:
+        return value
     if isinstance(value, dict):
-        return {name: _copied(x) for name, x in value.items()}
+        return {name: _copied(x, (*inside, id(value))) for name, x in value.items()}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
+        return type(value)(_copied(x, (*inside, id(value))) for x in value)
     return set(value) if isinstance(value, set) else value
+
+
+def _content_of(value: Any) -> Any:
+    """What is in an object whose content may change although it stays the same object; None for any other."""
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype.str, value.tobytes()
+    if isinstance(value, (deque, bytearray, array)):
+        return tuple(value)
+    if isinstance(value, partial):
+        return value.func, value.args, tuple(value.keywords.items())
+    slots = _slots_of(type(value))  # type: ignore[arg-type]
+    return tuple([(name, getattr(value, name)) for name in slots if hasattr(value, name)]) if slots else None
+
+
+@lru_cache(maxsize=1024)
+def _slots_of(kind: type) -> tuple[str, ...]:
+    """The names of attributes that an object of a class has outside of a ``__dict__``."""
+    if kind.__module__.partition(".")[0] == "torch":
+        return ()
+    slots = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    names = (name for one in slots for name in ([one] if isinstance(one, str) else one))
+    return tuple(name for name in names if not name.startswith("__"))
 
 
 def _describe_module(path: str, module: torch.nn.Module) -> Any:
@@ -124,8 +169,9 @@ def _plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
         return tuple(_plain(x, inside) for x in value)
     if isinstance(value, dict):
         return tuple((str(name), _plain(x, inside)) for name, x in value.items())
-    if _has_attributes(value):
-        return type(value), _plain(vars(value), inside)
+    content = _content_of(value)
+    if content is not None or _has_attributes(value):
+        return type(value), _plain(content, inside), _plain(getattr(value, "__dict__", None), inside)
     return _Identity(value)
 
 
@@ -144,11 +190,10 @@ class _Identity:
 
 def _has_attributes(value: Any) -> bool:
     """Whether an attribute of a module is an object whose own attributes count."""
-    if isinstance(value, (type, torch.nn.Module, torch.Tensor)) or not hasattr(value, "__dict__"):
+    if isinstance(value, (type, torch.nn.Module, torch.Tensor, *_FUNCTIONS)) or not hasattr(value, "__dict__"):
         return False
-    if type(value).__module__.startswith("omni_sp."):  # our handle
-        return False
-    return not callable(value) or "Processor" in type(value).__name__
+    package = type(value).__module__.partition(".")[0]
+    return package != "omni_sp" and not (package == "torch" and callable(value))  # our handle; torch's operators
 
 
 def modes() -> tuple[Any, ...]:
@@ -165,7 +210,8 @@ def modes() -> tuple[Any, ...]:
     # Fake tensors are computed like others.
     if torch._C._len_torch_function_stack() or not all(isinstance(mode, FakeTensorMode) for mode in watchers):
         raise ValueError("a mode of torch is active")
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), active_attention_backend()
+    grad_modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return *grad_modes, torch.get_default_dtype(), active_attention_backend()
 
 
 def describe(value: Any, arguments: list[torch.Tensor]) -> Any:
@@ -187,6 +233,6 @@ def describe(value: Any, arguments: list[torch.Tensor]) -> Any:
 
 
 def aliases(arguments: Sequence[torch.Tensor]) -> tuple[int, ...] | None:
-    """Which arguments are one tensor; None where all are different ones."""
-    ids = [id(x) for x in arguments]
+    """Which arguments are one tensor, or sharded ones of one shard; None where all are different ones."""
+    ids = [id(x._local) if type(x) is TokenTensor else id(x) for x in arguments]
     return None if len({*ids}) == len(ids) else tuple(map(ids.index, ids))

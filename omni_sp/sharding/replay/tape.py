@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from omni_sp.sharding.replay.compiler import compiled
 from omni_sp.sharding.replay.program import as_function
 from omni_sp.sharding.replay.recorder import PLAIN_TENSORS, Recorder, is_impure
+from omni_sp.sharding.replay.simplify import GraphSimplifier
 from omni_sp.sharding.tracked import TokenTensor
 from omni_sp.sharding.tracked.tensor import GatheredView
 
@@ -30,17 +31,21 @@ class Guard:
 
     content: torch.Tensor
     _seen: Callable[[], torch.Tensor | None] = field(default=lambda: None)
+    _seen_in: Callable[[], object] = field(default=lambda: None)
     _version: int = -1
 
-    def holds(self, argument: torch.Tensor) -> bool:
-        """Whether an argument has this content. The same tensor, unchanged, is not looked at again."""
+    def holds(self, argument: torch.Tensor, forward: object) -> bool:
+        """Whether an argument has this content. The same tensor, unchanged, is looked at once a forward.
+
+        Between forwards somebody may write to it in ways that no version counts, as by its ``data`` or by numpy.
+        """
         counts = not argument.is_inference()
-        if counts and self._seen() is argument and self._version == argument._version:
+        if counts and self._seen() is argument and self._seen_in() is forward and self._version == argument._version:
             return True
         if not torch.equal(argument, self.content):
             return False
         if counts:
-            self._seen, self._version = weakref.ref(argument), argument._version
+            self._seen, self._seen_in, self._version = weakref.ref(argument), weakref.ref(forward), argument._version
         return True
 
 
@@ -77,12 +82,13 @@ class Tape:
         if recorder.refusal is not None:
             raise ValueError(recorder.refusal)
         recorder.graph.output(tuple(nodes))
+        apart = recorder.written.union(recorder.memory[node].identity for node in nodes if node in recorder.memory)
+        self._constants = GraphSimplifier(recorder.graph, recorder.constants, recorder.memory, apart).run()
         recorder.graph.eliminate_dead_code(is_impure)
         self.graph = recorder.graph
         self.guards = {index: Guard(content) for index, content in recorder.guards.items()}
         self.waits = recorder.waits or ("decides by the numbers of an argument" if self.guards else "")
         self.replays = 0
-        self._constants = recorder.constants
         self._function = as_function(recorder.graph)
         self.is_compiled = False
 
@@ -90,9 +96,9 @@ class Tape:
         """Let torch.compile make a program of the graph, at the next replay."""
         self._function, self.is_compiled = compiled(self.graph, options), True
 
-    def accepts(self, arguments: Sequence[torch.Tensor]) -> bool:
-        """Whether the arguments that the program decided by hold what they held."""
-        return all(guard.holds(arguments[index]) for index, guard in self.guards.items())
+    def accepts(self, arguments: Sequence[torch.Tensor], forward: object) -> bool:
+        """Whether the arguments that the program decided by hold what they held, in a forward."""
+        return not self.guards or all(guard.holds(arguments[index], forward) for index, guard in self.guards.items())
 
     def replay(self, arguments: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> Any:
         """What the block returns for these arguments, by the operations that were recorded."""
@@ -116,7 +122,7 @@ def signature_of(value: torch.Tensor) -> Signature:
     if kind in PLAIN_TENSORS:
         if value.requires_grad and torch.is_grad_enabled():
             raise ValueError("an argument requires gradients")
-        return (value.shape, value.stride(), value.dtype, value.device)
+        return (value.shape, value.stride(), value.dtype, value.device, value.is_conj(), value.is_neg())
     if not isinstance(value, TokenTensor):
         raise ValueError(f"an argument is a {kind.__name__}")
     if value._writes_seen is not None and value._writes_seen != value.writes[0]:
@@ -136,6 +142,8 @@ def signature_of(value: torch.Tensor) -> Signature:
                 value.shard_dim,
                 value.placement,
                 value.is_copy,
+                local.is_conj(),
+                local.is_neg(),
             )
         value.__dict__[_SIGNATURE] = known
     return known
