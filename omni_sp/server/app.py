@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -43,14 +39,14 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
 
     During the lifespan ``state.starting`` is the task that starts the engine; its exception is why it does not start.
     """
-    is_temporary = settings.data_dir is None
-    folder = settings.data_dir or Path(tempfile.mkdtemp(prefix="omni-sp-"))
-    settings = dataclasses.replace(settings, data_dir=folder)
-    files = FileStore(folder, max_age_s=settings.file_max_age_s, max_total_bytes=settings.file_max_total_bytes)
+    files = FileStore(
+        settings.data_dir, max_age_s=settings.file_max_age_s, max_total_bytes=settings.file_max_total_bytes
+    )
     metrics, uploads = Metrics(omni), Uploads(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        files.open()
         app.state.starting = asyncio.create_task(omni.start())
         # The exception is retrieved here, or asyncio would log that nobody did.
         app.state.starting.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -61,8 +57,6 @@ def create_app(omni: AsyncOmni, settings: ServerSettings) -> FastAPI:
             app.state.starting.cancel()
             uploads.close()
             await asyncio.to_thread(files.close)
-            if is_temporary:
-                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     app = FastAPI(
         title="Omni-SP",

@@ -162,10 +162,9 @@ class BodyLimit:
             left_s = began + self._timeout_s + received / _MIN_BYTES_PER_S - time.monotonic()
             if left_s <= 0:
                 raise self._too_slow()
-            try:
-                message = await asyncio.wait_for(receive(), min(self._timeout_s, left_s))
-            except (TimeoutError, asyncio.TimeoutError) as error:  # two classes in Python 3.10
-                raise self._too_slow() from error
+            message = await _received_within(min(self._timeout_s, left_s), receive)
+            if message is None:
+                raise self._too_slow()
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 is_whole = not message.get("more_body", False)
@@ -186,9 +185,8 @@ class BodyLimit:
         """Read the rest of a body, for a moment, and no more than may be sent here."""
         until, left = time.monotonic() + _DISCARD_S, self._max_bytes
         while left > 0 and (seconds := until - time.monotonic()) > 0:
-            try:
-                message = await asyncio.wait_for(receive(), seconds)
-            except (TimeoutError, asyncio.TimeoutError):  # two classes in Python 3.10
+            message = await _received_within(seconds, receive)
+            if message is None:
                 return
             left -= len(message.get("body", b""))
             if not message.get("more_body", False):
@@ -210,6 +208,19 @@ class BodyLimit:
             code="timeout",
             headers={"Connection": "close"},
         )
+
+
+async def _received_within(seconds: float, receive: Receive) -> Message | None:
+    """The next message; None where it takes longer.
+
+    Not wait_for(): before Python 3.12 it loses a cancellation that comes together with the message.
+    """
+    receiving = asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({receiving}, timeout=seconds)
+        return receiving.result() if receiving.done() else None
+    finally:
+        receiving.cancel()
 
 
 def _route(scope: Scope) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import os
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from starlette.types import Message, Receive, Scope, Send
 
 from omni_sp.errors import ConfigError, RankFailedError
 from omni_sp.events import RequestFailed, RequestProgress, RequestQueued
+from omni_sp.server.app import create_app
 from omni_sp.server.errors import ApiError
 from omni_sp.server.metrics import Metrics
 from omni_sp.server.pictures import decode_picture, encode_picture
+from omni_sp.server.security import BodyLimit
 from omni_sp.server.settings import ServerSettings
 from tests.server.fakes import EDITS, FakeOmni
 from tests.server.serving import Served, error_of, serving, until
@@ -135,6 +139,34 @@ def test_slow_bodies_end() -> None:
         assert served.get("/health").status_code == 200
 
 
+def test_a_cancellation_that_comes_with_a_part_of_the_body_is_not_lost() -> None:
+    async def app(_scope: Scope, receive: Receive, _send: Send) -> None:
+        await receive()
+        await asyncio.sleep(20)
+
+    async def cancelled() -> bool:
+        part: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+        async def receive() -> Message:
+            return await part
+
+        async def send(_message: Message) -> None:
+            raise AssertionError("nobody answers")
+
+        limit = BodyLimit(app, max_bytes=100, timeout_s=20)
+        request = asyncio.create_task(limit({"type": "http", "headers": []}, receive, send))
+        await asyncio.sleep(0.01)
+        part.set_result({"type": "http.request", "body": b"x", "more_body": True})
+        await asyncio.sleep(0)  # whoever received it is done, and the request has not gone on yet
+        request.cancel()
+        await asyncio.wait({request}, timeout=5)
+        was_cancelled = request.cancelled()
+        request.cancel()
+        return was_cancelled
+
+    assert asyncio.run(cancelled())
+
+
 def test_request_ids(served: Served) -> None:
     assert served.get("/health", headers={"X-Request-ID": "my-1"}).headers["x-request-id"] == "my-1"
     for bad in ("x" * 200, "a b", "<script>"):
@@ -200,6 +232,12 @@ def test_a_temporary_folder_goes_with_the_server(monkeypatch: pytest.MonkeyPatch
     with serving(FakeOmni()) as served:
         assert served.post(GENERATIONS, {"prompt": "x", "response_format": "url"}).status_code == 200
         assert os.listdir(tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+def test_an_application_that_never_starts_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    create_app(FakeOmni(), ServerSettings())
     assert not os.listdir(tmp_path)
 
 

@@ -26,25 +26,41 @@ class FileStore:
     ``max_age_s``, or when all files together are larger than ``max_total_bytes``: the oldest first, the newest never;
     None is no limit. They lie in ``files/`` below the folder, and nothing else there is touched. May be used from
     several threads.
+
+    Args:
+        folder: which is opened at once, or refused; None for a temporary one, from ``open()`` to ``close()``.
     """
+
+    database: Database
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         max_age_s: float | None,
         max_total_bytes: int | None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self.database = Database(folder)
-        self._folder = folder / "files"
         self._max_age_s, self._max_total_bytes, self._now = max_age_s, max_total_bytes, now
-        try:
+        self._is_temporary = folder is None
+        if folder is not None:
+            self._open(folder)
+
+    def open(self) -> None:
+        """Make the temporary folder; nothing where a folder was given."""
+        if self._is_temporary:
+            self._open(Path(tempfile.mkdtemp(prefix="omni-sp-")))
+
+    def _open(self, folder: Path) -> None:
+        self._folder = folder / "files"
+        with contextlib.ExitStack() as stack:
+            if self._is_temporary:
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            self.database = Database(folder)
+            stack.callback(self.database.close)
             self._folder.mkdir(exist_ok=True, mode=0o700)
             self._reconcile()
-        except BaseException:
-            self.database.close()
-            raise
+            stack.pop_all()  # from here on, close() does it
 
     def put(self, data: bytes, *, suffix: str, media_type: str) -> str:
         """Keep these bytes under a name with this suffix, and return their id. On an error nothing is kept."""
@@ -109,8 +125,10 @@ class FileStore:
             yield Path(folder)
 
     def close(self) -> None:
-        """Give up the folder. Idempotent."""
+        """Give up the folder, and remove a temporary one. Idempotent."""
         self.database.close()
+        if self._is_temporary:
+            shutil.rmtree(self._folder.parent, ignore_errors=True)
 
     def _is_old(self, created_at: float) -> bool:
         return self._max_age_s is not None and created_at <= self._now() - self._max_age_s

@@ -69,12 +69,15 @@ class VideoJobs:
     ) -> None:
         self._omni, self._files, self._model, self._max_age_s = omni, files, model, max_age_s
         self._read_picture = read_picture
-        self._store = JobStore(files.database)
         self._active: dict[str, _ActiveJob] = {}
         self._chores: list[asyncio.Task[None]] = []
         # Files are written one at a time, beside the event loop, and to the end.
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="omni-sp-video")
         self._is_open = True
+
+    @property
+    def _store(self) -> JobStore:
+        return JobStore(self._files.database)  # which may be open only once the application starts
 
     # Start and end
 
