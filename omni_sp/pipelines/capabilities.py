@@ -99,8 +99,7 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
     made = _output_fields(pipe, parameters)
     makes_videos, makes_sounds = bool(made & {*quirks.VIDEO_FIELDS}), bool(made & {*quirks.SOUND_FIELDS})
     vae_channels = _config_entry(pipe, "vae", "input_channels") or _config_entry(pipe, "vae", "in_channels")
-    vae_multiple = _first_positive_int(pipe, quirks.SPATIAL_FACTORS)
-    height_multiple, width_multiple = _size_multiples(pipe, vae_multiple)
+    height_multiple, width_multiple = size_multiples(pipe)
     image = next((candidate for candidate in quirks.ARGUMENT_NAMES["image"] if candidate in parameters), None)
     is_batch = (makes_videos and quirks.SEVERAL_CONDITIONS not in parameters) or any(
         part in name for part in quirks.TAKES_ONE_IMAGE
@@ -116,7 +115,7 @@ def inspect_pipeline(pipe: Any, sampling_defaults: Mapping[str, Any] | None = No
         takes_one_image=image in quirks.SINGLE_IMAGE_ARGUMENTS and is_batch,
         image_mode="RGBA" if vae_channels == 4 else "RGB",
         sampling_rate=_sampling_rate(pipe) if makes_sounds else None,
-        vae_multiple=vae_multiple,
+        vae_multiple=_vae_multiple(pipe),
         height_multiple=height_multiple,
         width_multiple=width_multiple,
         frames_multiple=_frames_multiple(pipe, parameters),
@@ -170,14 +169,18 @@ def _first_positive_int(pipe: Any, names: tuple[str, ...]) -> int:
     return next((value for value in values if isinstance(value, int) and value > 0), 1)
 
 
-def _size_multiples(pipe: Any, vae_multiple: int) -> tuple[int, int]:
+def _vae_multiple(pipe: Any) -> int:
+    return _first_positive_int(pipe, quirks.SPATIAL_FACTORS)
+
+
+def size_multiples(pipe: Any) -> tuple[int, int]:
     """Pixels per token along height and width: what the VAE shrinks by, times the transformer's patch.
 
     The pipeline's own image processor names a multiple as well (FLUX packs 2 × 2, and calls it no patch); both hold.
     """
     patch = _transformer_config(pipe, "patch_size")
     sides = (patch, patch) if isinstance(patch, int) else tuple(patch or (1, 1))[-2:]
-    multiples = [vae_multiple * side for side in sides]
+    multiples = [_vae_multiple(pipe) * side for side in sides]
     for name in ("image_processor", "video_processor"):
         processed = _config_entry(pipe, name, "vae_scale_factor")
         if isinstance(processed, int) and processed > 0:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from omni_sp.errors import ConfigError, OmniSPError, SamplingParamsError
 from omni_sp.pipelines import quirks
-from omni_sp.pipelines.capabilities import our_name
+from omni_sp.pipelines.capabilities import our_name, size_multiples
 from omni_sp.pipelines.dropped_tokens import DroppedTokens
 from omni_sp.pipelines.finite import FiniteCheck
 from omni_sp.pipelines.parallelize import transformers_of
@@ -40,7 +42,7 @@ def run_call(
         on_latent: called with the latent after every step.
 
     Raises:
-        SamplingParamsError: the pipeline itself refused its arguments, before denoising began.
+        SamplingParamsError: the pipeline itself refused its arguments, before denoising began or in the first forward.
         ConfigError: it uses a package that is not installed.
         UnsupportedModelError: its output holds no image, video or sound.
     """
@@ -65,10 +67,11 @@ def run_call(
             output = pipe(**call)
         except OmniSPError:
             raise
-        except (ValueError, TypeError) as error:
-            if clock.denoising_began:
+        except (ValueError, TypeError, ArithmeticError, IndexError, RuntimeError) as error:
+            refusal = _refusal(pipe, call, error, clock)
+            if refusal is None:
                 raise
-            raise _refusal(type(pipe).__name__, call, error) from error
+            raise refusal from error
         except NameError as error:
             package = quirks.OPTIONAL_PACKAGES.get(error.name or "")
             if package is None:
@@ -106,8 +109,46 @@ def _placed(pipe: Any, arguments: Mapping[str, Any], device: torch.device) -> di
     }
 
 
-def _refusal(name: str, call: Mapping[str, Any], error: Exception) -> SamplingParamsError:
-    """The pipeline's own error as ours. The argument to blame is the first that its message names."""
-    reason = " ".join(str(error).split())
-    blamed = next((word for word in re.findall(r"\w+", reason) if word in call), None)
-    return SamplingParamsError(f"{name} refused the call: {reason}", param=None if blamed is None else our_name(blamed))
+def _refusal(pipe: Any, call: Mapping[str, Any], error: Exception, clock: StageClock) -> SamplingParamsError | None:
+    """The pipeline's own error as ours, where its arguments are to blame; else None.
+
+    They are where it refuses them before denoising, or its model does in the first forward, as models say that a size
+    is too large; code of others that runs by then, such as a callback, raises its errors in lines of its own. Errors of
+    arithmetic and of shapes, before denoising and in lines of diffusers, come from pictures of odd sizes.
+    """
+    name, reason = type(pipe).__name__, " ".join(str(error).split())
+    pictures = [picture for value in call.values() for picture in _pictures(value)]
+    shown = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures[:3])
+    if isinstance(error, (ValueError, TypeError)):
+        by_model = isinstance(error, ValueError) and not clock.has_stepped and _is_of_diffusers(error)
+        if clock.denoising_began and not by_model:
+            return None
+        # The argument to blame is the first that its message names.
+        blamed = next((word for word in re.findall(r"\w+", reason) if word in call), None)
+        text = f"{name} refused the call: {reason}" + (f" (pictures of {shown} pixels)" if pictures else "")
+        return SamplingParamsError(text, param=None if blamed is None else our_name(blamed))
+    # Subclasses of RuntimeError are of memory, devices and lost ranks.
+    is_of_shapes = isinstance(error, (ArithmeticError, IndexError)) or type(error) is RuntimeError
+    if clock.denoising_began or not (pictures and is_of_shapes and _is_of_diffusers(error)):
+        return None
+    height, width = size_multiples(pipe)
+    is_small = any(picture.width < width or picture.height < height for picture in pictures)
+    return SamplingParamsError(
+        f"{name} cannot start from pictures of {shown} pixels ({type(error).__name__}: {reason})"
+        + (f": give at least {width} x {height}" if is_small else ""),
+        param="image",
+    )
+
+
+def _pictures(value: Any) -> Iterator[Image.Image]:
+    if isinstance(value, Image.Image):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _pictures(item)
+
+
+def _is_of_diffusers(error: Exception) -> bool:
+    """Whether a line of diffusers raised it, or called what torch refused."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("diffusers.")

@@ -36,6 +36,7 @@ class StageClock:
     Attributes:
         seconds: "text_encoder", "denoise" and "vae" -> seconds.
         denoising_began: whether the pipeline has accepted its arguments and entered its denoising loop.
+        has_stepped: whether a scheduler has made a step.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class StageClock:
         self._inside: set[str] = set()
         self.seconds = {"text_encoder": 0.0, "denoise": 0.0, "vae": 0.0}
         self.num_steps = 0
-        self.denoising_began = False
+        self.denoising_began = self.has_stepped = False
 
     def __enter__(self) -> StageClock:
         if callable(getattr(self._pipe, "encode_prompt", None)):
@@ -110,6 +111,7 @@ class StageClock:
 
         @functools.wraps(original)  # pipelines look into the signature for what step() takes
         def step(this: Any, *args: Any, **kwargs: Any) -> Any:
+            self.has_stepped = True
             output = original(this, *args, **kwargs)
             latent = output[0] if isinstance(output, tuple) else getattr(output, "prev_sample", None)
             self._on_output(f"the latents after step {self.num_steps + 1}", latent)

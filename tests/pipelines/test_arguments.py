@@ -26,7 +26,7 @@ from omni_sp.pipelines.load import load_pipeline, resolve_model
 from omni_sp.pipelines.results import CallResult, output_deviation, result_of
 from omni_sp.pipelines.run import run_call
 from omni_sp.pipelines.shapes import SHAPES_MODEL
-from omni_sp.testing.models import save_flux_kontext, save_wan, save_wan_i2v
+from omni_sp.testing.models import save_flux_kontext, save_sd3, save_wan, save_wan_i2v
 
 IMAGE = PipelineCapabilities(
     name="ImagePipeline",
@@ -356,6 +356,27 @@ def test_an_error_in_the_middle_stays_what_it_is(shapes: Any) -> None:
 
     with pytest.raises(ValueError, match=r"^no refusal$"):
         run_call(shapes, SMALL | {"callback_on_step_end": fail}, seed=7, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_and_sizes_that_a_pipeline_stumbles_over_are_refused(tmp_path: Path) -> None:
+    def refusal(save: Callable[[Path], None], **call: Any) -> SamplingParamsError:
+        if not (tmp_path / save.__name__).exists():
+            save(tmp_path / save.__name__)
+        pipe = load_pipeline(resolve_model(tmp_path / save.__name__), device="cpu")
+        pipe.set_progress_bar_config(disable=True)
+        with pytest.raises(SamplingParamsError) as caught:
+            run_call(pipe, {"prompt": "x", "num_inference_steps": 2, **call}, seed=7, device="cpu")
+        return caught.value
+
+    for size in ((1, 1), (3000, 1)):
+        given = {"image": Image.new("RGB", size), "height": 32, "width": 32, "_auto_resize": False}
+        error = refusal(save_flux_kontext, **given)
+        shown = f"cannot start from pictures of {size[0]} x {size[1]} pixels (ZeroDivisionError: division by zero)"
+        assert str(error) == f"FluxKontextPipeline {shown}: give at least 16 x 16"
+        assert error.param == "image"
+    # Its model says so, in the first forward.
+    assert "refused the call: Width (40) cannot be greater than" in str(refusal(save_sd3, height=16, width=640))
 
 
 @pytest.fixture(scope="module")
