@@ -13,6 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils._pytree import tree_flatten
+
 from omni_sp.errors import ConfigError
 from omni_sp.planner.counting import Operations, fake_forward, of_all_blocks
 from omni_sp.planner.folders import HEADS, PipelineFolder, read_folder
@@ -22,6 +25,8 @@ from omni_sp.validation import require_int, suggestion
 
 MODELS_FILE = Path(__file__).with_name("models.json")
 
+_MOST_PIXELS = 300_000_000
+"""Of every fourth frame together: more than any model draws. Positions of tokens are real numbers, and take memory."""
 _FEW_TOKENS = ("norm", "mod", "time", "ada", "add_", "context", "txt", "text")
 """Words in the paths of layers that see one token, or those of a text."""
 
@@ -116,17 +121,22 @@ def model_cost(
             require_int(what, value, minimum=1, error=ConfigError, hint="give a whole number of at least 1")
     name, published, folder = _find(model)
     size = replace(published[1].published_size if published else Size(1024, 1024), **changes)
+    if size.height * size.width * size.latent(1)[0] > _MOST_PIXELS:
+        raise ConfigError(
+            f"{size} is too large to be counted: give at most {_MOST_PIXELS} pixels in every fourth frame"
+        )
     if published is None:
-        cost = _from_weights(name, folder.transformer if folder else {}, size)
+        cost = _estimated(name, folder, size)
     else:
         try:
             with _quiet_fake_tensors():
                 cost = _counted(name, published[1], size)
+        except ConfigError:
+            raise
         except Exception as error:  # of the model's own code
             if folder is None:
-                text = " ".join(str(error).split())[:200]
-                raise ConfigError(f"{name} does not run at {size}: {text}") from error
-            cost = _from_weights(name, folder.transformer, size)
+                raise ConfigError(f"{name} does not run at {size}: {_in_one_line(error)}") from error
+            cost = _estimated(name, folder, size)
     cost = _with_pipeline(cost, _pipelines().get(published[0], {}) if published else {}, folder)
     return replace(
         cost,
@@ -169,8 +179,19 @@ def _quiet_fake_tensors() -> Iterator[None]:
         log.disabled = before
 
 
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _too_small(name: str, size: Size) -> ConfigError:
+    return ConfigError(f"{name} has no token at {size}: give a larger height and width")
+
+
 def _counted(name: str, published: Published, size: Size) -> ModelCost:
     """Run the model's own code on fake tensors."""
+    tensors = [x for x in tree_flatten(published.inputs(size))[0] if isinstance(x, torch.Tensor)]
+    if not all(x.numel() for x in tensors):
+        raise _too_small(name, size)
 
     def count(**changes: Any) -> tuple[Counter[Any], ...]:
         with fake_forward(published, size, **changes) as (model, inputs):
@@ -226,13 +247,25 @@ def _with_pipeline(cost: ModelCost, entry: Mapping[str, Any], folder: PipelineFo
     )
 
 
+def _estimated(name: str, folder: PipelineFolder | None, size: Size) -> ModelCost:
+    """From the sizes of the weights; ConfigError where the folder's configuration is no model's."""
+    try:
+        return _from_weights(name, folder.transformer if folder else {}, size)
+    except ConfigError:
+        raise
+    except Exception as error:  # of the class, which may look at any entry
+        raise ConfigError(
+            f"{name}: no model can be made of its transformer/config.json: {_in_one_line(error)}"
+        ) from error
+
+
 def _from_weights(name: str, config: Mapping[str, Any], size: Size) -> ModelCost:
     """FLOPs of a class whose arguments nobody described, from the sizes of its blocks' linear layers."""
     import diffusers
-    import torch
 
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if kind is None:
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    is_model = isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+    if not is_model:
         raise ConfigError(f"{name}: the installed diffusers has no class {config.get('_class_name')}")
     with torch.device("meta"):
         model = kind.from_config(dict(config))
@@ -254,6 +287,8 @@ def _from_weights(name: str, config: Mapping[str, Any], size: Size) -> ModelCost
     frame_patch, side = (patch[0], patch[-1]) if isinstance(patch, (list, tuple)) else (1, patch)
     frames, height, width_latent = size.latent(8 if side > 1 else 16)
     tokens = math.ceil(frames / frame_patch) * (height // side) * (width_latent // side)
+    if not tokens:
+        raise _too_small(name, size)
     return ModelCost(
         name, size, tokens, heads, width // heads, blocks,
         2.0 * weights * tokens, 4.0 * blocks * width * tokens**2,

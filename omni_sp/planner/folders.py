@@ -12,6 +12,7 @@ from typing import Any
 
 HEADS = ("num_attention_heads", "n_heads", "num_heads", "heads")
 """What configurations call the number of heads."""
+_LONGEST_HEAD = 100_000_000  # bytes, as safetensors has it
 _SCALES = ("true_cfg_scale", "guidance_scale")
 """Arguments of a pipeline for classifier-free guidance; where it has both, the first is that."""
 
@@ -41,7 +42,8 @@ class PipelineFolder:
     @property
     def heads(self) -> int | None:
         """Of the transformer's attention; None where its configuration names none."""
-        return next((int(self.transformer[name]) for name in HEADS if self.transformer.get(name)), None)
+        named = (self.transformer.get(name) for name in HEADS)
+        return next((number for number in named if isinstance(number, int) and number > 0), None)
 
 
 def read_folder(model: str) -> PipelineFolder | None:
@@ -89,15 +91,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _parameters(folder: Path) -> float:
     """How many numbers the .safetensors files of a folder hold, by their heads: 8 bytes of length, then JSON."""
-    total = 0
+    total = 0.0
     for path in folder.glob("*.safetensors"):
         try:
             with path.open("rb") as file:
-                head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (OSError, ValueError, MemoryError, OverflowError):
+                length = min(int.from_bytes(file.read(8), "little"), _LONGEST_HEAD)  # of another file it may be any
+                head = json.loads(file.read(length))
+            total += sum(math.prod(entry["shape"]) for name, entry in head.items() if name != "__metadata__")
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError):  # no file of weights
             continue
-        total += sum(math.prod(entry["shape"]) for name, entry in head.items() if name != "__metadata__")
-    return float(total)
+    return total
 
 
 def _defaults_of(class_name: str) -> tuple[int | None, int | None]:

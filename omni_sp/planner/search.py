@@ -18,6 +18,7 @@ ALL = frozenset(field.name for field in fields(Degrees))
 """Every way to share work that the planner knows."""
 CONFIGURABLE = ALL & {field.name for field in fields(DiffusionParallelConfig)}
 """Those that DiffusionParallelConfig takes."""
+_MOST_GPUS = 65536  # looking at every way to share among more takes minutes
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def plan(
     Raises:
         ConfigError: a name is not known, a number is out of range, or the model fits these devices in no way.
     """
-    require_int("gpus", gpus, minimum=1, error=ConfigError, hint="give a whole number of at least 1")
+    hint = f"give a whole number from 1 to {_MOST_GPUS}"
+    require_int("gpus", gpus, minimum=1, maximum=_MOST_GPUS, error=ConfigError, hint=hint)
     if isinstance(model, str):
         model = model_cost(model, height=height, width=width, num_frames=num_frames, steps=steps, branches=branches)
     on = machine(gpu) if isinstance(gpu, str) else gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -145,7 +146,11 @@ def test_the_parts_of_a_folder_are_counted_from_the_heads_of_its_files() -> None
         (lambda: machine("h100", hots_us=3), "no hots_us"),
         (lambda: model_cost("Qwen-Imag3"), "did you mean Qwen-Image"),
         (lambda: model_cost("FLUX.1-dev", height=0), "height"),
+        (lambda: model_cost("FLUX.1-dev", height=10**6, width=10**6), "at most 300000000 pixels"),
+        (lambda: model_cost("Wan2.2", num_frames=10**9), "at most 300000000 pixels"),
+        (lambda: model_cost("FLUX.1-dev", height=8, width=8), "has no token"),
         (lambda: plan(QWEN, gpus=0), "gpus"),
+        (lambda: plan(QWEN, gpus=10**12), "from 1 to 65536"),
         (lambda: plan(QWEN, gpus=2, consider=["pipeline"]), "pipeline"),
         (lambda: plan(QWEN, gpus=2, gpu="RTX4090"), "RTX4090 has 24 GB"),
     ],
@@ -153,6 +158,32 @@ def test_the_parts_of_a_folder_are_counted_from_the_heads_of_its_files() -> None
 def test_bad_input_is_named(call: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "FluxTransformer2DModel", "num_attention_heads": "many"},
+        {"_class_name": "FluxTransformer2DModel", "num_attention_heads": -1, "num_layers": 1, "num_single_layers": 1},
+        {"_class_name": "FluxTransformer2DModel", "joint_attention_dim": 1e99},
+        {"_class_name": "FluxTransformer2DModel", "num_layers": None},
+        {"_class_name": "FluxPipeline"},
+        {"_class_name": "__version__"},
+        {"_class_name": ["a", "list"]},
+        ["no", "object"],
+    ],
+)
+def test_a_folder_that_holds_no_model_is_named(tmp_path: Path, config: Any) -> None:
+    for name, text in (
+        ("transformer/config.json", json.dumps(config)),
+        ("vae/x.safetensors", "this is no file of weights"),
+        ("text_encoder/x.safetensors", "\x02" + 7 * "\0" + "[]"),
+        ("model_index.json", json.dumps({"_class_name": config})),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        model_cost(str(tmp_path))
 
 
 def test_the_bytes_are_those_of_the_layout() -> None:
