@@ -55,7 +55,7 @@ def resolve_model(
 
     Raises:
         ModelNotFoundError: there is no such model, or no such pipeline for a single file.
-        ConfigError: single_file_config is given for a model that is no single file.
+        ConfigError: single_file_config is given for a model that is no single file, or is one itself.
     """
     source = _resolved(model)
     if single_file_config is None:
@@ -64,7 +64,14 @@ def resolve_model(
         raise ConfigError(
             f"single_file_config is for a model that is one file, and {source.name} is none: leave it out"
         )
-    pipeline = _resolved(single_file_config)
+    try:
+        pipeline = _resolved(single_file_config)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"single_file_config: {error}") from error
+    if is_single_file(pipeline.location):
+        raise ConfigError(
+            f"single_file_config={shown(pipeline.name)} is one file: give the folder or hub id of a pipeline"
+        )
     return replace(source, single_file_config=pipeline.location, sampling_defaults=pipeline.sampling_defaults)
 
 
@@ -84,7 +91,8 @@ def _resolved(model: str | os.PathLike[str]) -> ModelSource:
         _require_on_hub(*on_hub)
         return ModelSource(name=name, location=name)
     if isinstance(model, os.PathLike) or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise ModelNotFoundError(f"no folder {shown(name)}: {_WAY_OUT}")
+        kind = "file" if is_single_file(name) else "folder"
+        raise ModelNotFoundError(f"no {kind} {shown(name)}: {_WAY_OUT}")
     if difflib.get_close_matches(name, [SHAPES_MODEL], cutoff=0.8):
         raise ModelNotFoundError(f"unknown model {shown(name)}: did you mean {SHAPES_MODEL}?")
     if not _HUB_ID.fullmatch(name):

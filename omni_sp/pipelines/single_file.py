@@ -18,6 +18,9 @@ from omni_sp.pipelines.fitting import quantization_config
 SUFFIXES = (".safetensors", ".gguf")
 _HUB_URL = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/main/(.+)")
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w./-]+)")
+_SCALE = re.compile(r".*(scale_weight|weight_scale(_2|_inv)?|scaled_fp8|(scale_input|input_scale)|\.absmax)")
+"""Names of what quantised weights are multiplied with, which diffusers passes over."""
+_WHOLE_NUMBERS = ("I8", "U8", "I16", "I32", "I64", "U16", "U32", "U64")
 _TEXT_ENCODERS = ("text_encoders.", "conditioner.", "cond_stage_model.")
 _VAE = ("vae.", "first_stage_model.")
 _WAY_OUT = "give single_file_config, the folder or hub id of the pipeline that it belongs to"
@@ -54,6 +57,7 @@ def pipeline_of(file: str) -> str:
     from diffusers.loaders import single_file_utils
 
     names = _names(file)
+    _require_plain(file)
     known = None
     with contextlib.suppress(LookupError):  # weights that look like those of a model, and are not
         checkpoint = single_file_utils.load_single_file_checkpoint(file)
@@ -91,12 +95,16 @@ def read_pipeline(
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     names = _names(file)
+    _require_plain(file)
     is_whole = any(name.startswith(_TEXT_ENCODERS) for name in names)
     if quantization is not None and (is_whole or not names):
         what = "holds a whole pipeline" if is_whole else "is quantised already"
         raise ConfigError(f"quantization={quantization!r}, and {file} {what}: leave it out")
     try:
         if is_whole:
+            if not hasattr(pipeline_class, "from_single_file"):
+                name = pipeline_class.__name__
+                raise ModelNotFoundError(f"{file} holds text encoders, and diffusers reads no whole {name} from a file")
             return pipeline_class.from_single_file(file, config=location, torch_dtype=dtype)
         components = _components(file, names, location, classes, dtype, quantization)
         return DiffusionPipeline.from_pretrained(location, dtype=dtype, **components)
@@ -121,7 +129,7 @@ def _components(
             "a folder, and give that as the model"
         )
     options: dict[str, Any] = {}
-    if file.lower().endswith(".gguf"):
+    if file.endswith(".gguf"):
         from diffusers import GGUFQuantizationConfig
 
         options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
@@ -142,7 +150,9 @@ def _components(
 
 def _names(file: str) -> list[str]:
     """The names of the weights in a .safetensors file; a .gguf file holds a transformer, whatever their names."""
-    if file.lower().endswith(".gguf"):
+    if not file.endswith(SUFFIXES):
+        raise ModelNotFoundError(f"{file}: diffusers knows such a file by a suffix in small letters: rename it")
+    if file.endswith(".gguf"):
         _require_gguf(file)
         return []
     from safetensors import SafetensorError, safe_open
@@ -152,6 +162,26 @@ def _names(file: str) -> list[str]:
             return list(opened.keys())
     except (OSError, SafetensorError) as error:
         raise ModelNotFoundError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def _require_plain(file: str) -> None:
+    """Refuse weights that are quantised in a way that diffusers does not know: it would read them as other numbers.
+
+    Raises:
+        ModelNotFoundError: they are whole numbers, or there are scales beside them.
+    """
+    if file.endswith(".gguf"):
+        return
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  (it is no dict)
+            is_scale = _SCALE.fullmatch(name)
+            if is_scale or (name.endswith(".weight") and opened.get_slice(name).get_dtype() in _WHOLE_NUMBERS):
+                raise ModelNotFoundError(
+                    f"{file} holds quantised weights ({name}), which diffusers would take for plain ones: take a file "
+                    "that is not quantised, with quantization='fp8' or 'int8' where memory is short, or a .gguf file"
+                )
 
 
 def _require_gguf(file: str) -> None:

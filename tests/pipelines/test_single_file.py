@@ -228,5 +228,27 @@ def test_files_of_other_kinds_and_configurations_without_a_file(tmp_path: Path) 
         resolve_model(old)
     with pytest.raises(ConfigError, match="single_file_config is for a model that is one file"):
         resolve_model(SHAPES_MODEL, SHAPES_MODEL)
-    with pytest.raises(ModelNotFoundError, match="no folder"):
+    with pytest.raises(ModelNotFoundError, match="no file"):
         resolve_model(tmp_path / "nowhere.safetensors")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ConfigError, match="is one file: give the folder or hub id of a pipeline"):
+        resolve_model(file, file)
+    with pytest.raises(ModelNotFoundError, match="single_file_config: no folder"):
+        resolve_model(file, "/nowhere")
+
+
+def test_quantised_weights_are_not_taken_for_plain_ones(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    path, name = tmp_path / "quantised.safetensors", next(name for name in weights if name.endswith(".weight"))
+    save_file({**weights, name: weights[name].to(torch.int8)}, path)
+    assert f"holds quantised weights ({name})" in refusal(path)
+    scale = name.replace(".weight", ".scale_weight")
+    save_file({**weights, name: weights[name].to(torch.float8_e4m3fn), scale: torch.ones(1)}, path)
+    assert f"holds quantised weights ({scale})" in refusal(path)
+    assert f"holds quantised weights ({scale})" in refusal(path, None)
+
+
+def test_a_suffix_in_capitals_is_named(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    path = tmp_path / "SHAPES.SafeTensors"
+    save_file(weights, path)
+    assert "small letters: rename it" in refusal(path)
