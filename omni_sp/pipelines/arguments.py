@@ -229,6 +229,10 @@ def _add_tensors(capabilities: PipelineCapabilities, arguments: dict[str, Any], 
         if not held or not all(map(_is_tensor, held)):
             kind = type(next((one for one in held if not _is_tensor(one)), value)).__name__
             raise SamplingParamsError(f"{name} holds a {kind}: give a torch tensor, or a list of them", param=name)
+        odd = next((one for one in held if one.is_meta or "strided" not in str(one.layout)), None)
+        if odd is not None:
+            what = "no numbers (device meta)" if odd.is_meta else f"the layout {odd.layout}"
+            raise SamplingParamsError(f"{name} has {what}: give a dense tensor with numbers", param=name)
         arguments[name] = _copied(value)
     for text in ("prompt", "negative_prompt"):
         embeddings = f"{text}_embeds"

@@ -82,10 +82,13 @@ def _resolved(model: str | os.PathLike[str]) -> ModelSource:
     if name == SHAPES_MODEL:
         return replace(_local_source(name, shapes_folder()), sampling_defaults=dict(SHAPES_CALL))
     path = Path(name).expanduser()
-    if path.is_file() and is_single_file(name):
-        return ModelSource(name=name, location=str(path))
-    if path.exists():
-        return _local_source(name, path)
+    try:
+        if path.is_file() and is_single_file(name):
+            return ModelSource(name=name, location=str(path))
+        if path.exists():
+            return _local_source(name, path)
+    except OSError as error:  # too long a name, or a folder that this user may not look into
+        raise ModelNotFoundError(f"{shown(name)} cannot be read ({error.strerror}): {_WAY_OUT}") from error
     on_hub = None if isinstance(model, os.PathLike) else hub_file(name)
     if on_hub is not None:
         _require_on_hub(*on_hub)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
@@ -70,8 +71,9 @@ def read_folder(model: str) -> PipelineFolder | None:
 
 def _folder_of(model: str) -> Path | None:
     path = Path(model).expanduser()
-    if (path / "transformer" / "config.json").is_file():
-        return path
+    with contextlib.suppress(OSError):  # too long a name, or a folder that this user may not look into
+        if (path / "transformer" / "config.json").is_file():
+            return path
     if model.count("/") != 1:
         return None
     from huggingface_hub import try_to_load_from_cache

@@ -185,17 +185,22 @@ def why_worse(one: Estimate, best: Estimate, cost: ModelCost, on: Machine, gpus:
     if largest == "exchange":
         attention = one.parts["attention"]
         if one.exchange_s > attention:
-            exchange = f"the exchange ({one.exchange_s:.1f} s) takes longer than the attention ({attention:.1f} s)"
+            exchange = f"the exchange ({_text(one.exchange_s)}) takes longer than the attention ({_text(attention)})"
             return f"{on.link.gb_per_s:g} GB/s between devices: {exchange}"
         less = "" if chosen.cfg_parallel_size >= best.degrees.cfg_parallel_size else ", and guidance exchanges nothing"
         kind = f"ring {chosen.ring_degree}" if chosen.ring_degree > 1 else f"ulysses {chosen.ulysses_degree}"
-        return f"{kind}: {more[largest]:.1f} s more of exchanges are not hidden{less}"
+        return f"{kind}: {_text(more[largest])} more of exchanges are not hidden{less}"
     return {
-        "host": f"the host starts kernels more slowly than the device computes them: {more[largest]:.1f} s of waiting",
-        "vae": f"fewer ranks decode: {more[largest]:.1f} s more",
-        "encoder": f"the encoder takes {more[largest]:.1f} s more",
-        "transfer": f"weights are not whole on the device: {more[largest]:.1f} s of waiting for them",
+        "host": f"the host starts kernels more slowly than the device computes them: {_text(more[largest])} of waiting",
+        "vae": f"fewer ranks decode: {_text(more[largest])} more",
+        "encoder": f"the encoder takes {_text(more[largest])} more",
+        "transfer": f"weights are not whole on the device: {_text(more[largest])} of waiting for them",
     }[largest]
+
+
+def _text(seconds: float) -> str:
+    """For people, who compare choices that differ by hundredths of a second."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.1g} s"
 
 
 def _compute_reason(chosen: Degrees, best: Degrees, cost: ModelCost, gpus: int) -> str:

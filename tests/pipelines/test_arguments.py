@@ -224,6 +224,8 @@ def test_tensors_stand_for_the_texts_of_a_prompt() -> None:
         ({"tensors": {"prompt_embeds": np.ones(3)}}, "prompt_embeds holds a ndarray: give a torch tensor"),
         ({"tensors": {"prompt_embeds": [torch.ones(1), "a"]}}, "prompt_embeds holds a str"),
         ({"tensors": {"latents": []}}, "latents holds a list"),
+        ({"tensors": {"latents": torch.ones(1, device="meta")}}, "latents has no numbers"),
+        ({"tensors": {"prompt_embeds": [torch.ones(1).to_sparse()]}}, "prompt_embeds has the layout torch.sparse_coo"),
     ],
 )
 def test_tensors_that_cannot_be(prompt: dict[str, Any], message: str) -> None:

@@ -64,7 +64,9 @@ def test_folders_that_are_no_pipeline(tmp_path: Path) -> None:
     assert "no folder" in refusal(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("model", ["", None, 7, "cat", "./nowhere", "/nowhere", "~/no/where", "a/b/c", "-a/b"])
+@pytest.mark.parametrize(
+    "model", ["", None, 7, "cat", "./nowhere", "/nowhere", "~/no/where", "a/b/c", "-a/b", "a" * 5000]
+)
 def test_names_that_are_none(model: Any) -> None:
     assert SHAPES_MODEL in refusal(model)
 

@@ -146,6 +146,7 @@ def test_the_parts_of_a_folder_are_counted_from_the_heads_of_its_files() -> None
         (lambda: machine("h100", hots_us=3), "no hots_us"),
         (lambda: model_cost("Qwen-Imag3"), "did you mean Qwen-Image"),
         (lambda: model_cost("FLUX.1-dev", height=0), "height"),
+        (lambda: model_cost("a" * 5000), "nothing is known of"),
         (lambda: model_cost("FLUX.1-dev", height=10**6, width=10**6), "at most 300000000 pixels"),
         (lambda: model_cost("Wan2.2", num_frames=10**9), "at most 300000000 pixels"),
         (lambda: model_cost("FLUX.1-dev", height=8, width=8), "has no token"),
