@@ -33,6 +33,7 @@ from omni_sp.requests import (
     parse_prompt,
     require_known,
     require_params,
+    require_place,
     with_degrees,
 )
 from omni_sp.validation import require_int, require_number
@@ -301,6 +302,7 @@ class AsyncOmni(NotCopied):
         """
         params, parsed, capabilities = require_params(sampling_params), parse_prompt(prompt), self.info.capabilities
         _refuse_callbacks(params)
+        require_place(request_id, priority)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[RequestEvent | Done] = asyncio.Queue()
         name = request_id or f"request-{uuid.uuid4().hex}"
@@ -365,7 +367,7 @@ class AsyncOmni(NotCopied):
         Returns:
             False where there is no request of that name.
         """
-        return self._dispatcher.abort(request_id)
+        return isinstance(request_id, str) and self._dispatcher.abort(request_id)
 
     def _warm_up_calls(self, ready: Ready) -> list[Call]:
         calls = []

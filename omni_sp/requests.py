@@ -25,7 +25,7 @@ from omni_sp.pipelines.load import resolve_model
 from omni_sp.pipelines.metadata import drawing_settings
 from omni_sp.pipelines.quirks import EMBEDDINGS, PROMPT_TENSORS
 from omni_sp.pipelines.results import output_deviation
-from omni_sp.validation import nearest, require_bool, require_number, shown, suggestion
+from omni_sp.validation import nearest, require_bool, require_int, require_number, require_str, shown, suggestion
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _PROMPT_KEYS = ("prompt", "negative_prompt", "image")
@@ -158,6 +158,14 @@ def require_params(params: OmniDiffusionSamplingParams | None) -> OmniDiffusionS
     if not isinstance(params, OmniDiffusionSamplingParams):
         raise SamplingParamsError(f"sampling_params={shown(params)}: give an OmniDiffusionSamplingParams")
     return params
+
+
+def require_place(request_id: str | None, priority: int) -> None:
+    """Refuse names and priorities that the queue, which is everybody's, could not look up or compare."""
+    if request_id is not None:
+        require_str("request_id", request_id, error=SamplingParamsError, hint="give a string, or leave it out")
+    hint = "give a whole number of 64 bits; higher ones come first"
+    require_int("priority", priority, minimum=-(2**63), error=SamplingParamsError, hint=hint)
 
 
 def prompt_list(prompts: Any) -> list[Any]:

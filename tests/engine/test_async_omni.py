@@ -384,6 +384,12 @@ def test_what_is_refused_before_it_waits(monkeypatch: pytest.MonkeyPatch) -> Non
             with pytest.raises(SamplingParamsError, match="give a string"):
                 async for _ in omni.generate(7):  # type: ignore[arg-type]
                     pass
+            # What the queue could not compare or look up would end it for all.
+            for place in ({"priority": "high"}, {"priority": float("nan")}, {"request_id": 7}, {"request_id": ["a"]}):
+                with pytest.raises(SamplingParamsError, match=next(iter(place))):
+                    async for _ in omni.generate("a", **place):
+                        pass
+            assert not await omni.abort(["running"])  # type: ignore[arg-type]
             await omni.abort("running")
             await asyncio.gather(running, waiting)
 
