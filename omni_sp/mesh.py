@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
 from omni_sp.shared_memory import SharedMemoryChannel
+from omni_sp.validation import shown
 
 if dist.is_available():
     # Its functions take the group that exists when it is imported as a default argument. Transformers imports it with a
@@ -138,8 +139,8 @@ class ParallelMesh:
             ``shard_weights``; else this rank alone.
 
     Raises:
-        ConfigError: torch.distributed is not initialised, the number of ranks is not the product of the degrees, or
-            ``ranks`` are not ascending ranks of the job with this one among them.
+        ConfigError: torch.distributed is not initialised, the number of ranks is not the product of the degrees,
+            ``ranks`` are not ascending ranks of the job with this one among them, or these are something else.
     """
 
     def __init__(
@@ -150,6 +151,8 @@ class ParallelMesh:
         check: bool | None = None,
         shared_memory: bool | None = None,
     ) -> None:
+        if not isinstance(config, DiffusionParallelConfig):
+            raise ConfigError(f"config={shown(config)}: give a DiffusionParallelConfig, which holds the degrees")
         config.require_one_replica()
         self.config = config
         sizes = {"cfg": config.cfg_parallel_size, "ring": config.ring_degree, "ulysses": config.ulysses_degree}
@@ -273,6 +276,8 @@ def _mesh_ranks(config: DiffusionParallelConfig, ranks: Sequence[int] | None) ->
                 "number of ranks, or give ParallelMesh(..., ranks=...) those of this mesh"
             )
         return tuple(range(size))
+    if not isinstance(ranks, Sequence):
+        raise ConfigError(f"ranks={shown(ranks)}: give a list of ranks, such as [0, 1]")
     chosen = tuple(ranks)
     own = dist.get_rank() if initialised else 0
     if len(chosen) != config.world_size or list(chosen) != sorted({*chosen} & {*range(size)}):

@@ -117,6 +117,14 @@ def test_a_rank_builds_the_mesh_that_it_is_in(ranks: RankPool) -> None:
     )
 
 
+@pytest.mark.parametrize("config", [None, "auto", {"ulysses_degree": 2}])
+def test_a_mesh_of_something_else_is_refused(config: Any) -> None:
+    with pytest.raises(ConfigError, match="give a DiffusionParallelConfig"):
+        ParallelMesh(config)
+    with pytest.raises(ConfigError, match="give a list of ranks"):
+        ParallelMesh(DiffusionParallelConfig(), ranks=0)  # type: ignore[arg-type]
+
+
 def axis_of_a_group(mesh: ParallelMesh) -> tuple[tuple[int, ...], int, bool, list[tuple[int, ...]]]:
     assert mesh.ring.group is not None
     axis = Axis.of_group(mesh.ring.group, "of the user", shared_memory=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from os import PathLike
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from omni_sp.sharding import BlockCounts, Plan, ShardHandle, VaeHandle, shard
 from omni_sp.sharding.compiled import compile_options, require_no_graphs, require_not_compiled
 from omni_sp.sharding.weights import held_bytes
 from omni_sp.tested_versions import warn_if_untested
+from omni_sp.validation import shown
 
 _TRANSFORMERS_PACKAGE, _CONTROLNETS_PACKAGE = "diffusers.models.transformers.", "diffusers.models.controlnets."
 
@@ -166,10 +168,11 @@ def parallelize(
         UnsupportedModelError: there is no transformer, or one whose token streams cannot be found, or that is compiled
             as a whole, or whose weights are both sharded and offloaded.
         UnsupportedAttentionError: no kernel or strategy has that name, or its package is missing.
-        ConfigError: torch.compile has no such mode or option, what is never replayed cannot be compiled, or weights
-            that move with ``shard_weights`` cannot be captured in CUDA graphs.
+        ConfigError: torch.compile has no such mode or option, what is never replayed cannot be compiled, weights
+            that move with ``shard_weights`` cannot be captured in CUDA graphs, or ``mesh`` or ``plan`` is none.
         ShardingError: the pipeline is parallelized already.
     """
+    _require_kinds(pipe_or_transformer, mesh, plan)
     if mesh.rank == 0:  # the others would say the same
         warn_if_untested("diffusers")
         warn_if_untested("transformers")
@@ -231,6 +234,19 @@ def parallelize(
         branches = Branches(pipe_or_transformer, shared, mesh, call_token, changed.describe)
     changed.note()
     return ParallelHandle(mesh, handles, vaes, encoders, branches, watch_loops(pipe_or_transformer, mesh))
+
+
+def _require_kinds(pipe: Any, mesh: Any, plan: Any) -> None:
+    """Refuse what is mistaken for a pipeline, a mesh or a plan."""
+    if not isinstance(mesh, ParallelMesh):
+        raise ConfigError(f"mesh={shown(mesh)}: give parallelize() a ParallelMesh(config), which every rank builds")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ConfigError(f"plan={shown(plan)}: give a Plan, or leave it out")
+    if pipe is None or isinstance(pipe, (str, bytes, PathLike, int, float, list, tuple, dict, type)):
+        raise UnsupportedModelError(
+            f"parallelize() takes a loaded pipeline or transformer, and this is {shown(pipe)}: load it first, by "
+            "DiffusionPipeline.from_pretrained(...)"
+        )
 
 
 def _require_shareable(pipe: Any, mesh: ParallelMesh, *, cuda_graphs: bool) -> None:

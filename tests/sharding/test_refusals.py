@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from omni_sp import OmniSPError, ParallelMesh, ShardingError, UnsupportedModelError, parallelize, sharding
+from omni_sp import (
+    DiffusionParallelConfig,
+    OmniSPError,
+    ParallelMesh,
+    ShardingError,
+    UnsupportedModelError,
+    parallelize,
+    sharding,
+)
 from omni_sp.sharding import Plan, Split, plan_for
 from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import randomise, relative_error
@@ -26,6 +34,15 @@ def error_of(call: Callable[[], Any]) -> str:
     except OmniSPError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def test_what_is_mistaken_for_a_pipeline_a_mesh_or_a_plan() -> None:
+    mesh, model = ParallelMesh(DiffusionParallelConfig()), torch.nn.Linear(2, 2)
+    for given in (None, "Qwen/Qwen-Image", [model], type(model)):
+        assert "load it first" in error_of(lambda: parallelize(given, mesh))  # noqa: B023  (it is called at once)
+    for other in (None, DiffusionParallelConfig(), "auto"):
+        assert "give parallelize() a ParallelMesh" in error_of(lambda: parallelize(model, other))  # type: ignore[arg-type]  # noqa: B023
+    assert "give a Plan" in error_of(lambda: parallelize(model, mesh, plan={}))  # type: ignore[arg-type]
 
 
 def compiled_as_a_whole(mesh: ParallelMesh) -> list[str]:
