@@ -13,6 +13,7 @@ from omni_sp.validation import keyword_only, require_bool, require_int, require_
 
 LAUNCHERS = ("spawn", "torchrun", "ray")
 """What may start the ranks of an engine: see `Omni`."""
+_MOST_PROCESSES = 65536
 
 
 @keyword_only(ConfigError)
@@ -59,6 +60,8 @@ class DiffusionParallelConfig:
         hint = "each degree is a whole number of at least 1 (1 = do not split on that axis)"
         for axis in ("cfg_parallel_size", "ulysses_degree", "ring_degree", "data_parallel_size"):
             require_int(axis, getattr(self, axis), minimum=1, error=ConfigError, hint=hint)
+        if self.num_processes > _MOST_PROCESSES:
+            raise ConfigError(f"{self.full_equation}: more than {_MOST_PROCESSES} are never started; lower the degrees")
         for name in ("vae_parallel", "text_encoder_parallel"):
             if (value := getattr(self, name)) != "auto":
                 require_bool(name, value, error=ConfigError, hint='give True, False or "auto"')

@@ -56,11 +56,12 @@ class OutputFiles:
         self._digits = len(str(num_outputs))
         self._num_named = 0
         self._target = Path(path or "pictures").expanduser()
-        self._is_folder = self._target.is_dir() or path is None or path.endswith(os.sep) or not self._target.suffix
-        self._kind = None if self._is_folder else _kind_of(self._target)
-        if self._kind == "video":
-            require_video_writer()
         try:
+            is_there = self._target.is_dir()
+            self._is_folder = is_there or path is None or path.endswith(os.sep) or not self._target.suffix
+            self._kind = None if self._is_folder else _kind_of(self._target)
+            if self._kind == "video":
+                require_video_writer()
             _require_writable(self._target if self._is_folder else self._target.parent)
         except OSError as error:
             raise ConfigError(f"--output {self._target} cannot be written: {error.strerror or error}") from error

@@ -59,6 +59,7 @@ def run(*words: str) -> int:
         (["--model", "."], "is no diffusers pipeline (it has no model_index.json)"),
         (["--output", "file/picture.png"], "--output file/picture.png cannot be written: Not a directory"),
         (["--output", "/proc/picture.png"], "--output /proc/picture.png cannot be written"),
+        (["--output", "a" * 300 + ".png"], "cannot be written: File name too long"),
         (
             ["--output", "picture.docx"],
             ".docx is no picture, video or sound format; use .png, .jpg or .webp, .mp4, or .wav",

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 from omni_sp.config import DiffusionParallelConfig
 from omni_sp.errors import ConfigError
-from omni_sp.machine import num_cores
+from omni_sp.machine import memory_bytes, num_cores
 from omni_sp.validation import shown
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+_RANK_BYTES, _ALWAYS = 300_000_000, 8
+"""What a rank takes at the least, for its imports; and how many may always be tried."""
 _ON_CPU = 'run on the CPU with device="cpu" (--device cpu)'
 
 
@@ -28,12 +30,17 @@ def rank_devices(device: str | None, config: DiffusionParallelConfig, replica: i
     that one GPU, where they talk through host memory: exact, for trying things out, not fast.
 
     Raises:
-        ConfigError: fewer GPUs than ranks, or no such GPU.
+        ConfigError: fewer GPUs than ranks, no such GPU, or more ranks than this machine has memory for.
     """
     one, num_gpus = shared_device(device)
-    if one is not None:
-        return [one] * config.world_size
     size, replicas = config.world_size, config.data_parallel_size
+    if one is not None:
+        if size * replicas > (most := max(_ALWAYS, memory_bytes() // _RANK_BYTES)):
+            raise ConfigError(
+                f"{config.full_equation} are more processes than this machine has memory for, which is {most} without "
+                "any weights: lower the degrees"
+            )
+        return [one] * size
     if num_gpus < size * replicas:
         raise ConfigError(
             f"{config.full_equation} need {_gpus(size * replicas)}, one each, and this machine has {num_gpus}: lower "

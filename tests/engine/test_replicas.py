@@ -157,6 +157,23 @@ def test_replicas_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
         rank_devices("cuda", TWO, 0)
 
 
+def test_more_ranks_than_there_is_memory_for_are_never_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni_sp.engine.devices.memory_bytes", lambda: 12 * 10**9)
+    assert len(rank_devices("cpu", DiffusionParallelConfig(ulysses_degree=40))) == 40
+    given: tuple[dict[str, Any], ...] = (
+        {"ulysses_degree": 41},
+        {"ring_degree": 999, "cfg_parallel_size": 2},
+        {"data_parallel_size": 99},
+    )
+    for degrees in given:
+        with pytest.raises(ConfigError, match=r"ranks? are more processes than .* which is 40 without any weights"):
+            rank_devices("cpu", DiffusionParallelConfig(**degrees))
+    monkeypatch.setattr("omni_sp.engine.devices.memory_bytes", lambda: 10**9)
+    assert len(rank_devices("cpu", DiffusionParallelConfig(ulysses_degree=4, ring_degree=2))) == 8
+    with pytest.raises(ConfigError, match="more than 65536 are never started"):
+        DiffusionParallelConfig(data_parallel_size=10**9)
+
+
 def opened(**options: Any) -> Omni:
     return Omni("omni-sp/shapes", TWO, device="cpu", rank_timeout_s=30.0, show_progress=False, **options)
 
