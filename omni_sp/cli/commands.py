@@ -182,6 +182,8 @@ def plan(options: argparse.Namespace) -> int:
     arguments = arguments_for(PLANNER, PLAN, options)
     if options.here:
         arguments["gpu"] = HERE
+    if options.plot and not options.plot.parent.is_dir():
+        raise ConfigError(f"--plot {options.plot}: there is no folder {options.plot.parent}")
     on = machine(arguments.pop("gpu"), **({"link": options.link} if options.link else {}))
     arguments.setdefault("gpus", num_devices_here() if options.here else 1)
     found = planned(options.model, gpu=on, consider=ALL if options.consider_all else None, **arguments)

@@ -114,9 +114,9 @@ def model_cost(
     Raises:
         ConfigError: the model is not known, or its size does not suit it.
     """
-    given = {"height": height, "width": width, "frames": num_frames}
-    changes = {name: value for name, value in given.items() if value is not None}
-    for what, value in {**changes, "steps": steps, "branches": branches}.items():
+    given = {"height": height, "width": width, "num_frames": num_frames}
+    changes = {name.removeprefix("num_"): value for name, value in given.items() if value is not None}
+    for what, value in {**given, "steps": steps, "branches": branches}.items():
         if value is not None:
             require_int(what, value, minimum=1, error=ConfigError, hint="give a whole number of at least 1")
     name, published, folder = _find(model)

@@ -12,6 +12,7 @@ from omni_sp.validation import require_int, require_number
 
 LOG_LEVELS, LOG_FORMATS = ("debug", "info", "warning", "error"), ("text", "json")
 _MIB = 2**20
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|\*|null")
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]{1,100}){1,10}")
 _POSITIVE = (
     "max_body_bytes", "max_pixels", "max_images", "max_input_pixels", "max_steps", "max_n", "max_frames",
@@ -110,6 +111,12 @@ class ServerSettings:
         require_int("port", self.port, minimum=0, maximum=65535, error=ConfigError, hint=hint)
         if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):
             raise ConfigError("an API key is empty or holds characters that an HTTP header cannot carry")
+        for origin in self.allow_origins:
+            if not _ORIGIN.fullmatch(origin):  # it would equal none that a browser sends
+                raise ConfigError(
+                    f"allow_origins holds {origin[:80]!r}: give origins as browsers send them, such as "
+                    "https://example.org, without a slash at the end, or * for all"
+                )
         for name, known in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(known)}")

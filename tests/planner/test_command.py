@@ -36,6 +36,8 @@ def test_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "FLUX.1-dev", "--gpu", "h1000"], "did you mean H100"),
         (["plan", "no/such-model"], "no/such-model"),
         (["plan", "FLUX.1-dev", "--gpus", "0"], "gpus"),
+        (["plan", "Wan2.2", "--num-frames", "0"], "num_frames=0"),
+        (["plan", "FLUX.1-dev", "--plot", "/nowhere/plan.svg"], "there is no folder /nowhere"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -315,6 +315,7 @@ def test_transparent_results_become_white_in_jpeg() -> None:
     [
         {"max_steps": 0}, {"max_pixels": True}, {"drain_timeout_s": -1.0}, {"port": 70_000}, {"api_keys": ("",)},
         {"api_keys": ("a b",)}, {"max_queue_length": -1}, {"file_max_age_s": float("inf")},
+        {"allow_origins": ("example.org",)}, {"allow_origins": ("https://example.org/",)},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(options: dict[str, object]) -> None:
