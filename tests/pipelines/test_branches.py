@@ -71,6 +71,32 @@ def test_with_tokens_split_and_on_three_groups(
         assert restored
 
 
+@thorough_only
+@pytest.mark.parametrize("name", NAMES)
+def test_every_pipeline_with_tokens_split(ranks: RankPool, name: str) -> None:
+    """Ranks share as many calls as with whole tokens."""
+    expected = expected_output(ranks, name)
+    for results, counts, restored in ranks.run(draw_twice, name, cfg=2, ulysses=2, vae_parallel=False):
+        for result in results:
+            assert relative_error(result, expected) <= ENTRIES[name].error
+        assert [counts["units"], counts["rounds"]] == COUNTS[name]
+        assert restored
+
+
+@thorough_only
+@pytest.mark.parametrize("name", [name for name in NAMES if COUNTS[name][0] >= 9])
+def test_every_pipeline_of_three_calls_or_rows_a_step_on_three_groups(ranks: RankPool, name: str) -> None:
+    expected = expected_output(ranks, name)
+    for results, counts, restored in ranks.run(draw_twice, name, cfg=3, vae_parallel=False):
+        for result in results:
+            assert relative_error(result, expected) <= (ENTRIES[name].error if counts["rows"] else 0.0)
+        units, rounds = COUNTS[name]
+        assert counts["units"] == units
+        # Rows are dealt evenly: four of a step need two rounds on three groups too.
+        assert -(-units // 3) <= counts["rounds"] <= rounds
+        assert restored
+
+
 def qwen(steps: int = 4) -> tuple[Any, dict[str, Any]]:
     return build(QWEN, torch.float32), {**ENTRIES[QWEN].arguments(), "num_inference_steps": steps}
 
