@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from omni_sp.testing.ranks import RankPool
 from omni_sp.testing.reference import relative_error
 from tests.library_versions import caches_after_a_call
 from tests.pipelines.zoo.check import draw
+from tests.sharding.quantised import ScaledWeight
+from tests.sharding.test_changed import add_lora
+from tests.thorough import thorough_only
 
 
 def quiet(build: Any) -> Any:
@@ -111,3 +115,79 @@ def test_a_step_cache_under_guidance(ranks: RankPool, before: bool) -> None:
         assert wanted[1] < wanted[0]
         assert effect > 1e-4
         assert error <= 1e-5
+
+
+def put_on_lora(pipe: Any) -> None:
+    add_lora(pipe.transformer)
+
+
+def quantise(pipe: Any) -> None:
+    for block in pipe.transformer.transformer_blocks:
+        linear = block.img_mlp.net[2]
+        linear = getattr(linear, "base_layer", linear)  # LoRA's may be around it
+        linear.weight = ScaledWeight.of(linear.weight)
+
+
+def cache_steps(pipe: Any) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=5.0))
+
+
+def offload(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+PARALLEL = "parallelize"
+STEPS = (PARALLEL, put_on_lora, quantise, cache_steps)
+
+
+def in_this_order(mesh: ParallelMesh, orders: list[tuple[Any, ...]], compile: Any) -> list[tuple[str, list[float]]]:
+    """Errors after each change of a pipeline that is parallelized somewhere among them, after remove(), and again."""
+    from tests.pipelines.zoo.qwen_flux_wan import qwen_arguments, qwen_pipeline
+
+    warnings.simplefilter("ignore")
+    arguments, found = {**qwen_arguments(), "num_inference_steps": 2, "output_type": "latent"}, []
+    for order in orders:
+        alone, pipe = quiet(qwen_pipeline), quiet(qwen_pipeline)
+        handle, errors = None, []
+        for change in order:
+            if change == PARALLEL:
+                handle = parallelize(pipe, mesh, compile=compile)
+            else:
+                for one in (alone, pipe):
+                    change(one)
+            if handle is not None:
+                wanted = draw(alone, arguments)
+                errors += [relative_error(draw(pipe, arguments), wanted) for _ in range(2)]
+        assert handle is not None
+        handle.remove()
+        errors.append(relative_error(draw(pipe, arguments), wanted))
+        handle = parallelize(pipe, mesh)
+        errors.append(relative_error(draw(pipe, arguments), wanted))
+        handle.remove()
+        torch.compiler.reset()
+        names = [change if change == PARALLEL else change.__name__ for change in order]
+        found.append((", ".join(names), errors))
+    return found
+
+
+@thorough_only
+@caches_after_a_call
+@pytest.mark.parametrize(
+    ("last", "compile", "layout"),
+    [
+        (cache_steps, False, {"cfg": 2, "ulysses": 2, "shard_weights": True}),
+        (cache_steps, {"backend": "eager"}, {"ring": 2, "shard_weights": True}),
+        (offload, False, {"cfg": 2, "ulysses": 2}),
+    ],
+    ids=["sharded, cfg 2 x ulysses 2", "sharded and compiled, ring 2", "offloaded, cfg 2 x ulysses 2"],
+)
+@pytest.mark.parametrize("first", STEPS, ids=lambda step: getattr(step, "__name__", step))
+def test_changes_in_any_order(ranks: RankPool, first: Any, last: Any, compile: Any, layout: dict[str, Any]) -> None:
+    # On a CPU offloading moves nothing, and leaves accelerate's hooks around each part of the pipeline.
+    steps = [last if step is cache_steps else step for step in STEPS]
+    orders = [order for order in permutations(steps) if order[0] is steps[STEPS.index(first)]]
+    for answers in ranks.run(in_this_order, orders, compile, **layout):
+        for names, errors in answers:
+            assert max(errors) <= 1e-5, names
