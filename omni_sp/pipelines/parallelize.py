@@ -14,8 +14,8 @@ from omni_sp.errors import ConfigError, ShardingError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.branches import Branches
 from omni_sp.pipelines.changed_components import ChangedComponents
-from omni_sp.pipelines.pipeline_calls import calling_pipeline
 from omni_sp.pipelines.left_loops import watch_loops
+from omni_sp.pipelines.pipeline_calls import calling_pipeline
 from omni_sp.pipelines.shared_encoders import SharedEncoders
 from omni_sp.pipelines.shared_vaes import SharedVaes
 from omni_sp.sharding import BlockCounts, Plan, ShardHandle, VaeHandle, shard

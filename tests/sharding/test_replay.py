@@ -409,7 +409,8 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
     changes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(changes))
+    peak: int = max(accumulate(changes))
+    return peak
 
 
 def memory_of_first_forwards(mesh: ParallelMesh) -> tuple[int, int]:
