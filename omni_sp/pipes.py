@@ -9,12 +9,11 @@ at once, by the end of the file.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from struct import Struct
 from typing import Any
@@ -25,8 +24,6 @@ from torch.distributed.distributed_c10d import default_pg_timeout
 
 Message = tuple[int, ...]
 
-NOTICE = -2
-"""The first integer of a message that belongs to no send: see `Pipes.send_notice`."""
 _READ_MESSAGES = 64
 
 
@@ -66,30 +63,16 @@ class Pipes:
         rank: this rank.
         length: of a message, in integers; short enough to be written at once or not at all.
         timeout: how long to wait for the other ranks.
-        on_notice: called with the last notice of a rank that is waited for; it may raise.
-
-    Attributes:
-        num_sent: number of sends so far.
     """
 
-    def __init__(
-        self,
-        inbox: Inbox,
-        outbox: Sequence[int],
-        rank: int,
-        length: int,
-        timeout: timedelta,
-        on_notice: Callable[[Message], None] = lambda notice: None,
-    ) -> None:
+    def __init__(self, inbox: Inbox, outbox: Sequence[int], rank: int, length: int, timeout: timedelta) -> None:
         inbox.close_writable()  # else a rank that dies would leave a pipe with a writer
         self._inbox, self._outbox, self._rank = inbox, outbox, rank
         self._close = weakref.finalize(self, _close, [x for x in outbox if x >= 0])
         self._format = Struct(f"={length}q")
         assert self._format.size <= select.PIPE_BUF
         self._timeout = timeout.total_seconds()
-        self._on_notice = on_notice
-        self._notices: dict[int, Message] = {}  # by rank, the last one
-        self.num_sent = 0
+        self._num_sent = 0
         self._num_arrived = [0] * len(outbox)
         # Of each send that was not received yet: the messages by rank, of those that have come.
         self._arrived: dict[int, dict[int, Message]] = {}
@@ -105,25 +88,13 @@ class Pipes:
         Returns:
             The number of this send, for `receive`.
         """
-        number = self.num_sent
-        self.num_sent += 1
+        number = self._num_sent
+        self._num_sent += 1
         self._arrived.setdefault(number, {})[self._rank] = messages[self._rank]
         for peer, descriptor in enumerate(self._outbox):
             if peer != self._rank:
                 self._write(descriptor, self._format.pack(*messages[peer]), peer)
         return number
-
-    def send_notice(self, values: Sequence[int]) -> None:
-        """Send a message that belongs to no send: who waits for this rank looks at it, and nobody waits for it.
-
-        Args:
-            values: one fewer than a message has.
-        """
-        data = self._format.pack(NOTICE, *values)
-        for descriptor in self._outbox:
-            if descriptor >= 0:
-                with contextlib.suppress(OSError):  # that rank is gone, or has a thousand messages to read
-                    os.write(descriptor, data)
 
     def receive(self, number: int) -> list[Message]:
         """Wait for the messages of all ranks that belong to a send of this one.
@@ -134,8 +105,6 @@ class Pipes:
         arrived, num_ranks = self._arrived[number], len(self._outbox)
         deadline = None
         while len(arrived) < num_ranks:
-            for peer in self._notices.keys() - arrived.keys():
-                self._on_notice(self._notices[peer])
             if missing := self._gone - arrived.keys():
                 raise dist.DistNetworkError(
                     f"connection closed by peer: ranks {sorted(missing)} of {num_ranks} have ended, or let go of their "
@@ -160,9 +129,6 @@ class Pipes:
             self._poll.unregister(descriptor)
             self._gone.add(peer)
         for message in self._format.iter_unpack(data):
-            if message[0] == NOTICE:
-                self._notices[peer] = message
-                continue
             self._arrived.setdefault(self._num_arrived[peer], {})[peer] = message
             self._num_arrived[peer] += 1
 

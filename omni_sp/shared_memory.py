@@ -27,11 +27,6 @@ _MESSAGE_LENGTH = 8
 _NO_EXCHANGE = -1  # in the place of an exchange's number: the message itself is what is sent
 MAX_FEW = _MESSAGE_LENGTH - 2
 """How many integers `SharedMemoryChannel.gather_few` takes."""
-_NOTICE_WORDS = _MESSAGE_LENGTH - 4  # of eight characters, for the name of an error
-
-Loop = tuple[int, int]
-"""A denoising loop: how many messages this rank had sent before it, and its number."""
-_NO_LOOP = (-1, -1)
 
 
 class Memory:
@@ -116,37 +111,6 @@ def can_read(pid: int, descriptor: int, token: int) -> bool:
         return False
 
 
-class _Loops:
-    """The denoising loops that this rank begins, so that those whom it leaves alone in one hear of it.
-
-    A loop is known by its number, and by how many messages came before it: ranks that all left one by the same error,
-    and began the next, have another one.
-    """
-
-    def __init__(self) -> None:
-        self._count, self._current = 0, _NO_LOOP
-
-    def begin(self, num_sent: int) -> Loop:
-        self._count += 1
-        self._current = (num_sent, self._count)
-        return self._current
-
-    def leave(self, loop: Loop) -> None:
-        if self._current == loop:
-            self._current = _NO_LOOP
-
-    def look_at(self, notice: Message) -> None:
-        """Raise where a rank that this one waits for has left the loop that this one is in, or was in last."""
-        _, num_sent, number, rank, *words = notice
-        if (num_sent, number) == self._current:
-            name = b"".join(word.to_bytes(8, "little") for word in words).rstrip(b"\0").decode()
-            raise ShardingError(
-                f"rank {rank} has left the call by its own error, {name}, and this rank waits for it in an exchange: "
-                "the ranks are no longer in step, so make a new ParallelMesh on all of them before the next call",
-                follows=True,
-            )
-
-
 class SharedMemoryChannel:
     """What one rank sends to a group of ranks that can all read each other's memory.
 
@@ -161,8 +125,8 @@ class SharedMemoryChannel:
         num_prepared: exchanges so far.
     """
 
-    def __init__(self, rank: int, pids: Sequence[int], pipes: Pipes, loops: _Loops) -> None:
-        self._rank, self._pids, self._pipes, self._loops = rank, tuple(pids), pipes, loops
+    def __init__(self, rank: int, pids: Sequence[int], pipes: Pipes) -> None:
+        self._rank, self._pids, self._pipes = rank, tuple(pids), pipes
         self._slots: list[_Slot] = []
         self._num_segments = 0
         self.num_prepared = 0
@@ -197,23 +161,8 @@ class SharedMemoryChannel:
         dist.all_gather(list(answers), able, group=group)
         if outbox is None or inbox is None:
             return None
-        loops = _Loops()
-        pipes = Pipes(inbox, outbox, rank, _MESSAGE_LENGTH, timeout_of(group), loops.look_at)
-        return cls(rank, pids, pipes, loops) if answers.all() else None
-
-    def begin_loop(self) -> Loop:
-        """Begin a denoising loop. All ranks do it at the same point of the program, and nothing is sent."""
-        return self._loops.begin(self._pipes.num_sent)
-
-    def leave_loop(self, loop: Loop, error: BaseException) -> None:
-        """Let the other ranks know that this one leaves a loop by an error, which theirs then names, and wait no more.
-
-        Where they leave it by the same error, nobody looks.
-        """
-        self._loops.leave(loop)
-        name = type(error).__name__.encode("ascii", "replace")[: 8 * _NOTICE_WORDS].ljust(8 * _NOTICE_WORDS, b"\0")
-        words = [int.from_bytes(name[start : start + 8], "little") for start in range(0, len(name), 8)]
-        self._pipes.send_notice([*loop, dist.get_rank(), *words])
+        pipes = Pipes(inbox, outbox, rank, _MESSAGE_LENGTH, timeout_of(group))
+        return cls(rank, pids, pipes) if answers.all() else None
 
     def prepare(self, sizes: Sequence[int], *, is_same_for_all: bool = False) -> ChannelExchange:
         """Reserve memory for the next exchange: write its ``memory``, then ``send`` it.

@@ -14,7 +14,6 @@ from omni_sp.errors import ConfigError, ShardingError, UnsupportedModelError
 from omni_sp.mesh import ParallelMesh
 from omni_sp.pipelines.branches import Branches
 from omni_sp.pipelines.changed_components import ChangedComponents
-from omni_sp.pipelines.left_loops import watch_loops
 from omni_sp.pipelines.pipeline_calls import calling_pipeline
 from omni_sp.pipelines.shared_encoders import SharedEncoders
 from omni_sp.pipelines.shared_vaes import SharedVaes
@@ -44,10 +43,8 @@ class ParallelHandle:
         vaes: SharedVaes,
         encoders: SharedEncoders,
         branches: Branches | None = None,
-        unwatch: Callable[[], None] = lambda: None,
     ) -> None:
         self.mesh, self.vaes, self.encoders, self.branches = mesh, vaes, encoders, branches
-        self._unwatch = unwatch
         self._handles = [*handles, *vaes.handles]
 
     @property
@@ -116,7 +113,6 @@ class ParallelHandle:
 
     def remove(self) -> None:
         """Restore the pipeline. A second call does nothing."""
-        self._unwatch()
         if self.branches is not None:
             self.branches.remove()
         self.encoders.remove()
@@ -233,7 +229,7 @@ def parallelize(
         shared = [model for model in models if not type(model).__module__.startswith(_CONTROLNETS_PACKAGE)]
         branches = Branches(pipe_or_transformer, shared, mesh, call_token, changed.describe)
     changed.note()
-    return ParallelHandle(mesh, handles, vaes, encoders, branches, watch_loops(pipe_or_transformer, mesh))
+    return ParallelHandle(mesh, handles, vaes, encoders, branches)
 
 
 def _require_kinds(pipe: Any, mesh: Any, plan: Any) -> None:
