@@ -63,6 +63,7 @@ omni.generate("a red circle", OmniDiffusionSamplingParams(num_inference_steps=10
 def program(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     """Where to write a program, and the environment to run it in."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    python()  # which stays
     before = descendants()
     yield tmp_path / "program.py", environment
     assert becomes_true(lambda: descendants() <= before, 5.0)
