@@ -123,6 +123,7 @@ def _started(folder: Path) -> Iterator[str]:
         arguments = (Listener(listener), str(command), shown.stdout.decode().splitlines())
         process = fork_context().Process(target=_serve, args=arguments, daemon=True)
         process.start()
+    # It has the socket alone: once it is gone, nobody waits for an answer.
     try:
         yield str(command)
     finally:
@@ -160,6 +161,8 @@ def _serve(listener: Listener, command: str, path: list[str]) -> None:
                 request, descriptors = _receive(asked)
                 if request is None:
                     asked.close()
+                    for descriptor in descriptors:
+                        os.close(descriptor)
                     continue
                 pid = os.fork()
                 if pid == 0:
@@ -194,8 +197,9 @@ def _receive(asked: socket.socket) -> tuple[Any, list[int]]:
         numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
     if len(size) < 4:
         return None, []
-    text = asked.recv(struct.unpack("i", size)[0], socket.MSG_WAITALL)
-    return json.loads(text), list(numbers)
+    length = struct.unpack("i", size)[0]
+    text = asked.recv(length, socket.MSG_WAITALL)
+    return json.loads(text) if len(text) == length else None, list(numbers)
 
 
 def _become(request: Any, received: list[int], command: str, path: list[str]) -> NoReturn:

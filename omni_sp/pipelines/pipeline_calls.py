@@ -72,7 +72,7 @@ class PipelineWatch:
         for one, name in [*((x, "step") for x in self._schedulers), *((x, _END) for x in self._pipes)]:
             mark: _Mark | None = getattr(vars(one).get(name), _MARK, None)
             if mark is not None:
-                mark.watches.discard(self)
+                mark.watches.pop(self, None)
                 if not mark.watches:
                     del vars(one)[name]
                     if mark.own is not None:
@@ -85,7 +85,7 @@ class PipelineWatch:
         self._schedulers.add(scheduler)
         mark: _Mark | None = getattr(scheduler.step, _MARK, None)
         if mark is not None:
-            mark.watches.add(self)
+            mark.watches[self] = None
             return
         original, mark = step_function(scheduler), _Mark(vars(scheduler).get("step"), self)
 
@@ -107,7 +107,7 @@ class PipelineWatch:
         self._pipes.add(pipe)
         mark: _Mark | None = getattr(original, _MARK, None)
         if mark is not None:
-            mark.watches.add(self)
+            mark.watches[self] = None
             return
         mark = _Mark(vars(pipe).get(_END), self)
 
@@ -126,4 +126,5 @@ class _Mark:
 
     def __init__(self, own: Any, watch: PipelineWatch) -> None:
         self.own = own
-        self.watches: weakref.WeakSet[PipelineWatch] = weakref.WeakSet([watch])
+        # In the order in which they came, as on all ranks, which exchange results in it: a set has another on each.
+        self.watches: weakref.WeakKeyDictionary[PipelineWatch, None] = weakref.WeakKeyDictionary({watch: None})

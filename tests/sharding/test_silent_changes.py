@@ -72,7 +72,7 @@ def list_kept(calls: int) -> list[Any]:
 
 
 def dict_made_anew(calls: int) -> list[Any]:
-    return [{"factor": 2.0} for _ in range(calls)]
+    return [{"factor": 2.0} if number else {} for number in range(calls)]
 
 
 def mask_by_numpy(calls: int) -> list[Any]:
