@@ -269,8 +269,10 @@ def _forget_the_test() -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    if "torch" in sys.modules and threads.isdigit():
-        sys.modules["torch"].set_num_threads(int(threads))
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        # Always: two threads that come first to a pool of threads from before the fork would both make it anew.
+        torch.set_num_threads(int(threads) if threads.isdigit() else torch.get_num_threads())
 
 
 def _run(words: list[str]) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from omni_sp.engine.devices import set_threads
 from omni_sp.engine.messages import EngineOptions, Failed, Join, Loaded, RankExited, RankSettings, Stop
 from omni_sp.engine.ranks.failures import as_message, raise_for, wait_after_failure_s
 from omni_sp.engine.ranks.processes import RankProcesses
@@ -143,8 +144,7 @@ def _serve(settings: RankSettings, inbox: Inbox, _aborted: Aborted, report: Repo
 
     if settings.rank > 0:
         warnings.simplefilter("ignore")
-    if settings.placement.num_threads:
-        torch.set_num_threads(settings.placement.num_threads)
+    set_threads(settings.placement.num_threads)
     device = torch.device(settings.placement.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

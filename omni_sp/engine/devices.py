@@ -97,5 +97,16 @@ def threads_per_rank(world_size: int) -> int:
     return max(1, num_cores() // world_size)
 
 
+def set_threads(count: int) -> None:
+    """Give torch's CPU kernels this many threads; 0 keeps torch's choice.
+
+    A rank calls it before it starts threads. In a fork of a process with a pool of threads, the first use makes the
+    pool anew, and where two threads come first at once, one of them fails ("Invalid thread pool").
+    """
+    import torch
+
+    torch.set_num_threads(count or torch.get_num_threads())
+
+
 def _gpus(count: int) -> str:
     return f"{count} GPU" if count == 1 else f"{count} GPUs"

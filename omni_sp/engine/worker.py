@@ -18,6 +18,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from omni_sp.engine.devices import set_threads
 from omni_sp.engine.messages import Abort, Alive, Call, Loaded, Loading, Ping, RankSettings, Stop
 from omni_sp.engine.ranks import LOOPBACK
 from omni_sp.engine.ranks.addresses import address_towards
@@ -118,12 +119,9 @@ def _load(settings: RankSettings, report: Report) -> PipelineRunner:
     if settings.rank > 0:
         warnings.simplefilter("ignore")
         silence_downloads()  # all wait for the same one; one bar is enough
-    import torch
-
     from omni_sp.engine.pipeline_runner import PipelineRunner
 
-    if settings.placement.num_threads:
-        torch.set_num_threads(settings.placement.num_threads)
+    set_threads(settings.placement.num_threads)
     runner = PipelineRunner(
         replace(settings.options, source=source_here(settings.options.source)),
         settings.placement.device,
