@@ -1,6 +1,7 @@
 """A language model inside vLLM: stock tensor parallelism against sequence parallelism and shift parallelism.
 
 python -m benchmarks.llm --prompts 128 512 2048           # time to the first token, to those after it, and throughput
+python -m benchmarks.llm --engines "TP2 compiled" "SP2 compiled" SP2       # the same of others, the first in ratios
 python -m benchmarks.llm --quality     # log-likelihood of a text and memory of a rank, whichever way it is computed
 python -m benchmarks.llm --swiftkv     # time to the first token of a Llama, and of a SwiftKV model of the same size
 
@@ -29,6 +30,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_parallel_size": 2},
     "SP2": {"ulysses_sequence_parallel_size": 2},
     "shift": {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True},
+    "TP2 compiled": {"tensor_parallel_size": 2, "enforce_eager": False},
+    "SP2 compiled": {"ulysses_sequence_parallel_size": 2, "enforce_eager": False},
 }
 QUALITY: dict[str, dict[str, Any]] = {
     "TP1": {},
@@ -82,7 +85,7 @@ def engine_main(options: dict[str, Any]) -> None:
     speculates = "speculative_config" in options
     llm = LLM(
         dtype="float32", skip_tokenizer_init=True, max_num_batched_tokens=8192, max_num_seqs=8,
-        enable_prefix_caching=False, enforce_eager=True, **{"max_model_len": 8192, **options},
+        enable_prefix_caching=False, **{"max_model_len": 8192, "enforce_eager": True, **options},
     )  # fmt: skip
     llm.apply_model(count_bytes)
     if speculates:
@@ -177,6 +180,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 2048], metavar="TOKENS")
+    parser.add_argument("--engines", nargs="+", default=["TP2", "SP2", "shift"], choices=ENGINES, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--quality", action="store_true", help="compare log-likelihoods instead")
     parser.add_argument("--swiftkv", action="store_true", help="compare a model with one whose prompts skip layers")
@@ -193,21 +197,21 @@ def main() -> None:
         elif options.swiftkv:
             swiftkv(Path(folder), options.prompts, options.rounds, options.output)
         else:
-            speed(Path(folder), options.prompts, options.rounds, options.output)
+            speed(Path(folder), options.engines, options.prompts, options.rounds, options.output)
 
 
-def speed(model: Path, lengths: list[int], rounds: int, output: Path | None) -> None:
+def speed(model: Path, names: list[str], lengths: list[int], rounds: int, output: Path | None) -> None:
     """Time to the first token, seconds a token after it, and tokens a second of several requests at once."""
     engines: dict[str, Engine] = {}
-    found = {(what, length, name): Timing() for what in FIGURES for length in lengths for name in ENGINES}
+    found = {(what, length, name): Timing() for what in FIGURES for length in lengths for name in names}
     try:
-        for name, options in ENGINES.items():
+        for name in names:
             print(f"starting {name}", flush=True)
-            engines[name] = Engine(model, options)
+            engines[name] = Engine(model, ENGINES[name])
         for number in tqdm(range(-1, rounds), desc="rounds, the first to warm up"):
             for length in lengths:
                 prompts = prompts_of(length)
-                for name in random.Random(1000 * number + length).sample(list(ENGINES), len(ENGINES)):
+                for name in random.Random(1000 * number + length).sample(names, len(names)):
                     first = engines[name].turn({"prompts": prompts[:1], "count": 1})
                     whole = engines[name].turn({"prompts": prompts[:1], "count": ANSWER})
                     several = engines[name].turn({"prompts": prompts, "count": ANSWER})
@@ -221,20 +225,26 @@ def speed(model: Path, lengths: list[int], rounds: int, output: Path | None) -> 
     finally:
         for engine in engines.values():
             engine.close()
-    print("prompt engine  first token s  TP2 / it  KiB a layer  s a token  TP2 / it  requests  tokens/s  TP2 / it")
+    versus = f"{names[0]} / it"
+    print(
+        f"prompt       engine  first token s  {versus}  KiB a layer  s a token  {versus}  requests  tokens/s  {versus}"
+    )
     for length in lengths:
         num_requests = len(prompts_of(length))
-        for name in ENGINES:
+        for name in names:
             own = {what: found[what, length, name] for what in FIGURES}
-            all_of = {what: {other: found[what, length, other] for other in ENGINES} for what in FIGURES}
-            ratio = {what: f"{paired(timings, 'TP2', name):>9.2f}" for what, timings in all_of.items()}
+            all_of = {what: {other: found[what, length, other] for other in names} for what in FIGURES}
+            ratio = {
+                what: f"{paired(timings, names[0], name):>{1 + len(versus)}.2f}" for what, timings in all_of.items()
+            }
             tokens_per_s = num_requests * (length + ANSWER) / own[SEVERAL].median
             print(
-                f"{length:>6} {name:>6} {own[FIRST].median:>14.3f} {ratio[FIRST]} "
+                f"{length:>6} {name:>12} {own[FIRST].median:>14.3f} {ratio[FIRST]} "
                 f"{own[FIRST].facts['bytes_per_layer'] / 1024:>12.0f} {own[AFTER].median:>10.4f} {ratio[AFTER]} "
                 f"{num_requests:>9} {tokens_per_s:>9.0f} {ratio[SEVERAL]}"
             )
-    settings = {"model": MODEL, "engines": ENGINES, "prompts": lengths, "rounds": rounds, "answer": ANSWER}
+    settings = {"model": MODEL, "engines": {name: ENGINES[name] for name in names}, "answer": ANSWER}
+    settings |= {"prompts": lengths, "rounds": rounds}
     saved = {f"{name}, {length} tokens, {what}": timing for (what, length, name), timing in found.items()}
     report(save(output, "llm-speed", settings, saved))
 

@@ -76,9 +76,11 @@ def for_vllm(arguments: Sequence[str], *, count_steps: bool = False) -> list[str
     if count_steps:
         settings = replace(settings, step_counts_file=str(start_step_counter().path))
     merged = json.dumps(settings.additional_config(user_entries))
-    if settings.runs_eagerly and _NOT_EAGER in line.flags():
-        raise ConfigError(f"our flags run steps eagerly for now: leave {_NOT_EAGER}")
-    eager = [_EAGER] if settings.runs_eagerly and _EAGER not in line.flags() else []
+    # What it runs on is not known here: each rank checks again.
+    reason = settings.reason_for_eager(on_cpu=True) if _NOT_EAGER in line.flags() else None
+    if reason is not None:
+        raise ConfigError(f"{reason}: leave {_NOT_EAGER}")
+    eager = [_EAGER] if settings.prefers_eager and not {_EAGER, _NOT_EAGER} & set(line.flags()) else []
     ours = [_TENSOR[0], str(settings.world_size), _ADDITIONAL_CONFIG, merged]
     if speculation is not None:
         ours += [_SPECULATION[0], json.dumps(speculation.for_vllm()), _WORKER, WORKER]

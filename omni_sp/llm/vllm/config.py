@@ -26,8 +26,7 @@ class LlmParallelConfig:
         tensor_parallel_size: ranks among which each of those splits its weights. vLLM runs the product of the two.
         enable_shift_parallel: steps with few tokens use the same weights by tensor parallelism over all ranks.
         shift_parallel_threshold: the most tokens of such a step. None: measured at the first step, each way in turns.
-        step_counts_file: where rank 0 counts the steps. vLLM hashes it with the rest of ``additional_config`` into the
-            key of its compile cache, so that no start finds another's entries. Steps run eagerly, nothing is compiled.
+        step_counts_file: where rank 0 counts the steps.
         speculation: ours; None: none, or vLLM's own speculation.
         swiftkv: the model is a SwiftKV model; set when vLLM has read its configuration.
     """
@@ -75,9 +74,24 @@ class LlmParallelConfig:
         return self.speculation is not None and self.speculation.head is not None
 
     @property
-    def runs_eagerly(self) -> bool:
-        """Whether steps run by our own Python, which CUDA graphs of whole steps would leave out."""
+    def prefers_eager(self) -> bool:
+        """Whether steps run eagerly unless somebody asks otherwise."""
         return self.is_sharded or self.keeps_states
+
+    def reason_for_eager(self, *, on_cpu: bool) -> str | None:
+        """Why vLLM must not compile the model; None where it may.
+
+        Args:
+            on_cpu: vLLM runs on a CPU, where it has no CUDA graphs.
+        """
+        if self.swiftkv:
+            return "a SwiftKV model chooses in each step which tokens its late layers see, which cannot be compiled"
+        if self.enable_shift_parallel:
+            return "shift parallelism runs a step by one of two programs, and vLLM would compile the first it sees"
+        if not on_cpu and (self.is_sharded or self.keeps_states):
+            # In a CUDA graph of a step none of our Python runs: the sizes of one step would be used for all.
+            return "on GPUs a CUDA graph would leave out what our flags do between kernels: steps run eagerly there"
+        return None
 
     def additional_config(self, user_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The ``additional_config`` for vLLM: these settings beside the user's own entries."""

@@ -10,13 +10,13 @@ import functools
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from omni_sp.errors import ConfigError, UnsupportedModelError
-from omni_sp.llm.vllm.config import EngineFeatures, LlmParallelConfig
+from omni_sp.llm.vllm.config import CONFIG_KEY, EngineFeatures, LlmParallelConfig
 from omni_sp.mesh import Axis
 
 TESTED = "0.30 to 0.32"
@@ -30,6 +30,9 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": ("qwen3", "Qwen3ForCausalLM"),
 }
 
+# Those that compile the decoder alone, once, around what its model class does in Python. vLLM for CPUs makes the second
+# of its default.
+_COMPILATION_MODES = ("NONE", "DYNAMO_TRACE_ONCE")
 _PARALLEL = "vllm.distributed.parallel_state"
 # Functions that we call, with the arguments that we pass by name.
 _FUNCTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -139,8 +142,39 @@ def require_supported_config(
         raise ConfigError(f"{what} does not run with microbatches: leave --enable-dbo and --ubatch-size")
     if read("cache_config.kv_sharing_fast_prefill") and not settings.swiftkv:
         raise ConfigError(f"{what} does not run with kv_sharing_fast_prefill: leave it")
-    if not read("model_config.enforce_eager"):
-        raise ConfigError(f"{what} runs eagerly for now: add --enforce-eager (in Python enforce_eager=True)")
+    require_eager_where_needed(vllm_config, settings)
+
+
+def require_eager_where_needed(vllm_config: Any, settings: LlmParallelConfig) -> None:
+    """Raise ConfigError where vLLM compiles the model and that cannot be right, or was not tried."""
+    if not runs_compiled(vllm_config):
+        return
+    reason = settings.reason_for_eager(on_cpu=runs_on_cpu())
+    if reason is not None:
+        raise ConfigError(f"{reason}: add --enforce-eager (in Python enforce_eager=True)")
+    mode = getattr(read_config(vllm_config, "compilation_config.mode"), "name", None)
+    if mode not in _COMPILATION_MODES:
+        raise ConfigError(
+            f"beside our flags vLLM compiles by the modes {', '.join(_COMPILATION_MODES)}, not {mode}: leave the mode "
+            "in --compilation-config, or add --enforce-eager (in Python enforce_eager=True)"
+        )
+
+
+def runs_compiled(vllm_config: Any) -> bool:
+    """Whether vLLM compiles the model."""
+    return not read_config(vllm_config, "model_config.enforce_eager")
+
+
+def keep_out_of_compile_key(vllm_config: Any) -> None:
+    """Let the next start find what this one compiles, though it counts its steps in another file.
+
+    vLLM's key of its compile cache holds ``additional_config``. What counts has opened the file by now.
+    """
+    settings = settings_of(vllm_config)
+    assert settings is not None, "a model over ranks has settings"
+    entries = {**vllm_config.additional_config}
+    del entries[CONFIG_KEY]
+    vllm_config.additional_config = replace(settings, step_counts_file=None).additional_config(entries)
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -174,6 +208,13 @@ def require_slots(layer_name: str, tokens: int) -> None:
     own = slots.get(layer_name)
     if own is not None and own.shape[0] != tokens:
         raise unknown_vllm(f"runs a step of {tokens} tokens with {own.shape[0]} places in the cache, not one for each")
+
+
+def attention_layer(layer_name: str) -> Any:
+    """The attention layer of the current step's model with this name."""
+    from vllm.forward_context import get_forward_context
+
+    return get_forward_context().no_compile_layers[layer_name]
 
 
 def read_config(vllm_config: Any, path: str) -> Any:

@@ -74,8 +74,10 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # known where vLLM is installed
                 cpu_env.set_defaults(settings.world_size, memory_is_set=not _MEMORY.isdisjoint(options))
         if settings.keeps_states:
             require_heads_for(model, settings)
-        if settings.runs_eagerly and not options.setdefault("enforce_eager", True):
-            raise ConfigError("our arguments run steps eagerly for now: leave enforce_eager=False")
+        if settings.prefers_eager and not options.setdefault("enforce_eager", True):
+            reason = settings.reason_for_eager(on_cpu=internals.runs_on_cpu())
+            if reason is not None:
+                raise ConfigError(f"{reason}: leave enforce_eager=False")
         if settings.is_enabled:
             self._counter = start_step_counter()
             settings = replace(settings, step_counts_file=str(self._counter.path))

@@ -28,11 +28,14 @@ def sequence_parallel_class(architecture: str) -> Any:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **more)
             self._keeps_states = keeps_states
             self.kept_states: Any = None  # of the current step, for a trained speculator
-            self._shift_parallel = (
-                None
-                if settings is None
-                else ShiftParallelModel(self._layers_over_ranks(), settings, internals.max_step_tokens(vllm_config))
-            )
+            self._shift_parallel: ShiftParallelModel | None = None
+            if settings is not None:
+                compiled, max_tokens = internals.runs_compiled(vllm_config), internals.max_step_tokens(vllm_config)
+                self._shift_parallel = ShiftParallelModel(
+                    self._layers_over_ranks(), settings, max_tokens, compiled=compiled
+                )
+                if compiled:
+                    internals.keep_out_of_compile_key(vllm_config)
 
         def _layers_over_ranks(self) -> list[Any]:
             """The layers in which ranks share tokens or heads."""

@@ -23,6 +23,7 @@ from omni_sp.attention.ulysses import GatherHeads, ScatterHeads, UlyssesLayout
 from omni_sp.collectives import gather
 from omni_sp.llm.vllm import internals
 from omni_sp.llm.vllm.autotune import measure, threshold
+from omni_sp.llm.vllm.compiled_attention import call_as_operator
 from omni_sp.llm.vllm.config import LlmParallelConfig
 from omni_sp.llm.vllm.matrix_parts import require_parts, with_inputs, with_outputs
 from omni_sp.llm.vllm.step_metrics import StepCounter
@@ -39,10 +40,12 @@ class Step:
         attends: False while the two ways are timed: attention would take the same time in both, and there is nothing to
             attend to.
         count: number of tokens.
-        lengths: tokens of each rank, at least one: fewer tokens than ranks are padded with zeros.
+        lengths: tokens of each rank, at least ``least``: too few tokens are padded with zeros.
+        least: 1; in compiled steps 2, because torch.compile takes a size of 0 or 1 for one that never changes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least: int) -> None:
+        self.least = least
         self.is_ulysses = True
         self.attends = True
         self.count = 0
@@ -51,18 +54,23 @@ class Step:
     def begin(self, count: int, ranks: int, *, is_ulysses: bool) -> None:
         """Describe the next step."""
         self.is_ulysses, self.count = is_ulysses, count
-        self.lengths = split_evenly(max(count, ranks), ranks)
+        self.lengths = split_evenly(max(count, self.least * ranks), ranks)
 
 
 class ShiftParallelModel:
     """Runs the steps of one stock model, some of whose layers it changes in place before their weights are loaded."""
 
-    def __init__(self, layers: list[Any], settings: LlmParallelConfig, max_tokens: int) -> None:
+    def __init__(
+        self, layers: list[Any], settings: LlmParallelConfig, max_tokens: int, *, compiled: bool = False
+    ) -> None:
         self._max_tokens = max_tokens
         self._axis, weights_group = internals.groups(settings)
-        self._step = Step()
+        self._step = Step(least=2 if compiled else 1)
         self._counter = StepCounter.open(settings.step_counts_file) if internals.world_rank() == 0 else None
         self._layers = [_Layer(layer, settings, self._axis, weights_group, self._step) for layer in layers]
+        if compiled:
+            for layer in layers:
+                call_as_operator(layer.self_attn.attn)
         self._unchecked = [check for layer in self._layers for check in layer.checks]
         self._set_sizes()
         if self._counter is not None and layers:
@@ -123,7 +131,8 @@ class ShiftParallelModel:
         padding = sum(lengths) - count
         if padding:
             embedded, positions = F.pad(embedded, (0, 0, 0, padding)), F.pad(positions, (0, padding))
-        own_hidden = model(None, positions[own].contiguous(), None, embedded[own].contiguous())
+        # Copies: of a view, torch.compile would also see where it begins, which is another place on each rank.
+        own_hidden = model(None, positions[own].clone(), None, embedded[own].clone())
         return gather(own_hidden, lengths, 0, self._axis)[:count]
 
     def _set_sizes(self) -> None:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from omni_sp.errors import ConfigError, UnsupportedModelError
 from omni_sp.llm.speculation.checkpoint import SpeculatorConfig
 from omni_sp.llm.vllm import internals
-from omni_sp.llm.vllm.internals import ARCHITECTURES, read_config, require_attributes, runs_on_cpu, unknown_vllm
+from omni_sp.llm.vllm.internals import (
+    ARCHITECTURES,
+    read_config,
+    require_attributes,
+    require_eager_where_needed,
+    runs_on_cpu,
+    settings_of,
+    unknown_vllm,
+)
 
 _VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 _SAMPLER = "vllm.v1.sample.rejection_sampler"
@@ -153,9 +161,9 @@ def require_heads_fit(vllm_config: Any, speculator: str, config: SpeculatorConfi
         raise ConfigError("trained speculators do not run with pipeline parallelism: leave --pipeline-parallel-size")
     if read_config(vllm_config, "parallel_config.use_ubatching"):
         raise ConfigError("trained speculators do not run with microbatches: leave --enable-dbo and --ubatch-size")
-    if not read_config(vllm_config, "model_config.enforce_eager"):
-        # The model keeps its hidden states by its own Python, which a CUDA graph of a whole step would not run.
-        raise ConfigError("trained speculators run eagerly for now: add --enforce-eager (in Python enforce_eager=True)")
+    settings = settings_of(vllm_config)
+    assert settings is not None, "a trained speculator is one of our settings"
+    require_eager_where_needed(vllm_config, settings)
 
 
 def take_states(target: Any) -> Tensor:

@@ -17,6 +17,12 @@ def measure_again(model: Any) -> None:
     model._shift_parallel._threshold = None
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether a rank's decoder ran as a graph."""
+    inner = model.model
+    return not inner.do_not_compile and (inner.compiled or getattr(inner, "aot_compiled_fn", None) is not None)
+
+
 def drafts_of(worker: Any, states: list[list[float]], tokens: list[int]) -> list[list[int]]:
     """What a rank's part of the trained speculator drafts, all ranks at once."""
     heads = worker.model_runner.drafter._heads
@@ -35,7 +41,7 @@ def main() -> None:
     from omni_sp.llm.vllm import models
 
     # By the module's own name: vLLM's processes look it up there.
-    from tests.llm.vllm.run_vllm import drafts_of, measure_again
+    from tests.llm.vllm.run_vllm import drafts_of, is_compiled, measure_again
 
     llm = LLM(**case["options"])
     assert issubclass(as_embedding_model(models.LlamaForCausalLM), models.LlamaForCausalLM)
@@ -70,6 +76,8 @@ def main() -> None:
         sampling = SamplingParams(temperature=0.8, max_tokens=case["count"], ignore_eos=True, detokenize=False)
         result["drawn"] = answers(case["batches"][0])
         sampling = greedy
+    if case["options"].get("enforce_eager") is False:
+        result["compiled"] = all(llm.apply_model(is_compiled))
     result |= {"logprobs": list(logprobs), "steps": llm.steps, "memory": llm.apply_model(memory_of_rank)}
     if llm.steps is not None and llm.steps.threshold >= 0:
         llm.apply_model(measure_again)

@@ -88,6 +88,12 @@ def test_suffix_decoding_becomes_vllms_custom_class_on_one_rank_and_on_several(s
     assert for_vllm(rewritten) == rewritten  # a child process reads the line again
 
 
+def test_compiled_steps_are_asked_for_by_vllms_flag() -> None:
+    rewritten = for_vllm(["serve", "M", "--sequence-parallel-size", "2", "--no-enforce-eager"])
+    assert "--no-enforce-eager" in rewritten
+    assert "--enforce-eager" not in rewritten
+
+
 def speculator(folder: Path, **entries: object) -> str:
     """An option with a speculator for a Llama of 16 tokens and 8 channels, in a folder."""
     folder.mkdir(exist_ok=True)
@@ -164,7 +170,7 @@ def test_a_speculator_of_another_model_is_refused_before_anything_starts(
         ("--spec-method eagle3 --spec-model x --sequence-parallel-size 2", "'eagle3'"),
         ("--enable-shift-parallel", "--ulysses-sequence-parallel-size"),
         ("--sequence-parallel-size 2 --enable-shift-parallel=false", "takes no value"),
-        ("--sequence-parallel-size 2 --no-enforce-eager", "--no-enforce-eager"),
+        ("--sequence-parallel-size 2 --enable-shift-parallel --no-enforce-eager", "leave --no-enforce-eager"),
         ("--sequence-parallel-size 2 --tensor-parallel 2", "--tensor-parallel-size"),
         ("--sequence-parallel-size 2 -tp 0", "from 1 on"),
         ('--spec-method suffix --additional {"a":1}', "--additional-config"),

@@ -175,6 +175,45 @@ def test_greedy_tokens_equal_transformers_in_both_modes_and_with_a_cached_prefix
         assert rank["kept_per_token"] == config.num_hidden_layers * 2 * heads_per_rank * head_dim * 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "tensor", "sequence", "backend"),
+    [
+        ("llama", 1, 2, "eager"),  # the graph as it was traced, without generating code
+        *(
+            pytest.param(*case, marks=thorough_only)
+            for case in (
+                ("qwen3", 1, 2, "inductor"),
+                ("qwen2", 2, 2, "inductor"),
+                ("mistral", 1, 2, "inductor"),
+                ("llama", 1, 4, "eager"),
+            )
+        ),
+    ],
+)
+def test_a_compiled_decoder_gives_the_tokens_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tensor: int, sequence: int, backend: str
+) -> None:
+    """The first step, of one token, is the one that is traced with "eager"; steps of other lengths follow."""
+    if backend == "eager":
+        monkeypatch.setitem(ENVIRONMENT, "VLLM_CPU_CI_ENV", "1")
+    monkeypatch.setitem(ENVIRONMENT, "VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    model = save_language_model(kind, tmp_path)
+    first = prompts(*LENGTHS)
+    again = [first[4] + [5, 6, 7], [*first[4][:100], 9, 9]]
+    batches = [first[:1], first, again, *([prompt] for prompt in first)]
+    result = engine(
+        tmp_path,
+        batches,
+        tensor_parallel_size=tensor,
+        ulysses_sequence_parallel_size=sequence,
+        enable_prefix_caching=True,
+        enforce_eager=False,
+    )
+    assert result["tokens"] == [[greedy(model, prompt, COUNT) for prompt in batch] for batch in batches]
+    assert result["steps"][0]
+    assert result["compiled"]
+
+
 @pytest.mark.skipif(not SPECULATES, reason="this version's verification of drafts needs Triton")
 @pytest.mark.parametrize("sequence", [1, 2])
 def test_suffix_decoding_gives_the_tokens_of_transformers_in_fewer_steps(tmp_path: Path, sequence: int) -> None:

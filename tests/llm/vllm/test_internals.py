@@ -82,7 +82,7 @@ def test_a_custom_class_is_handled_where_it_is_ours() -> None:
         ("model_config.uses_mrope", True, "mrope"),
         ("model_config.hf_text_config.dual_chunk_attention_config", {"chunk_size": 8}, "dual chunk attention"),
         ("model_config.runner_type", "pooling", "this runs for 'pooling'"),
-        ("model_config.enforce_eager", False, "add --enforce-eager"),
+        ("model_config.enforce_eager", False, "two programs.*add --enforce-eager"),
         ("cache_config.kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill: leave it"),
         ("lora_config", SimpleNamespace(), "--enable-lora"),
         ("quant_config", SimpleNamespace(get_name=lambda: "gptq"), "quantised by 'gptq'"),
@@ -92,6 +92,37 @@ def test_a_custom_class_is_handled_where_it_is_ours() -> None:
 def test_what_does_not_run_beside_sequence_parallelism_is_refused_by_name(path: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         internals.require_supported_config(config(HANDLED | {path: value}), SETTINGS)
+
+
+def test_a_decoder_alone_is_compiled_on_a_cpu(vllm: dict[str, Any]) -> None:
+    """Not beside CUDA graphs, and not together with what its class does in Python."""
+    settings = LlmParallelConfig(sequence_parallel_size=2)
+    entries = HANDLED | {"model_config.enforce_eager": False}
+
+    def compiled(mode: str) -> SimpleNamespace:
+        return config(entries | {"compilation_config.mode": SimpleNamespace(name=mode)})
+
+    internals.require_supported_config(compiled("DYNAMO_TRACE_ONCE"), settings)
+    internals.require_supported_config(compiled("NONE"), settings)
+    with pytest.raises(ConfigError, match="not STOCK_TORCH_COMPILE: leave the mode in --compilation-config"):
+        internals.require_supported_config(compiled("STOCK_TORCH_COMPILE"), settings)
+    with unknown(r"has no mode in its configuration \(compilation_config.mode\)"):
+        internals.require_supported_config(config(entries | {"compilation_config.other": 1}), settings)
+    with pytest.raises(ConfigError, match=r"a SwiftKV model .*add --enforce-eager"):
+        internals.require_supported_config(compiled("NONE"), replace(settings, swiftkv=True), what="SwiftKV")
+    vllm["vllm.platforms"].current_platform.is_cpu = lambda: False
+    with pytest.raises(ConfigError, match=r"on GPUs .*add --enforce-eager"):
+        internals.require_supported_config(compiled("DYNAMO_TRACE_ONCE"), settings)
+
+
+def test_the_file_that_counts_steps_is_no_part_of_the_key_of_what_is_compiled() -> None:
+    settings = LlmParallelConfig(sequence_parallel_size=2, step_counts_file="/tmp/counts")
+    made = SimpleNamespace(additional_config=settings.additional_config({"theirs": 1}))
+    given = made.additional_config
+    internals.keep_out_of_compile_key(made)
+    assert made.additional_config["theirs"] == 1
+    assert internals.settings_of(made) == LlmParallelConfig(sequence_parallel_size=2)
+    assert given["omni_sp"]["step_counts_file"] == "/tmp/counts"
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +174,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             "get_world_group": lambda: group,
             "init_model_parallel_group": make,
         },
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
         "vllm.model_executor": {},
         "vllm.model_executor.layers": {},
         "vllm.model_executor.layers.linear": {"QKVParallelLinear": QKVParallelLinear},

@@ -73,7 +73,11 @@ def test_what_is_vllms_own_stays(llm_class: Any) -> None:
         ({"shift_parallel_threshold": 9}, "need ulysses_sequence_parallel_size"),
         ({"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": "false"}, "True or False"),
         ({"ulysses_sequence_parallel_size": True}, "whole number"),
-        ({"ulysses_sequence_parallel_size": 2, "enforce_eager": False}, "enforce_eager"),
+        (
+            {"ulysses_sequence_parallel_size": 2, "enable_shift_parallel": True, "enforce_eager": False},
+            "two programs.*leave enforce_eager=False",
+        ),
+        ({"ulysses_sequence_parallel_size": 2, "enforce_eager": False}, "on GPUs.*leave enforce_eager=False"),
         ({"ulysses_sequence_parallel_size": 2, "spec_method": "eagle3", "spec_model": "x"}, "'eagle3'"),
         ({"speculative_config": '{"method": "suffix"}'}, "give a dict"),
         ({"speculative_config": {"method": "suffix"}, "spec_method": "suffix"}, "give one of them"),
@@ -84,6 +88,23 @@ def test_what_is_vllms_own_stays(llm_class: Any) -> None:
 def test_invalid_arguments_are_refused(llm_class: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         llm_class("M", **options)
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_on_a_cpu_vllm_compiles_where_it_is_asked_to(
+    llm_class: Any, monkeypatch: pytest.MonkeyPatch, given: bool | None
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def start(_self: Any, **options: Any) -> None:
+        seen.append(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(internals, "runs_on_cpu", lambda: True)
+    monkeypatch.setattr(StandIn, "__init__", start)
+    with pytest.raises(InterruptedError):
+        llm_class("M", ulysses_sequence_parallel_size=2, **({} if given is None else {"enforce_eager": given}))
+    assert seen[0]["enforce_eager"] is (given is not False)
 
 
 def test_processes_without_the_plugin_are_an_error(llm_class: Any) -> None:

@@ -12,7 +12,9 @@ import torch
 
 from omni_sp.errors import ConfigError, UnsupportedModelError
 from omni_sp.llm.speculation.checkpoint import SpeculatorConfig
+from omni_sp.llm.speculation.settings import SpeculationSettings
 from omni_sp.llm.vllm import internals, speculation_internals
+from omni_sp.llm.vllm.config import LlmParallelConfig
 from omni_sp.llm.vllm.speculation_internals import (
     RequestBatch,
     expand_batch_to_tokens,
@@ -106,7 +108,10 @@ def vllm_config(**changed: Any) -> SimpleNamespace:
     model = {"hf_text_config": text, "architectures": ["LlamaForCausalLM"], "enforce_eager": True}
     parallel = {"pipeline_parallel_size": 1, "use_ubatching": False}
     entries = model | parallel | changed
+    settings = LlmParallelConfig(speculation=SpeculationSettings(head="S", head_tokens=3))
     return SimpleNamespace(
+        additional_config=settings.additional_config(),
+        compilation_config=SimpleNamespace(mode=SimpleNamespace(name="DYNAMO_TRACE_ONCE")),
         model_config=SimpleNamespace(**{name: entries[name] for name in model}),
         parallel_config=SimpleNamespace(**{name: entries[name] for name in parallel}),
     )
@@ -126,11 +131,19 @@ def vllm_config(**changed: Any) -> SimpleNamespace:
         ({"use_ubatching": True}, "leave --enable-dbo"),
     ],
 )
-def test_a_speculator_that_does_not_fit_is_refused_on_the_ranks(changed: dict[str, Any], message: str) -> None:
+def test_a_speculator_that_does_not_fit_is_refused_on_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str
+) -> None:
     target = SimpleNamespace(kept_states=None)
+    monkeypatch.setattr(internals, "runs_on_cpu", lambda: False)
     require_heads_fit(vllm_config(), "S", CONFIG, target)
     with pytest.raises(ConfigError, match=message):
         require_heads_fit(vllm_config(**changed), "S", CONFIG, target)
+
+
+def test_on_a_cpu_a_speculator_drafts_from_what_a_compiled_model_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(internals, "runs_on_cpu", lambda: True)
+    require_heads_fit(vllm_config(enforce_eager=False), "S", CONFIG, SimpleNamespace(kept_states=None))
 
 
 def test_a_model_whose_class_keeps_no_states_is_refused_and_states_are_given_once() -> None:

@@ -26,6 +26,7 @@ if importlib.util.find_spec("vllm") is None:
 
 from tests.llm.vllm.test_engines import (
     COUNT,
+    ENVIRONMENT,
     LENGTHS,
     SPECULATES,
     completed,
@@ -125,8 +126,13 @@ def test_tokens_are_the_models_and_drafts_those_of_a_simulation(
 
 
 @thorough_only
+@pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("sequence", [1, 2])
-def test_both_drafters_beside_each_other_give_the_models_tokens(tmp_path: Path, sequence: int) -> None:
+def test_both_drafters_beside_each_other_give_the_models_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequence: int, compiles: bool
+) -> None:
+    if compiles:
+        monkeypatch.setitem(ENVIRONMENT, "VLLM_CPU_CI_ENV", "1")  # the graph as it was traced, which is made sooner
     case = trained(tmp_path, "lstm")
     repeated = [*case.batch[:2], case.batch[0] * 5]
     options = {"method": "arctic", "model": str(tmp_path / "speculator"), "enable_suffix_decoding": True}
@@ -138,7 +144,7 @@ def test_both_drafters_beside_each_other_give_the_models_tokens(tmp_path: Path, 
         ulysses_sequence_parallel_size=sequence,
         enable_prefix_caching=True,
         speculative_config=options,
-        **(SHIFT if sequence > 1 else {}),
+        **({"enforce_eager": False} if compiles else SHIFT if sequence > 1 else {}),
     )
     assert result["tokens"] == [[greedy(case.model, prompt, ANSWER) for prompt in repeated]] * 2
     drafts, _, accepted, head_drafts, _, head_accepted = result["steps"][6:12]
