@@ -9,6 +9,7 @@ bound every wait.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from functools import reduce
 from typing import Protocol
@@ -24,6 +25,7 @@ from omni_sp.shared_memory import MAX_FEW, SharedMemoryChannel
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 # torch 2.13 has renamed it.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_FLOAT, _INTEGER = struct.Struct("<d"), struct.Struct("<q")  # of as many bytes
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DIRECT = {"cpu": ("gloo", "mpi", "fake"), "cuda": ("nccl", "fake")}
 
@@ -361,7 +363,7 @@ def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **v
         message: the error's message, a format of ``{name}`` (the first value that differs), ``{values}`` (what each
             rank holds) and ``{ranks}`` (those that differ from the first rank).
         gathered: further integers, which may differ; the same exchange gathers them.
-        **values: the values by name, with the same names on all ranks. Integers and dtypes are compared and shown as
+        **values: the values by name, with the same names on all ranks. Numbers and dtypes are compared and shown as
             they are. Other values are compared and shown by a checksum: tensors, arrays and PIL images by that of their
             shape, dtype or mode, and elements, lists and dicts by those of their items, everything else by that of its
             ``repr``.
@@ -376,8 +378,7 @@ def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **v
     for index, (name, own) in enumerate(values.items(), len(gathered)):
         held = [of_rank[index] for of_rank in per_rank]
         if len(set(held)) > 1:
-            names = dict(enumerate(_DTYPES)) if isinstance(own, torch.dtype) else {}
-            shown = [str(names.get(value, value)) for value in held]
+            shown = [_as_shown(value, own) for value in held]
             by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in zip(axis.ranks, shown, strict=True))
             ranks = [rank for rank, value in zip(axis.ranks, held, strict=True) if value != held[0]]
             raise ShardingError(message.format(name=name, values=by_rank, ranks=ranks))
@@ -390,4 +391,17 @@ def _comparable(value: object) -> int:
         return _DTYPES.index(value)
     if isinstance(value, int) and -(2**63) <= value < 2**63:
         return int(value)
+    if isinstance(value, float):
+        return int(_INTEGER.unpack(_FLOAT.pack(value))[0])
     return checksum(value)
+
+
+def _as_shown(comparable: int, own: object) -> str:
+    """What another rank holds, by its integer and this rank's value, which is of the same kind."""
+    if isinstance(own, torch.dtype):
+        return str(dict(enumerate(_DTYPES)).get(comparable, comparable))
+    if isinstance(own, float):
+        value = _FLOAT.unpack(_INTEGER.pack(comparable))[0]
+        # The checksum of what is no float, such as None, is hardly ever of an ordinary size.
+        return str(value) if value == 0 or not math.isfinite(value) or 1e-30 < abs(value) < 1e30 else "no float"
+    return str(comparable)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from omni_sp.attention.ulysses import UlyssesLayout
 from omni_sp.collectives import require_equal
 from omni_sp.errors import ShardingError, UnsupportedAttentionError
 from omni_sp.mesh import Axis, ParallelMesh
+from omni_sp.validation import require_bool, require_int, require_number, require_str, shown
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -70,14 +72,21 @@ def sequence_parallel_attention(
         (batch, q_tokens, heads, head_dim), contiguous, for this rank's queries.
 
     Raises:
-        UnsupportedAttentionError: shapes or dtypes do not fit together, gradients are wanted, or no kernel can do it.
-        ShardingError: the ranks hold tensors that do not fit together (checked where ``layout`` is None, and always
-            with ``ParallelMesh(..., check=True)``).
+        UnsupportedAttentionError: shapes or dtypes do not fit together, an option is invalid, gradients are wanted, or
+            no kernel can do it.
+        ShardingError: the ranks hold tensors or options that do not fit together (checked where ``layout`` is None, and
+            always with ``ParallelMesh(..., check=True)``).
     """
-    _check_inputs(query, key, value, key_mask)
+    _check_options(mesh, layout, head_groups, gather_keys)
+    _check_inputs(query, key, value, key_mask, is_causal, scale, kernel)
     axis = mesh.sequence
     if layout is None or mesh.check:
-        agreed = agree_on_layout(query, key, key_mask=key_mask, is_causal=is_causal, axis=axis)
+        alike = {
+            "scale": query.shape[3] ** -0.5 if scale is None else float(scale),
+            "head_groups": -1 if head_groups is None else head_groups,
+            "gather_keys": -1 if gather_keys is None else int(gather_keys),
+        }
+        agreed = agree_on_layout(query, key, key_mask=key_mask, is_causal=is_causal, axis=axis, **alike)
         if layout is not None and (layout.query, layout.key) != (agreed.query, agreed.key):
             raise ShardingError(f"the caller's layout is {layout}, but the ranks hold {agreed}")
         layout = layout or agreed
@@ -217,7 +226,7 @@ def local_attention(
     """
     if isinstance(key_mask, WholeKeyMask):
         raise UnsupportedAttentionError("a WholeKeyMask is for keys that are spread over ranks: pass its tensor here")
-    _check_inputs(query, key, value, key_mask)
+    _check_inputs(query, key, value, key_mask, is_causal, scale, kernel)
     share = head_shares(query.shape[2], key.shape[2], 1)[0][0]
     num_tokens = min(query.shape[1], key.shape[1])
     args = attention_args(query, key_mask, is_causal=is_causal, scale=scale, kernel=kernel, num_tokens=num_tokens)
@@ -225,7 +234,13 @@ def local_attention(
 
 
 def agree_on_layout(
-    query: Tensor, key: Tensor, *, key_mask: Tensor | WholeKeyMask | None, is_causal: bool, axis: Axis
+    query: Tensor,
+    key: Tensor,
+    *,
+    key_mask: Tensor | WholeKeyMask | None,
+    is_causal: bool,
+    axis: Axis,
+    **alike: float,
 ) -> SequenceLayout:
     """Ask all ranks along an axis how many tokens they hold, with one small exchange.
 
@@ -235,6 +250,7 @@ def agree_on_layout(
         key_mask: as for `sequence_parallel_attention`.
         is_causal: as for `sequence_parallel_attention`.
         axis: the ranks.
+        **alike: further numbers that all ranks must have alike, by name.
 
     Raises:
         ShardingError: the ranks hold tensors that do not fit together; the message names ranks and values.
@@ -250,12 +266,44 @@ def agree_on_layout(
         dtype=query.dtype,
         key_mask=key_mask.numbers if isinstance(key_mask, WholeKeyMask) else int(key_mask is not None),
         is_causal=int(is_causal),
+        **alike,
     )
     return SequenceLayout(query=tuple(queries for queries, _ in per_rank), key=tuple(keys for _, keys in per_rank))
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | WholeKeyMask | None) -> None:
+def _check_options(mesh: object, layout: object, head_groups: object, gather_keys: object) -> None:
+    if not isinstance(mesh, ParallelMesh):
+        raise UnsupportedAttentionError(f"mesh={shown(mesh)}: give a ParallelMesh")
+    if not isinstance(layout, (SequenceLayout, NoneType)):
+        raise UnsupportedAttentionError(f"layout={shown(layout)}: give a SequenceLayout, or None to ask the ranks")
+    if head_groups is not None:
+        hint = "give a number of groups from 1 on, or None to let it choose"
+        require_int("head_groups", head_groups, minimum=1, error=UnsupportedAttentionError, hint=hint)
+    if gather_keys is not None:
+        hint = "give True or False, or None to let it choose"
+        require_bool("gather_keys", gather_keys, error=UnsupportedAttentionError, hint=hint)
+
+
+def _check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | WholeKeyMask | None,
+    is_causal: object,
+    scale: object,
+    kernel: object,
+) -> None:
     """Refuse what could not be exact, before anything is sent."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise UnsupportedAttentionError(f"{name}={shown(tensor)}: give a tensor")
+    if not isinstance(key_mask, (Tensor, WholeKeyMask, NoneType)):
+        raise UnsupportedAttentionError(f"key_mask={shown(key_mask)}: give a tensor, a WholeKeyMask or None")
+    require_bool("is_causal", is_causal, error=UnsupportedAttentionError)
+    if scale is not None:
+        hint = "give a finite number, or None for 1/sqrt(head_dim)"
+        require_number("scale", scale, error=UnsupportedAttentionError, hint=hint)
+    require_str("kernel", kernel, error=UnsupportedAttentionError)
     is_4d = query.ndim == 4 and key.ndim == 4 and key.shape == value.shape
     if not is_4d or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         rule = "batch and head_dim must be the same"

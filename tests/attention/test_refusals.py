@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from omni_sp import ConfigError, DiffusionParallelConfig, OmniSPError, ParallelMesh, UnsupportedAttentionError
-from omni_sp.attention import SequenceLayout, kernel_names, sequence_parallel_attention, split_evenly
+from omni_sp.attention import (
+    SequenceLayout,
+    kernel_names,
+    local_attention,
+    sequence_parallel_attention,
+    split_evenly,
+)
 from omni_sp.attention.kernels import KernelCall, select_kernel
 from omni_sp.attention.layout import head_shares
 from omni_sp.testing.ranks import RankPool
@@ -28,17 +35,17 @@ def disagreeing(mesh: ParallelMesh) -> list[str]:
     rank = mesh.rank
     fits = torch.zeros(2, 3, 4, 8)
     mask = torch.ones(2, 3, dtype=torch.bool)
-    odd = [
-        (torch.zeros(2 + rank, 3, 4, 8), None, False),
-        (torch.zeros(2, 3, 4 + 4 * rank, 8), None, False),
-        (fits.bfloat16() if rank else fits, None, False),
-        (fits, mask if rank else None, False),
-        (fits, None, rank == 1),
+    odd: list[tuple[torch.Tensor, dict[str, Any]]] = [
+        (torch.zeros(2 + rank, 3, 4, 8), {}),
+        (torch.zeros(2, 3, 4 + 4 * rank, 8), {}),
+        (fits.bfloat16() if rank else fits, {}),
+        (fits, {"key_mask": mask if rank else None}),
+        (fits, {"is_causal": rank == 1}),
+        (fits, {"scale": 0.25 if rank else None}),
+        (fits, {"head_groups": 2 if rank else None}),
+        (fits, {"gather_keys": rank == 1}),
     ]
-    return [
-        error_of(lambda x=x, m=m, c=c: sequence_parallel_attention(x, x, x, mesh=mesh, key_mask=m, is_causal=c))  # type: ignore[misc]
-        for x, m, c in odd
-    ]
+    return [error_of(partial(sequence_parallel_attention, x, x, x, mesh=mesh, **options)) for x, options in odd]
 
 
 def test_ranks_that_disagree_raise_alike(ranks: RankPool) -> None:
@@ -48,6 +55,9 @@ def test_ranks_that_disagree_raise_alike(ranks: RankPool) -> None:
         "dtype": "rank 0: torch.float32, rank 1: torch.bfloat16",
         "key_mask": "rank 0: 0, rank 1: 1",
         "is_causal": "rank 0: 0, rank 1: 1",
+        "scale": f"rank 0: {8**-0.5}, rank 1: 0.25",
+        "head_groups": "rank 0: -1, rank 1: 2",
+        "gather_keys": "rank 0: 0, rank 1: 1",
     }
     wanted = [f"ShardingError: the ranks disagree about {x} of one attention: {y}" for x, y in differences.items()]
     assert ranks.run(disagreeing, ulysses=2) == [wanted] * 2
@@ -69,6 +79,15 @@ def mesh() -> ParallelMesh:
         (((1, 3, 4, 8),) * 3, {"key_mask": torch.ones(1, 4, dtype=torch.bool)}, "give bool of shape (1, 3)"),
         (((1, 3, 4, 8),) * 3, {"key_mask": torch.ones(1, 3)}, "give bool"),
         (((1, 3, 4, 8),) * 3, {"kernel": "cuda_flash"}, "runs on cuda, not on cpu; able here: cpu_flash, math"),
+        (((1, 3, 4, 8),) * 3, {"key_mask": [[True] * 3]}, "give a tensor, a WholeKeyMask or None"),
+        (((1, 3, 4, 8),) * 3, {"scale": "0.5"}, "scale='0.5': give a finite number"),
+        (((1, 3, 4, 8),) * 3, {"scale": float("nan")}, "scale=nan: give a finite number"),
+        (((1, 3, 4, 8),) * 3, {"is_causal": None}, "is_causal=None: give True or False"),
+        (((1, 3, 4, 8),) * 3, {"layout": (3,)}, "give a SequenceLayout"),
+        (((1, 3, 4, 8),) * 3, {"head_groups": 0}, "head_groups=0: give a number of groups from 1 on"),
+        (((1, 3, 4, 8),) * 3, {"gather_keys": "yes"}, "gather_keys='yes': give True or False"),
+        (((1, 3, 4, 8),) * 3, {"kernel": None}, "kernel=None"),
+        (((1, 3, 4, 8),) * 3, {"mesh": None}, "mesh=None: give a ParallelMesh"),
         (((1, 3, 4, 8),) * 3, {"kernel": "nonsense"}, "choose from auto, tune, cpu_flash"),
     ],
 )
@@ -76,9 +95,17 @@ def test_bad_input(
     mesh: ParallelMesh, shapes: tuple[tuple[int, ...], ...], options: dict[str, Any], message: str
 ) -> None:
     query, key, value = (torch.zeros(shape) for shape in shapes)
-    error = error_of(lambda: sequence_parallel_attention(query, key, value, mesh=mesh, **options))
+    error = error_of(lambda: sequence_parallel_attention(query, key, value, **{"mesh": mesh, **options}))
     assert error.startswith("UnsupportedAttentionError")
     assert message in error
+
+
+@pytest.mark.parametrize("value", [None, [[[[0.0]]]]])
+def test_what_is_no_tensor_is_named(mesh: ParallelMesh, value: Any) -> None:
+    x = torch.zeros(1, 3, 4, 8)
+    for given, name in (((value, x, x), "query"), ((x, value, x), "key"), ((x, x, value), "value")):
+        for call in (partial(sequence_parallel_attention, mesh=mesh), local_attention):
+            assert error_of(partial(call, *given)) == f"UnsupportedAttentionError: {name}={value}: give a tensor"
 
 
 def test_dtypes_must_be_alike(mesh: ParallelMesh) -> None:
