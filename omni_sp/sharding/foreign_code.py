@@ -107,6 +107,18 @@ class FunctionWatch:
         self._functions = list(functions.values())
         self._insides = [_inside(function) for function in self._functions]
 
+    @classmethod
+    def of(cls, kinds: Iterable[type]) -> FunctionWatch:
+        """A watch over these classes; one that was made before, where nobody has replaced anything since."""
+        every = frozenset(kinds)
+        found = _WATCHES.get(every)
+        if found is None or not found.holds():
+            _WATCHES.pop(every, None)
+            found = _WATCHES[every] = cls(every)
+            for oldest in list(_WATCHES)[:-_MOST_WATCHES]:
+                _WATCHES.pop(oldest, None)
+        return found
+
     def holds(self) -> bool:
         """True while nobody has replaced anything."""
         try:
@@ -123,6 +135,11 @@ class FunctionWatch:
             return list(map(_INSIDE, self._functions)) == self._insides
         except (KeyError, RuntimeError):  # defaults may be tensors, which are compared by their numbers
             return False
+
+
+# By their classes, the newest last: finding what methods look up takes a hundred times as long as comparing it.
+_WATCHES: dict[frozenset[type], FunctionWatch] = {}
+_MOST_WATCHES = 8
 
 
 def _is_unique(value: Any) -> bool:

@@ -111,7 +111,7 @@ class ModuleHooks:
         if self._tapes is not None:
             self._tapes.clear()
         self._foreign_hooks = self._find_foreign_hooks()
-        self._watch = FunctionWatch(map(type, attribute_owners(list(self._model.modules()))))
+        self._watch = FunctionWatch.of(map(type, attribute_owners(list(self._model.modules()))))
         self.foreign = tuple(
             path or _ROOT
             for path, module in self._model.named_modules()

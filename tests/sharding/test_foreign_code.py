@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from omni_sp import ParallelMesh, parallelize
 from omni_sp.sharding.foreign_code import (
+    _WATCHES,
     FunctionWatch,
     has_foreign_code,
     has_foreign_forward,
@@ -376,6 +377,26 @@ def test_functions_that_functions_of_diffusers_call_are_watched(monkeypatch: pyt
     assert not watch.foreign
     monkeypatch.setattr(attention_dispatch, "_AttentionBackendRegistry", object())
     assert not watch.holds()
+
+
+def test_a_watch_is_kept_while_nobody_has_replaced_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.transformers import transformer_qwenimage
+
+    from tests.sharding.models import qwen_image
+
+    kinds = {type(processor_of(qwen_image()))}
+    watch = FunctionWatch.of(kinds)
+    assert FunctionWatch.of(kinds) is watch
+    monkeypatch.setattr(transformer_qwenimage, "dispatch_attention_fn", louder)
+    changed = FunctionWatch.of(kinds)
+    assert changed is not watch
+    assert changed.foreign
+    monkeypatch.undo()
+    assert not FunctionWatch.of(kinds).foreign
+    others = [type(f"Module{number}", (torch.nn.Module,), {}) for number in range(20)]
+    watches = [FunctionWatch.of({kind}) for kind in others]
+    assert all(FunctionWatch.of({kind}) is watch for kind, watch in zip(others[-8:], watches[-8:], strict=True))
+    assert len(_WATCHES) <= 8
 
 
 def test_a_cache_around_somebody_s_function_is_somebody_s() -> None:
