@@ -35,6 +35,7 @@ from omni_sp.testing.reference import randomise
 
 _LANGUAGE_MODELS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _CONTEXT_LENGTH = 256
+_MARK = ".omni-sp-tiny-model"  # a file beside a model that the command line has saved
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}make"
 
 
@@ -340,6 +341,14 @@ MODELS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 """What each family is, and the function that saves its model to a folder."""
 
 
+def _require_own_folder(folder: Path) -> None:
+    """Refuse a folder with files that are not from here: a model of the same file names would be lost."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
+        raise ConfigError(f"{folder} holds files that this command did not save: name another folder, or an empty one")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Save the model that the command line names.
 
@@ -365,8 +374,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # which processors it would take with torchvision is of no use here
     try:
+        _require_own_folder(options.folder)
         MODELS[options.family][1](options.folder)
-    except ConfigError as error:
+        (options.folder / _MARK).touch()
+    except (ConfigError, OSError) as error:
         parser.error(str(error))
     print(f"{MODELS[options.family][0]}, saved to {options.folder}")
     return 0

@@ -47,6 +47,20 @@ def test_a_family_is_saved_and_draws(family: str, tmp_path: Path) -> None:
     assert np.asarray(frames[-1]).std() > 1
 
 
+def test_another_model_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    assert [run("llama", str(folder)), run("qwen3", str(folder))] == [0, 0]
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "model.safetensors").write_bytes(b"weights")
+    assert run("llama", str(real)) == 2
+    assert "real holds files that this command did not save" in capsys.readouterr().err
+    assert [(file.name, file.read_bytes()) for file in real.iterdir()] == [("model.safetensors", b"weights")]
+    assert run("llama", str(real / "model.safetensors")) == 2
+    assert "model.safetensors is a file: name a folder" in capsys.readouterr().err
+
+
 def test_the_list_names_every_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--list") == 0
     shown = capsys.readouterr().out
