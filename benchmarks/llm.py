@@ -33,6 +33,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "TP2 compiled": {"tensor_parallel_size": 2, "enforce_eager": False},
     "SP2 compiled": {"ulysses_sequence_parallel_size": 2, "enforce_eager": False},
 }
+DEFAULT_ENGINES = ["TP2", "SP2", "shift"]
 QUALITY: dict[str, dict[str, Any]] = {
     "TP1": {},
     "TP2": ENGINES["TP2"],
@@ -180,7 +181,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 2048], metavar="TOKENS")
-    parser.add_argument("--engines", nargs="+", default=["TP2", "SP2", "shift"], choices=ENGINES, metavar="NAME")
+    parser.add_argument("--engines", nargs="+", default=DEFAULT_ENGINES, choices=ENGINES, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--quality", action="store_true", help="compare log-likelihoods instead")
     parser.add_argument("--swiftkv", action="store_true", help="compare a model with one whose prompts skip layers")
@@ -246,7 +247,8 @@ def speed(model: Path, names: list[str], lengths: list[int], rounds: int, output
     settings = {"model": MODEL, "engines": {name: ENGINES[name] for name in names}, "answer": ANSWER}
     settings |= {"prompts": lengths, "rounds": rounds}
     saved = {f"{name}, {length} tokens, {what}": timing for (what, length, name), timing in found.items()}
-    report(save(output, "llm-speed", settings, saved))
+    more = "" if names == DEFAULT_ENGINES else "-" + "-".join(names).replace(" ", "-").lower()
+    report(save(output, f"llm-speed{more}", settings, saved))
 
 
 def prompts_of(length: int) -> list[list[int]]:
