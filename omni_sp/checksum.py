@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Mapping
 from functools import reduce
 
 import torch
+
+_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 
 def checksum(value: object, before: int = 0) -> int:
@@ -22,3 +25,25 @@ def checksum(value: object, before: int = 0) -> int:
         described = [getattr(value, name, None) for name in ("shape", "dtype", "mode", "size")]
         return zlib.crc32(value.tobytes(), zlib.crc32(repr(described).encode(), before))
     return zlib.crc32(repr(value).encode(), before)
+
+
+def as_integer(value: object) -> int:
+    """An integer of 64 bits that differs where the value does; what describe_integer() can turn back is no checksum."""
+    if isinstance(value, torch.dtype):
+        return _DTYPES.index(value)
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return int(value)
+    if isinstance(value, float):
+        return int.from_bytes(struct.pack("<d", value), "little", signed=True)
+    return checksum(value)
+
+
+def describe_integer(integer: int, own: object) -> str:
+    """What another rank holds, by its as_integer() and this rank's value, which is of the same kind."""
+    if isinstance(own, torch.dtype):
+        return str(dict(enumerate(_DTYPES)).get(integer, integer))
+    if not isinstance(own, float):
+        return str(integer)
+    value = struct.unpack("<d", integer.to_bytes(8, "little", signed=True))[0]
+    # The checksum of what is no float, such as None, has 32 bits, and is the smallest of numbers here.
+    return "no float" if 0 < abs(value) < 1e-300 else str(value)

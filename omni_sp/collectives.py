@@ -9,7 +9,6 @@ bound every wait.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from functools import reduce
 from typing import Protocol
@@ -17,15 +16,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from omni_sp.checksum import checksum
+from omni_sp.checksum import as_integer, describe_integer
 from omni_sp.errors import ShardingError
 from omni_sp.mesh import Axis
 from omni_sp.shared_memory import MAX_FEW, SharedMemoryChannel
 
-_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 # torch 2.13 has renamed it.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_FLOAT, _INTEGER = struct.Struct("<d"), struct.Struct("<q")  # of as many bytes
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DIRECT = {"cpu": ("gloo", "mpi", "fake"), "cuda": ("nccl", "fake")}
 
@@ -374,34 +371,13 @@ def require_equal(axis: Axis, message: str, *, gathered: Sequence[int] = (), **v
     Raises:
         ShardingError: the ranks hold different values.
     """
-    per_rank = gather_ints([*gathered, *map(_comparable, values.values())], axis)
+    per_rank = gather_ints([*gathered, *map(as_integer, values.values())], axis)
     for index, (name, own) in enumerate(values.items(), len(gathered)):
         held = [of_rank[index] for of_rank in per_rank]
         if len(set(held)) > 1:
-            shown = [_as_shown(value, own) for value in held]
-            by_rank = ", ".join(f"rank {rank}: {value}" for rank, value in zip(axis.ranks, shown, strict=True))
+            by_rank = ", ".join(
+                f"rank {rank}: {describe_integer(x, own)}" for rank, x in zip(axis.ranks, held, strict=True)
+            )
             ranks = [rank for rank, value in zip(axis.ranks, held, strict=True) if value != held[0]]
             raise ShardingError(message.format(name=name, values=by_rank, ranks=ranks))
     return [of_rank[: len(gathered)] for of_rank in per_rank]
-
-
-def _comparable(value: object) -> int:
-    """An integer that differs where the value does."""
-    if isinstance(value, torch.dtype):
-        return _DTYPES.index(value)
-    if isinstance(value, int) and -(2**63) <= value < 2**63:
-        return int(value)
-    if isinstance(value, float):
-        return int(_INTEGER.unpack(_FLOAT.pack(value))[0])
-    return checksum(value)
-
-
-def _as_shown(comparable: int, own: object) -> str:
-    """What another rank holds, by its integer and this rank's value, which is of the same kind."""
-    if isinstance(own, torch.dtype):
-        return str(dict(enumerate(_DTYPES)).get(comparable, comparable))
-    if isinstance(own, float):
-        value = _FLOAT.unpack(_INTEGER.pack(comparable))[0]
-        # The checksum of what is no float, such as None, is hardly ever of an ordinary size.
-        return str(value) if value == 0 or not math.isfinite(value) or 1e-30 < abs(value) < 1e30 else "no float"
-    return str(comparable)
