@@ -197,8 +197,10 @@ def test_omni_spreads_prompts_over_replicas_in_order_and_with_their_seeds(script
         assert drawn(drawing.generate("another", params)) == [("another", 7)]
         while dispatcher.stats.running:
             time.sleep(0.01)
-        assert dispatcher.stats.done + dispatcher.stats.aborted == 2 * len(prompts) + len(prompts) + 1
-        assert dispatcher.stats.aborted >= 1
+        stats = dispatcher.stats
+        # Scripted ranks do not agree on an abort, as real ones do: of two, one may hear it after its last step.
+        assert stats.done + stats.aborted + stats.failed == 2 * len(prompts) + len(prompts) + 1
+        assert stats.aborted >= 1
     with pytest.raises(EngineClosedError, match="make a new one"):
         drawing.generate("a")
 
