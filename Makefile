@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # Four processes share the picture: on GPUs where there are four, else on the CPU.
 DEMO_DEVICE ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 4 ] && echo auto || echo cpu)
 SERVE_DEVICE ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge 2 ] && echo auto || echo cpu)
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 2
 # Tests start hundreds of processes: none compiles again what another has compiled.
 export PYTHONDONTWRITEBYTECODE =
 
@@ -59,7 +59,7 @@ demo: install
 serve: install
 	$(RUN) -m omni_sp.server --ulysses-degree 2 --device $(SERVE_DEVICE) --warmup 256x256
 
-# Three files of tests side by side on two cores: each starts up to four ranks, and waits a third of its time.
+# As many files of tests side by side as two cores can take: each starts up to four ranks.
 test: install
 	$(RUN) -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
