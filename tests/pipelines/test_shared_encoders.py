@@ -372,7 +372,10 @@ def draw_entry(mesh: ParallelMesh, name: str) -> tuple[bool, dict[str, set[int]]
     handle.encoders.remove()
     wanted = draw(pipe, entry.arguments())
     handle.remove()
-    return all(torch.equal(one, wanted) for one in drawn_shared), ranks, reasons
+    first, second = drawn_shared
+    # With guidance in groups, a first call of new shapes is computed whole, and kernels round its rows otherwise.
+    is_same = torch.equal(first, wanted) if mesh.cfg.size == 1 else relative_error(first, wanted) <= 1e-4
+    return is_same and torch.equal(second, wanted), ranks, reasons
 
 
 ENCODING = [
