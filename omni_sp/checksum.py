@@ -28,7 +28,7 @@ def checksum(value: object, before: int = 0) -> int:
 
 
 def as_integer(value: object) -> int:
-    """An integer of 64 bits that differs where the value does; what describe_integer() can turn back is no checksum."""
+    """An integer of 64 bits that differs where the value does: a number or dtype itself, of others a checksum."""
     if isinstance(value, torch.dtype):
         return _DTYPES.index(value)
     if isinstance(value, int) and -(2**63) <= value < 2**63:
