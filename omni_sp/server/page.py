@@ -81,6 +81,7 @@ def server_info(omni: AsyncOmni, settings: ServerSettings) -> dict[str, Any]:
             "n": settings.max_n,
             "images": settings.max_images,
             "body_bytes": settings.max_body_bytes,
+            "keep_alive_s": settings.keep_alive_s,
         },
         "pipeline": None,
     }

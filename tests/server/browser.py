@@ -100,9 +100,13 @@ class Browser:
         is_phone: bool = False,
         is_dark: bool = False,
         is_still: bool = False,
+        beside: Page | None = None,
     ) -> Page:
-        """A new window with storage of its own, at this address; sizes in CSS pixels. ``is_still``: nothing moves."""
-        context = self.send("Target.createBrowserContext")["browserContextId"]
+        """A new window at this address; sizes in CSS pixels.
+
+        Its storage is its own, or that of the window ``beside`` it. ``is_still``: nothing moves.
+        """
+        context = beside.context if beside else self.send("Target.createBrowserContext")["browserContextId"]
         target = self.send("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session, context)
@@ -159,7 +163,7 @@ class Page:
     """One window. ``complaints`` gathers what its console says at the level of an error, and what was thrown."""
 
     def __init__(self, browser: Browser, session: str, context: str) -> None:
-        self._browser, self._session, self._context = browser, session, context
+        self._browser, self._session, self.context = browser, session, context
         self.complaints: list[str] = []
         self.addresses: list[str] = []
 
@@ -226,7 +230,7 @@ class Page:
                 raise BrowserError(f"not within {timeout_s} s: {script}; the page complains of {self.complaints}")
             time.sleep(0.05)
 
-    def click(self, selector: str) -> None:
+    def click(self, selector: str, times: int = 1) -> None:
         """Scroll to an element until it stays, and press the mouse in its middle; nothing else may lie over it."""
         place = self.run(
             f"""(async () => {{ const it = document.querySelector({json.dumps(selector)});
@@ -238,21 +242,30 @@ class Page:
         )
         if not place["free"]:
             raise BrowserError(f"{selector} cannot be clicked: it is hidden, or something lies over it")
+        for count in range(1, times + 1):
+            self.click_at(place["x"], place["y"], count)
+
+    def click_at(self, x: float, y: float, count: int = 1) -> None:
+        """Press and release the mouse there; count: 2 for the second click of a double click, and so on."""
         for kind in ("mousePressed", "mouseReleased"):
-            self.send("Input.dispatchMouseEvent", type=kind, x=place["x"], y=place["y"], button="left", clickCount=1)
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=count)
 
     def type_in(self, selector: str, text: str) -> None:
         """Put the focus on a field and type over what it holds."""
         self.run(f"(() => {{ const it = document.querySelector({json.dumps(selector)}); it.focus(); it.select(); }})()")
         self.send("Input.insertText", text=text) if text else self.run("document.execCommand('delete')")
 
-    def press(self, key: str, *modifiers: str) -> None:
-        """Press a key where the focus is: "Tab", "Enter", "Escape", …; modifiers: "Control", "Shift"."""
+    def press(self, key: str, *modifiers: str, repeats: int = 0) -> None:
+        """Press a key where the focus is: "Tab", "Enter", "Escape", …; modifiers: "Control", "Shift".
+
+        ``repeats``: it is held, and sent as often again.
+        """
         code, number, text = _KEYS[key]
         held = sum(_MODIFIERS[name] for name in modifiers)
         common: dict[str, Any] = {"key": key, "code": code, "windowsVirtualKeyCode": number, "modifiers": held}
         typed = {"text": text} if text and not held else {}
-        self.send("Input.dispatchKeyEvent", type="keyDown", **common, **typed)
+        for count in range(1 + repeats):
+            self.send("Input.dispatchKeyEvent", type="keyDown", autoRepeat=count > 0, **common, **typed)
         self.send("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def choose_files(self, selector: str, paths: Sequence[Path]) -> None:
@@ -268,4 +281,4 @@ class Page:
 
     def close(self) -> None:
         """Close the window and forget its storage."""
-        self._browser.send("Target.disposeBrowserContext", browserContextId=self._context)
+        self._browser.send("Target.disposeBrowserContext", browserContextId=self.context)

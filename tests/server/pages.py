@@ -97,6 +97,7 @@ class Relay:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._ends: list[socket.socket] = []
+        self._swallowed: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
@@ -117,6 +118,10 @@ class Relay:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
+    def swallow(self) -> None:
+        """Let nothing more through on what is connected, without a word of it."""
+        self._swallowed = list(self._ends)
+
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
@@ -128,19 +133,19 @@ class Relay:
                 far = socket.create_connection((address.hostname, address.port))
                 self._ends += [near, far]
                 for source, sink in ((near, far), (far, near)):
-                    thread = threading.Thread(target=_pump, args=(source, sink), daemon=True)
+                    thread = threading.Thread(target=self._pump, args=(source, sink), daemon=True)
                     self._threads.append(thread)
                     thread.start()
 
-
-def _pump(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-    for end in (source, sink):
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
-    source.close()
+            while data := source.recv(1 << 16):
+                if source not in self._swallowed:
+                    sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        source.close()
 
 
 def take_picture(path: Path) -> None:

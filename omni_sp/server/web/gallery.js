@@ -31,6 +31,11 @@ async function keep(item) {
   } catch { return false; }  // no room left
 }
 
+async function removeKept(items) {
+  const ids = items.map((item) => item.id).filter((id) => id !== undefined);
+  if (ids.length) await inStore("readwrite", (store) => ids.map((id) => store.delete(id)).at(-1)).catch(() => {});
+}
+
 // A video that did not come about is no item. One that did has taken the place of what was pending.
 async function forget(id) {
   const found = await inStore("readonly", (store) => store.get(id)).catch(() => undefined);
@@ -41,70 +46,83 @@ async function forget(id) {
 async function openGallery() {
   state.database = await openDatabase();
   const all = (await inStore("readonly", (store) => store.getAll()).catch(() => [])) ?? [];
-  state.items = all.filter((item) => !item.is_pending).sort((a, b) => b.when - a.when || a.place - b.place);
+  state.is_kept = state.database !== null;
+  state.items = all.filter(isItem).sort(byAge);
   $("items").replaceChildren(...state.items.map(cardOf));
   showGallery();
-  return all.filter((item) => item.is_pending).sort((a, b) => a.when - b.when);
+  return all.filter((item) => item?.is_pending && item.settings).sort((a, b) => a.when - b.when);
 }
+
+const isItem = (item) => !item?.is_pending && item?.blob instanceof Blob && item.settings && item.used && item.sources;
+const byAge = (a, b) => b.when - a.when || a.place - b.place;
 
 async function addItems(items) {
-  let is_kept = true;
   for (const item of [...items].reverse()) {
-    is_kept = await keep(item) && is_kept;
-    state.items.unshift(item);
-    $("items").prepend(cardOf(item));
+    state.is_kept = await keep(item);
+    putIn(item);
   }
-  while (state.items.length > KEPT) await removeItem(state.items.at(-1));
-  showGallery(is_kept);
+  const oldest = state.items.slice(KEPT);
+  oldest.forEach(takeOut);
+  showGallery();
+  await removeKept(oldest);
 }
 
-async function removeItem(item) {
+// Where its age puts it.
+function putIn(item) {
+  const place = state.items.findIndex((one) => byAge(item, one) <= 0);
+  state.items.splice(place < 0 ? state.items.length : place, 0, item);
+  $("items").insertBefore(cardOf(item), $("items").children[state.items.indexOf(item)] ?? null);
+}
+
+function takeOut(item) {
   const place = state.items.indexOf(item);
   state.items.splice(place, 1);
   $("items").children[place].remove();
-  if (item.id !== undefined) await inStore("readwrite", (store) => store.delete(item.id)).catch(() => {});
-  showGallery();
-  return { item, place };
+  for (const open of $("canvas").querySelectorAll("button")) if (open.item === item) open.replaceWith(open.firstChild);
 }
 
 // Delete what the user chose. Until the next time, or as long as the page lives, it can be undone.
-async function deleteItems(items) {
-  state.deleted = [];
-  for (const item of items) state.deleted.push(await removeItem(item));
+async function deleteItems(chosen) {
+  const items = chosen.filter((item) => state.items.includes(item));
+  if (!items.length) return;
+  state.deleted = items;
+  items.forEach(takeOut);  // at once, so that nobody deletes them twice
   showGallery();
   say(items.length === 1 ? "Deleted." : `${items.length} deleted.`);
+  await removeKept(items);
 }
 
 async function undoDelete() {
   const { deleted } = state;
+  if (!deleted.length) return;
   state.deleted = [];
-  for (const { item, place } of deleted.reverse()) {
-    await keep(item);
-    state.items.splice(place, 0, item);
-    $("items").insertBefore(cardOf(item), $("items").children[place] ?? null);
+  for (const item of deleted) {
+    state.is_kept = await keep(item);
+    putIn(item);
   }
   showGallery();
   say("Undone.");
-  const place = state.items.indexOf(deleted.at(-1).item);
-  if ($("viewer").open) view(place);
-  else $("items").children[place].firstChild.focus();
+  if ($("viewer").open) view(deleted[0]);
+  else cardAt(deleted[0]).focus();
 }
 
 function cardOf(item) {
   const open = make("button", { type: "button", "aria-label": `Show: ${item.settings.prompt}` }, shownOf(item.blob, ""));
   if (item.kind === "video") open.append(make("span", { class: "badge", "aria-hidden": "true" }, "▶ video"));
-  open.onclick = () => view(state.items.indexOf(item));
+  open.onclick = () => view(item);
   return make("li", {}, open);
 }
+const cardAt = (item) => $("items").children[state.items.indexOf(item)]?.firstChild;
 
-function showGallery(is_kept = state.database !== null) {
+function showGallery() {
   const count = state.items.length;
   $("gallery-title").textContent = count ? `Gallery (${count})` : "Gallery";
   $("clear").hidden = !count;
   for (const name of ["undo", "undo-last"]) $(name).hidden = !state.deleted.length;
   $("clear").textContent = "Delete all";
-  $("gallery-hint").textContent = !is_kept ? "This browser keeps nothing: the pictures go with this page."
+  $("gallery-hint").textContent = !state.is_kept ? "This browser keeps nothing: the pictures go with this page."
     : count ? "" : "What you make is kept here with its settings, in this browser only.";
+  showTurns();
 }
 
 // Pictures and videos as elements
@@ -141,10 +159,8 @@ function play(shown) {
 const SHOWN = { negative_prompt: "negative", num_frames: "frames", fps: "frames a second", num_inference_steps: "steps",
   true_cfg_scale: "guidance", guidance_scale: "guidance" };
 
-function view(place) {
-  const item = state.items[place];
-  if (!item) return;
-  state.shown = place;
+function view(item) {
+  state.shown = item;
   const { prompt, width, height, n, ...rest } = item.used;
   const shown = shownOf(item.blob, prompt, true);
   $("large").replaceChildren(shown);
@@ -161,17 +177,22 @@ function view(place) {
     ...facts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, `${value}`))));
   URL.revokeObjectURL($("download").href);
   $("download").href = URL.createObjectURL(item.blob);
-  const name = prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60).replace(/^-|-$/g, "") || item.kind;
+  const words = prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-");
+  const name = [...words].slice(0, 60).join("").replace(/^-|-$/g, "") || item.kind;
   const marks = ["seed" in rest ? `-${rest.seed}` : "", item.of > 1 ? `-${item.place}` : ""].join("");
   $("download").download = `${name}${marks}.${item.blob.type.split("/")[1]}`;
   $("edit").hidden = item.kind !== "picture" || !state.info?.takes_image;
   $("edit").textContent = state.info?.makes_videos ? "Start from this" : "Edit this picture";
-  $("newer").disabled = place === 0;
-  $("older").disabled = place === state.items.length - 1;
+  showTurns();
   if (!$("viewer").open) $("viewer").showModal();
   $("viewer").scrollTop = 0;
 }
-const turn = (by) => { if (state.items[state.shown + by]) view(state.shown + by); };
+const neighbour = (by) => state.items[state.items.indexOf(state.shown) + by];
+const turn = (by) => { if (neighbour(by)) view(neighbour(by)); };
+function showTurns() {
+  $("newer").disabled = !neighbour(-1);
+  $("older").disabled = !neighbour(1);
+}
 
 function startFrom(sources, mask = null) {
   $("viewer").close();
@@ -180,9 +201,9 @@ function startFrom(sources, mask = null) {
   $("prompt").focus();
 }
 
-$("clear").onclick = async () => {
+$("clear").onclick = () => {
   if ($("clear").textContent === "Delete all") { $("clear").textContent = `Really delete all ${state.items.length}?`; return; }
-  await deleteItems([...state.items]);
+  deleteItems([...state.items]);
   $("undo").focus();
 };
 $("undo").onclick = $("undo-last").onclick = undoDelete;
@@ -192,27 +213,35 @@ $("viewer").onkeydown = (event) => {
   if (event.key === "ArrowLeft") turn(-1);
   if (event.key === "ArrowRight") turn(1);
 };
-$("viewer").onclick = (event) => { if (event.target === $("viewer")) $("viewer").close(); };
+// A click beside it closes it, not one that only ends there, as when text is selected.
+let began_beside = false;
+const isBeside = ({ target, clientX, clientY }) => {
+  const { left, right, top, bottom } = $("viewer").getBoundingClientRect();
+  return target === $("viewer") && (clientX < left || clientX > right || clientY < top || clientY > bottom);
+};
+$("viewer").onpointerdown = (event) => { began_beside = isBeside(event); };
+$("viewer").onclick = (event) => { if (began_beside && isBeside(event)) $("viewer").close(); };
 $("viewer").onclose = () => {
   $("large").replaceChildren();
   // The browser gives the focus back to the card it came from, which may be gone.
-  if (document.activeElement === document.body) ($("items").children[state.shown]?.firstChild ?? $("gallery-title")).focus();
+  const now = document.activeElement;
+  if (now === document.body || $("viewer").contains(now)) (cardAt(state.shown) ?? $("gallery-title")).focus();
 };
 $("newer").onclick = () => turn(-1);
 $("older").onclick = () => turn(1);
 $("close").onclick = () => $("viewer").close();
 $("reuse").onclick = () => {
-  const item = state.items[state.shown];
+  const item = state.shown;
   writeForm(item.settings);
   startFrom(item.sources, item.mask);
 };
 $("edit").onclick = () => {
-  const item = state.items[state.shown];
+  const item = state.shown;
   writeForm({});
   startFrom([new File([item.blob], "picture.png", { type: item.blob.type })]);
 };
-$("delete").onclick = async () => {
-  const place = state.shown;
-  await deleteItems([state.items[place]]);
-  state.items.length ? view(Math.min(place, state.items.length - 1)) : $("viewer").close();
+$("delete").onclick = () => {
+  const next = neighbour(1) ?? neighbour(-1);
+  deleteItems([state.shown]);
+  next ? view(next) : $("viewer").close();
 };

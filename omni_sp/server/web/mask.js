@@ -12,7 +12,9 @@ async function openPainter() {
   painter.layer.lineCap = "round";
   Object.assign($("paint"), { width, height });
   Object.assign(painter, { at: [width / 2, height / 2], is_down: false });
-  if (state.mask) await layMask(state.mask);
+  try {
+    if (state.mask) await layMask(state.mask);
+  } catch { state.mask = null; }  // of another picture
   $("erase").checked = false;
   $("painter").showModal();
   $("paint").focus();

@@ -6,11 +6,12 @@ const empty = $("empty");  // now and then not in the document
 const FIELDS = ["prompt", "negative_prompt", "width", "height", "n", "num_frames", "fps", "num_inference_steps",
   "true_cfg_scale", "guidance_scale", "strength", "seed", "lora"];
 const NUMBERS = FIELDS.slice(2, -1);
+const ANSWER_MS = 10_000;  // a server that does not say how it is for so long is not there
 // What the server calls a field -> what the form calls it.
 const CALLED = { size: "width", input_reference: "image", mask_image: "mask" };
 // key: the API key. info: what GET v1/info said last. works: requests under way; work: the one on the stage.
-// sources: pictures to start from; mask: of the first one. items: the gallery, newest first; shown: the one in the viewer; deleted: what can be undone.
-const state = { key: "", info: null, works: [], work: null, sources: [], mask: null, items: [], deleted: [], shown: -1, database: null };
+// sources: pictures to start from; mask: of the first one. items: the gallery, newest first; shown: the one in the viewer; deleted: what can be undone; is_kept: the last one came into the store.
+const state = { key: "", info: null, works: [], work: null, sources: [], mask: null, items: [], deleted: [], shown: null, database: null, is_kept: true };
 
 // is_lost: not refused, but broken off; it may go well when the server is back.
 class Problem extends Error {
@@ -43,6 +44,7 @@ async function call(path, options = {}) {
     answer = await fetch(path, { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
+    await requireReadable(options.body);
     throw new Problem("The server does not answer.", { is_lost: true });
   }
   if (answer.ok) return answer;
@@ -53,21 +55,38 @@ async function call(path, options = {}) {
     { param: reported.param, status: answer.status, is_lost: [502, 503, 504].includes(answer.status) });
 }
 
+// A chosen file may have gone since, and fetch() says no more than that something failed.
+async function requireReadable(body) {
+  for (const file of body instanceof FormData ? body.values() : [])
+    if (file instanceof Blob) await file.arrayBuffer().catch(() => {
+      throw new Problem("A chosen picture can no longer be read: choose it again.", { param: "image" });
+    });
+}
+
 async function* serverEvents(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    let from = Math.max(0, rest.length - 1);
-    rest += value.replaceAll("\r", "");
-    for (let end; (end = rest.indexOf("\n\n", from)) >= 0; from = 0) {
-      const lines = rest.slice(0, end).split("\n").filter((line) => line.startsWith("data:"));
-      rest = rest.slice(end + 2);
-      const data = lines.map((line) => line.slice(5)).join("\n").trim();
-      if (data && data !== "[DONE]") yield JSON.parse(data);
+  try {
+    for (;;) {
+      const { value, done } = await inTime(reader.read(), 4000 * (state.info?.limits.keep_alive_s ?? 15));
+      if (done) return;
+      let from = Math.max(0, rest.length - 1);
+      rest += value.replaceAll("\r", "");
+      for (let end; (end = rest.indexOf("\n\n", from)) >= 0; from = 0) {
+        const lines = rest.slice(0, end).split("\n").filter((line) => line.startsWith("data:"));
+        rest = rest.slice(end + 2);
+        const data = lines.map((line) => line.slice(5)).join("\n").trim();
+        if (data && data !== "[DONE]") yield JSON.parse(data);
+      }
     }
-  }
+  } finally { reader.cancel().catch(() => {}); }
+}
+
+// A stream whose server has left out several signs of life is dead, though nobody has said so.
+async function inTime(promise, ms) {
+  let timer;
+  const late = new Promise((_, refuse) => { timer = setTimeout(() => refuse(new Error(`nothing came for ${ms} ms`)), ms); });
+  try { return await Promise.race([promise, late]); } finally { clearTimeout(timer); }
 }
 
 function askForKey(problem) {
@@ -79,7 +98,7 @@ function askForKey(problem) {
 
 async function refresh() {
   try {
-    const info = await (await call("v1/info")).json();
+    const info = await (await call("v1/info", { signal: AbortSignal.timeout(ANSWER_MS) })).json();
     const shape = ({ model, pipeline, parameters, limits } = {}) => JSON.stringify([model, pipeline, parameters, limits]);
     const is_new = shape(state.info ?? {}) !== shape(info);
     state.info = info;
@@ -87,7 +106,9 @@ async function refresh() {
     if (info.pipeline && is_new) fitForm();
     showServer();
   } catch (error) {
-    showStatus(error.status === 401 ? "locked" : "silent", error.status === 401 ? "API key needed" : error.message);
+    const is_refused = error instanceof Problem && !error.is_lost;
+    if (error.status === 401) showStatus("locked", "API key needed");
+    else showStatus("silent", is_refused ? error.message : "The server does not answer.");
     state.info = state.info && { ...state.info, status: "silent" };
   }
   showButtons();
@@ -112,13 +133,15 @@ async function serverBack(signal) {
   }
 }
 
-// Only what is out of the ordinary is said aloud, and that it is over.
+// Only what is out of the ordinary is said aloud, and what follows until it is over.
+let was_odd = false;
 function showStatus(is, text) {
-  const was = $("status").dataset.is;
-  const is_odd = (status) => ["silent", "restarting", "draining", "failed", "closed"].includes(status);
+  const is_new = $("status").dataset.is !== is;
+  const is_odd = ["silent", "restarting", "draining", "failed", "closed"].includes(is);
   $("status").dataset.is = is;
   if ($("status").textContent !== text) $("status").textContent = text;
-  if (was !== is && (is_odd(is) || is_odd(was))) say(text);
+  if (is_new && (is_odd || was_odd)) say(text);
+  was_odd = is_odd || was_odd && is !== "ready";
 }
 
 function showServer() {
@@ -252,10 +275,14 @@ function addSources(files) {
   if (pictures.length < files.length) showProblem(new Problem("Only PNG, JPEG and WebP pictures can be read.", { param: "image" }));
 }
 
+let lost_focus = false;  // the button had it when it was disabled
 function showButtons() {
   const { info, work } = state;
   const is_able = info?.status === "ready" && info.makes !== "sound";
+  const has_focus = document.activeElement === $("draw");
   $("draw").disabled = !is_able;  // more may be asked for while one is made
+  if (is_able && lost_focus && document.activeElement === document.body) $("draw").focus({ preventScroll: true });
+  lost_focus = !is_able && (has_focus || lost_focus);
   if (work || !empty.isConnected) return;
   const words = { starting: "The model is loading.", restarting: "The ranks are starting again.", draining: "The server is shutting down.",
     failed: "The server has failed; its log says why.", silent: "The server does not answer. This page goes on when it does." };
@@ -304,7 +331,8 @@ function readForm() {
   }
   const { pixels, images, body_bytes } = info.limits;
   if (settings.width * settings.height > pixels)
-    throw new Problem(`${settings.width} × ${settings.height} pixels are more than this server draws: ${pixels}.`, { param: "size" });
+    throw new Problem(`${settings.width} × ${settings.height} pixels are more than this server draws: ${pixels}.`,
+      { param: settings.height > settings.width ? "height" : "width" });
   if (info.needs_image && !sources.length) throw new Problem("This model starts from a picture: add one.", { param: "image" });
   if (sources.length > images) throw new Problem(`${sources.length} pictures are more than this server takes: ${images}.`, { param: "image" });
   const bytes = [...sources, state.mask].reduce((sum, file) => sum + (file?.size ?? 0), 10_000);
@@ -363,18 +391,30 @@ $("reset").onclick = () => {
 };
 document.addEventListener("keydown", (event) => {
   if (document.querySelector("dialog[open]") || event.isComposing || $("key-form").contains(event.target)) return;
+  if (event.repeat) return;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); $("form").requestSubmit(); }
   if (event.key === "Escape" && state.work) cancel(state.work);
 });
+// Once is once: a key that is held presses no button again, and of a double click the first click counts; but many
+// clicks turn many pages. What moves under the pointer would else be deleted, or drawn, too.
+document.addEventListener("keydown", (event) => {
+  if (event.repeat && event.key === "Enter" && event.target.tagName !== "TEXTAREA") event.preventDefault();
+}, true);
+document.addEventListener("click", (event) => {
+  if (event.detail < 2 || !event.target.closest("button:not(#newer, #older), #viewer") || event.target.closest("video, #newer, #older")) return;
+  event.preventDefault();
+  event.stopPropagation();
+}, true);
 $("cancel").onclick = () => { if (state.work) cancel(state.work); };
 $("image").onchange = () => { addSources($("image").files); $("image").value = ""; };
-document.addEventListener("paste", (event) => { if (state.info?.takes_image && event.clipboardData.files.length) addSources(event.clipboardData.files); });
+const takesFiles = () => state.info?.takes_image && !document.querySelector("dialog[open]");
+document.addEventListener("paste", (event) => { if (takesFiles() && event.clipboardData.files.length) addSources(event.clipboardData.files); });
 // Pictures may be dropped anywhere; nowhere does the browser leave the page for them.
 const bringsFiles = (event) => event.dataTransfer?.types.includes("Files");
 document.addEventListener("dragover", (event) => {
   if (!bringsFiles(event)) return;
   event.preventDefault();
-  document.body.classList.toggle("over", Boolean(state.info?.takes_image));
+  document.body.classList.toggle("over", Boolean(takesFiles()));
 });
 document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("over"); });
 document.addEventListener("drop", (event) => {
@@ -382,13 +422,20 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("over");
   const { files } = event.dataTransfer;
+  if (document.querySelector("dialog[open]")) return;
+  if (takesFiles()) addSources(files);
   if (files.length === 1) fillFrom(files[0]);
-  if (state.info?.takes_image) addSources(files);
 });
+// What a header can carry.
+function isKey(key) {
+  try { return typeof key === "string" && Boolean(new Headers({ Authorization: `Bearer ${key}` })); } catch { return false; }
+}
 $("key-form").onsubmit = (event) => {
   event.preventDefault();
-  state.key = $("key").value.trim();
-  remember("sessionStorage", "omni-sp-key", state.key);
+  const key = $("key").value.trim();
+  if (!isKey(key)) return askForKey("No key has such letters.");
+  state.key = key;
+  remember("sessionStorage", "omni-sp-key", key);
   $("key-problem").textContent = "";
   refresh().then(() => { if ($("key-form").hidden) $("prompt").focus(); });
 };
@@ -396,7 +443,8 @@ for (const event of ["online", "offline"]) addEventListener(event, refresh);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
 
 addEventListener("DOMContentLoaded", async () => {
-  state.key = recall("sessionStorage", "omni-sp-key") ?? "";
+  const key = recall("sessionStorage", "omni-sp-key");
+  state.key = isKey(key) ? key : "";
   writeForm(recall("localStorage", "omni-sp-form") ?? {});
   keepFresh();
   takeUp(await openGallery());

@@ -1,6 +1,6 @@
 // Requests under way: pictures are streamed, videos are jobs of the server that are looked at now and then.
 
-const STREAMS = 4;  // open at a time: a browser opens six connections to a server, and the page needs one
+const STREAMS = 4;  // open at a time: a browser opens six connections to a server, for all tabs, and each needs one now and then
 const TRIES = 3;  // of a picture that is lost on its way; with its seed it comes out the same
 
 function begin(settings) {
@@ -82,7 +82,13 @@ function leaveStage() {
 }
 
 function showOthers() {
-  $("others").replaceChildren(...state.works.filter((work) => work !== state.work).map((work) => work.card));
+  const cards = state.works.filter((work) => work !== state.work).map((work) => work.card);
+  // Those that stay are not touched: one of them may have the focus.
+  for (const card of [...$("others").children]) if (!cards.includes(card)) card.remove();
+  cards.forEach((card, place) => {
+    const there = $("others").children[place];
+    if (there !== card) $("others").insertBefore(card, there ?? null);
+  });
 }
 
 function showProgress(work, text, value, max) {
@@ -147,7 +153,8 @@ function showResults(items) {
   $("canvas").replaceChildren(...shown.map((it, place) => {
     if (items[place].kind === "video") return it;
     const open = make("button", { type: "button", "aria-label": `Show large: ${it.alt}${items.length > 1 ? `, ${place + 1}` : ""}` }, it);
-    open.onclick = () => view(state.items.indexOf(items[place]));
+    open.item = items[place];
+    open.onclick = () => view(items[place]);
     return open;
   }));
   const details = [`${short(items[0].seconds)} s`];
@@ -164,14 +171,42 @@ function showResults(items) {
 // Pictures
 
 async function drawPictures(work) {
-  const { signal } = work.abort;
-  while (state.works.filter((one) => one.is_streaming).length >= STREAMS) {
+  const giveBack = await streamFor(work);
+  try {
+    return await drawPatiently(work);
+  } finally { giveBack(); }
+}
+
+// Waits until this one may open a stream; the function ends that.
+async function streamFor(work) {
+  const isNext = () => state.works.find((one) => one.kind === "picture" && !one.is_streaming) === work;
+  for (let giveBack = null; ; await sleep(200)) {
+    work.abort.signal.throwIfAborted();
+    if (isNext()) giveBack = await freeStream();
+    if (giveBack) {
+      work.is_streaming = true;
+      return giveBack;
+    }
     work.is_heard = true;
     showProgress(work, "Waiting for your pictures before it", 0, 0);
-    await sleep(200);
-    signal.throwIfAborted();
   }
-  work.is_streaming = true;
+}
+
+// One of the streams of all tabs, where the browser can count these; null where none is free.
+async function freeStream() {
+  if (!navigator.locks) return state.works.filter((one) => one.is_streaming).length < STREAMS ? () => {} : null;
+  for (let number = 1; number <= STREAMS; number++) {
+    const giveBack = await new Promise((resolve) => {
+      const hold = (lock) => lock ? new Promise((end) => resolve(end)) : resolve(null);
+      navigator.locks.request(`omni-sp-stream-${number}`, { ifAvailable: true }, hold).catch(() => resolve(() => {}));
+    });
+    if (giveBack) return giveBack;
+  }
+  return null;
+}
+
+async function drawPatiently(work) {
+  const { signal } = work.abort;
   for (let tries = 1; ; tries++) {
     try {
       return await drawOnce(work);
