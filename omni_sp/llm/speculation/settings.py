@@ -18,6 +18,8 @@ PROPOSER = "omni_sp.llm.speculation.proposer.Proposer"
 WORKER = "omni_sp.llm.speculation.worker.Worker"
 _METHODS = ("suffix", "arctic")
 _MOST = 2**31 - 1
+_MOST_DRAFTED = 128
+"""Tokens of a draft that vLLM verifies at most."""
 _DRAFTERS = ("model", "enable_suffix_decoding")
 # Our field -> vLLM's name and Arctic's. What vLLM's own suffix decoding does not know is Arctic's alone.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -40,7 +42,7 @@ class SpeculationSettings:
     """How drafts are made.
 
     Attributes:
-        num_speculative_tokens: the most tokens of a draft by suffix decoding.
+        num_speculative_tokens: the most tokens of a draft by suffix decoding; vLLM verifies up to 128.
         max_depth: up to how many of the last tokens are compared.
         max_requests: answers of so many of the latest requests are kept for others; 0 keeps none.
         max_spec_factor: a draft has at most ``max_spec_factor * match + max_spec_offset`` tokens, where ``match``
@@ -65,9 +67,10 @@ class SpeculationSettings:
     head_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, minimum in (("num_speculative_tokens", 1), ("max_depth", 1), ("max_requests", 0)):
-            hint = f"give a whole number from {minimum} on, up to {_MOST}"
-            require_int(name, getattr(self, name), minimum=minimum, maximum=_MOST, error=ConfigError, hint=hint)
+        bounds = {"num_speculative_tokens": (1, _MOST_DRAFTED), "max_depth": (1, _MOST), "max_requests": (0, _MOST)}
+        for name, (minimum, maximum) in bounds.items():
+            hint = f"give a whole number from {minimum} on, up to {maximum}"
+            require_int(name, getattr(self, name), minimum=minimum, maximum=maximum, error=ConfigError, hint=hint)
         if self.disable_by_batch_size is not None:
             hint = "give a number of requests from 1 on, or null for no limit"
             require_int("disable_by_batch_size", self.disable_by_batch_size, minimum=1, error=ConfigError, hint=hint)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from omni_sp.llm.vllm.internals import keep_out_of_compile_key
 from omni_sp.llm.vllm.speculation_internals import proposer_of, repair_sampling, stock_worker_class
 
 _STOCK: Any = stock_worker_class()
@@ -19,4 +20,5 @@ class Worker(_STOCK):  # type: ignore[misc]  # known when it runs
         result = super().load_model(*arguments, **named)
         repair_sampling()
         proposer_of(self.model_runner).attach(self.model_runner)
+        keep_out_of_compile_key(self.vllm_config)  # vLLM compiles in the first step, which comes after this
         return result

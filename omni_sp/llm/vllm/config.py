@@ -95,6 +95,8 @@ class LlmParallelConfig:
 
     def additional_config(self, user_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The ``additional_config`` for vLLM: these settings beside the user's own entries."""
+        if user_config is not None and not isinstance(user_config, Mapping):
+            raise ConfigError(f"additional_config is a {type(user_config).__name__}, and ours is added: give a dict")
         merged = dict(user_config or {})
         if CONFIG_KEY in merged:
             raise ConfigError(f"additional_config already holds {CONFIG_KEY!r}: give the degrees in one place")

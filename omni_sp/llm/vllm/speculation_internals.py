@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -50,13 +50,16 @@ def repair_sampling() -> None:
     brings each request's temperature, top-k and top-p to the tokens of its draft, so a step with drafts in which one
     request is sampled at a temperature would give any token at all. Greedy steps do not call it.
 
+    Without Triton, ``apply_sampling_constraints`` looks for the largest top-k of the drafted tokens, also in a step
+    without any, and the engine would end.
+
     Raises:
         ConfigError: this build verifies drafts with Triton's kernels alone, as 0.30's for CPUs does, and there is none.
     """
     if not runs_on_cpu():
         return
     sampler: Any = importlib.import_module(_SAMPLER)
-    require_attributes(sampler, ("expand_batch_to_tokens",), _SAMPLER)
+    require_attributes(sampler, ("expand_batch_to_tokens", "apply_sampling_constraints"), _SAMPLER)
     values, ends = torch.tensor([0.5, 0.0, 1.5]), torch.tensor([2, 2, 5], dtype=torch.int32)
     expected = [0.5, 0.5, 1.5, 1.5, 1.5]
     try:
@@ -68,6 +71,16 @@ def repair_sampling() -> None:
         ) from error
     if found != expected:
         sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    sampler.apply_sampling_constraints = _unless_empty(sampler.apply_sampling_constraints)
+
+
+def _unless_empty(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of logits (tokens, vocabulary) that returns those of no tokens as they are."""
+
+    def applied(logits: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return apply(logits, *arguments, **named) if len(logits) else logits
+
+    return applied
 
 
 def expand_batch_to_tokens(

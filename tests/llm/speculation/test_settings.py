@@ -86,6 +86,7 @@ def test_suffix_decoding_is_vllms_own_where_its_package_is_installed_and_no_opti
         ({"method": "suffix", "max_tree": 3}, "'max_tree'"),
         ({"suffix_min_token_prob": 0.1, "suffix_decoding_min_token_prob": 0.1}, "give one of them"),
         ({"num_speculative_tokens": 0}, "from 1 on"),
+        ({"num_speculative_tokens": 129}, "up to 128"),
         ({"suffix_cache_max_depth": "3"}, "whole number"),
         ({"suffix_cache_max_requests": -1}, "from 0 on"),
         ({"suffix_cache_max_requests": 2**31}, "up to 2147483647"),

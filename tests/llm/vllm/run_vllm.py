@@ -73,7 +73,7 @@ def main() -> None:
     if "states" in case:
         result["drafts"] = llm.collective_rpc(drafts_of, args=(case["states"], case["state_tokens"]))
         # Without a seed: vLLM's build for CPUs fails with one where a prompt is computed in chunks.
-        sampling = SamplingParams(temperature=0.8, max_tokens=case["count"], ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(temperature=0.8, top_k=9, max_tokens=case["count"], ignore_eos=True, detokenize=False)
         result["drawn"] = answers(case["batches"][0])
         sampling = greedy
     if case["options"].get("enforce_eager") is False:

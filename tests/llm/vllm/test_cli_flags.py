@@ -67,6 +67,8 @@ def test_the_users_own_additional_config_stays() -> None:
     rewritten = for_vllm(["serve", "M", "--sequence-parallel-size", "2", "--additional-config", '{"mine": 1}'])
     assert json.loads(rewritten[rewritten.index("--additional-config") + 1])["mine"] == 1
     assert rewritten.count("--additional-config") == 1
+    with pytest.raises(ConfigError, match="additional_config is a list, and ours is added: give a dict"):
+        LlmParallelConfig(sequence_parallel_size=2).additional_config([1])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sharded", [False, True])

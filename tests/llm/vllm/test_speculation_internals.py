@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from omni_sp.llm.speculation.checkpoint import SpeculatorConfig
 from omni_sp.llm.speculation.settings import SpeculationSettings
 from omni_sp.llm.vllm import internals, speculation_internals
 from omni_sp.llm.vllm.config import LlmParallelConfig
+from omni_sp.llm.vllm.internals import settings_of
 from omni_sp.llm.vllm.speculation_internals import (
     RequestBatch,
     expand_batch_to_tokens,
@@ -68,9 +70,13 @@ def test_values_of_requests_are_repeated_for_the_tokens_of_their_drafts() -> Non
     assert (top_k.tolist(), top_k.dtype) == ([5, 5, 7], torch.int32)
 
 
+def largest_of(logits: Any, *, scale: float) -> Any:
+    return logits.max() * scale  # which an empty tensor has not
+
+
 def use_sampler(monkeypatch: pytest.MonkeyPatch, stock: Any) -> SimpleNamespace:
     """Put a function in the place of vLLM's own."""
-    sampler = SimpleNamespace(expand_batch_to_tokens=stock)
+    sampler = SimpleNamespace(expand_batch_to_tokens=stock, apply_sampling_constraints=largest_of)
     monkeypatch.setattr(speculation_internals, "runs_on_cpu", lambda: True)
     monkeypatch.setitem(sys.modules, "vllm.v1.sample.rejection_sampler", sampler)
     for name in ("vllm", "vllm.v1", "vllm.v1.sample"):
@@ -87,6 +93,9 @@ def test_a_build_that_leaves_them_unfilled_is_repaired(monkeypatch: pytest.Monke
     sampler = use_sampler(monkeypatch, stock)
     speculation_internals.repair_sampling()
     assert (sampler.expand_batch_to_tokens is stock) == is_right
+    assert sampler.apply_sampling_constraints(torch.tensor([[1.0, 3.0]]), scale=2.0) == 6.0
+    none = torch.zeros(0, 2)  # a step without drafts
+    assert sampler.apply_sampling_constraints(none, scale=2.0) is none
 
 
 def test_a_build_whose_verification_needs_triton_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +105,30 @@ def test_a_build_whose_verification_needs_triton_is_refused_by_its_version(monke
     use_sampler(monkeypatch, stock)
     with pytest.raises(ConfigError, match=r"vLLM 0\.99\.0 cannot verify drafts on this CPU.*use vLLM 0\.31 or newer"):
         speculation_internals.repair_sampling()
+
+
+def test_a_worker_hands_over_its_runner_and_keeps_the_counts_out_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = LlmParallelConfig(speculation=SpeculationSettings(), step_counts_file="/tmp/counts")
+    attached: list[Any] = []
+
+    class Stock:
+        vllm_config = SimpleNamespace(additional_config=settings.additional_config())
+        model_runner = SimpleNamespace(drafter=SimpleNamespace(attach=attached.append))
+
+        def load_model(self) -> str:
+            return "loaded"
+
+    monkeypatch.setattr(speculation_internals, "stock_worker_class", lambda: Stock)
+    monkeypatch.setattr(speculation_internals, "repair_sampling", lambda: None)
+    module = "omni_sp.llm.speculation.worker"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    try:
+        worker = importlib.import_module(module).Worker()
+    finally:
+        sys.modules.pop(module)
+    assert worker.load_model() == "loaded"
+    assert attached == [worker.model_runner]
+    assert settings_of(worker.vllm_config) == LlmParallelConfig(speculation=SpeculationSettings())
 
 
 CONFIG = SpeculatorConfig(
