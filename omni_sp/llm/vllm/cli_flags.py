@@ -106,6 +106,10 @@ def _require_supported(line: CommandLine, settings: LlmParallelConfig) -> None:
         data_parallel_size=line.number_of("--data-parallel-size", "-dp") or 1,
         quantization=line.value_of("--quantization", "-q"),
         speculation=speculation_method(_speculative_config(line)),
+        runner=line.value_of("--runner"),
+        decode_context_parallel_size=line.number_of("--decode-context-parallel-size", "-dcp"),
+        prefill_context_parallel_size=line.number_of("--prefill-context-parallel-size", "-pcp"),
+        enable_dbo="--enable-dbo" in line.flags(),
     )
 
 

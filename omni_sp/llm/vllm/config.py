@@ -134,6 +134,10 @@ class EngineFeatures:
     has_mrope: bool = False
     has_dual_chunks: bool = False
     attention_heads: int | None = None
+    runner: str | None = None
+    decode_context_parallel_size: int | None = None
+    prefill_context_parallel_size: int | None = None
+    enable_dbo: bool | None = None
 
     def require_supported(self, settings: LlmParallelConfig, *, what: str = "sequence parallelism") -> None:
         """Raise ConfigError for a feature with which results would be wrong, or silently not parallel.
@@ -182,3 +186,10 @@ class EngineFeatures:
                 f"{self.attention_heads} attention heads are not divisible by {settings.world_size} ranks, which vLLM "
                 "needs: choose degrees whose product divides them"
             )
+        if self.runner not in (None, "auto", "generate"):
+            raise ConfigError(f"{what} inside vLLM generates text, and this runs for {self.runner!r}")
+        for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+            if (getattr(self, name) or 1) > 1:
+                raise ConfigError(f"{what} does not run with vLLM's context parallelism: leave {name}")
+        if self.enable_dbo:
+            raise ConfigError(f"{what} does not run with microbatches: leave --enable-dbo and --ubatch-size")

@@ -131,15 +131,11 @@ def require_supported_config(
         has_mrope=bool(read("model_config.uses_mrope")),
         has_dual_chunks=bool(getattr(text, "dual_chunk_attention_config", None)),
         attention_heads=text.num_attention_heads,
+        runner=read("model_config.runner_type"),
+        decode_context_parallel_size=read("parallel_config.decode_context_parallel_size"),
+        prefill_context_parallel_size=read("parallel_config.prefill_context_parallel_size"),
+        enable_dbo=read("parallel_config.use_ubatching"),
     ).require_supported(settings, what=what)
-    runner = read("model_config.runner_type")
-    if runner != "generate":
-        raise ConfigError(f"{what} inside vLLM generates text, and this runs for {runner!r}")
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if read(f"parallel_config.{name}") > 1:
-            raise ConfigError(f"{what} does not run with vLLM's context parallelism: leave {name}")
-    if read("parallel_config.use_ubatching"):
-        raise ConfigError(f"{what} does not run with microbatches: leave --enable-dbo and --ubatch-size")
     if read("cache_config.kv_sharing_fast_prefill") and not settings.swiftkv:
         raise ConfigError(f"{what} does not run with kv_sharing_fast_prefill: leave it")
     require_eager_where_needed(vllm_config, settings)

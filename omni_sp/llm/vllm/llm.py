@@ -15,7 +15,10 @@ from omni_sp.llm.vllm.config import LlmParallelConfig
 from omni_sp.llm.vllm.model_support import require_heads_for, require_supported_model, speculation_method
 from omni_sp.llm.vllm.step_metrics import StepCounter, StepCounts, start_step_counter
 
-_FEATURES = ("enable_lora", "pipeline_parallel_size", "data_parallel_size", "quantization")
+_FEATURES = (
+    "enable_lora", "pipeline_parallel_size", "data_parallel_size", "quantization", "runner",
+    "decode_context_parallel_size", "prefill_context_parallel_size", "enable_dbo",
+)  # fmt: skip
 _MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 
 
