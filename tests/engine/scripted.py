@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, call_for
 from omni_sp.engine.messages import Abort, Call, Done, Failed, Join, Loaded, Progress, RankSettings, Ready, Stop
 from omni_sp.engine.worker import die_with_parent
@@ -96,14 +98,15 @@ def falls_silent(front: Connection) -> None:
 
 
 def draws_in_steps(front: Connection) -> None:
-    """Makes ``steps`` steps, hears aborts between them, and does what ``do`` says after the first one.
+    """Makes ``steps`` steps, agrees on aborts between them, and does what ``do`` says after the first one.
 
     A prompt "overflow" makes the result of its call not finite. "die", "raise" and "hang", also as prompts, happen on
     rank 1; with ``once``, a file's name, only where that file is not there yet. "raise on all" is an error that
     all ranks raise alike.
     """
-    rank = _start(front)
-    for call in _calls(front):
+    settings = _join(front)
+    rank, store = settings.rank, TCPStore(*settings.store, is_master=False, wait_for_workers=False)
+    for number, call in enumerate(_calls(front)):
         if call.check == "batch":
             answer = Done(request_id=call.request_id, result=None, tokens={}, errors=BATCHES_ARE_EXACT)
             _tell(front, answer)
@@ -118,7 +121,11 @@ def draws_in_steps(front: Connection) -> None:
                 break
             if done == 1:
                 _mishap(front, rank, call.arguments)
-            if front.poll() and isinstance(message := _receive(front), Abort) and message.request_id == call.request_id:
+            step = f"{number}, {done}"
+            if rank == 0:
+                is_aborted = front.poll() and _receive(front) == Abort(request_id=call.request_id)
+                store.set(step, str(is_aborted))
+            if store.get(step) == b"True":
                 _tell(front, _failed("RequestAbortedError", "aborted", is_shared=True))
                 break
         else:
@@ -175,6 +182,11 @@ def dies_loading(front: Connection) -> None:
 
 
 def _start(front: Connection) -> int:
+    """Load and join; returns the rank."""
+    return _join(front).rank
+
+
+def _join(front: Connection) -> RankSettings:
     settings = _receive(front)
     assert isinstance(settings, RankSettings)
     die_with_parent(settings.placement.parent_pid)
@@ -186,14 +198,19 @@ def _start(front: Connection) -> int:
         takes_anything=True,
         takes_generators=True,
     )
-    rank = settings.rank
     _tell(
         front,
         Ready(
-            rank=rank, ranks=2, layout="scripted", capabilities=capabilities, device="cpu", dtype="float32", load_s=0.0
+            rank=settings.rank,
+            ranks=2,
+            layout="scripted",
+            capabilities=capabilities,
+            device="cpu",
+            dtype="float32",
+            load_s=0.0,
         ),
     )
-    return rank
+    return settings
 
 
 def _calls(front: Connection) -> Any:

@@ -198,10 +198,7 @@ def test_omni_spreads_prompts_over_replicas_in_order_and_with_their_seeds(script
         while dispatcher.stats.running:
             time.sleep(0.01)
         stats = dispatcher.stats
-        # Scripted ranks do not agree on an abort, as real ones do: of the two that draw the second prompt, which is at
-        # its last step when the first one ends, one may hear it after that step.
-        assert stats.done + stats.aborted + stats.failed == 2 * len(prompts) + len(prompts) + 1
-        assert stats.failed <= 1
+        assert stats.done + stats.aborted == 2 * len(prompts) + len(prompts) + 1
         assert stats.aborted >= 1
     with pytest.raises(EngineClosedError, match="make a new one"):
         drawing.generate("a")
