@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from omni_sp.engine.batching import BATCH, ROUNDING, SMALLEST, call_for
 from omni_sp.engine.messages import Abort, Call, Done, Failed, Join, Loaded, Progress, RankSettings, Ready, Stop
