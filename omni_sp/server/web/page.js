@@ -67,8 +67,9 @@ async function* serverEvents(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
-    for (;;) {
-      const { value, done } = await inTime(reader.read(), 4000 * (state.info?.limits.keep_alive_s ?? 15));
+    for (let is_first = true; ; is_first = false) {
+      // A proxy may keep the whole stream until its end; where something has come, more comes soon.
+      const { value, done } = await (is_first ? reader.read() : inTime(reader.read(), 4000 * (state.info?.limits.keep_alive_s ?? 15)));
       if (done) return;
       let from = Math.max(0, rest.length - 1);
       rest += value.replaceAll("\r", "");
@@ -401,7 +402,7 @@ document.addEventListener("keydown", (event) => {
   if (event.repeat && event.key === "Enter" && event.target.tagName !== "TEXTAREA") event.preventDefault();
 }, true);
 document.addEventListener("click", (event) => {
-  if (event.detail < 2 || !event.target.closest("button:not(#newer, #older), #viewer") || event.target.closest("video, #newer, #older")) return;
+  if (event.detail < 2 || !event.target.closest("button, #viewer") || event.target.closest("video, #newer, #older")) return;
   event.preventDefault();
   event.stopPropagation();
 }, true);
